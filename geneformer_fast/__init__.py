@@ -1,0 +1,51 @@
+"""Fast, exact tokenization, encoding and embedding of single cells for Geneformer and its cousins.
+
+Public names are loaded on first use, so that importing the package stays cheap, touches no device and needs no
+optional dependency.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "tokenize": "geneformer_fast.tokenization.run",
+    "medians": "geneformer_fast.tokenization.medians",
+    "open_tokens": "geneformer_fast.tokenization.arrow",
+    "Vocabulary": "geneformer_fast.tokenization.vocabulary",
+    "load": "geneformer_fast.checkpoints",
+    "save": "geneformer_fast.checkpoints",
+    "Encoder": "geneformer_fast.encoder",
+    "EncoderConfig": "geneformer_fast.config",
+    "Ragged": "geneformer_fast.ragged",
+    "embed": "geneformer_fast.extract",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from geneformer_fast.checkpoints import load, save
+    from geneformer_fast.config import EncoderConfig
+    from geneformer_fast.encoder import Encoder
+    from geneformer_fast.extract import embed
+    from geneformer_fast.ragged import Ragged
+    from geneformer_fast.tokenization.arrow import open_tokens
+    from geneformer_fast.tokenization.medians import medians
+    from geneformer_fast.tokenization.run import tokenize
+    from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
