@@ -1,6 +1,6 @@
 """Operations on tensors for transformer encoders over cells. Knows nothing of genes, checkpoints or files.
 
-Every operation is a folder with a reference (what it means), a plan (how to launch), a kernel (device code) and an
+Every operation is a folder under ``ops`` with a reference (what it means), a plan (how to launch), a kernel (device code) and an
 op (the public function). Names load on first use: importing this package imports no torch and probes no device.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 _HOME = {
-    "rank_genes": "geneformer_kernels.rank_genes.op",
-    "varlen_attention": "geneformer_kernels.varlen_attention.op",
-    "residual_layernorm": "geneformer_kernels.residual_layernorm.op",
-    "feed_forward": "geneformer_kernels.feed_forward.op",
-    "mlm_cross_entropy": "geneformer_kernels.mlm_cross_entropy.op",
+    "rank_genes": "geneformer_kernels.ops.rank_genes.op",
+    "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
+    "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
+    "feed_forward": "geneformer_kernels.ops.feed_forward.op",
+    "mlm_cross_entropy": "geneformer_kernels.ops.mlm_cross_entropy.op",
 }
 
 __all__ = list(_HOME)
@@ -24,7 +24,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,1 @@
+"""One folder per operation, each with the same files: reference, plan, kernel, op."""
