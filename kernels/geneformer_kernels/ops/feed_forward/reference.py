@@ -1,0 +1,39 @@
+"""What the feed-forward half of a block means."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """ReLU, GELU by the error function, or GELU by Hendrycks and Gimpel's tanh formula (arXiv:1606.08415)."""
+    if activation == "relu":
+        return x.clamp_min(0)
+    if activation == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    if activation == "gelu_tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    raise ValueError(f"no activation named {activation!r}")
+
+
+def feed_forward(
+    x: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """``down(activation(up(x)))``; SwiGLU's up weight holds the gate rows first, then the up rows (arXiv:2002.05202)."""
+    hidden = x @ up_weight.T
+    if up_bias is not None:
+        hidden = hidden + up_bias
+    if activation == "swiglu":
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = gate * torch.sigmoid(gate) * up
+    else:
+        hidden = activate(hidden, activation)
+    out = hidden @ down_weight.T
+    return out if down_bias is None else out + down_bias

@@ -1,0 +1,1 @@
+"""Residual addition and layer normalisation with an fp32 stream."""

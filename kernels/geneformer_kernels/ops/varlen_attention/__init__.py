@@ -1,0 +1,1 @@
+"""Bidirectional attention within each cell of a packed batch."""

@@ -1,0 +1,155 @@
+"""What a kernel may know of the hardware it runs on. The only place in the project that asks.
+
+A :class:`Target` is plain data, so that every plan and every choice can be tested for a card that is not there: build
+one by hand, or start from a row of :data:`CARDS`. Nothing here runs at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Shared memory one block may use (bytes), by compute capability: CUDA C++ programming guide, table "technical
+# specifications per compute capability", opt-in maximum.
+SMEM_BYTES = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device, as far as a plan or a choice depends on it.
+
+    Attributes
+    ----------
+    kind
+        ``"cpu"``, ``"cuda"``, ``"hip"`` or ``"mps"``.
+    sm
+        Compute capability as major * 10 + minor (90 for Hopper); 0 where there is none.
+    smem_bytes
+        Shared memory one block may use, in bytes; 0 where there is none.
+    n_sms
+        Streaming multiprocessors, or CPU cores.
+    triton
+        Version of the installed Triton as (major, minor), or None.
+    features
+        CPU instruction sets that matter here: ``avx2``, ``avx512``, ``avx512_bf16``, ``amx_bf16``, ``arm_bf16``.
+    name
+        What people call it.
+    """
+
+    kind: str
+    sm: int = 0
+    smem_bytes: int = 0
+    n_sms: int = 1
+    triton: tuple[int, int] | None = None
+    features: frozenset[str] = frozenset()
+    name: str = ""
+
+    @staticmethod
+    def cpu(features: Iterable[str] = (), *, n_cores: int = 1, name: str = "CPU") -> Target:
+        """A CPU with the given instruction sets."""
+        return Target(kind="cpu", n_sms=n_cores, features=frozenset(features), name=name)
+
+    @staticmethod
+    def cuda(sm: int, *, n_sms: int = 1, triton: tuple[int, int] | None = (3, 6), name: str = "") -> Target:
+        """A CUDA card of compute capability ``sm`` with that architecture's shared memory limit."""
+        smem_bytes = SMEM_BYTES.get(sm, max(size for known, size in SMEM_BYTES.items() if known <= max(sm, 70)))
+        return Target("cuda", sm, smem_bytes, n_sms, triton, name=name or f"sm_{sm}")
+
+    @property
+    def has_fast_bf16(self) -> bool:
+        """Whether bfloat16 matrix products are faster here than float32 ones."""
+        if self.kind == "cpu":
+            return bool(self.features & {"avx512_bf16", "amx_bf16", "arm_bf16"})
+        return self.kind == "hip" or (self.kind == "cuda" and self.sm >= 80)
+
+    @property
+    def fastest_dtype(self) -> str:
+        """The dtype name matrix products should use when nobody asks for another one."""
+        if self.has_fast_bf16:
+            return "bfloat16"
+        return "float16" if self.kind in ("cuda", "mps") else "float32"
+
+
+CARDS = {
+    "V100": Target.cuda(70, n_sms=80, name="V100"),
+    "T4": Target.cuda(75, n_sms=40, name="T4"),
+    "A100": Target.cuda(80, n_sms=108, name="A100"),
+    "A10": Target.cuda(86, n_sms=72, name="A10"),
+    "L4": Target.cuda(89, n_sms=58, name="L4"),
+    "H100": Target.cuda(90, n_sms=132, name="H100"),
+}
+
+
+def target_of(device: str | torch.device) -> Target:
+    """The target behind a torch device; asked of the hardware once per device and process."""
+    import torch
+
+    device = torch.device(device)
+    index = device.index
+    if device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    return _probe(device.type, index)
+
+
+@functools.cache
+def _probe(device_type: str, index: int | None) -> Target:
+    import torch
+
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(index)
+        if torch.version.hip is not None:
+            return Target("hip", n_sms=properties.multi_processor_count, name=properties.name)
+        sm = properties.major * 10 + properties.minor
+        smem_bytes = getattr(properties, "shared_memory_per_block_optin", None) or Target.cuda(sm).smem_bytes
+        return Target("cuda", sm, smem_bytes, properties.multi_processor_count, triton_version(), name=properties.name)
+    if device_type == "cpu":
+        return Target.cpu(cpu_features(), n_cores=torch.get_num_threads(), name=cpu_name())
+    return Target(device_type, name=device_type)
+
+
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, read from its metadata without importing it; None if absent."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this CPU among those a choice depends on, as the operating system reports them."""
+    flags = set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
+    names = {
+        "avx2": "avx2",
+        "avx512f": "avx512",
+        "avx512_bf16": "avx512_bf16",
+        "amx_bf16": "amx_bf16",
+        "bf16": "arm_bf16",
+    }
+    return frozenset(name for flag, name in names.items() if flag in flags)
+
+
+def cpu_name() -> str:
+    """The CPU's model name, as the operating system reports it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return ""
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
