@@ -1,1 +1,94 @@
-"""The command line: geneformer-fast COMMAND ..."""
+"""The ``geneformer-fast`` command line: one module per command, loaded only when that command is asked for.
+
+A command module offers ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It imports what is heavy
+inside ``run``, so that help and argument errors appear at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+
+from geneformer_fast import __version__
+from geneformer_fast.errors import GeneformerFastError
+
+#: Command name -> the module that implements it, in the order help lists them.
+COMMANDS = {
+    "tokenize": "geneformer_fast.cli.tokenize",
+    "medians": "geneformer_fast.cli.medians",
+    "embed": "geneformer_fast.cli.embed",
+    "doctor": "geneformer_fast.cli.doctor",
+    "quickstart": "geneformer_fast.cli.quickstart",
+}
+
+EXIT_ERROR = 2
+EXIT_BROKEN_PIPE = 141
+EXIT_INTERRUPTED = 130
+
+
+def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    """The argument parser with all commands, or with some.
+
+    Parameters
+    ----------
+    names
+        The commands to load; None loads every command module, which help needs.
+    """
+    parser = argparse.ArgumentParser(
+        prog="geneformer-fast",
+        description="Counts to ranked tokens to embeddings, for Geneformer and its cousins.",
+        epilog="geneformer-fast COMMAND --help explains one command.",
+    )
+    parser.add_argument("--version", action="version", version=f"geneformer-fast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS if names is None else names:
+        module = import_module(COMMANDS[name])
+        command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _needed(arguments: Sequence[str]) -> Iterable[str] | None:
+    """The commands whose modules these arguments need; None for all of them."""
+    if arguments[:1] == ["--version"]:
+        return ()
+    return arguments[:1] if arguments and arguments[0] in COMMANDS else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; None means ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        What the command returned; 2 after an error that this package raised on purpose, with ``error: ...`` on standard
+        error and no traceback; 130 after Ctrl-C. Any other exception is a bug and passes through.
+
+    Raises
+    ------
+    SystemExit
+        By argparse, for ``--help``, ``--version`` and wrong arguments (code 2).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(_needed(arguments)).parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except GeneformerFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away: Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
