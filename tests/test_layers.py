@@ -134,7 +134,7 @@ def test_cycles_are_reported(layers, tmp_path):
         tmp_path,
         {
             "geneformer_fast/extract.py": "import geneformer_fast.train\n",
-            "geneformer_fast/train.py": "def f():\n    import geneformer_fast.profile\n",
+            "geneformer_fast/train.py": "import geneformer_fast.profile\n",
             "geneformer_fast/profile.py": "import geneformer_fast.extract\n",
         },
     )

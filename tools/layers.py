@@ -29,8 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.heads",),
     (f"{FAST}.embeddings", f"{FAST}.ragged", f"{FAST}.config"),
     (f"{FAST}.tokenization.genes", f"{FAST}.tokenization.sources"),
-    (f"{FAST}.tokenization.vocabulary",),
-    (f"{FAST}.tokenization.dictionaries",),
+    (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
     (KERNELS,),
     (f"{FAST}.errors",),
@@ -289,19 +288,14 @@ def _kernels_package_file(item: Import, parts: list[str]) -> Iterator[str]:
 
 
 def _cycles(runtime: list[Import], known: dict[str, Path]) -> Iterator[Breach]:
-    """Cycles between units by any import, and between modules by imports that run when a module loads."""
-    between_units: dict[str, dict[str, Import]] = {}
-    between_modules: dict[str, dict[str, Import]] = {}
+    """Cycles of imports that run when a module loads; a lazy import may only reach back within its own layer."""
+    graph: dict[str, dict[str, Import]] = {}
     for item in runtime:
-        own, other = unit_of(item.module), unit_of(item.target)
-        if own is not None and other is not None and own != other:
-            between_units.setdefault(own, {}).setdefault(other, item)
         if not item.is_lazy and item.module != item.target:
-            between_modules.setdefault(item.module, {}).setdefault(item.target, item)
-    for graph in (between_units, between_modules):
-        for cycle in _cycles_of(graph):
-            item = graph[cycle[0]][cycle[1]]
-            yield Breach(known[item.module], item.line, item.module, f"is part of a cycle: {' -> '.join(cycle)}")
+            graph.setdefault(item.module, {}).setdefault(item.target, item)
+    for cycle in _cycles_of(graph):
+        item = graph[cycle[0]][cycle[1]]
+        yield Breach(known[item.module], item.line, item.module, f"is part of a cycle: {' -> '.join(cycle)}")
 
 
 def _cycles_of(graph: dict[str, dict[str, Import]]) -> Iterator[list[str]]:
