@@ -1,0 +1,370 @@
+"""A vocabulary: which genes have tokens, their medians, the special tokens, and who it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geneformer_fast.errors import VocabularyError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FAMILIES = ("v1", "v2", "bionemo")
+SAVED_FILE = "vocabulary.json"
+_FORMAT = "geneformer-fast vocabulary"
+
+SPECIAL = {
+    "v1": {"pad": 0, "mask": 1},
+    "v2": {"pad": 0, "mask": 1, "cls": 2, "eos": 3},
+    "bionemo": {"cls": 0, "mask": 1, "pad": 2, "sep": 3, "unk": 4},
+}
+MAX_LEN = {"v1": 2048, "v2": 4096, "bionemo": 2048}
+_MAX_TOKEN_ID = 2**31 - 1
+
+# Fingerprints of the published dictionaries: only these contents carry the published names.
+_PUBLISHED = {
+    "ccc708bfa7ed79132075f96b3be75fb3df8eb41297ba854259ace6c84c930302": "geneformer-v1",
+    "182c79bd468fb674604795dbad75cf8950f812cf079d87d638b65503383e6a9e": "geneformer-v2",
+    "7cd1e82ff683fc0f5c82091a309cd05c96262ce171dfe5ccd49d7fd821873f47": "bionemo",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Genes, token ids, medians and special tokens of one Geneformer-like model family.
+
+    Parameters
+    ----------
+    name
+        Who it is: ``"geneformer-v1"``, ``"geneformer-v2"``, ``"bionemo"`` for the published ones, otherwise any name.
+    family
+        ``"v1"``, ``"v2"`` or ``"bionemo"``: decides the special tokens around a cell and its maximal length.
+    token_ids
+        Gene id to token id, special tokens excluded.
+    medians
+        Gene id to median normalised count (float64). Every gene with a token has one; further genes are ignored.
+    aliases
+        UPPER-CASE id, symbol or retired id to gene id. May be empty: then an id must be a gene id.
+    symbols
+        Gene name to gene id, for display only.
+    special
+        ``pad``, ``mask`` and, where the family has them, ``cls``, ``eos``, ``sep``, ``unk``.
+    max_len
+        Longest token list of a cell, special tokens included.
+
+    Raises
+    ------
+    VocabularyError
+        Duplicate or negative token ids, missing special tokens, missing, zero, negative or NaN medians.
+    """
+
+    name: str
+    family: str
+    token_ids: dict[str, int]
+    medians: dict[str, float]
+    aliases: dict[str, str] = field(default_factory=dict)
+    symbols: dict[str, str] = field(default_factory=dict)
+    special: dict[str, int] = field(default_factory=dict)
+    max_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise VocabularyError(f"{self.name}: unknown family {self.family!r}; use one of {', '.join(FAMILIES)}")
+        if not self.special:
+            object.__setattr__(self, "special", dict(SPECIAL[self.family]))
+        if not self.max_len:
+            object.__setattr__(self, "max_len", MAX_LEN[self.family])
+        self._check_tokens()
+        self._check_medians()
+
+    def _check_tokens(self) -> None:
+        missing = [
+            key for key in SPECIAL[self.family] if key in ("pad", "mask", "cls", "eos") and key not in self.special
+        ]
+        if missing:
+            raise VocabularyError(
+                f"{self.name}: special tokens missing for family {self.family}: {', '.join(missing)}; "
+                f"present are {', '.join(self.special) or 'none'}. Is this the token dictionary of another version?"
+            )
+        if not self.token_ids:
+            raise VocabularyError(f"{self.name}: the token dictionary holds no genes")
+        n_special = len(self.special)
+        if not isinstance(self.max_len, int) or self.max_len <= n_special:
+            raise VocabularyError(f"{self.name}: max_len {self.max_len!r} leaves no room for genes")
+        seen: dict[int, str] = {}
+        for key, value in (*self.special.items(), *self.token_ids.items()):
+            if type(value) is not int or not 0 <= value <= _MAX_TOKEN_ID:
+                raise VocabularyError(f"{self.name}: token id of {key!r} is {value!r}, expected a non-negative integer")
+            if value in seen:
+                raise VocabularyError(
+                    f"{self.name}: token id {value} is used twice, by {seen[value]!r} and {key!r}; "
+                    "every token needs an id of its own"
+                )
+            seen[value] = key
+
+    def _check_medians(self) -> None:
+        missing = [gene for gene in self.token_ids if gene not in self.medians]
+        if missing:
+            raise VocabularyError(
+                f"{self.name}: {len(missing)} of {len(self.token_ids)} genes with a token have no median "
+                f"(e.g. {', '.join(missing[:3])}). The token and the median dictionary do not belong together: take "
+                "both from the same release (same gc30M / gc95M / gc104M suffix)."
+            )
+        for gene in self.token_ids:
+            median = self.medians[gene]
+            if not isinstance(median, float) or not 0.0 < median < math.inf:
+                raise VocabularyError(
+                    f"{self.name}: the median of {gene} is {median!r}; medians must be positive, finite numbers"
+                )
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        return self.special["pad"]
+
+    @property
+    def mask_id(self) -> int:
+        """Token id that replaces a masked gene."""
+        return self.special["mask"]
+
+    @property
+    def cls_id(self) -> int | None:
+        """Token id put before the genes, or None (V1)."""
+        return self.special.get("cls")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Token id put after the genes, or None (V1, BioNeMo)."""
+        return self.special.get("eos")
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Largest token id plus one: the rows an embedding table needs."""
+        return max(max(self.token_ids.values()), max(self.special.values())) + 1
+
+    @property
+    def gene_capacity(self) -> int:
+        """How many genes fit into one cell's tokens."""
+        return self.max_len - (self.cls_id is not None) - (self.eos_id is not None)
+
+    @property
+    def totals_over_vocabulary(self) -> bool:
+        """True where a cell's total counts only genes of the vocabulary (BioNeMo), False where all counts (Geneformer)."""
+        return self.family == "bionemo"
+
+    @property
+    def input_ids_dtype(self) -> np.dtype:
+        """Integer type of stored tokens: what the official tool of the family writes, wider if the ids need it."""
+        import numpy as np
+
+        return np.dtype(np.int16 if self.family == "v1" and self.n_tokens <= 2**15 else np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over family, length, special tokens, token ids and medians: what a model has to agree with."""
+        return _fingerprint(self.family, self.max_len, self.special, self.token_ids, self.medians)
+
+    @cached_property
+    def mapping_fingerprint(self) -> str:
+        """SHA-256 over the aliases in use: with another mapping the same file gives other tokens to the same model."""
+        genes = self.token_ids
+        used = sorted(f"{key}\t{gene}\n" for key, gene in self.aliases.items() if key != gene and gene in genes)
+        return sha256("".join(used).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The few values that tell vocabularies apart: name, family, n_tokens, fingerprint, mapping."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "n_tokens": self.n_tokens,
+            "fingerprint": self.fingerprint,
+            "mapping": self.mapping_fingerprint,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values that JSON can hold; `from_dict` is the inverse."""
+        return {
+            "format": _FORMAT,
+            "version": 1,
+            "name": self.name,
+            "family": self.family,
+            "max_len": self.max_len,
+            "special": self.special,
+            "token_ids": self.token_ids,
+            "medians": {gene: self.medians[gene] for gene in self.token_ids},
+            "aliases": self.aliases,
+            "symbols": self.symbols,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, where: str = "vocabulary") -> Vocabulary:
+        """Build from what `to_dict` gave; `where` is named in errors."""
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            raise VocabularyError(f"{where}: not a vocabulary saved by geneformer_fast")
+        if content.get("version") != 1:
+            raise VocabularyError(f"{where}: written by a newer geneformer_fast (version {content.get('version')!r})")
+        from geneformer_fast.tokenization.dictionaries import checked_numbers, checked_strings
+
+        try:
+            return cls(
+                name=str(content["name"]),
+                family=content["family"],
+                token_ids=checked_numbers(content["token_ids"], int, f"{where}: token_ids"),
+                medians=checked_numbers(content["medians"], float, f"{where}: medians"),
+                aliases=checked_strings(content["aliases"], f"{where}: aliases"),
+                symbols=checked_strings(content["symbols"], f"{where}: symbols"),
+                special=checked_numbers(content["special"], int, f"{where}: special"),
+                max_len=content["max_len"],
+            )
+        except KeyError as error:
+            raise VocabularyError(f"{where}: the field {error.args[0]!r} is missing; the file is incomplete") from None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, preset: str | None = None) -> Vocabulary:
+        """Read a vocabulary from a folder.
+
+        Understood are Geneformer's own files under any of their names (``token_dictionary*``,
+        ``gene_median_dictionary*``, optionally ``ensembl_mapping_dict*`` and ``gene_name_id_dict*``; pickles, read
+        without executing anything, or JSON), BioNeMo's (``vocab.txt`` or ``geneformer.vocab`` with medians), and what
+        `save` writes.
+
+        Parameters
+        ----------
+        folder
+            The folder.
+        preset
+            ``"v1"``, ``"v2"`` or ``"bionemo"``: which one when the folder holds several. ``"bionemo"`` on a folder
+            with Geneformer's V1 dictionaries builds BioNeMo's vocabulary out of them.
+
+        Raises
+        ------
+        VocabularyError
+            Nothing usable, several candidates, or dictionaries that do not belong together.
+        """
+        from geneformer_fast.tokenization.dictionaries import read_folder
+
+        return read_folder(Path(folder), preset)
+
+    @classmethod
+    def from_medians(
+        cls,
+        medians: Mapping[str, float],
+        family: str = "v2",
+        *,
+        name: str = "custom",
+        aliases: Mapping[str, str] | None = None,
+        symbols: Mapping[str, str] | None = None,
+        max_len: int | None = None,
+    ) -> Vocabulary:
+        """Make a vocabulary for an own corpus or species: token ids follow the sorted gene ids, after the specials.
+
+        Parameters
+        ----------
+        medians
+            Gene id to median of its non-zero normalised counts, all positive.
+        family
+            Which layout of special tokens and length to use.
+        name
+            What the vocabulary is called in manifests and errors.
+        aliases, symbols, max_len
+            As in the class; by default no aliases, no names, the family's length.
+        """
+        if family not in FAMILIES:
+            raise VocabularyError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
+        special = dict(SPECIAL[family])
+        first = len(special)
+        return cls(
+            name=name,
+            family=family,
+            token_ids={gene: first + i for i, gene in enumerate(sorted(medians))},
+            medians={gene: float(median) for gene, median in medians.items()},
+            aliases={key.upper(): gene for key, gene in (aliases or {}).items()},
+            symbols=dict(symbols or {}),
+            special=special,
+            max_len=max_len or MAX_LEN[family],
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``vocabulary.json`` into `folder` (made if needed); `from_folder` reads it back with the same fingerprint.
+
+        Returns
+        -------
+        Path
+            The file written. It appears whole or not at all.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / SAVED_FILE
+        temporary = path.with_name(f".{SAVED_FILE}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    def check_same(self, other: Vocabulary | Mapping[str, Any], *, what: str = "model") -> None:
+        """Raise VocabularyError, naming both, unless `other` (a vocabulary or an identity) is this vocabulary."""
+        theirs = other.identity() if isinstance(other, Vocabulary) else other
+        check_same(self.identity(), theirs, first="tokens", second=what)
+
+
+def published_name(
+    family: str, max_len: int, special: Mapping[str, int], token_ids: Mapping[str, int], medians: Mapping[str, float]
+) -> str | None:
+    """The public name of a published pair of token and median dictionaries, or None for any other content."""
+    return _PUBLISHED.get(_fingerprint(family, max_len, special, token_ids, medians))
+
+
+def _fingerprint(
+    family: str, max_len: int, special: Mapping[str, int], token_ids: Mapping[str, int], medians: Mapping[str, float]
+) -> str:
+    rows = [f"{token}\t{gene}\t{float(medians[gene]).hex()}\n" for gene, token in token_ids.items()]
+    rows.sort()
+    return sha256(f"{family}\t{max_len}\t{sorted(special.items())}\n{''.join(rows)}".encode()).hexdigest()
+
+
+def check_same(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, first: str = "tokens", second: str = "model"
+) -> None:
+    """Refuse to mix two vocabularies.
+
+    Parameters
+    ----------
+    ours, theirs
+        Identities as `Vocabulary.identity` gives them. A value that is missing or None on either side is not compared,
+        so a checkpoint that knows only its family or number of tokens can be checked too.
+    first, second
+        What the two belong to, for the message.
+
+    Raises
+    ------
+    VocabularyError
+        Naming both vocabularies and the first value in which they differ.
+    """
+    for key in ("fingerprint", "name", "family", "n_tokens"):
+        a, b = ours.get(key), theirs.get(key)
+        if a is None or b is None:
+            continue
+        if key == "fingerprint" and a == b:
+            return
+        if a != b:
+            raise VocabularyError(
+                f"the {first} were made with vocabulary {_describe(ours)}, the {second} belongs to {_describe(theirs)}: "
+                f"they differ in {key}. Tokenize again with the dictionaries of the {second}."
+            )
+
+
+def _describe(identity: Mapping[str, Any]) -> str:
+    name = identity.get("name") or identity.get("family") or "unnamed"
+    parts = []
+    if identity.get("n_tokens") is not None:
+        parts.append(f"{identity['n_tokens']} tokens")
+    if identity.get("fingerprint"):
+        parts.append(f"fingerprint {str(identity['fingerprint'])[:12]}")
+    return f"{name!r}" + (f" ({', '.join(parts)})" if parts else "")
