@@ -1,0 +1,7 @@
+"""Checkpoints of published models, in and out."""
+
+from __future__ import annotations
+
+from geneformer_fast.checkpoints.hf import load, save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,371 @@
+"""Hugging Face BERT checkpoints, which is what Geneformer publishes: load them, save them back bit-identical.
+
+Reads the files itself (safetensors, or ``torch.load`` with ``weights_only``), so that transformers is not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
+from geneformer_fast.config import EncoderConfig, matmul_dtype
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
+
+ARCHITECTURES = {
+    "BertModel": "pooler",
+    "BertForMaskedLM": "mlm",
+    "BertForSequenceClassification": "cells",
+    "BertForTokenClassification": "genes",
+}
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# The published vocabularies differ in size, which is all a stock config.json says of them.
+VOCABULARIES = {25_426: "geneformer-v1", 20_275: "geneformer-v2"}
+OWN_KEY = "geneformer_fast"
+DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+
+
+@dataclass
+class Source:
+    """What a loaded checkpoint held besides our parameters, so that saving gives the same tensors and settings back.
+
+    Attributes
+    ----------
+    architecture
+        Class name in transformers.
+    settings
+        The checkpoint's config.json.
+    prefix
+        ``"bert."`` or empty.
+    dtypes
+        Dtype of every tensor in the files.
+    extras
+        Buffers that are not parameters (``position_ids``), kept as they were.
+    aliases
+        Tied tensors that the files spell out (the decoder's weight and bias).
+    """
+
+    architecture: str
+    settings: dict[str, Any]
+    prefix: str
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Encoder:
+    """Load a checkpoint folder of Geneformer or any BERT encoder.
+
+    Parameters
+    ----------
+    path
+        Folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, sharded or not, of a BertModel,
+        BertForMaskedLM, BertForSequenceClassification or BertForTokenClassification.
+    dtype
+        Dtype of weights and matrix products: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, ``"auto"``
+        (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
+        float32.
+    device
+        Where to put it.
+
+    Returns
+    -------
+    Encoder
+        In evaluation mode, with the head the checkpoint has.
+
+    Raises
+    ------
+    CheckpointError
+        Files are missing, truncated or do not fit together; names the file, the tensor and both shapes.
+    """
+    folder = Path(path)
+    settings = read_settings(folder)
+    tensors = read_tensors(folder)
+    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+    architecture = _architecture(settings, tensors, folder)
+    head: str | None = ARCHITECTURES[architecture]
+    if head == "pooler" and f"{prefix}pooler.dense.weight" not in tensors:
+        head = None
+    config = config_from_settings(settings, folder)
+    n_classes = len(tensors["classifier.weight"]) if "classifier.weight" in tensors else 2
+    with torch.device("meta"):
+        encoder = Encoder(config, head, n_classes=n_classes)
+    shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
+    table = bert_entries(config, head, prefix)
+    state = to_ours(tensors, table, shapes, source=str(folder))
+    source = Source(architecture, settings, prefix, {name: tensor.dtype for name, tensor in tensors.items()})
+    _sort_leftovers(tensors, {name for entry in table for name in entry.theirs}, config, source, folder)
+    encoder.load_state_dict(state, assign=True)
+    encoder.source = source
+    stored = tensors[table[0].theirs[0]].dtype
+    encoder.to(device).cast(matmul_dtype(dtype, device) or stored)
+    return encoder.eval()
+
+
+def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Save as a Hugging Face folder, ``config.json`` and ``model.safetensors``, which transformers loads.
+
+    A model that was loaded and not changed gives back every tensor bit for bit, in its dtype and under its name.
+
+    Parameters
+    ----------
+    encoder
+        A post-norm encoder over tokens (what BERT can express).
+    path
+        Folder, made if absent.
+    overwrite
+        Whether to replace weights that are there already.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    OutputError
+        The folder holds a model already.
+    CheckpointError
+        BERT cannot express this encoder.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(path)
+    if (folder / "config.json").exists() and not overwrite:
+        raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+    source = getattr(encoder, "source", None) or _fresh_source(encoder)
+    head = _head_name(encoder)
+    state = encoder.state_dict()
+    tensors = to_theirs(state, bert_entries(encoder.config, head, source.prefix))
+    if DECODER_WEIGHT in source.aliases:
+        tensors[DECODER_WEIGHT] = state["embeddings.token.weight"]
+    if DECODER_BIAS in source.aliases:
+        tensors[DECODER_BIAS] = state["head.bias"]
+    tensors = {name: _as_stored(tensor, source.dtypes.get(name)) for name, tensor in tensors.items()}
+    tensors.update(source.extras)
+    # safetensors refuses memory shared between tensors: spelled-out aliases are written twice, as transformers once did.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    save_file(tensors, str(weights) + ".partial", metadata={"format": "pt"})
+    os.replace(str(weights) + ".partial", weights)
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(settings_from_encoder(encoder, source), indent=2, sort_keys=True) + "\n")
+    os.replace(partial, settings)
+    return folder
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint folder."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; pass a local checkpoint folder with config.json and model.safetensors "
+            "(download one first, for example with the huggingface_hub command line)"
+        )
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no config.json")
+    try:
+        settings = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds a {type(settings).__name__}, not a JSON object")
+    return settings
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder, from one file or from shards."""
+    for name, is_index in (
+        ("model.safetensors", False),
+        ("model.safetensors.index.json", True),
+        ("pytorch_model.bin", False),
+        ("pytorch_model.bin.index.json", True),
+    ):
+        path = folder / name
+        if not path.exists():
+            continue
+        if not is_index:
+            return _read_file(path)
+        try:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{path} is not an index of shards (no weight_map)") from None
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in shards:
+            if not (folder / shard).exists():
+                raise CheckpointError(f"{folder}: shard {shard} named by {name} is missing")
+            tensors.update(_read_file(folder / shard))
+        return tensors
+    raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or sharded")
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    advice = "the file is truncated or damaged; download or copy it again"
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than weights and is not loaded: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a state dict of tensors")
+    return tensors
+
+
+def config_from_settings(settings: Mapping[str, Any], folder: Path) -> EncoderConfig:
+    """An :class:`EncoderConfig` from a BERT config.json."""
+    kind = settings.get("model_type", "bert")
+    if kind != "bert":
+        raise CheckpointError(f"{folder}: model_type is {kind!r}; this loader reads bert")
+    positions = settings.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise CheckpointError(f"{folder}: position_embedding_type {positions!r} is not supported, only 'absolute'")
+    activation = settings.get("hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"{folder}: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    own = settings.get(OWN_KEY, {})
+    try:
+        vocab_size = int(settings["vocab_size"])
+        return EncoderConfig(
+            n_layers=int(settings["num_hidden_layers"]),
+            width=int(settings["hidden_size"]),
+            n_heads=int(settings["num_attention_heads"]),
+            ff_width=int(settings["intermediate_size"]),
+            vocab_size=vocab_size,
+            max_len=int(settings["max_position_embeddings"]),
+            activation=ACTIVATIONS[activation],
+            head_activation=ACTIVATIONS[activation],
+            eps=float(settings.get("layer_norm_eps", 1e-12)),
+            n_token_types=int(settings.get("type_vocab_size", 2)),
+            dropout=float(settings.get("hidden_dropout_prob", 0.1)),
+            attention_dropout=float(settings.get("attention_probs_dropout_prob", 0.1)),
+            pad_id=int(settings.get("pad_token_id") or 0),
+            init_std=float(settings.get("initializer_range", 0.02)),
+            tied_decoder=bool(settings.get("tie_word_embeddings", True)),
+            vocabulary=own.get("vocabulary", VOCABULARIES.get(vocab_size)),
+            vocabulary_fingerprint=own.get("vocabulary_fingerprint"),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: config.json has no {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: config.json holds a value that is no number: {error}") from None
+
+
+def settings_from_encoder(encoder: Encoder, source: Source) -> dict[str, Any]:
+    """A BERT config.json for an encoder; what the source's config.json says beyond us is kept."""
+    config = encoder.config
+    settings = dict(source.settings)
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    if ACTIVATIONS.get(settings.get("hidden_act", "")) == config.activation:
+        activation = settings["hidden_act"]
+    settings.update(
+        architectures=[source.architecture],
+        model_type="bert",
+        num_hidden_layers=config.n_layers,
+        hidden_size=config.width,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.ff_width,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_len,
+        hidden_act=activation,
+        layer_norm_eps=config.eps,
+        type_vocab_size=config.n_token_types,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        pad_token_id=config.pad_id,
+        initializer_range=config.init_std,
+        tie_word_embeddings=config.tied_decoder,
+    )
+    known = VOCABULARIES.get(config.vocab_size)
+    own = {"vocabulary": config.vocabulary, "vocabulary_fingerprint": config.vocabulary_fingerprint}
+    if own != {"vocabulary": known, "vocabulary_fingerprint": None}:
+        settings[OWN_KEY] = own
+    if isinstance(encoder.head, CellClassifier | GeneClassifier) and "id2label" not in settings:
+        labels = [f"LABEL_{i}" for i in range(encoder.head.classifier.out_features)]
+        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    return settings
+
+
+def _architecture(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
+    """The class a checkpoint is of: what config.json says, or what the tensors show."""
+    named = (settings.get("architectures") or [None])[0]
+    if named in ARCHITECTURES:
+        return named
+    if named is not None:
+        raise CheckpointError(f"{folder}: architecture {named!r} is not one of {', '.join(ARCHITECTURES)}")
+    if "cls.predictions.bias" in tensors:
+        return "BertForMaskedLM"
+    if "classifier.weight" in tensors:
+        has_pooler = any(name.endswith("pooler.dense.weight") for name in tensors)
+        return "BertForSequenceClassification" if has_pooler else "BertForTokenClassification"
+    return "BertModel"
+
+
+def _sort_leftovers(
+    tensors: Mapping[str, torch.Tensor], used: set[str], config: EncoderConfig, source: Source, folder: Path
+) -> None:
+    """Keep known buffers and tied copies for saving; refuse tensors that would be lost."""
+    aliases = []
+    for name in sorted(set(tensors) - used):
+        tied_to = {DECODER_WEIGHT: f"{source.prefix}embeddings.word_embeddings.weight", DECODER_BIAS: "cls.predictions.bias"}
+        if name in tied_to:
+            if not torch.equal(tensors[name], tensors[tied_to[name]]):
+                raise CheckpointError(
+                    f"{folder}: {name!r} differs from {tied_to[name]!r} although config.json ties them; "
+                    "set tie_word_embeddings to false there if the decoder has weights of its own"
+                )
+            aliases.append(name)
+        elif name.endswith("embeddings.position_ids") or name.endswith("embeddings.token_type_ids"):
+            source.extras[name] = tensors[name]
+        else:
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} of shape {list(tensors[name].shape)} has no place in a "
+                f"{source.architecture} of {config.n_layers} layers"
+            )
+    source.aliases = tuple(aliases)
+
+
+def _head_name(encoder: Encoder) -> str | None:
+    names = {MLMHead: "mlm", CellClassifier: "cells", GeneClassifier: "genes", Pooler: "pooler"}
+    return names[type(encoder.head)] if encoder.head is not None else None
+
+
+def _fresh_source(encoder: Encoder) -> Source:
+    config = encoder.config
+    bert = dataclasses.replace(
+        config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens", head_activation=config.activation
+    )
+    if config != bert or config.activation not in ACTIVATIONS.values() or config.n_token_types < 1:
+        raise CheckpointError("BERT cannot express this encoder: it is post-norm over tokens with relu or gelu")
+    head = _head_name(encoder)
+    architecture = next((name for name, kind in ARCHITECTURES.items() if kind == head), "BertModel")
+    return Source(architecture, {}, "" if architecture == "BertModel" else "bert.")
+
+
+def _as_stored(tensor: torch.Tensor, stored: torch.dtype | None) -> torch.Tensor:
+    # Norms and tables of a half-precision checkpoint are float32 in memory; they go back to what the file had.
+    if stored is not None and stored.itemsize < tensor.dtype.itemsize and tensor.is_floating_point():
+        return tensor.to(stored)
+    return tensor

@@ -1,0 +1,189 @@
+"""Which of our parameters is which tensor of a published checkpoint, and back.
+
+A table is a list of :class:`Entry`; the same table reads and writes, so that the two can never drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the tensors it is made of.
+
+    Attributes
+    ----------
+    ours
+        Name in ``Encoder.state_dict()``.
+    theirs
+        Names in the checkpoint; several are stacked along the first axis in this order.
+    n_heads
+        0, or the number of heads when theirs is one fused projection whose rows are interleaved per head,
+        [heads, 3, head dim] (Megatron), while ours are stacked [3, heads, head dim].
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    n_heads: int = 0
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our parameter, made from their tensors."""
+        if self.n_heads:
+            fused = tensors[self.theirs[0]]
+            per_head = fused.reshape(self.n_heads, 3, -1, *fused.shape[1:])
+            return per_head.transpose(0, 1).reshape(fused.shape)
+        parts = [tensors[name] for name in self.theirs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, ours: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their tensors, made from our parameter."""
+        if self.n_heads:
+            stacked = ours.reshape(3, self.n_heads, -1, *ours.shape[1:])
+            return {self.theirs[0]: stacked.transpose(0, 1).reshape(ours.shape).contiguous()}
+        return dict(zip(self.theirs, ours.chunk(len(self.theirs)), strict=True))
+
+    def their_shape(self, ours: torch.Size) -> list[int]:
+        """Shape each of their tensors must have, given ours."""
+        return [ours[0] // len(self.theirs), *ours[1:]]
+
+
+def _affine(ours: str, *theirs: str, n_heads: int = 0) -> list[Entry]:
+    return [Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), n_heads) for kind in ("weight", "bias")]
+
+
+def bert_entries(config: EncoderConfig, head: str | None, prefix: str = "bert.") -> list[Entry]:
+    """The table for transformers' BertModel (``prefix=""``) and BertFor... (``"bert."``) checkpoints.
+
+    The tied decoder is not part of it: it is another name of the token table.
+    """
+    embeddings = f"{prefix}embeddings."
+    table = [
+        Entry("embeddings.token.weight", (f"{embeddings}word_embeddings.weight",)),
+        Entry("embeddings.position.weight", (f"{embeddings}position_embeddings.weight",)),
+        Entry("embeddings.token_type.weight", (f"{embeddings}token_type_embeddings.weight",)),
+        *_affine("embedding_norm", f"{embeddings}LayerNorm"),
+    ]
+    for i in range(config.n_layers):
+        theirs, ours = f"{prefix}encoder.layer.{i}.", f"blocks.{i}."
+        projections = (f"{theirs}attention.self.{part}" for part in ("query", "key", "value"))
+        table += _affine(f"{ours}qkv", *projections)
+        table += _affine(f"{ours}out", f"{theirs}attention.output.dense")
+        table += _affine(f"{ours}attention_norm", f"{theirs}attention.output.LayerNorm")
+        table += _affine(f"{ours}up", f"{theirs}intermediate.dense")
+        table += _affine(f"{ours}down", f"{theirs}output.dense")
+        table += _affine(f"{ours}ff_norm", f"{theirs}output.LayerNorm")
+    if head == "mlm":
+        table += _affine("head.dense", "cls.predictions.transform.dense")
+        table += _affine("head.norm", "cls.predictions.transform.LayerNorm")
+        table.append(Entry("head.bias", ("cls.predictions.bias",)))
+        if not config.tied_decoder:
+            table.append(Entry("head.decoder.weight", ("cls.predictions.decoder.weight",)))
+    elif head == "pooler":
+        table += _affine("head.dense", f"{prefix}pooler.dense")
+    elif head == "cells":
+        table += _affine("head.pooler.dense", f"{prefix}pooler.dense")
+    if head in ("cells", "genes"):
+        table += _affine("head.classifier", "classifier")
+    return table
+
+
+def bionemo_entries(config: EncoderConfig) -> list[Entry]:
+    """The table for BioNeMo's Megatron encoder with its LM head (Transformer Engine layer names)."""
+    table = [
+        Entry("embeddings.token.weight", ("embedding.word_embeddings.weight",)),
+        Entry("embeddings.position.weight", ("embedding.position_embeddings.weight",)),
+    ]
+    for i in range(config.n_layers):
+        theirs, ours = f"encoder.layers.{i}.", f"blocks.{i}."
+        for norm, module in (("attention_norm", "self_attention.linear_qkv"), ("ff_norm", "mlp.linear_fc1")):
+            table += [
+                Entry(f"{ours}{norm}.{kind}", (f"{theirs}{module}.layer_norm_{kind}",)) for kind in ("weight", "bias")
+            ]
+        table += _affine(f"{ours}qkv", f"{theirs}self_attention.linear_qkv", n_heads=config.n_heads)
+        table += _affine(f"{ours}out", f"{theirs}self_attention.linear_proj")
+        table += _affine(f"{ours}up", f"{theirs}mlp.linear_fc1")
+        table += _affine(f"{ours}down", f"{theirs}mlp.linear_fc2")
+    table += _affine("final_norm", "encoder.final_layernorm")
+    table += _affine("head.dense", "lm_head.dense")
+    table += _affine("head.norm", "lm_head.layer_norm")
+    table.append(Entry("head.bias", ("output_layer.bias",)))
+    return table
+
+
+def aido_cell_entries(config: EncoderConfig) -> list[Entry]:
+    """The table for AIDO.Cell's CellFoundationForMaskedLM; ``decoder.bias`` there is ``cls.predictions.bias``."""
+    source = "bert.gene_embedding."
+    table = [
+        *_affine("embeddings.linear1", f"{source}linear1"),
+        *_affine("embeddings.linear2", f"{source}linear2"),
+        *(
+            Entry(f"embeddings.{name}.weight", (f"{source}{name}.weight",))
+            for name in ("lookup_table", "mask_embedding", "pad_embedding")
+        ),
+        Entry("embeddings.position.weight", ("bert.position_embedding.weight",)),
+    ]
+    for i in range(config.n_layers):
+        theirs, ours = f"bert.encoder.layer.{i}.", f"blocks.{i}."
+        table += _affine(f"{ours}attention_norm", f"{theirs}attention.ln")
+        table += _affine(f"{ours}qkv", *(f"{theirs}attention.self.{part}" for part in ("query", "key", "value")))
+        table += _affine(f"{ours}out", f"{theirs}attention.output.dense")
+        table += _affine(f"{ours}ff_norm", f"{theirs}ln")
+        table += _affine(f"{ours}up", f"{theirs}mlp.gate_proj", f"{theirs}mlp.up_proj")
+        table += _affine(f"{ours}down", f"{theirs}mlp.down_proj")
+    table += _affine("final_norm", "bert.encoder.ln")
+    table += _affine("head.dense", "cls.predictions.transform.dense")
+    table += _affine("head.norm", "cls.predictions.transform.LayerNorm")
+    table.append(Entry("head.decoder.weight", ("cls.predictions.decoder.weight",)))
+    table.append(Entry("head.bias", ("cls.predictions.bias",)))
+    return table
+
+
+def to_ours(
+    tensors: Mapping[str, torch.Tensor], table: Iterable[Entry], shapes: Mapping[str, torch.Size], *, source: str
+) -> dict[str, torch.Tensor]:
+    """Our state dict from their tensors.
+
+    Parameters
+    ----------
+    tensors
+        The checkpoint.
+    table
+        Entries of one of the tables here.
+    shapes
+        Our parameter shapes by name, from an encoder with the checkpoint's configuration.
+    source
+        The file or folder to name in errors.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing or has another shape; names it and both shapes.
+    """
+    state = {}
+    for entry in table:
+        for name in entry.theirs:
+            wanted = entry.their_shape(shapes[entry.ours])
+            if name not in tensors:
+                raise CheckpointError(f"{source}: tensor {name!r} of shape {wanted} is missing")
+            if list(tensors[name].shape) != wanted:
+                raise CheckpointError(
+                    f"{source}: tensor {name!r} has shape {list(tensors[name].shape)} but the configuration asks for "
+                    f"{wanted}; config.json and the weights do not belong together"
+                )
+        state[entry.ours] = entry.read(tensors)
+    return state
+
+
+def to_theirs(state: Mapping[str, torch.Tensor], table: Iterable[Entry]) -> dict[str, torch.Tensor]:
+    """Their tensors from our state dict: the inverse of :func:`to_ours`, bit for bit."""
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in table:
+        tensors.update(entry.write(state[entry.ours]))
+    return tensors

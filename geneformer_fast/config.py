@@ -1,0 +1,287 @@
+"""What an encoder is: its geometry, its variants, its precision, and the published models as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from geneformer_fast.errors import CheckpointError, UnsupportedError, VocabularyError
+
+if TYPE_CHECKING:
+    import torch
+
+CHOICES = {
+    "norm": ("post", "pre"),
+    "activation": ("relu", "gelu", "gelu_tanh", "swiglu"),
+    "head_activation": ("relu", "gelu", "gelu_tanh"),
+    "inputs": ("tokens", "values"),
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A transformer encoder over cells.
+
+    Attributes
+    ----------
+    n_layers, width, n_heads, ff_width
+        Blocks; hidden width C; attention heads H; inner feed-forward width F.
+    vocab_size
+        Rows of the token table (0 for ``inputs="values"``).
+    max_len
+        Longest cell, specials included: rows of the position table.
+    norm
+        ``"post"``: LayerNorm after each residual addition (BERT, Geneformer). ``"pre"``: before each sublayer.
+    activation
+        Feed-forward activation: ``"relu"``, ``"gelu"`` (error function), ``"gelu_tanh"`` or ``"swiglu"``.
+    head_activation
+        Activation within the MLM head.
+    eps
+        LayerNorm epsilon.
+    embedding_norm, final_norm
+        Whether the input embedding, and the last block's output, are normalised.
+    n_token_types
+        Rows of the token type table, of which Geneformer uses row 0 only; 0 for none.
+    inputs
+        ``"tokens"``: ranked gene tokens. ``"values"``: one continuous value per gene, embedded by soft bins (AIDO.Cell).
+    n_bins, bin_alpha
+        Soft bins of ``inputs="values"``.
+    dropout, attention_dropout
+        Probabilities, in training only: on embeddings and sublayer outputs; on attention weights.
+    pad_id
+        Token id that stands for no gene; never computed here, kept for checkpoints.
+    init_std
+        Standard deviation of fresh weights.
+    tied_decoder
+        Whether the MLM decoder shares the token table.
+    vocabulary
+        Name of the vocabulary the model was trained on, such as ``"geneformer-v2"``; None if unknown.
+    vocabulary_fingerprint
+        SHA-256 of that vocabulary, or None if only its name is known.
+    """
+
+    n_layers: int
+    width: int
+    n_heads: int
+    ff_width: int
+    vocab_size: int
+    max_len: int
+    norm: str = "post"
+    activation: str = "relu"
+    head_activation: str = "relu"
+    eps: float = 1e-12
+    embedding_norm: bool = True
+    final_norm: bool = False
+    n_token_types: int = 2
+    inputs: str = "tokens"
+    n_bins: int = 100
+    bin_alpha: float = 1.0
+    dropout: float = 0.02
+    attention_dropout: float = 0.02
+    pad_id: int = 0
+    init_std: float = 0.02
+    tied_decoder: bool = True
+    vocabulary: str | None = None
+    vocabulary_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UnsupportedError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("n_layers", "width", "n_heads", "ff_width", "max_len"):
+            if getattr(self, name) < 1:
+                raise UnsupportedError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.inputs == "tokens" and self.vocab_size < 1:
+            raise UnsupportedError("an encoder over tokens needs vocab_size of at least 1")
+        if self.width % self.n_heads:
+            raise UnsupportedError(f"width {self.width} is not divisible by {self.n_heads} heads")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> EncoderConfig:
+        """A published model's configuration by name (see :data:`PRESETS`), with fields changed by keyword."""
+        if name not in PRESETS:
+            raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.n_heads
+
+    def layer_index(self, layer: str | int) -> int:
+        """Number of blocks to run for a named layer.
+
+        Parameters
+        ----------
+        layer
+            ``"last"``; ``"penultimate"`` (Geneformer's ``emb_layer=-1``, its default); an int from 0 for the output of
+            that block, so that N is ``hidden_states[N + 1]`` of transformers; or ``"embeddings"``, the input of block 0.
+
+        Raises
+        ------
+        UnsupportedError
+            There is no such layer. Negative numbers are refused: libraries disagree on what -1 means.
+        """
+        named = {"last": self.n_layers, "penultimate": self.n_layers - 1, "embeddings": 0}
+        if isinstance(layer, str) and layer.isdigit():
+            layer = int(layer)
+        if isinstance(layer, str) and layer in named:
+            return named[layer]
+        if isinstance(layer, int) and 0 <= layer < self.n_layers:
+            return layer + 1
+        raise UnsupportedError(
+            f'no layer {layer!r}: use "last", "penultimate", "embeddings" or 0 to {self.n_layers - 1} '
+            "(numbers from the end are refused, because libraries disagree on what -1 means)"
+        )
+
+    def check_vocabulary(self, identity: dict[str, Any]) -> None:
+        """Refuse tokens of another vocabulary, by name.
+
+        Parameters
+        ----------
+        identity
+            ``name``, ``n_tokens`` and ``fingerprint`` of the vocabulary that made the tokens.
+
+        Raises
+        ------
+        VocabularyError
+            The tokens were made with a vocabulary this model was not trained on.
+        """
+        name, fingerprint, n_tokens = (identity.get(key) for key in ("name", "fingerprint", "n_tokens"))
+        mine = self.vocabulary or f"an unnamed vocabulary of {self.vocab_size:,} tokens"
+        advice = "Tokenize again with the dictionary that belongs to the model, or load the model that fits the tokens."
+        if self.vocabulary is not None and name is not None and name != self.vocabulary:
+            raise VocabularyError(f"these tokens were made with {name}, but the model reads {mine}. {advice}")
+        if self.vocabulary_fingerprint and fingerprint and fingerprint != self.vocabulary_fingerprint:
+            raise VocabularyError(
+                f"these tokens and the model both say {mine}, but the dictionaries differ "
+                f"(fingerprints {fingerprint[:12]} and {self.vocabulary_fingerprint[:12]}). {advice}"
+            )
+        if n_tokens is not None and n_tokens > self.vocab_size:
+            raise VocabularyError(
+                f"these tokens were made with {name or 'a vocabulary'} of {n_tokens:,} tokens, but the model has "
+                f"{self.vocab_size:,} ({mine}). {advice}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
+        """The inverse of :meth:`to_dict`; unknown fields are refused by name."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise CheckpointError(f"the configuration has fields this version does not know: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def matmul_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype | None:
+    """The precision policy: which dtype weights and matrix products have.
+
+    The residual stream, LayerNorm parameters and statistics, and embedding tables stay float32 whatever this says
+    (float64 for float64): a bfloat16 stream costs eight times the error of a float32 one.
+
+    Parameters
+    ----------
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` (or short ``fp32``, ``bf16``, ``fp16``), a torch
+        dtype, ``"auto"`` for the fastest exact-enough one on the device, or None to keep what a checkpoint holds.
+
+    Raises
+    ------
+    UnsupportedError
+        The dtype is unknown, or emulated on this device.
+    """
+    import torch
+    from geneformer_kernels.target import target_of
+
+    if dtype is None:
+        return None
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64", "half": "float16"}
+    name = str(dtype).removeprefix("torch.")
+    name = short.get(name, name)
+    target = target_of(device)
+    if name == "auto":
+        name = target.fastest_dtype
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise UnsupportedError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, float64, auto")
+    if name == "bfloat16" and target.kind == "cuda" and target.sm < 80:
+        raise UnsupportedError(f"{target.name} has no bfloat16 (it would be emulated, slowly): use dtype='float16'")
+    return getattr(torch, name)
+
+
+def _geneformer(n_layers: int, width: int, ff_width: int, version: int, dropout: float) -> EncoderConfig:
+    vocab_size, max_len = {1: (25_426, 2048), 2: (20_275, 4096)}[version]
+    return EncoderConfig(
+        n_layers=n_layers,
+        width=width,
+        n_heads=width // 64,
+        ff_width=ff_width,
+        vocab_size=vocab_size,
+        max_len=max_len,
+        dropout=dropout,
+        attention_dropout=dropout,
+        vocabulary=f"geneformer-v{version}",
+    )
+
+
+def _bionemo(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderConfig:
+    # The model card says ReLU; the released weights need GELU: tanh in the blocks (fused bias-gelu), erf in the head.
+    return EncoderConfig(
+        n_layers=n_layers,
+        width=width,
+        n_heads=n_heads,
+        ff_width=ff_width,
+        vocab_size=25_472,
+        max_len=2048,
+        norm="pre",
+        activation="gelu_tanh",
+        head_activation="gelu",
+        embedding_norm=False,
+        final_norm=True,
+        n_token_types=0,
+        dropout=0.02,
+        attention_dropout=0.1,
+        pad_id=2,
+        vocabulary="bionemo",
+    )
+
+
+def _aido_cell(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderConfig:
+    return EncoderConfig(
+        n_layers=n_layers,
+        width=width,
+        n_heads=n_heads,
+        ff_width=ff_width,
+        vocab_size=0,
+        max_len=19_266,
+        norm="pre",
+        activation="swiglu",
+        head_activation="gelu",
+        eps=1e-5,
+        embedding_norm=False,
+        final_norm=True,
+        n_token_types=0,
+        inputs="values",
+        dropout=0.0,
+        attention_dropout=0.0,
+        pad_id=-2,
+        tied_decoder=False,
+        vocabulary="aido-cell",
+    )
+
+
+PRESETS: dict[str, EncoderConfig] = {
+    "geneformer-v1-10m": _geneformer(6, 256, 512, 1, 0.02),
+    "geneformer-v2-104m": _geneformer(12, 768, 3072, 2, 0.1),
+    "geneformer-v2-104m-clcancer": _geneformer(12, 768, 3072, 2, 0.1),
+    "geneformer-v2-316m": _geneformer(18, 1152, 4608, 2, 0.1),
+    "bionemo-10m": _bionemo(6, 256, 4, 512),
+    "bionemo-106m": _bionemo(12, 768, 12, 3072),
+    "aido-cell-3m": _aido_cell(6, 128, 4, 320),
+    "aido-cell-10m": _aido_cell(8, 256, 8, 640),
+    # The card says width 650, which 20 heads do not divide; 640 gives head dim 32 and the card's 100M parameters.
+    "aido-cell-100m": _aido_cell(18, 640, 20, 1664),
+}

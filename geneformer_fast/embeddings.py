@@ -1,0 +1,91 @@
+"""Input layers: what turns a packed batch of tokens or values into the first hidden state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.errors import InputError, VocabularyError
+from geneformer_fast.ragged import Ragged
+
+
+class RankTokens(nn.Module):
+    """Ranked gene tokens: token, type and position tables (Theodoris et al., Nature 2023; Devlin et al., 1810.04805).
+
+    Positions count from each cell's own start. Tables stay float32, whatever the matrix products use.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.max_len, config.width)
+        self.token_type = nn.Embedding(config.n_token_types, config.width) if config.n_token_types else None
+
+    def forward(self, tokens: Ragged) -> torch.Tensor:
+        """[T] token ids -> [T, C]."""
+        self.check(tokens)
+        hidden = self.token(tokens.values.long())
+        # Order of addition as in BertEmbeddings: token + type, then + position.
+        if self.token_type is not None:
+            hidden = hidden + self.token_type.weight[0]
+        return hidden + self.position(tokens.positions())
+
+    def check(self, tokens: Ragged) -> None:
+        """Refuse what a table lookup would only answer with an index error, or on a GPU with a dead process."""
+        _check_length(tokens, self.config)
+        if tokens.values.is_floating_point():
+            raise InputError(f"this model reads token ids, not {tokens.values.dtype} values")
+        if tokens.values.device.type != "cpu" or not tokens.n_tokens:
+            return
+        low, high = (int(value) for value in tokens.values.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            name = self.config.vocabulary or "its vocabulary"
+            raise VocabularyError(
+                f"token id {low if low < 0 else high} is outside the model's {self.config.vocab_size:,} tokens ({name}); "
+                "these tokens were made with another dictionary"
+            )
+
+
+class SoftBins(nn.Module):
+    """One continuous value per gene, embedded by soft binning (AIDO.Cell; Gong et al., xTrimoGene, arXiv:2311.15156).
+
+    The value -1 stands for a masked and -2 for a padded gene; a value's position is its gene's index in a fixed list.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.linear1 = nn.Linear(1, config.n_bins)
+        self.linear2 = nn.Linear(config.n_bins, config.n_bins)
+        self.lookup_table = nn.Embedding(config.n_bins, config.width)
+        self.mask_embedding = nn.Embedding(1, config.width)
+        self.pad_embedding = nn.Embedding(1, config.width)
+        self.position = nn.Embedding(config.max_len, config.width)
+
+    def forward(self, tokens: Ragged) -> torch.Tensor:
+        """[T] values -> [T, C]."""
+        _check_length(tokens, self.config)
+        values = tokens.values.to(self.linear1.weight.dtype)[:, None]
+        scores = F.leaky_relu(self.linear1(values), 0.1)
+        weights = torch.softmax(self.linear2(scores) + self.config.bin_alpha * scores, dim=-1)
+        hidden = weights @ self.lookup_table.weight
+        hidden = torch.where(values == -1, self.mask_embedding.weight, hidden)
+        hidden = torch.where(values == -2, self.pad_embedding.weight, hidden)
+        return hidden + self.position(tokens.positions())
+
+
+def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
+    if tokens.max_len > config.max_len:
+        name = config.vocabulary or "this model"
+        raise VocabularyError(
+            f"a cell has {tokens.max_len:,} tokens but the model has {config.max_len:,} positions ({name}); "
+            f"tokenize with a maximal length of {config.max_len:,}"
+        )
+
+
+def input_layer(config: EncoderConfig) -> RankTokens | SoftBins:
+    """The input layer a configuration asks for."""
+    return RankTokens(config) if config.inputs == "tokens" else SoftBins(config)
