@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import feed_forward, residual_layernorm, varlen_attention
@@ -95,6 +99,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else None
         self.head = make_head(head, config, n_classes)
+        # What a checkpoint held besides the parameters (checkpoints.hf.Source); saving gives it back.
+        self.source: Any = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -162,11 +168,9 @@ class Encoder(nn.Module):
         VocabularyError
             A token id or a cell's length is outside the model's tables.
         """
-        n_blocks = self.config.layer_index(layer)
-        hidden = None
-        for hidden in self._states(tokens, n_blocks):  # noqa: B007 - only the last one is wanted
-            pass
-        return tokens.with_values(hidden)
+        states = self._states(tokens, self.config.layer_index(layer))
+        # A queue of one: earlier states are freed as the next one comes.
+        return tokens.with_values(deque(states, maxlen=1).pop())
 
     def hidden_states(self, tokens: Ragged) -> list[Ragged]:
         """The input of block 0 and the output of every block, n_layers + 1 in all, as transformers lists them.
@@ -202,7 +206,7 @@ class Encoder(nn.Module):
             return self.head(wanted, self.token_table if self.config.tied_decoder else None)
         return self.head(wanted)
 
-    def _states(self, tokens: Ragged, n_blocks: int):  # noqa: ANN202 - a generator of [T, C] tensors
+    def _states(self, tokens: Ragged, n_blocks: int) -> Iterator[torch.Tensor]:
         config = self.config
         work_dtype = self._work_dtype()
         hidden = self.embeddings(tokens)

@@ -145,7 +145,7 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
     folder = Path(path)
     if (folder / "config.json").exists() and not overwrite:
         raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
-    source = getattr(encoder, "source", None) or _fresh_source(encoder)
+    source = encoder.source or _fresh_source(encoder)
     head = _head_name(encoder)
     state = encoder.state_dict()
     tensors = to_theirs(state, bert_entries(encoder.config, head, source.prefix))
@@ -225,12 +225,18 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than weights and is not loaded: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
+        ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from None
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {advice}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a state dict of tensors")
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def config_from_settings(settings: Mapping[str, Any], folder: Path) -> EncoderConfig:
