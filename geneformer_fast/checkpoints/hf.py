@@ -335,7 +335,10 @@ def _sort_leftovers(
     """Keep known buffers and tied copies for saving; refuse tensors that would be lost."""
     aliases = []
     for name in sorted(set(tensors) - used):
-        tied_to = {DECODER_WEIGHT: f"{source.prefix}embeddings.word_embeddings.weight", DECODER_BIAS: "cls.predictions.bias"}
+        tied_to = {
+            DECODER_WEIGHT: f"{source.prefix}embeddings.word_embeddings.weight",
+            DECODER_BIAS: "cls.predictions.bias",
+        }
         if name in tied_to:
             if not torch.equal(tensors[name], tensors[tied_to[name]]):
                 raise CheckpointError(

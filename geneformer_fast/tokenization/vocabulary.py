@@ -180,10 +180,14 @@ class Vocabulary:
         return sha256("".join(used).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """The few values that tell vocabularies apart: name, family, n_tokens, fingerprint, mapping."""
+        """The few values that tell vocabularies apart, and where the special tokens are.
+
+        ``name``, ``family``, ``special``, ``n_tokens``, ``fingerprint`` and ``mapping``.
+        """
         return {
             "name": self.name,
             "family": self.family,
+            "special": dict(self.special),
             "n_tokens": self.n_tokens,
             "fingerprint": self.fingerprint,
             "mapping": self.mapping_fingerprint,

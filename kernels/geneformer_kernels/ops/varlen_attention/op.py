@@ -61,7 +61,9 @@ def varlen_attention(
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != q.shape[0]:
-        raise ValueError(f"cu_seqlens must run from 0 to {q.shape[0]} (the tokens in q), not {bounds[:1]}..{bounds[-1:]}")
+        raise ValueError(
+            f"cu_seqlens must run from 0 to {q.shape[0]} (the tokens in q), not {bounds[:1]}..{bounds[-1:]}"
+        )
     if any(start > stop for start, stop in zip(bounds[:-1], bounds[1:], strict=True)):
         raise ValueError("cu_seqlens must not decrease")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -31,7 +31,9 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
         torch_reason = "torch scaled_dot_product_attention per cell"
     return (
         Candidate(Impl.TORCH, True, torch_reason),
-        Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype, memory grows with the square of the length"),
+        Candidate(
+            Impl.REFERENCE, True, "plain torch, any device and dtype, memory grows with the square of the length"
+        ),
     )
 
 

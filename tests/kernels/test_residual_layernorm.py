@@ -1,0 +1,65 @@
+"""residual_layernorm against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from geneformer_kernels import residual_layernorm
+from tolerance import assert_as_good_as
+
+
+def inputs(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(n, width, generator=generator) + 3).to(dtype)
+    residual = torch.randn(n, width, generator=generator) - 1
+    return x, residual, torch.rand(width, generator=generator) + 0.5, torch.randn(width, generator=generator)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "width"), [(7, 256), (1, 21), (0, 16)])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_forward(impl: str, norm: str, dtype: torch.dtype, n: int, width: int, has_residual: bool) -> None:
+    x, residual, weight, bias = inputs(n, width, dtype)
+    residual = residual if has_residual else None
+    stream, out = residual_layernorm(x, residual, weight, bias, eps=1e-12, norm=norm, impl=impl)
+    total = x.double() + (residual.double() if has_residual else 0)
+    exact = torch.nn.functional.layer_norm(total, (width,), weight.double(), bias.double(), 1e-12)
+    assert stream.dtype == torch.float32
+    assert out.dtype == dtype
+    plain = x.float() + (residual if has_residual else 0)
+    witness = torch.nn.functional.layer_norm(plain, (width,), weight, bias, 1e-12)
+    assert_as_good_as(stream, witness if norm == "post" else plain, exact if norm == "post" else total)
+    assert_as_good_as(out, witness.to(dtype), exact)
+
+
+def test_eps_matters() -> None:
+    x = torch.full((1, 8), 2.0)
+    x[0, 0] += 1e-3
+    outs = [
+        residual_layernorm(x, None, torch.ones(8), torch.zeros(8), eps=eps, norm="post", impl=impl)[1]
+        for eps in (1e-12, 1e-5)
+        for impl in ("torch", "reference")
+    ]
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outs[2], outs[3], atol=1e-3, rtol=1e-3)
+    assert (outs[0] - outs[2]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_gradients(norm: str) -> None:
+    x, residual, weight, bias = (t.double().requires_grad_() for t in inputs(3, 5, torch.float64))
+    torch.autograd.gradcheck(
+        lambda *a: residual_layernorm(*a, eps=1e-5, norm=norm, impl="torch"), (x, residual, weight, bias)
+    )
+
+
+def test_bad_arguments() -> None:
+    x, residual, weight, bias = inputs(3, 8, torch.float32)
+    with pytest.raises(ValueError, match="norm must be"):
+        residual_layernorm(x, residual, weight, bias, eps=1e-5, norm="sandwich")
+    with pytest.raises(ValueError, match="one shape"):
+        residual_layernorm(x, residual[:2], weight, bias, eps=1e-5, norm="post")
+    with pytest.raises(ValueError, match=r"must be \[8\]"):
+        residual_layernorm(x, residual, weight[:2], bias, eps=1e-5, norm="post")

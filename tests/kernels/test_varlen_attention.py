@@ -1,0 +1,122 @@
+"""varlen_attention against float64, route by route."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from geneformer_kernels import varlen_attention
+from geneformer_kernels.dispatch import ImplUnavailableError
+from geneformer_kernels.ops.varlen_attention import reference
+from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+from geneformer_kernels.ops.varlen_attention.plan import plan
+from geneformer_kernels.target import Target
+from tolerance import assert_as_good_as
+
+LENGTHS = [5, 0, 1, 130, 33, 300]
+
+
+def inputs(dtype: torch.dtype, n_heads: int = 2, head_dim: int = 32, lengths: list[int] = LENGTHS, seed: int = 0):
+    """A fused projection with means away from zero (which hide no missing mask), and cumulative lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator) + 0.5
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return *qkv.to(dtype).unbind(1), cu_seqlens
+
+
+def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return reference.varlen_attention(q.double(), k.double(), v.double(), cu_seqlens, q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(4, 64), (2, 32), (3, 7)])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward(dtype: torch.dtype, n_heads: int, head_dim: int, needs_grad: bool) -> None:
+    q, k, v, cu_seqlens = inputs(dtype, n_heads, head_dim)
+    q.requires_grad_(needs_grad)
+    out = varlen_attention(q, k, v, cu_seqlens=cu_seqlens)
+    witness = reference.varlen_attention(q, k, v, cu_seqlens, head_dim**-0.5)
+    assert_as_good_as(out.detach(), witness.detach(), truth(q.detach(), k, v, cu_seqlens))
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64, 1000])
+def test_blocked_route(block_rows: int) -> None:
+    q, k, v, cu_seqlens = inputs(torch.bfloat16, 4, 64)
+    out = varlen_attention_blocked(q, k, v, cu_seqlens.tolist(), 0.125, block_rows)
+    witness = reference.varlen_attention(q, k, v, cu_seqlens, 0.125)
+    assert_as_good_as(out, witness, truth(q, k, v, cu_seqlens))
+
+
+def test_blocked_route_centres_keys() -> None:
+    """An offset that all keys of a cell share must cost no precision: the softmax does not see it."""
+    q, k, v, cu_seqlens = inputs(torch.bfloat16, 4, 64)
+    q, shifted = q + 2, (k + 16).bfloat16()
+    plain = reference.varlen_attention(q, shifted, v, cu_seqlens, 0.125)
+    exact = truth(q, shifted, v, cu_seqlens)
+    out = varlen_attention_blocked(q, shifted, v, cu_seqlens.tolist(), 0.125, 64)
+    error, stock = (out.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    assert error < stock / 2
+
+
+def test_cells_do_not_see_each_other() -> None:
+    q, k, v, cu_seqlens = inputs(torch.float32)
+    for impl in ("torch", "reference"):
+        out = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl=impl)
+        others = [x.clone() for x in (q, k, v)]
+        for x in others:
+            x[:6] = float("nan")  # all but the cells of 130, 33 and 300 tokens
+        again = varlen_attention(*others, cu_seqlens=cu_seqlens, impl=impl)
+        assert torch.equal(out[6:], again[6:])
+        assert again[:6].isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_gradients(impl: str) -> None:
+    q, k, v, cu_seqlens = inputs(torch.float64, 2, 4, [3, 0, 1, 5])
+    arguments = [x.contiguous().requires_grad_() for x in (q, k, v)]
+    torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl=impl), arguments)
+
+
+def test_scale_and_dropout() -> None:
+    q, k, v, cu_seqlens = inputs(torch.float32)
+    scaled = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=0.01)
+    expected = reference.varlen_attention(q, k, v, cu_seqlens, 0.01)
+    torch.testing.assert_close(scaled, expected, atol=1e-5, rtol=1e-5)
+    torch.manual_seed(0)
+    # Ones as values: the mean over many rows of dropped and rescaled weights is 1 again.
+    dropped = varlen_attention(q, k, torch.ones_like(v), cu_seqlens=cu_seqlens, dropout_p=0.5)
+    assert dropped.std() > 0.01
+    assert abs(dropped.mean().item() - 1) < 0.05
+    with pytest.raises(ValueError, match="no dropout"):
+        varlen_attention(q, k, v, cu_seqlens=cu_seqlens, dropout_p=0.5, impl="reference")
+
+
+def test_no_tokens() -> None:
+    q = torch.zeros(0, 2, 8)
+    assert varlen_attention(q, q, q, cu_seqlens=torch.tensor([0, 0])).shape == (0, 2, 8)
+
+
+def test_bad_arguments() -> None:
+    q, k, v, cu_seqlens = inputs(torch.float32)
+    with pytest.raises(ValueError, match="one shape"):
+        varlen_attention(q, k[:-1], v, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="one dtype"):
+        varlen_attention(q, k.double(), v, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="run from 0 to 469"):
+        varlen_attention(q, k, v, cu_seqlens=cu_seqlens[:-1])
+    with pytest.raises(ValueError, match="decrease"):
+        varlen_attention(q, k, v, cu_seqlens=torch.tensor([0, 9, 3, 469]))
+    with pytest.raises(ImplUnavailableError, match=r"triton.*torch"):
+        varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="triton")
+
+
+def test_routes() -> None:
+    zen, xeon, old = (
+        Target.cpu({"avx512", "avx512_bf16"}),
+        Target.cpu({"avx512_bf16", "amx_bf16"}),
+        Target.cpu({"avx2"}),
+    )
+    assert plan("bfloat16", zen, is_inference=True).route == "blocked"
+    assert plan("bfloat16", zen, is_inference=False).route == "sdpa"
+    assert plan("float32", zen, is_inference=True).route == "sdpa"
+    assert plan("bfloat16", xeon, is_inference=True).route == "sdpa"
+    assert plan("float32", old, is_inference=True).route == "sdpa"
