@@ -44,7 +44,7 @@ class EncoderConfig:
     n_token_types
         Rows of the token type table, of which Geneformer uses row 0 only; 0 for none.
     inputs
-        ``"tokens"``: ranked gene tokens. ``"values"``: one continuous value per gene, embedded by soft bins (AIDO.Cell).
+        ``"tokens"``: ranked gene tokens. ``"values"``: one value per gene, embedded by soft bins (AIDO.Cell).
     n_bins, bin_alpha
         Soft bins of ``inputs="values"``.
     dropout, attention_dropout
@@ -116,7 +116,7 @@ class EncoderConfig:
         ----------
         layer
             ``"last"``; ``"penultimate"`` (Geneformer's ``emb_layer=-1``, its default); an int from 0 for the output of
-            that block, so that N is ``hidden_states[N + 1]`` of transformers; or ``"embeddings"``, the input of block 0.
+            that block, which transformers lists as ``hidden_states[N + 1]``; or ``"embeddings"``, the input of block 0.
 
         Raises
         ------

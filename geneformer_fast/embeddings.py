@@ -44,8 +44,8 @@ class RankTokens(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             name = self.config.vocabulary or "its vocabulary"
             raise VocabularyError(
-                f"token id {low if low < 0 else high} is outside the model's {self.config.vocab_size:,} tokens ({name}); "
-                "these tokens were made with another dictionary"
+                f"token id {low if low < 0 else high} is outside the model's {self.config.vocab_size:,} tokens "
+                f"({name}); these tokens were made with another dictionary"
             )
 
 

@@ -47,7 +47,7 @@ class Ragged:
 
     @classmethod
     def from_padded(cls, padded: torch.Tensor, mask: torch.Tensor) -> Ragged:
-        """Pack a padded batch [B, L, ...] given its mask [B, L] (non-zero where a value counts, anywhere in the row)."""
+        """Pack a padded batch [B, L, ...] given its mask [B, L] (non-zero where a value counts)."""
         if padded.shape[:2] != mask.shape:
             raise ValueError(f"padded batch {[*padded.shape]} and mask {[*mask.shape]} do not agree")
         keep = mask.bool()

@@ -155,7 +155,7 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
         tensors[DECODER_BIAS] = state["head.bias"]
     tensors = {name: _as_stored(tensor, source.dtypes.get(name)) for name, tensor in tensors.items()}
     tensors.update(source.extras)
-    # safetensors refuses memory shared between tensors: spelled-out aliases are written twice, as transformers once did.
+    # safetensors refuses memory shared between tensors; spelled-out aliases are written twice, as they were found.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / "model.safetensors", folder / "config.json"

@@ -95,8 +95,8 @@ def choose(op: str, dtype: str, target: Target, impl: Impl | str | None = None) 
         why = match.reason if match is not None else f"{op} has no {wanted} implementation on {target.kind}"
         able = ", ".join(option.impl for option in options if option.can_run)
         raise ImplUnavailableError(
-            f"{op}: {wanted} was asked for by {source} but cannot run in {dtype} on {target.name or target.kind}: {why}. "
-            f"What can run: {able or 'nothing'}."
+            f"{op}: {wanted} was asked for by {source} but cannot run in {dtype} on {target.name or target.kind}: "
+            f"{why}. What can run: {able or 'nothing'}."
         )
     for option in options:
         if option.can_run:

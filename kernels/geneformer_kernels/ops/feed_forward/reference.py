@@ -26,7 +26,7 @@ def feed_forward(
     down_bias: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    """``down(activation(up(x)))``; SwiGLU's up weight holds the gate rows first, then the up rows (arXiv:2002.05202)."""
+    """``down(activation(up(x)))``; for SwiGLU (arXiv:2002.05202) the gate rows come first in the up weight."""
     hidden = x @ up_weight.T
     if up_bias is not None:
         hidden = hidden + up_bias

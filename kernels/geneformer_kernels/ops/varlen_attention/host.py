@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import itertools
 
 
 def varlen_attention_blocked(
@@ -16,11 +17,11 @@ def varlen_attention_blocked(
     """
     n_tokens, n_heads, head_dim = q.shape
     out = q.new_empty(n_tokens, n_heads, head_dim)
-    longest = max((stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)), default=0)
+    longest = max((stop - start for start, stop in itertools.pairwise(bounds)), default=0)
     rows = min(block_rows, longest)
     scores_buffer = q.new_empty(n_heads * rows * longest)
     weights_buffer = torch.empty_like(scores_buffer)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         length = stop - start
         keys = k[start:stop].float()
         keys = ((keys - keys.mean(0, keepdim=True)) * scale).to(k.dtype).permute(1, 2, 0)

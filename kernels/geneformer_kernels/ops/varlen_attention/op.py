@@ -10,6 +10,7 @@ from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
 from geneformer_kernels.ops.varlen_attention.plan import plan
 from geneformer_kernels.target import target_of
+import itertools
 
 
 def varlen_attention(
@@ -64,7 +65,7 @@ def varlen_attention(
         raise ValueError(
             f"cu_seqlens must run from 0 to {q.shape[0]} (the tokens in q), not {bounds[:1]}..{bounds[-1:]}"
         )
-    if any(start > stop for start, stop in zip(bounds[:-1], bounds[1:], strict=True)):
+    if any(start > stop for start, stop in itertools.pairwise(bounds)):
         raise ValueError("cu_seqlens must not decrease")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype, target = str(q.dtype).removeprefix("torch."), target_of(q.device)
@@ -89,7 +90,7 @@ def _sdpa_per_cell(
         )
         .squeeze(0)
         .transpose(0, 1)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in itertools.pairwise(bounds)
         if stop > start
     ]
     return torch.cat(cells) if cells else torch.zeros_like(q)

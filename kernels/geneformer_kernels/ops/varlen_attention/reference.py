@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import itertools
 
 
 def varlen_attention(
@@ -11,7 +12,7 @@ def varlen_attention(
     """``softmax(q @ k.T * scale) @ v`` within each cell and head; q, k, v [T, H, D] -> [T, H, D]."""
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         cell_q, cell_k, cell_v = (x[start:stop].transpose(0, 1) for x in (q, k, v))
         weights = torch.softmax(cell_q @ cell_k.transpose(1, 2) * scale, dim=-1)
         out[start:stop] = (weights @ cell_v).transpose(0, 1)
