@@ -1,0 +1,91 @@
+"""AnnData's HDF5 files, from anndata 0.5 to today."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources.encodings import is_group, read_matrix, read_table
+from geneformer_fast.tokenization.sources.reading import reading
+from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
+from geneformer_fast.tokenization.sources.source import CountSource
+from geneformer_fast.tokenization.sources.vectors import hdf5_vector
+
+
+def open_h5ad(
+    file: Any, path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool
+) -> CountSource:
+    """Open an h5ad from an h5py file; the source closes it."""
+    fd = os.open(path, os.O_RDONLY)
+
+    def close() -> None:
+        file.close()
+        os.close(fd)
+
+    try:
+        return open_anndata_store(
+            file,
+            name,
+            kind="h5ad",
+            make_vector=lambda dataset: hdf5_vector(dataset, fd),
+            layer=layer,
+            gene_column=gene_column,
+            allow_float=allow_float,
+            paths=[path],
+            close=close,
+        )
+    except BaseException:
+        close()
+        raise
+
+
+def open_anndata_store(
+    root: Any,
+    name: str,
+    *,
+    kind: str,
+    make_vector: Any,
+    layer: str | None,
+    gene_column: str | None,
+    allow_float: bool,
+    paths: list[Path],
+    close: Any,
+) -> CountSource:
+    """Open anything laid out as AnnData writes it, HDF5 or zarr."""
+    with reading(name, "the list of matrices"):
+        nodes: dict[str, Any] = {}
+        if "X" in root:
+            nodes["X"] = root["X"]
+        for key in ("raw/X", "raw.X"):
+            if key in root:
+                nodes["raw/X"] = root[key]
+        if "layers" in root and is_group(root["layers"]):
+            nodes.update({f"layers/{key}": root["layers"][key] for key in root["layers"]})
+        for table in ("obs", "var"):
+            if table not in root:
+                raise InputError(f"{name}: has no {table}; this is not a complete AnnData file")
+    candidates = [
+        Candidate(label, lambda node=node: read_matrix(node, make_vector))  # type: ignore[misc]
+        for label, node in nodes.items()
+    ]
+    counts_from, matrix = choose_counts(name, candidates, layer=layer, allow_float=allow_float)
+    with reading(name, "obs and var"):
+        var_key = "var"
+        if counts_from == "raw/X":
+            var_key = next((key for key in ("raw/var", "raw.var") if key in root), "var")
+        obs = read_table(root["obs"], root, f"{name}: obs", matrix.shape[0])
+        var = read_table(root[var_key], root, f"{name}: {var_key}", matrix.shape[1])
+    return CountSource(
+        name=name,
+        kind=kind,
+        matrix=matrix,
+        counts_from=counts_from,
+        obs=obs,
+        var=var,
+        gene_column=gene_column,
+        allow_float=allow_float,
+        paths=paths,
+        close=close,
+    )

@@ -1,0 +1,242 @@
+"""CountSource: one opened file or AnnData, whatever its format, as checked row blocks of counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
+from geneformer_fast.tokenization.sources.reading import reading
+from geneformer_fast.tokenization.sources.selection import shown
+from geneformer_fast.tokenization.sources.table import Table, as_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Where gene ids are looked for, best first; then the row names of var.
+GENE_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl")
+_HASHED_BYTES = 1 << 16
+_MAX_NAMED = 3
+
+
+class CountSource:
+    """An opened input. Use as a context manager, or call `close`.
+
+    Attributes
+    ----------
+    name
+        Path as given, or ``"<AnnData>"``.
+    kind
+        ``"h5ad"``, ``"zarr"``, ``"10x_h5"``, ``"10x_mtx"``, ``"loom"`` or ``"anndata"``.
+    n_cells, n_genes
+        Shape of the chosen matrix.
+    counts_from
+        Which matrix was chosen: ``"X"``, ``"raw/X"``, ``"layers/NAME"``.
+    value_dtype
+        Type of the counts in blocks.
+    is_dense
+        Whether the matrix is stored densely (the official arithmetic differs then).
+    gene_ids_from
+        Which column of var the gene ids come from, ``"var_names"`` for its row names.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: str,
+        matrix: CountMatrix,
+        counts_from: str,
+        obs: Table,
+        var: Table,
+        gene_column: str | None = None,
+        allow_float: bool = False,
+        paths: Iterable[Path] = (),
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.n_cells, self.n_genes = matrix.shape
+        self.counts_from = counts_from
+        self.value_dtype = matrix.value_dtype
+        self.is_dense = matrix.is_dense
+        self._matrix = matrix
+        self._obs = obs
+        self._var = var
+        self._whole = not allow_float
+        self._paths = list(paths)
+        self._close = close
+        if self.n_cells == 0:
+            raise InputError(f"{name}: has no cells ({counts_from} is 0 x {self.n_genes})")
+        if self.n_genes == 0:
+            raise InputError(f"{name}: has no genes ({counts_from} is {self.n_cells} x 0)")
+        if self.n_genes >= 2**31:
+            raise InputError(f"{name}: {self.n_genes} gene columns are more than a file of counts can have")
+        self._gene_column = gene_column
+        self.gene_ids_from = self._choose_gene_column(gene_column)
+
+    def __enter__(self) -> CountSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the underlying files."""
+        self._close()
+
+    def _choose_gene_column(self, asked: str | None) -> str:
+        if asked in ("var_names", "index"):
+            return "var_names"
+        if asked is not None:
+            if asked not in self._var.columns:
+                raise InputError(
+                    f"{self.name}: var has no column {asked!r}; there are "
+                    f"{', '.join(self._var.columns) or 'none'} (and var_names)"
+                )
+            return asked
+        return next((column for column in GENE_COLUMNS if column in self._var.columns), "var_names")
+
+    def gene_ids(self) -> np.ndarray:
+        """Gene ids as written, an object array of strings; see `gene_ids_from`."""
+        if self.gene_ids_from == "var_names":
+            return self._var.index()
+        return as_text(self._var.read(self.gene_ids_from))
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the cell annotations."""
+        return self._obs.columns
+
+    def obs(self, name: str) -> np.ndarray | pa.Array:
+        """One cell annotation; categories are decoded, text and missing values come as pyarrow."""
+        return self._obs.read(name)
+
+    def cell_names(self) -> np.ndarray:
+        """Barcodes or other cell names, an object array of strings."""
+        return self._obs.index()
+
+    def check_cell_names(self) -> None:
+        """Raise InputError where two cells share a name."""
+        names = self.cell_names().tolist()
+        if len(set(names)) == len(names):
+            return
+        seen: set[str] = set()
+        repeated = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        examples = ", ".join(repr(name) for name in dict.fromkeys(repeated[:_MAX_NAMED]))
+        raise InputError(
+            f"{self.name}: {len(repeated)} cell names (barcodes) appear more than once, e.g. {examples}. Results could "
+            "not be told apart by name: call adata.obs_names_make_unique() and save, or allow_duplicate_cells=True "
+            "(cells are then told apart by their row)."
+        )
+
+    def blocks(self, start: int = 0, stop: int | None = None, rows: int = 4096) -> Iterator[CountBlock]:
+        """Cells `start` to `stop` as checked blocks in row order.
+
+        Parameters
+        ----------
+        start, stop
+            Rows of this source; `stop` defaults to the last.
+        rows
+            Most cells per block. Blocks of cells with many genes are shorter, so that memory stays bounded.
+
+        Yields
+        ------
+        CountBlock
+            Valid until the next but one is asked for if `release` is called on it, for ever otherwise.
+
+        Raises
+        ------
+        InputError
+            Unreadable data, or values that are not counts: NaN, infinite, negative, or fractional without
+            `allow_float`; names the file, the matrix, the cell and the gene.
+        """
+        stop = self.n_cells if stop is None else min(stop, self.n_cells)
+        if start < 0 or rows < 1:
+            raise ValueError(f"start {start} and rows {rows} must not be negative or zero")
+        with reading(self.name, self.counts_from):
+            stamp = np.empty(self.n_genes, dtype=np.int64)
+            for block in self._matrix.blocks(start, stop, rows):
+                self._check(block, stamp)
+                yield block
+
+    def _check(self, block: CountBlock, stamp: np.ndarray) -> None:
+        from geneformer_fast.tokenization.sources import loops
+
+        stamp.fill(-1)
+        whole = self._whole and block.data.dtype.kind == "f"
+        status = loops.check_entries(block.indptr, block.indices, block.data, self.n_genes, whole, stamp)
+        if status & loops.BAD_INDEX:
+            raise InputError(
+                f"{self.name}: {self.counts_from} has column indices outside 0..{self.n_genes - 1} near cell "
+                f"{block.start}; the matrix is corrupt"
+            )
+        if status & loops.BAD_VALUE:
+            self._raise_bad_values(block)
+        if status & loops.DUPLICATE:
+            raise InputError(
+                f"{self.name}: {self.counts_from} lists a gene twice in one cell near cell {block.start}; call "
+                "adata.X.sum_duplicates() and save the file again"
+            )
+        if block.indices.dtype != np.int32:
+            block.indices = block.indices.astype(np.int32)
+
+    def _raise_bad_values(self, block: CountBlock) -> None:
+        data = block.data
+        with np.errstate(invalid="ignore"):
+            bad = ~((data >= 0) & (data < np.inf))
+            if self._whole:
+                bad |= np.floor(data) != data
+        places = np.flatnonzero(bad)
+        row = int(np.searchsorted(block.indptr, places[0], side="right")) - 1
+        gene = int(block.indices[places[0]])
+        advice = "Give the raw counts: choose another matrix with layer=, or put them into adata.raw."
+        if self._whole and not (~((data >= 0) & (data < np.inf))).any():
+            advice += " TPM-like values pass with --allow-float (allow_float=True)."
+        raise InputError(
+            f"{self.name}: {self.counts_from} does not hold counts: cell {block.start + row} "
+            f"({self._label(self.cell_names, block.start + row)}), gene {self._label(self.gene_ids, gene)} has "
+            f"{shown(data[places[:1]])}; {len(places)} such values in {block.n_cells} cells: {shown(data[places])}. {advice}"
+        )
+
+    @staticmethod
+    def _label(names: Callable[[], np.ndarray], i: int) -> str:
+        try:
+            return repr(names()[i])
+        except InputError:
+            return f"number {i}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A cheap digest that changes when the input does: sizes, times, and both ends of every file.
+
+        Returns
+        -------
+        dict
+            ``path``, ``bytes``, ``mtime_ns`` and ``sha256``; for an AnnData in memory ``path`` is ``"<AnnData>"`` and
+            the digest covers its shape, names and a sample of its values.
+        """
+        digest = sha256(f"{self.n_cells}x{self.n_genes} {self.counts_from}".encode())
+        if not self._paths:
+            for names in (self.cell_names(), self.gene_ids()):
+                digest.update("\n".join(names.tolist()).encode("utf-8", "surrogatepass"))
+            digest.update(np.ascontiguousarray(self._matrix.sample().values).tobytes())
+            return {"path": self.name, "bytes": None, "mtime_ns": None, "sha256": digest.hexdigest()}
+        total, newest = 0, 0
+        with reading(self.name, "file"):
+            for path in self._paths:
+                status = path.stat()
+                total += status.st_size
+                newest = max(newest, status.st_mtime_ns)
+                digest.update(f"{path.name} {status.st_size}\n".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(_HASHED_BYTES))
+                    if status.st_size > _HASHED_BYTES:
+                        file.seek(-_HASHED_BYTES, os.SEEK_END)
+                        digest.update(file.read(_HASHED_BYTES))
+        return {"path": self.name, "bytes": total, "mtime_ns": newest, "sha256": digest.hexdigest()}

@@ -1,0 +1,136 @@
+"""The obs and var tables of a file: columns by name, whatever way they are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources.reading import reading
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Column = "np.ndarray | pa.Array"
+
+
+class Table:
+    """Columns read on demand.
+
+    Parameters
+    ----------
+    name
+        File and table, for errors.
+    n_rows
+        Every column must have as many values.
+    columns
+        Column name to a function that reads it.
+    index
+        Reads the row names, or None where there are none (then they are the row numbers).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_rows: int,
+        columns: dict[str, Callable[[], Any]],
+        index: Callable[[], Any] | None,
+    ) -> None:
+        self.name = name
+        self.n_rows = n_rows
+        self._columns = columns
+        self._index = index
+
+    @property
+    def columns(self) -> list[str]:
+        """Column names in file order, the index excluded."""
+        return list(self._columns)
+
+    def read(self, column: str) -> np.ndarray | pa.Array:
+        """One column: numbers as numpy, strings, categories and anything with missing values as pyarrow.
+
+        Raises
+        ------
+        InputError
+            No such column, or it cannot be read.
+        """
+        if column not in self._columns:
+            raise InputError(f"{self.name}: no column {column!r}; there are {', '.join(self.columns) or 'none'}")
+        with reading(self.name, f"column {column!r}"):
+            values = self._columns[column]()
+        if len(values) != self.n_rows:
+            raise InputError(f"{self.name}: column {column!r} has {len(values)} values for {self.n_rows} rows")
+        return values
+
+    def index(self) -> np.ndarray:
+        """Row names as an object array of strings."""
+        if self._index is None:
+            return np.array([str(i) for i in range(self.n_rows)], dtype=object)
+        with reading(self.name, "row names"):
+            values = as_text(self._index())
+        if len(values) != self.n_rows:
+            raise InputError(f"{self.name}: has {len(values)} row names for {self.n_rows} rows")
+        return values
+
+
+def as_text(values: Any) -> np.ndarray:
+    """Any column as an object array of strings; missing values become empty strings."""
+    from geneformer_fast.tokenization.genes import id_text
+
+    listed = values.to_pylist() if hasattr(values, "to_pylist") else values
+    out = np.empty(len(listed), dtype=object)
+    out[:] = id_text(listed)
+    return out
+
+
+def text_array(values: np.ndarray) -> pa.Array:
+    """Strings or bytes of any numpy flavour as a pyarrow string array.
+
+    Raises
+    ------
+    ValueError
+        Bytes that are not UTF-8.
+    """
+    import pyarrow as pa
+
+    if values.dtype.kind == "S":
+        values = values.astype(object)
+    if values.dtype.kind != "O":
+        return pa.array(values.astype(str).astype(object).tolist(), type=pa.string())
+    listed = values.tolist()
+    if any(isinstance(value, bytes) for value in listed[:1]):
+        return pa.array(listed, type=pa.binary()).cast(pa.string())
+    return pa.array([value if value is None or value == value else None for value in listed], type=pa.string())
+
+
+def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
+    """Values of a categorical column; a negative code is a missing value.
+
+    Raises
+    ------
+    ValueError
+        A code beyond the categories.
+    """
+    import pyarrow as pa
+
+    codes = np.asarray(codes)
+    if codes.dtype.kind not in "iu":
+        raise ValueError(f"category codes have type {codes.dtype}, expected integers")
+    if codes.size and int(codes.max()) >= len(categories):
+        raise ValueError(f"category code {int(codes.max())}, but there are only {len(categories)} categories")
+    missing = codes < 0
+    if isinstance(categories, np.ndarray) and not missing.any():
+        return categories[codes]
+    values = categories if isinstance(categories, pa.Array) else pa.array(categories)
+    return values.take(pa.array(codes, mask=missing, type=pa.int64()))
+
+
+def with_missing(values: np.ndarray | pa.Array, mask: np.ndarray) -> pa.Array:
+    """A pyarrow array with nulls where `mask` is True."""
+    import pyarrow as pa
+
+    if isinstance(values, pa.Array):
+        values = values.to_numpy(zero_copy_only=False)
+    return pa.array(values, mask=np.asarray(mask, dtype=bool))
