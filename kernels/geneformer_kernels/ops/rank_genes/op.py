@@ -69,8 +69,8 @@ def rank_genes(
     """
     if len(indices) != len(data) or len(indptr) != len(n_counts) + 1 or len(token_ids) != len(medians):
         raise ValueError(
-            f"indices [{len(indices)}] and data [{len(data)}], indptr [{len(indptr)}] and n_counts [{len(n_counts)}] + 1,"
-            f" token_ids [{len(token_ids)}] and medians [{len(medians)}] must fit together"
+            f"indices [{len(indices)}] and data [{len(data)}], indptr [{len(indptr)}] and n_counts [{len(n_counts)}]"
+            f" + 1, token_ids [{len(token_ids)}] and medians [{len(medians)}] must fit together"
         )
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
