@@ -153,8 +153,8 @@ def _choose(folder: Path, releases: list[_Release], family: str | None) -> _Rele
     if not complete:
         found = sorted(path.name for r in releases for path in r.files.values())
         raise VocabularyError(
-            f"{folder}: no vocabulary here. Expected token_dictionary*.pkl and gene_median_dictionary*.pkl (Geneformer), "
-            f"vocab.txt (BioNeMo) or {SAVED_FILE}; found {', '.join(found) or 'none of them'}"
+            f"{folder}: no vocabulary here. Expected token_dictionary*.pkl and gene_median_dictionary*.pkl "
+            f"(Geneformer), vocab.txt (BioNeMo) or {SAVED_FILE}; found {', '.join(found) or 'none of them'}"
         )
     matching = [r for r in complete if family is None or r.family == family]
     if not matching:

@@ -157,7 +157,7 @@ class Vocabulary:
 
     @property
     def totals_over_vocabulary(self) -> bool:
-        """True where a cell's total counts only genes of the vocabulary (BioNeMo), False where all counts (Geneformer)."""
+        """Whether a cell's total is over the genes of the vocabulary only (BioNeMo), not over all (Geneformer)."""
         return self.family == "bionemo"
 
     @property
@@ -297,7 +297,7 @@ class Vocabulary:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``vocabulary.json`` into `folder` (made if needed); `from_folder` reads it back with the same fingerprint.
+        """Write ``vocabulary.json`` into `folder` (made if needed), for `from_folder` to read back unchanged.
 
         Returns
         -------
@@ -359,8 +359,8 @@ def check_same(
             return
         if a != b:
             raise VocabularyError(
-                f"the {first} were made with vocabulary {_describe(ours)}, the {second} belongs to {_describe(theirs)}: "
-                f"they differ in {key}. Tokenize again with the dictionaries of the {second}."
+                f"the {first} were made with vocabulary {_describe(ours)}, the {second} belongs to "
+                f"{_describe(theirs)}: {key} differs. Tokenize again with the dictionaries of the {second}."
             )
 
 

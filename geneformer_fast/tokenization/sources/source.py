@@ -202,7 +202,8 @@ class CountSource:
         raise InputError(
             f"{self.name}: {self.counts_from} does not hold counts: cell {block.start + row} "
             f"({self._label(self.cell_names, block.start + row)}), gene {self._label(self.gene_ids, gene)} has "
-            f"{shown(data[places[:1]])}; {len(places)} such values in {block.n_cells} cells: {shown(data[places])}. {advice}"
+            f"{shown(data[places[:1]])}; {len(places)} such values in {block.n_cells} cells: {shown(data[places])}. "
+            f"{advice}"
         )
 
     @staticmethod

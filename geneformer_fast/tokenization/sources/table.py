@@ -95,12 +95,8 @@ def text_array(values: np.ndarray) -> pa.Array:
     """
     import pyarrow as pa
 
-    if values.dtype.kind == "S":
-        values = values.astype(object)
-    if values.dtype.kind != "O":
-        return pa.array(values.astype(str).astype(object).tolist(), type=pa.string())
     listed = values.tolist()
-    if any(isinstance(value, bytes) for value in listed[:1]):
+    if listed and isinstance(listed[0], bytes):
         return pa.array(listed, type=pa.binary()).cast(pa.string())
     return pa.array([value if value is None or value == value else None for value in listed], type=pa.string())
 

@@ -179,7 +179,7 @@ class ChunkedVector:
 
 
 def hdf5_vector(dataset: Any, fd: int | None) -> Vector:
-    """The fastest reader for a one-dimensional HDF5 dataset; `fd` is a descriptor of its file, None forbids shortcuts."""
+    """The fastest reader for a one-dimensional HDF5 dataset; `fd` belongs to its file, None forbids shortcuts."""
     if fd is None or not dataset.dtype.isnative or dataset.dtype.kind not in "iuf" or dataset.file.userblock_size:
         return SlicedVector(dataset)
     if dataset.chunks is None:

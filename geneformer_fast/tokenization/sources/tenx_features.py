@@ -1,0 +1,78 @@
+"""Which features of a 10x matrix are genes, and of which genome."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources.block import CountMatrix
+from geneformer_fast.tokenization.sources.columns import ColumnSubset
+from geneformer_fast.tokenization.sources.table import Table
+
+GENE_EXPRESSION = "Gene Expression"
+
+
+def gene_features(
+    name: str, matrix: CountMatrix, features: dict[str, np.ndarray], genome: str | None
+) -> tuple[CountMatrix, Table]:
+    """Keep the features that are genes of one genome.
+
+    Parameters
+    ----------
+    name
+        File, for errors.
+    matrix
+        Cells x features.
+    features
+        ``gene_ids`` and, where the file has them, ``gene_symbol``, ``feature_types``, ``genome``; [n_features] each.
+    genome
+        Which genome, needed where there are several.
+
+    Raises
+    ------
+    InputError
+        Several genomes and none chosen, an unknown genome, or no gene expression in the file.
+    """
+    keep = np.ones(matrix.shape[1], dtype=bool)
+    for column, values in features.items():
+        if len(values) != matrix.shape[1]:
+            raise InputError(f"{name}: {len(values)} {column} for a matrix with {matrix.shape[1]} features")
+    types = features.get("feature_types")
+    if types is not None:
+        keep = types == GENE_EXPRESSION
+        if len(keep) and not keep.any():
+            raise InputError(f"{name}: no feature is {GENE_EXPRESSION!r}; there are {', '.join(sorted(set(types)))}")
+    genomes = features.get("genome")
+    if genomes is not None:
+        present = sorted(set(genomes[keep]) - {""})
+        chosen = choose_genome(name, present, genome)
+        if len(present) > 1:
+            keep &= genomes == chosen
+            prefix = f"{chosen}_"
+            ids = [text.removeprefix(prefix) for text in features["gene_ids"]]
+            features = {**features, "gene_ids": np.array(ids, dtype=object)}
+    elif genome is not None:
+        raise InputError(f"{name}: layer {genome!r} was asked for, but the file names no genomes; leave layer= out")
+    if keep.all():
+        kept, columns = matrix, features
+    else:
+        kept, columns = ColumnSubset(matrix, keep), {key: values[keep] for key, values in features.items()}
+    readers = {key: lambda values=values: values for key, values in columns.items()}  # type: ignore[misc]
+    return kept, Table(f"{name}: features", kept.shape[1], readers, readers["gene_ids"])
+
+
+def choose_genome(name: str, present: list[str], asked: str | None) -> str | None:
+    """The genome to read; a single one needs no choice.
+
+    Raises
+    ------
+    InputError
+        Several and none asked for, or one that is not there.
+    """
+    if asked is not None:
+        if asked not in present:
+            raise InputError(f"{name}: no genome {asked!r}; there are {', '.join(present) or 'none'}")
+        return asked
+    if len(present) > 1:
+        raise InputError(f"{name}: holds several genomes ({', '.join(present)}); choose one with layer=")
+    return present[0] if present else None

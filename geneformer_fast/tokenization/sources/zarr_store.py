@@ -1,0 +1,40 @@
+"""AnnData's zarr stores, formats 2 and 3. The zarr package is optional."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.tokenization.sources.h5ad import open_anndata_store
+from geneformer_fast.tokenization.sources.reading import reading
+from geneformer_fast.tokenization.sources.source import CountSource
+from geneformer_fast.tokenization.sources.vectors import SlicedVector
+
+
+def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool) -> CountSource:
+    """Open a .zarr store written by anndata."""
+    try:
+        import zarr
+    except ImportError:
+        raise UnsupportedError(
+            f"{name}: reading .zarr needs the zarr package: pip install 'geneformer-fast[zarr]', or save as .h5ad"
+        ) from None
+    with reading(name, "store"):
+        root = zarr.open(str(path), mode="r")
+    if not hasattr(root, "keys"):
+        raise InputError(f"{name}: is a single zarr array, not an AnnData store with X, obs and var")
+    return open_anndata_store(
+        root,
+        name,
+        kind="zarr",
+        make_vector=SlicedVector,
+        layer=layer,
+        gene_column=gene_column,
+        allow_float=allow_float,
+        paths=sorted(file for file in path.rglob("*") if file.name in _METADATA),
+        close=lambda: None,
+    )
+
+
+# Sizes and digests of these tell whether a store changed; its chunks may be a hundred thousand files.
+_METADATA = frozenset({".zgroup", ".zattrs", ".zarray", ".zmetadata", "zarr.json"})
