@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from geneformer_kernels import feed_forward, residual_layernorm, varlen_attentio
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig, matmul_dtype
-from geneformer_fast.embeddings import input_layer
+from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.heads import CellClassifier, MLMHead, Pooler, make_head
 from geneformer_fast.ragged import Ragged
 
@@ -119,17 +119,19 @@ class Encoder(nn.Module):
     @property
     def token_table(self) -> torch.Tensor:
         """[V, C], the token embeddings."""
+        if not isinstance(self.embeddings, RankTokens):
+            raise AttributeError("an encoder over values has no token table")
         return self.embeddings.token.weight
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.blocks[0].qkv.weight.device
+        return self._block(0).qkv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the matrix products."""
-        return self.blocks[0].qkv.weight.dtype
+        return self._block(0).qkv.weight.dtype
 
     def cast(self, dtype: str | torch.dtype | None) -> Encoder:
         """Set the dtype of matrix products in place (see :func:`geneformer_fast.config.matmul_dtype`).
@@ -217,7 +219,7 @@ class Encoder(nn.Module):
         if config.norm == "post":
             x = stream.to(work_dtype)
         else:
-            _, x = add_norm(stream, None, self.blocks[0].attention_norm, "pre", work_dtype)
+            _, x = add_norm(stream, None, self._block(0).attention_norm, "pre", work_dtype)
         for index, block in enumerate(self.blocks[:n_blocks]):
             is_last = index + 1 == config.n_layers
             stream, x = block(stream, x, tokens.cu_seqlens, self._norm_after(index))
@@ -229,7 +231,10 @@ class Encoder(nn.Module):
         """The pre-norm LayerNorm that reads the stream after block ``index``, fused into that block's addition."""
         if self.config.norm == "post" or index + 1 == self.config.n_layers:
             return None
-        return self.blocks[index + 1].attention_norm
+        return self._block(index + 1).attention_norm
+
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.blocks[index])
 
     def _work_dtype(self) -> torch.dtype:
         if torch.is_autocast_enabled(self.device.type):

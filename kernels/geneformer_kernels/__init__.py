@@ -1,7 +1,8 @@
 """Operations on tensors for transformer encoders over cells. Knows nothing of genes, checkpoints or files.
 
 Every operation is a folder under ``ops`` with a reference (what it means), a plan (how to launch), a kernel (device
-code) and an op (the public function). Names load on first use: importing this package imports no torch and probes no device.
+code) and an op (the public function). Names load on first use: importing this package imports no torch and probes no
+device.
 """
 
 from __future__ import annotations

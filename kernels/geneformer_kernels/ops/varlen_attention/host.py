@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import itertools
+
+import torch
 
 
 def varlen_attention_blocked(

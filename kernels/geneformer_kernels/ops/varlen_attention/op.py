@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,6 @@ from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
 from geneformer_kernels.ops.varlen_attention.plan import plan
 from geneformer_kernels.target import target_of
-import itertools
 
 
 def varlen_attention(
@@ -84,13 +85,10 @@ def varlen_attention(
 def _sdpa_per_cell(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float, dropout_p: float
 ) -> torch.Tensor:
-    cells = [
-        F.scaled_dot_product_attention(
-            *(x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), dropout_p=dropout_p, scale=scale
-        )
-        .squeeze(0)
-        .transpose(0, 1)
-        for start, stop in itertools.pairwise(bounds)
-        if stop > start
-    ]
+    def attend(start: int, stop: int) -> torch.Tensor:
+        cell_q, cell_k, cell_v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(cell_q, cell_k, cell_v, dropout_p=dropout_p, scale=scale)
+        return out.squeeze(0).transpose(0, 1)
+
+    cells = [attend(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
     return torch.cat(cells) if cells else torch.zeros_like(q)
