@@ -1,0 +1,322 @@
+"""Token folders: the schema, the shards and the reader.
+
+A token folder is what ``datasets.load_from_disk`` opens: Arrow stream files with a ``state.json`` and a
+``dataset_info.json``. Written and read here with pyarrow alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from geneformer_fast.errors import OutputError
+from geneformer_fast.tokenization import manifest
+from geneformer_fast.tokenization.stream import StreamFile
+
+#: Names of Arrow types in the ``features`` of ``datasets``.
+_FEATURE_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}
+
+
+def token_schema(tokens: np.dtype, carried: Mapping[str, pa.DataType], sources: Sequence[str]) -> pa.Schema:
+    """The schema of a token folder.
+
+    Parameters
+    ----------
+    tokens
+        Integer dtype of ``input_ids``.
+    carried
+        Name and type of the carried columns.
+    sources
+        Names of the inputs; ``source_file`` is an index into them (a ClassLabel of ``datasets``, which is how that
+        library writes a dictionary-encoded column).
+    """
+    fields = [
+        pa.field("input_ids", pa.list_(pa.from_numpy_dtype(tokens))),
+        *(pa.field(name, kind) for name, kind in carried.items()),
+        pa.field("length", pa.int64()),
+        pa.field("source_file", pa.int64()),
+        pa.field("source_row", pa.int64()),
+    ]
+    schema = pa.schema(fields)
+    content = json.dumps({"info": {"features": features(schema, sources)}}, ensure_ascii=False)
+    return schema.with_metadata({"huggingface": content})
+
+
+def features(schema: pa.Schema, sources: Sequence[str]) -> dict[str, Any]:
+    """The ``features`` of ``datasets`` for a schema, in the spelling that its versions 2 to 5 all read."""
+
+    def value(kind: pa.DataType) -> dict[str, Any]:
+        return {"dtype": _FEATURE_NAMES.get(str(kind), str(kind)), "_type": "Value"}
+
+    described = {}
+    for field in schema:
+        if pa.types.is_list(field.type):
+            described[field.name] = {"feature": value(field.type.value_type), "_type": "Sequence"}
+        elif field.name == "source_file":
+            described[field.name] = {"names": list(sources), "_type": "ClassLabel"}
+        else:
+            described[field.name] = value(field.type)
+    return described
+
+
+def record_batch(schema: pa.Schema, values: np.ndarray, columns: Mapping[str, Any]) -> pa.RecordBatch:
+    """A batch of cells: packed tokens, and the other columns by name; ``columns["length"]`` cuts the tokens."""
+    offsets = np.zeros(len(columns["length"]) + 1, dtype=np.int64)
+    np.cumsum(columns["length"], out=offsets[1:])
+    if offsets[-1] >= 2**31:
+        raise ValueError(f"{offsets[-1]} tokens in one batch do not fit 32-bit offsets")
+    lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+    arrays = [
+        lists if field.name == "input_ids" else pa.array(columns[field.name], type=field.type) for field in schema
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+class ShardWriter:
+    """One shard, under a hidden name until it is complete and on the disk.
+
+    Parameters
+    ----------
+    folder, index
+        Where, and which.
+    schema
+        Of every batch.
+    """
+
+    def __init__(self, folder: Path, index: int, schema: pa.Schema) -> None:
+        self.path = folder / manifest.shard_name(index)
+        self._partial = folder / f".{self.path.name}.part"
+        self._file = pa.OSFile(str(self._partial), "wb")
+        self._writer = pa.ipc.new_stream(self._file, schema)
+        self.n_cells = 0
+        self.n_tokens = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append a batch."""
+        self._writer.write_batch(batch)
+        self.n_cells += batch.num_rows
+        self.n_tokens += len(batch.column("input_ids").values)
+
+    def close(self) -> dict[str, Any]:
+        """Complete the shard: on the disk first, then under its name. Returns its entry in the manifest."""
+        self._writer.close()
+        entry = {"file": self.path.name, "n_cells": self.n_cells, "n_tokens": self.n_tokens, "n_bytes": self.n_bytes}
+        self._file.close()
+        descriptor = os.open(self._partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(self._partial, self.path)
+        return entry
+
+    def abandon(self) -> None:
+        """Close and remove what is there of an incomplete shard."""
+        if not self._file.closed:
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def open_tokens(folder: str | os.PathLike[str]) -> TokenFolder:
+    """Open a finished token folder, ours or one that ``datasets`` wrote with an ``input_ids`` column.
+
+    Raises
+    ------
+    OutputError
+        There is no such folder, it is unfinished, or files are missing or damaged.
+    """
+    return TokenFolder(folder)
+
+
+class TokenFolder:
+    """Ranked tokens of many cells on disk, read by position: memory is what is asked for plus 20 bytes per cell.
+
+    Parameters
+    ----------
+    folder
+        What ``tokenize`` made.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    manifest
+        Contents of ``manifest.json``; None where another program wrote the folder.
+    schema
+        The Arrow schema.
+    dtype
+        Integer dtype of the stored tokens.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder)
+        state = manifest.state_of(self.path)
+        if state == "absent":
+            raise OutputError(f"{self.path}: no such token folder")
+        if state == "unfinished":
+            raise OutputError(manifest.unfinished_message(self.path))
+        if not self.path.is_dir() or not (self.path / manifest.STATE).exists():
+            raise OutputError(f"{self.path}: not a token folder ({manifest.STATE} is missing); make one with tokenize")
+        has_manifest = (self.path / manifest.MANIFEST).exists()
+        self.manifest = manifest.read_json(self.path / manifest.MANIFEST) if has_manifest else None
+        self._files = [StreamFile(self.path / name) for name in self._file_names()]
+        self.schema: pa.Schema = self._files[0].schema
+        self.dtype = self._token_dtype()
+        self._locate_cells()
+        if self.manifest is not None and self.manifest.get("n_cells") != self.n_cells:
+            raise OutputError(
+                f"{self.path}: {manifest.MANIFEST} says {self.manifest.get('n_cells')} cells, the shards hold "
+                f"{self.n_cells}; the folder was changed after it was written"
+            )
+
+    def _file_names(self) -> list[str]:
+        state = manifest.read_json(self.path / manifest.STATE)
+        names = [entry.get("filename") for entry in state.get("_data_files", [])]
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise OutputError(f"{self.path / manifest.STATE}: names no data files")
+        return names
+
+    def _token_dtype(self) -> np.dtype:
+        index = self.schema.get_field_index("input_ids")
+        kind = self.schema.field(index).type if index >= 0 else pa.null()
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not is_list or not pa.types.is_integer(kind.value_type):
+            raise OutputError(f"{self.path}: has no input_ids column of integer lists, so these are no tokens")
+        return np.dtype(kind.value_type.to_pandas_dtype())
+
+    def _locate_cells(self) -> None:
+        """Where every cell's tokens lie: file, byte position, length."""
+        files, positions, lengths = [], [], []
+        for number, file in enumerate(self._files):
+            for batch in file.batches:
+                offsets, buffer = file.list_column(batch, "input_ids")
+                positions.append(buffer.position + offsets[:-1] * self.dtype.itemsize)
+                lengths.append(np.diff(offsets))
+                files.append(np.full(batch.n_rows, number, dtype=np.int32))
+        join = np.concatenate
+        self._file_of = join(files) if files else np.zeros(0, np.int32)
+        self._position_of = join(positions) if files else np.zeros(0, np.int64)
+        self._length_of = join(lengths) if files else np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __repr__(self) -> str:
+        return f"TokenFolder({str(self.path)!r}: {self.n_cells:,} cells, {self.n_tokens:,} tokens)"
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self._length_of)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of all cells, specials included."""
+        return int(self._length_of.sum())
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return list(self.schema.names)
+
+    @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        """Identity of the vocabulary the tokens belong to; None where another program wrote the folder."""
+        return self.manifest["vocabulary"] if self.manifest is not None else None
+
+    def lengths(self) -> np.ndarray:
+        """[n_cells] int64, tokens per cell, specials included."""
+        return self._length_of.copy()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A carried column, ``length``, ``source_row``, or ``source_file`` (as a dictionary array of file names).
+
+        Raises
+        ------
+        OutputError
+            There is no such column.
+        """
+        if name not in self.columns or name == "input_ids":
+            known = ", ".join(column for column in self.columns if column != "input_ids")
+            raise OutputError(f"{self.path}: has no column {name!r}; there are {known}")
+        chunks = [file.column(batch, name) for file in self._files for batch in file.batches]
+        array = pa.chunked_array(chunks, type=self.schema.field(name).type)
+        names = self._label_names(name)
+        if names is None:
+            return array
+        indices = array.combine_chunks().cast(pa.int32())
+        return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))])
+
+    def _label_names(self, name: str) -> list[str] | None:
+        """The names behind a ClassLabel column, None for other columns."""
+        content = (self.schema.metadata or {}).get(b"huggingface")
+        described = json.loads(content)["info"]["features"].get(name, {}) if content else {}
+        return described.get("names") if isinstance(described, dict) else None
+
+    def read(self, cells: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of some cells, in the order asked for.
+
+        Parameters
+        ----------
+        cells
+            Indices into the folder.
+
+        Returns
+        -------
+        values, cu_seqlens
+            The packed tokens in the stored dtype, and [len(cells) + 1] int64 where each cell begins and ends.
+        """
+        cells = np.arange(cells.start, cells.stop, cells.step) if isinstance(cells, range) else np.asarray(cells)
+        cells = cells.astype(np.int64, copy=False)
+        if len(cells) and not 0 <= cells.min() <= cells.max() < self.n_cells:
+            raise IndexError(f"cells {cells.min()}..{cells.max()} are not within 0..{self.n_cells - 1}")
+        lengths = self._length_of[cells]
+        cu_seqlens = np.zeros(len(cells) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        values = np.empty(int(cu_seqlens[-1]), dtype=self.dtype)
+        view = values.view(np.uint8)
+        size = self.dtype.itemsize
+        files, positions = self._file_of[cells], self._position_of[cells]
+        # Neighbours on the disk come with one read.
+        is_next = (files[1:] == files[:-1]) & (positions[1:] == positions[:-1] + lengths[:-1] * size)
+        starts = np.flatnonzero(np.concatenate([[True], ~is_next])) if len(cells) else np.zeros(0, np.int64)
+        stops = np.append(starts[1:], len(cells))
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            target = view[cu_seqlens[start] * size : cu_seqlens[stop] * size]
+            if len(target):
+                self._files[files[start]].read_into(target, int(positions[start]))
+        return values, cu_seqlens
+
+    def batches(
+        self, groups: Iterable[np.ndarray | Sequence[int] | range] | None = None, *, cells_per_batch: int = 1024
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``read`` of one group of cells after another; without groups, all cells in order."""
+        if groups is None:
+            groups = (
+                range(start, min(start + cells_per_batch, self.n_cells))
+                for start in range(0, self.n_cells, cells_per_batch)
+            )
+        for cells in groups:
+            yield self.read(cells)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> TokenFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

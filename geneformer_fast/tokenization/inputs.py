@@ -1,0 +1,327 @@
+"""What has to be known of every input before the first token is written, and its cells as tasks for ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.genes import GeneMap, map_genes
+from geneformer_fast.tokenization.manifest import OWN_COLUMNS
+from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
+from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from geneformer_kernels.ops.rank_genes.host import Columns
+
+#: Inputs kept open between preparation and reading; further ones are opened again.
+_MOST_OPEN = 8
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How inputs are read; all of it goes into the manifest.
+
+    Attributes
+    ----------
+    layer, gene_column, allow_float, allow_duplicate_cells
+        As in ``open_source``.
+    carried
+        Name of a column in obs -> name in the token folder.
+    n_counts
+        ``"auto"``: the obs column n_counts where there is one, else computed; ``"computed"``; or another obs column.
+    use_filter_pass
+        Whether to leave out cells whose obs column filter_pass is there and not 1.
+    """
+
+    layer: str | None = None
+    gene_column: str | None = None
+    allow_float: bool = False
+    allow_duplicate_cells: bool = False
+    carried: Mapping[str, str] = field(default_factory=dict)
+    n_counts: str = "auto"
+    use_filter_pass: bool = True
+
+    def __post_init__(self) -> None:
+        names = list(self.carried.values())
+        taken = [name for name in names if name in OWN_COLUMNS]
+        if taken or len(set(names)) != len(names):
+            wrong = taken[0] if taken else next(name for name in names if names.count(name) > 1)
+            raise InputError(
+                f"the name {wrong!r} for a carried obs column is taken; name it otherwise, as in "
+                f"--obs {next(old for old, new in self.carried.items() if new == wrong)}=another_name"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {
+            "layer": self.layer,
+            "gene_column": self.gene_column,
+            "allow_float": self.allow_float,
+            "allow_duplicate_cells": self.allow_duplicate_cells,
+            # A list: the order of the columns is part of the result, and JSON objects have none.
+            "obs": [[old, new] for old, new in self.carried.items()],
+            "n_counts": self.n_counts,
+            "filter_pass": self.use_filter_pass,
+        }
+
+    def open(self, data: Any, *, is_checked: bool = False) -> CountSource:
+        """Open one input; ``is_checked`` skips what an earlier opening has checked."""
+        return open_source(
+            data,
+            layer=self.layer,
+            gene_column=self.gene_column,
+            allow_float=self.allow_float,
+            allow_duplicate_cells=self.allow_duplicate_cells or is_checked,
+        )
+
+
+@dataclass
+class PreparedInput:
+    """One input, looked at.
+
+    Attributes
+    ----------
+    data
+        Path or AnnData.
+    source
+        The opened source, where it was kept open.
+    gene_map, columns
+        Its genes, and the same tabulated for ranking.
+    description
+        What the manifest says about it: fingerprint, shape, where counts, genes and totals come from.
+    carried_types
+        Arrow type of every carried column in this input.
+    n_counts_column
+        The obs column with total counts, None to compute them.
+    """
+
+    data: Any
+    name: str
+    n_cells: int
+    gene_map: GeneMap
+    columns: Columns
+    description: dict[str, Any]
+    carried_types: dict[str, pa.DataType]
+    n_counts_column: str | None
+    has_filter: bool
+    source: CountSource | None
+
+
+@dataclass
+class Task:
+    """One block of cells, ready to be ranked.
+
+    Attributes
+    ----------
+    source
+        Index of the input.
+    n_counts
+        [cells] totals, or None to compute them.
+    is_wanted
+        [cells] bool, what filter_pass says; None keeps all.
+    carried
+        Columns of the whole input by their name in the token folder.
+    """
+
+    source: int
+    prepared: PreparedInput
+    block: CountBlock
+    n_counts: np.ndarray | None
+    is_wanted: np.ndarray | None
+    carried: dict[str, pa.Array]
+
+
+def prepare(inputs: Iterable[Any], vocabulary: Vocabulary, options: ReadOptions) -> list[PreparedInput]:
+    """Look at every input: gene ids, carried columns, fingerprint; before anything is written."""
+    prepared: list[PreparedInput] = []
+    known: dict[bytes, tuple[GeneMap, Columns]] = {}
+    try:
+        for data in inputs:
+            source = options.open(data)
+            try:
+                entry = _prepare_one(data, source, vocabulary, options, known)
+            except BaseException:
+                source.close()
+                raise
+            prepared.append(entry)
+            if len(prepared) > _MOST_OPEN:
+                source.close()
+                entry.source = None
+    except BaseException:
+        close_all(prepared)
+        raise
+    return prepared
+
+
+def close_all(prepared: Iterable[PreparedInput]) -> None:
+    """Close the inputs that are still open."""
+    for entry in prepared:
+        if entry.source is not None:
+            entry.source.close()
+            entry.source = None
+
+
+def _prepare_one(
+    data: Any,
+    source: CountSource,
+    vocabulary: Vocabulary,
+    options: ReadOptions,
+    known: dict[bytes, tuple[GeneMap, Columns]],
+) -> PreparedInput:
+    from geneformer_kernels.ops.rank_genes.host import prepare_columns
+
+    ids = source.gene_ids()
+    # Files of one study mostly list the same genes: they are looked up once.
+    key = sha256("\n".join(ids.tolist()).encode("utf-8", "surrogatepass")).digest()
+    if key in known:
+        gene_map, columns = known[key]
+    else:
+        gene_map = map_genes(ids, vocabulary, source_name=source.name)
+        columns = prepare_columns(gene_map.column_to_gene, gene_map.token_ids, gene_map.medians)
+        known[key] = gene_map, columns
+    carried_types = {new: _arrow_type(source, old) for old, new in options.carried.items()}
+    n_counts_column = _n_counts_column(source, vocabulary, options)
+    has_filter = options.use_filter_pass and "filter_pass" in source.obs_columns
+    description = {
+        **source.fingerprint(),
+        "kind": source.kind,
+        "n_cells": source.n_cells,
+        "n_genes": source.n_genes,
+        "counts_from": source.counts_from,
+        "dtype": source.value_dtype.name,
+        "is_dense": source.is_dense,
+        "gene_ids_from": source.gene_ids_from,
+        "n_counts_from": f"obs/{n_counts_column}" if n_counts_column else _computed_over(vocabulary),
+        "filter_pass": has_filter,
+        "genes": {**gene_map.report.to_dict(), "source": source.name},
+    }
+    return PreparedInput(
+        data=data,
+        name=source.name,
+        n_cells=source.n_cells,
+        gene_map=gene_map,
+        columns=columns,
+        description=description,
+        carried_types=carried_types,
+        n_counts_column=n_counts_column,
+        has_filter=has_filter,
+        source=source,
+    )
+
+
+def _computed_over(vocabulary: Vocabulary) -> str:
+    return "computed over genes of the vocabulary" if vocabulary.totals_over_vocabulary else "computed over all columns"
+
+
+def _n_counts_column(source: CountSource, vocabulary: Vocabulary, options: ReadOptions) -> str | None:
+    if options.n_counts == "computed":
+        return None
+    if options.n_counts == "auto":
+        # Totals over other genes than the family's would not be the family's normalisation.
+        is_usable = "n_counts" in source.obs_columns and not vocabulary.totals_over_vocabulary
+        return "n_counts" if is_usable else None
+    if options.n_counts not in source.obs_columns:
+        raise InputError(_no_column(source, options.n_counts, "for the total counts"))
+    return options.n_counts
+
+
+def _no_column(source: CountSource, name: str, purpose: str) -> str:
+    known = ", ".join(source.obs_columns) or "no columns"
+    return f"{source.name}: obs has no column {name!r} {purpose}; there are {known}"
+
+
+def _arrow_type(source: CountSource, name: str) -> pa.DataType:
+    if name not in source.obs_columns:
+        raise InputError(_no_column(source, name, "to carry along"))
+    values = source.obs(name)
+    kind = values.type if isinstance(values, pa.Array) else pa.from_numpy_dtype(values.dtype)
+    if pa.types.is_boolean(kind):
+        return pa.bool_()
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    return pa.float64() if pa.types.is_floating(kind) else pa.string()
+
+
+def carried_types(prepared: Iterable[PreparedInput], options: ReadOptions) -> dict[str, pa.DataType]:
+    """One Arrow type per carried column that holds the values of all inputs."""
+    joined: dict[str, pa.DataType] = {}
+    for name in options.carried.values():
+        kinds = {entry.carried_types[name] for entry in prepared}
+        if len(kinds) == 1:
+            joined[name] = kinds.pop()
+        elif kinds == {pa.int64(), pa.float64()}:
+            joined[name] = pa.float64()
+        else:
+            joined[name] = pa.string()
+    return joined
+
+
+def tasks(
+    prepared: list[PreparedInput],
+    options: ReadOptions,
+    types: Mapping[str, pa.DataType],
+    *,
+    source: int = 0,
+    row: int = 0,
+    rows: int,
+) -> Iterator[Task]:
+    """The cells of all inputs from a position on, in blocks of at most ``rows``."""
+    for index in range(source, len(prepared)):
+        entry = prepared[index]
+        opened = entry.source or options.open(entry.data, is_checked=True)
+        try:
+            n_counts = _n_counts(opened, entry)
+            is_wanted = _filter(opened) if entry.has_filter else None
+            carried = {new: _carried(opened, old, types[new]) for old, new in options.carried.items()}
+            for block in opened.blocks(start=row if index == source else 0, rows=rows):
+                span = slice(block.start, block.start + block.n_cells)
+                yield Task(
+                    source=index,
+                    prepared=entry,
+                    block=block,
+                    n_counts=None if n_counts is None else n_counts[span],
+                    is_wanted=None if is_wanted is None else is_wanted[span],
+                    carried=carried,
+                )
+        finally:
+            opened.close()
+            entry.source = None
+
+
+def _numbers(values: Any, where: str) -> np.ndarray:
+    """A column as numpy numbers, missing values as NaN."""
+    if isinstance(values, pa.Array):
+        if not (
+            pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)
+        ):
+            raise InputError(f"{where} holds {values.type}, not numbers")
+        if pa.types.is_boolean(values.type):
+            values = values.cast(pa.uint8())
+        return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return values
+
+
+def _n_counts(source: CountSource, entry: PreparedInput) -> np.ndarray | None:
+    if entry.n_counts_column is None:
+        return None
+    return _numbers(source.obs(entry.n_counts_column), f"{source.name}: obs column {entry.n_counts_column}")
+
+
+def _filter(source: CountSource) -> np.ndarray:
+    return _numbers(source.obs("filter_pass"), f"{source.name}: obs column filter_pass") == 1
+
+
+def _carried(source: CountSource, name: str, kind: pa.DataType) -> pa.Array:
+    values = source.obs(name)
+    array = values if isinstance(values, pa.Array) else pa.array(values)
+    if array.type == kind:
+        return array
+    if pa.types.is_string(kind) and pa.types.is_boolean(array.type):
+        return pa.array([None if value is None else str(value) for value in array.to_pylist()], type=kind)
+    return array.cast(kind)

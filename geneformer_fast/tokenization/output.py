@@ -1,0 +1,261 @@
+"""A token folder in the making: shards, progress, resuming, and the one rename that finishes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from geneformer_fast.errors import OutputError
+from geneformer_fast.tokenization import manifest
+from geneformer_fast.tokenization.arrow import ShardWriter, features
+
+#: A shard is closed by the first batch that makes it this large. Small enough that little is lost when a run is killed.
+SHARD_BYTES = 128 * 2**20
+
+
+class TokenOutput:
+    """Writes one token folder.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    schema, sources
+        Of the shards; names of the inputs.
+    plan
+        What is being made, as JSON values: options, vocabulary, inputs. Resuming needs the same plan.
+    resume, overwrite
+        What to do with what is there: go on with it, or remove it.
+    shard_bytes
+        Size at which a shard is closed.
+
+    Attributes
+    ----------
+    progress
+        The state after the last complete shard: ``source`` and ``row`` to go on from, the ``shards`` and the ``cells``
+        tallied so far.
+    is_finished
+        True where resuming found nothing left to do.
+
+    Raises
+    ------
+    OutputError
+        The folder holds something else, or something finished or unfinished that neither option speaks for; another
+        process is writing it; the plan differs from the one it was begun with.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        schema: pa.Schema,
+        sources: Sequence[str],
+        plan: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        if resume and overwrite:
+            raise OutputError("resume and overwrite exclude each other: one keeps what is there, the other removes it")
+        self.folder = folder
+        self._schema = schema
+        self._sources = list(sources)
+        self._plan = dict(plan)
+        self._shard_bytes = shard_bytes
+        self._shard: ShardWriter | None = None
+        self._is_new = not folder.exists()
+        self.is_finished = False
+        self.progress: dict[str, Any] = {"source": 0, "row": 0, "n_cells": 0, "n_tokens": 0, "shards": [], "cells": []}
+        state = manifest.state_of(folder)
+        self._check_state(state, resume, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
+        try:
+            if state in ("finished", "unfinished") and resume:
+                self._resume(state)
+            elif state in ("finished", "unfinished"):
+                self._clear()
+            if not self.is_finished:
+                self._save_progress()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_state(self, state: str, resume: bool, overwrite: bool) -> None:
+        if state == "foreign":
+            raise OutputError(
+                f"{self.folder} exists and is no token folder; nothing in it is touched. Name another one"
+            )
+        if state == "finished" and not (resume or overwrite):
+            raise OutputError(f"{self.folder} holds finished tokens; name another folder or pass --overwrite")
+        if state == "unfinished" and not (resume or overwrite):
+            raise OutputError(manifest.unfinished_message(self.folder))
+
+    def _clear(self) -> None:
+        """Remove a token folder's files; from the first step on it says it is unfinished."""
+        manifest.write_json(self.folder / manifest.UNFINISHED, {"format": manifest.FORMAT, "progress": self.progress})
+        for path in manifest.own_files(self.folder):
+            if path.name != manifest.UNFINISHED:
+                path.unlink()
+
+    def _resume(self, state: str) -> None:
+        unfinished = self.folder / manifest.UNFINISHED
+        begun = manifest.read_json(unfinished if state == "unfinished" else self.folder / manifest.MANIFEST)
+        is_sealed = "_data_files" in begun  # killed just before the last rename
+        plan = manifest.read_json(self.folder / manifest.MANIFEST) if is_sealed else begun
+        lines = [line for key in self._plan for line in manifest.differences(plan.get(key), self._plan[key], key)]
+        if lines:
+            raise OutputError(
+                f"{self.folder} cannot be resumed, it was begun differently:\n  " + "\n  ".join(lines[:10]) +
+                "\nRepeat the options and inputs it was begun with, or pass --overwrite to start again."
+            )  # fmt: skip
+        if state == "finished" or is_sealed:
+            if is_sealed:
+                self._publish()
+            self.is_finished = True
+            return
+        self.progress = begun["progress"]
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        """Bring complete shards back under their provisional names and remove everything else."""
+        shards = self.progress["shards"]
+        kept = set()
+        for index, entry in enumerate(shards):
+            path = self.folder / manifest.shard_name(index)
+            final = self.folder / manifest.shard_name(index, len(shards))
+            if not path.exists() and final.exists():
+                final.rename(path)
+            if not path.exists() or path.stat().st_size != entry["n_bytes"]:
+                raise OutputError(
+                    f"{path}: missing or not of {entry['n_bytes']} bytes any more; pass --overwrite to start again"
+                )
+            kept.add(path.name)
+        for path in manifest.own_files(self.folder):
+            if path.name not in kept and path.name != manifest.UNFINISHED:
+                path.unlink()
+
+    @property
+    def n_cells(self) -> int:
+        """Cells written so far, those of the shard in work included."""
+        return self.progress["n_cells"] + (self._shard.n_cells if self._shard is not None else 0)
+
+    def _save_progress(self) -> None:
+        content = {
+            "format": manifest.FORMAT,
+            "message": "This token folder is unfinished. Run the same command with --resume to go on.",
+            **self._plan,
+            "progress": self.progress,
+        }
+        manifest.write_json(self.folder / manifest.UNFINISHED, content)
+
+    def write(self, batch: pa.RecordBatch | None, *, source: int, row: int, cells: list[dict[str, Any]]) -> None:
+        """Append a batch (None: there is nothing of these cells to write).
+
+        Parameters
+        ----------
+        source, row
+            Where reading goes on after this batch.
+        cells
+            Tally of the cells so far, to be kept with the progress.
+        """
+        if batch is None or batch.num_rows == 0:
+            return
+        if self._shard is None:
+            self._shard = ShardWriter(self.folder, len(self.progress["shards"]), self._schema)
+        self._shard.write(batch)
+        if self._shard.n_bytes >= self._shard_bytes:
+            self._close_shard(source, row, cells)
+
+    def _close_shard(self, source: int, row: int, cells: list[dict[str, Any]]) -> None:
+        assert self._shard is not None
+        entry = self._shard.close()
+        self._shard = None
+        self.progress = {
+            "source": source,
+            "row": row,
+            "n_cells": self.progress["n_cells"] + entry["n_cells"],
+            "n_tokens": self.progress["n_tokens"] + entry["n_tokens"],
+            "shards": [*self.progress["shards"], entry],
+            "cells": [dict(tally) for tally in cells],
+        }
+        self._save_progress()
+
+    def finish(self, *, source: int, cells: list[dict[str, Any]]) -> None:
+        """Complete the folder."""
+        if self._shard is not None:
+            self._close_shard(source, 0, cells)
+        shards = self.progress["shards"]
+        for index, entry in enumerate(shards):
+            final = manifest.shard_name(index, len(shards))
+            os.rename(self.folder / entry["file"], self.folder / final)
+        files = [{**entry, "file": manifest.shard_name(i, len(shards))} for i, entry in enumerate(shards)]
+        content = {
+            "format": manifest.FORMAT,
+            **self._plan,
+            "n_cells": self.progress["n_cells"],
+            "n_tokens": self.progress["n_tokens"],
+            "cells": cells,
+            "shards": files,
+        }
+        info = {"citation": "", "description": "", "homepage": "", "license": ""}
+        described = features(self._schema, self._sources)
+        manifest.write_json(self.folder / manifest.DATASET_INFO, {**info, "features": described})
+        manifest.write_json(self.folder / manifest.MANIFEST, content)
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": entry["file"]} for entry in files],
+            "_fingerprint": manifest.fingerprint_of(content)[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        manifest.write_json(self.folder / manifest.UNFINISHED, state)
+        self._publish()
+        self.is_finished = True
+
+    def _publish(self) -> None:
+        os.rename(self.folder / manifest.UNFINISHED, self.folder / manifest.STATE)
+        manifest.sync_folder(self.folder)
+
+    def discard_if_empty(self) -> None:
+        """After a failure: where no shard is complete, nothing is worth resuming, so leave nothing behind."""
+        if self.progress["shards"] or self.is_finished:
+            return
+        for path in manifest.own_files(self.folder):
+            path.unlink()
+        if self._is_new:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def close(self) -> None:
+        """Give up an incomplete shard and the lock."""
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this process; the operating system lets go of it when the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no flock on this system
+        pass
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"{folder} is being written by another process") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor

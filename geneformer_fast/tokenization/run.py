@@ -1,0 +1,435 @@
+"""The pass from counts to ranked tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+import geneformer_fast
+from geneformer_fast.errors import InputError, OutputError, VocabularyError
+from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens, record_batch, token_schema
+from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
+from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
+from geneformer_fast.tokenization.sources import expand_inputs
+from geneformer_fast.tokenization.totals import row_totals
+from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Cells per block of reading, ranking and writing, and so per Arrow record batch.
+BLOCK_ROWS = 1024
+_NAMED_ROWS = 10
+
+
+class TokenizedCells(NamedTuple):
+    """Ranked tokens in memory.
+
+    Attributes
+    ----------
+    values, cu_seqlens
+        Packed tokens in the vocabulary's dtype, and [cells + 1] int64 where each cell begins and ends.
+    report
+        What the manifest of a token folder would say: options, vocabulary, input, genes, cells.
+    kept_rows
+        [cells] int64, the row of every cell in the AnnData; cells without tokens and filtered ones are missing.
+    """
+
+    values: np.ndarray
+    cu_seqlens: np.ndarray
+    report: dict[str, Any]
+    kept_rows: np.ndarray
+
+
+@dataclass
+class _Ranked:
+    """The result of one block."""
+
+    source: int
+    next_row: int
+    values: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    tally: dict[str, Any]
+    carried: dict[str, pa.Array]
+
+
+def tokenize(
+    data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    vocabulary: Vocabulary | None = None,
+    dictionary: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    allow_float: bool = False,
+    allow_duplicate_cells: bool = False,
+    obs: Mapping[str, str] | Sequence[str] | None = None,
+    n_counts: str = "auto",
+    filter_pass: bool = True,
+    workers: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool | None = None,
+) -> TokenFolder | TokenizedCells:
+    """Turn counts into ranked gene tokens, identical to those of the official tokenizer.
+
+    Parameters
+    ----------
+    data
+        An AnnData, or files, folders and globs of .h5ad, .zarr, 10x .h5, 10x matrix folders and .loom; several are
+        taken in sorted order.
+    out
+        Folder to write. Without one, an AnnData's tokens are returned.
+    vocabulary, dictionary, preset
+        The vocabulary, or the folder of dictionaries to read it from and which one (``"v1"``, ``"v2"``, ``"bionemo"``).
+    layer, gene_column, allow_float, allow_duplicate_cells
+        Which matrix, which column of var holds gene ids, whether TPM-like values and equal cell names pass.
+    obs
+        Columns of obs to carry along: names, or ``{name in obs: name in the result}``.
+    n_counts
+        Total counts per cell: ``"auto"`` (the obs column n_counts where there is one, else computed), ``"computed"``,
+        or the name of an obs column.
+    filter_pass
+        Leave out cells whose obs column filter_pass exists and is not 1.
+    workers
+        Ranking threads; None takes all cores. The result does not depend on it.
+    resume, overwrite
+        Go on with an unfinished folder, or replace what is there.
+    shard_bytes
+        A shard is closed by the first block that makes it this large.
+    progress
+        Show a progress bar; None shows it on a terminal.
+
+    Returns
+    -------
+    TokenFolder or TokenizedCells
+        The opened folder, or without ``out`` the tokens in memory.
+
+    Raises
+    ------
+    InputError
+        An input cannot be read, holds no counts, matches no genes, or no cell is left.
+    VocabularyError
+        No or no usable dictionaries.
+    OutputError
+        The folder holds something else already, or cannot be resumed.
+
+    References
+    ----------
+    Theodoris et al., Nature 618 (2023), "Transfer learning enables predictions in network biology".
+    """
+    vocabulary = resolve_vocabulary(vocabulary, dictionary, preset)
+    options = reading.ReadOptions(
+        layer=layer,
+        gene_column=gene_column,
+        allow_float=allow_float,
+        allow_duplicate_cells=allow_duplicate_cells,
+        carried=dict(obs) if isinstance(obs, Mapping) else {name: name for name in obs or ()},
+        n_counts=n_counts,
+        use_filter_pass=filter_pass,
+    )
+    workers = _checked_workers(workers)
+    is_object = hasattr(data, "obs_names")
+    if out is None:
+        if not is_object:
+            raise OutputError("tokenize needs a folder to write to (out=) unless it is given an AnnData")
+        return _tokenize_in_memory(data, vocabulary, options, workers)
+    entries = [data] if is_object else expand_inputs(_as_paths(data))  # type: ignore[arg-type]
+    _tokenize_to_folder(
+        entries, Path(out), vocabulary, options, workers, resume, overwrite, shard_bytes, progress
+    )  # fmt: skip
+    return open_tokens(out)
+
+
+def tokenize_anndata(
+    adata: AnnData, vocabulary: Vocabulary, *, workers: int | None = None, **options: Any
+) -> TokenizedCells:
+    """Tokens of an AnnData in memory.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes.
+    vocabulary
+        Whose tokens.
+    workers
+        Ranking threads; None takes all cores.
+    options
+        ``layer``, ``gene_column``, ``allow_float``, ``allow_duplicate_cells``, ``n_counts``, ``filter_pass`` as in
+        :func:`tokenize`.
+
+    Raises
+    ------
+    InputError
+        As :func:`tokenize`.
+    """
+    result = tokenize(adata, vocabulary=vocabulary, workers=workers, **options)
+    assert isinstance(result, TokenizedCells)
+    return result
+
+
+def resolve_vocabulary(
+    vocabulary: Vocabulary | None, dictionary: str | os.PathLike[str] | None, preset: str | None
+) -> Vocabulary:
+    """The vocabulary given, or the one in a folder of dictionaries."""
+    if vocabulary is not None:
+        if dictionary is not None:
+            raise VocabularyError("give either a vocabulary or a dictionary folder, not both")
+        if preset is not None and preset != vocabulary.family:
+            raise VocabularyError(f"vocabulary {vocabulary.name!r} is of family {vocabulary.family}, not {preset}")
+        return vocabulary
+    if dictionary is None:
+        raise VocabularyError(
+            "no gene dictionaries given: --dictionary FOLDER (dictionary=) names a folder with Geneformer's dictionary "
+            "files, or with a vocabulary made by `geneformer-fast medians`"
+        )
+    return Vocabulary.from_folder(Path(dictionary), preset)
+
+
+def _as_paths(data: Any) -> list[str]:
+    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
+    for entry in entries:
+        if not isinstance(entry, str | os.PathLike):
+            raise InputError(f"cannot read counts from a {type(entry).__name__}; give paths, or one AnnData")
+    return [os.fspath(entry) for entry in entries]
+
+
+def _checked_workers(workers: int | None) -> int:
+    if workers is None:
+        return default_workers()
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, not {workers}")
+    return workers
+
+
+def _plan(
+    prepared: list[reading.PreparedInput], vocabulary: Vocabulary, options: reading.ReadOptions
+) -> dict[str, Any]:
+    """What is made out of what: the part of the manifest that is known before the pass."""
+    return {
+        "written_by": f"geneformer-fast {geneformer_fast.__version__}",
+        "vocabulary": {**vocabulary.identity(), "max_len": vocabulary.max_len, "special": vocabulary.special},
+        "options": options.to_dict(),
+        "inputs": [entry.description for entry in prepared],
+    }
+
+
+def _tokenize_to_folder(
+    entries: Sequence[Any],
+    folder: Path,
+    vocabulary: Vocabulary,
+    options: reading.ReadOptions,
+    workers: int,
+    resume: bool,
+    overwrite: bool,
+    shard_bytes: int,
+    progress: bool | None,
+) -> None:
+    prepared = reading.prepare(entries, vocabulary, options)
+    try:
+        types = reading.carried_types(prepared, options)
+        names = [entry.name for entry in prepared]
+        schema = token_schema(vocabulary.input_ids_dtype, types, names)
+        plan = {**_plan(prepared, vocabulary, options), "shard_bytes": shard_bytes}
+        output = TokenOutput(
+            folder, schema=schema, sources=names, plan=plan, resume=resume, overwrite=overwrite, shard_bytes=shard_bytes
+        )
+        try:
+            if not output.is_finished:
+                _write(output, prepared, vocabulary, options, types, schema, workers, progress)
+        except Exception:
+            output.close()
+            output.discard_if_empty()
+            raise
+        finally:
+            output.close()
+    finally:
+        reading.close_all(prepared)
+
+
+def _write(
+    output: TokenOutput,
+    prepared: list[reading.PreparedInput],
+    vocabulary: Vocabulary,
+    options: reading.ReadOptions,
+    types: Mapping[str, pa.DataType],
+    schema: pa.Schema,
+    workers: int,
+    progress: bool | None,
+) -> None:
+    start = output.progress["source"], output.progress["row"]
+    cells = [dict(tally) for tally in output.progress["cells"]] or [_empty_tally(entry.name) for entry in prepared]
+    bar = _progress_bar(sum(entry.n_cells for entry in prepared), sum(tally["read"] for tally in cells), progress)
+    ranked = _ranked_blocks(prepared, vocabulary, options, types, workers, start, schema)
+    try:
+        for block, batch in ranked:
+            _add_tally(cells[block.source], block.tally)
+            output.write(batch, source=block.source, row=block.next_row, cells=cells)
+            bar.update(block.tally["read"])
+        if not output.n_cells:
+            raise InputError(_nothing_left(cells))
+        output.finish(source=len(prepared), cells=cells)
+    finally:
+        ranked.close()
+        bar.close()
+
+
+def _ranked_blocks(
+    prepared: list[reading.PreparedInput],
+    vocabulary: Vocabulary,
+    options: reading.ReadOptions,
+    types: Mapping[str, pa.DataType],
+    workers: int,
+    start: tuple[int, int] = (0, 0),
+    schema: pa.Schema | None = None,
+) -> Generator[tuple[_Ranked, pa.RecordBatch | None]]:
+    """Every block of cells from a position on, ranked, in order; as a record batch where there is a schema."""
+
+    def work(task: reading.Task) -> tuple[_Ranked, pa.RecordBatch | None]:
+        block = _rank(task, vocabulary)
+        if schema is None or not len(block.lengths):
+            return block, None
+        columns = {
+            **block.carried,
+            "length": block.lengths,
+            "source_file": np.full(len(block.rows), block.source, dtype=np.int64),
+            "source_row": block.rows,
+        }
+        return block, record_batch(schema, block.values, columns)
+
+    source, row = start
+    tasks = reading.tasks(prepared, options, types, source=source, row=row, rows=BLOCK_ROWS)
+    return ordered_map(work, tasks, workers=workers)
+
+
+def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
+    """Rank one block and leave out cells that are filtered or have no tokens."""
+    from geneformer_kernels.ops.rank_genes.host import rank_block
+
+    block, entry = task.block, task.prepared
+    n_counts = task.n_counts
+    if n_counts is None:
+        is_counted = np.ones(len(entry.columns.codes), dtype=np.bool_)
+        if vocabulary.totals_over_vocabulary:
+            is_counted = entry.columns.codes != -1
+        n_counts = row_totals(block.indptr, block.indices, block.data, is_counted)
+    n_counts = _checked_totals(task, n_counts)
+    specials = {
+        "first": -1 if vocabulary.cls_id is None else vocabulary.cls_id,
+        "last": -1 if vocabulary.eos_id is None else vocabulary.eos_id,
+    }
+    values, lengths = rank_block(
+        block.indptr,
+        block.indices,
+        block.data,
+        n_counts,
+        entry.columns,
+        is_division=bool(entry.description["is_dense"]),
+        keep=vocabulary.gene_capacity,
+        out_dtype=vocabulary.input_ids_dtype,
+        **specials,
+    )
+    is_wanted = np.ones(block.n_cells, dtype=bool) if task.is_wanted is None else task.is_wanted
+    is_kept = is_wanted & (lengths > 0)
+    if not is_wanted.all():
+        values = values[np.repeat(is_kept, lengths)]
+    kept = np.flatnonzero(is_kept)
+    empty = np.flatnonzero(is_wanted & (lengths == 0)) + block.start
+    tally = {
+        "read": block.n_cells,
+        "written": len(kept),
+        "filtered": int(block.n_cells - is_wanted.sum()),
+        "empty": len(empty),
+        "empty_rows": empty[:_NAMED_ROWS].tolist(),
+        "full": int((lengths[kept] == vocabulary.max_len).sum()),
+        "stored_zeros": int(len(block.data) - np.count_nonzero(block.data)),
+    }
+    carried = {
+        name: column.slice(block.start, block.n_cells).take(pa.array(kept)) for name, column in task.carried.items()
+    }
+    rows = kept + block.start
+    next_row = block.start + block.n_cells
+    block.release()
+    return _Ranked(task.source, next_row, values, lengths[kept], rows, tally, carried)
+
+
+def _checked_totals(task: reading.Task, n_counts: np.ndarray) -> np.ndarray:
+    """n_counts with 1 where a cell is not going to be written, refused where a cell with counts has none."""
+    block, entry = task.block, task.prepared
+    is_needed = np.diff(block.indptr) > 0
+    if task.is_wanted is not None:
+        is_needed &= task.is_wanted
+    is_good = (n_counts > 0) & np.isfinite(n_counts)
+    if entry.n_counts_column is None:
+        # A cell may hold stored zeros only, or nothing of the vocabulary: no tokens, whatever it is divided by.
+        is_needed &= n_counts != 0
+    bad = np.flatnonzero(is_needed & ~is_good)
+    if len(bad):
+        where = f"obs column {entry.n_counts_column}" if entry.n_counts_column else "the sum of its counts"
+        raise InputError(
+            f"{entry.name}: cell {block.start + bad[0]} has counts, but {where} is {n_counts[bad[0]]}. Total counts "
+            "must be positive: correct the column, or pass --n-counts computed (n_counts='computed')."
+        )
+    return n_counts if is_good.all() else np.where(is_good, n_counts, n_counts.dtype.type(1))
+
+
+def _empty_tally(name: str) -> dict[str, Any]:
+    keys = ("read", "written", "filtered", "empty", "full", "stored_zeros")
+    return {"source": name, **dict.fromkeys(keys, 0), "empty_rows": []}
+
+
+def _add_tally(total: dict[str, Any], part: Mapping[str, Any]) -> None:
+    for key, value in part.items():
+        total[key] = (total[key] + value)[:_NAMED_ROWS] if key == "empty_rows" else total[key] + value
+
+
+def _nothing_left(cells: list[dict[str, Any]]) -> str:
+    read, filtered, empty = (sum(tally[key] for tally in cells) for key in ("read", "filtered", "empty"))
+    return (
+        f"no cell is left: of {read:,} cells in {', '.join(tally['source'] for tally in cells[:3])}"
+        f"{', ...' * (len(cells) > 3)} {filtered:,} were left out by filter_pass and {empty:,} have no counts in any "
+        "gene of the vocabulary"
+    )
+
+
+def _progress_bar(total: int, done: int, progress: bool | None) -> Any:
+    from tqdm import tqdm
+
+    # tqdm's own reading of None: silent unless standard error is a terminal.
+    is_silent = None if progress is None else not progress
+    return tqdm(total=total, initial=done, unit=" cells", unit_scale=True, desc="tokenize", disable=is_silent)
+
+
+def _tokenize_in_memory(
+    adata: Any, vocabulary: Vocabulary, options: reading.ReadOptions, workers: int
+) -> TokenizedCells:
+    prepared = reading.prepare([adata], vocabulary, options)
+    tally = _empty_tally(prepared[0].name)
+    blocks = []
+    try:
+        ranked = _ranked_blocks(prepared, vocabulary, options, {}, workers)
+        for block, _ in ranked:
+            _add_tally(tally, block.tally)
+            blocks.append(block)
+    finally:
+        reading.close_all(prepared)
+    if not tally["written"]:
+        raise InputError(_nothing_left([tally]))
+    cu_seqlens = np.zeros(tally["written"] + 1, dtype=np.int64)
+    np.cumsum(np.concatenate([block.lengths for block in blocks]), out=cu_seqlens[1:])
+    return TokenizedCells(
+        values=np.concatenate([block.values for block in blocks]),
+        cu_seqlens=cu_seqlens,
+        report={**_plan(prepared, vocabulary, options), "cells": [tally]},
+        kept_rows=np.concatenate([block.rows for block in blocks]),
+    )
