@@ -96,7 +96,17 @@ def differences(begun: Any, asked: Any, where: str = "") -> list[str]:
     if isinstance(begun, list) and isinstance(asked, list) and len(begun) == len(asked):
         pairs = zip(begun, asked, strict=True)
         return [line for i, pair in enumerate(pairs) for line in differences(*pair, f"{where}[{i}]")]
+    if isinstance(begun, list) and isinstance(asked, list):
+        return [f"{where}: begun with {_named(begun, asked)}, now {_named(asked, begun)}"]
     return [] if begun == asked else [f"{where}: begun with {_short(begun)}, now {_short(asked)}"]
+
+
+def _named(entries: list[Any], others: list[Any]) -> str:
+    """How many entries, and which of them the other list lacks."""
+    names = [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+    known = [entry.get("path") if isinstance(entry, dict) else entry for entry in others]
+    only = [name for name in names if name not in known]
+    return f"{len(entries)} entries" + (f" (among them {_short(only[:3])})" if only else "")
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,146 @@
+"""``geneformer-fast tokenize``: counts to a folder of ranked tokens."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geneformer_fast.tokenization.arrow import TokenFolder
+
+NAME = "tokenize"
+HELP = "Turn count matrices (.h5ad, .zarr, 10x, .loom) into ranked gene tokens."
+
+_INTERRUPTED = 130
+_MOST_SHOWN = 5
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what is read and how; ``medians`` has them too."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs; taken in sorted order")
+    parser.add_argument("--layer", help="layer with the counts (default: raw.X where it holds counts, else X)")
+    parser.add_argument(
+        "--gene-column", metavar="NAME", help="column of var with gene ids; var_names for its row names"
+    )
+    parser.add_argument("--allow-float", action="store_true", help="let TPM-like values that are no integers pass")
+    parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
+    parser.add_argument(
+        "--n-counts",
+        default="auto",
+        metavar="COLUMN",
+        help="total counts per cell: an obs column, 'computed', or 'auto' (n_counts where obs has it; the default)",
+    )
+    parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add_inputs(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; datasets.load_from_disk opens it")
+    parser.add_argument("--dictionary", required=True, metavar="FOLDER", help="folder with the gene dictionaries")
+    parser.add_argument("--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several")
+    parser.add_argument(
+        "--obs",
+        action="append",
+        default=[],
+        metavar="NEW=OLD",
+        help="carry an obs column along; --obs cell_type=celltype",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="ranking threads (default: all cores)")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished folder")
+
+
+def carried_columns(entries: list[str]) -> dict[str, str]:
+    """``["celltype", "donor=donor_id"]`` as {column of obs: name in the result}."""
+    from geneformer_fast.errors import InputError
+
+    carried: dict[str, str] = {}
+    for entry in entries:
+        new, equals, old = entry.partition("=")
+        old = old if equals else new
+        if not new or not old:
+            raise InputError(f"--obs {entry}: write --obs NAME, or --obs NEW=OLD with OLD a column of obs")
+        if old in carried:
+            raise InputError(f"--obs {entry}: the column {old} is carried already, as {carried[old]}")
+        carried[old] = new
+    return carried
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    from geneformer_fast.tokenization.run import tokenize
+
+    try:
+        tokens = tokenize(
+            args.inputs,
+            args.out,
+            dictionary=args.dictionary,
+            preset=args.preset,
+            layer=args.layer,
+            gene_column=args.gene_column,
+            allow_float=args.allow_float,
+            allow_duplicate_cells=args.allow_duplicate_cells,
+            obs=carried_columns(args.obs),
+            n_counts=args.n_counts,
+            filter_pass=not args.no_filter_pass,
+            workers=args.workers,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            progress=False if args.quiet else None,
+        )
+    except KeyboardInterrupt:
+        from geneformer_fast.tokenization import manifest
+
+        folder = Path(args.out)
+        said = (
+            manifest.unfinished_message(folder) if manifest.state_of(folder) == "unfinished" else "nothing is written"
+        )
+        print(f"\ninterrupted: {said}", file=sys.stderr)
+        return _INTERRUPTED
+    if not args.quiet:
+        print(summary(tokens))
+    return 0
+
+
+def summary(tokens: TokenFolder) -> str:
+    """What became of genes and cells, as text."""
+    content = tokens.manifest
+    assert content is not None
+    lines = []
+    for entry in content["inputs"][:_MOST_SHOWN]:
+        lines += _gene_lines(entry)
+    if len(content["inputs"]) > _MOST_SHOWN:
+        lines.append(f"... {len(content['inputs']) - _MOST_SHOWN} more inputs, see manifest.json")
+    cells = content["cells"]
+    total = {key: sum(tally[key] for tally in cells) for key in ("read", "written", "filtered", "empty", "full")}
+    lines.append(
+        f"cells: {total['read']:,} read, {total['written']:,} written ({tokens.n_tokens:,} tokens; {total['full']:,} "
+        "cells reach the maximal length)"
+    )
+    if total["filtered"]:
+        lines.append(f"  {total['filtered']:,} left out by filter_pass")
+    if total["empty"]:
+        first = next(tally for tally in cells if tally["empty"])
+        rows = ", ".join(map(str, first["empty_rows"][:_MOST_SHOWN]))
+        lines.append(
+            f"  {total['empty']:,} left out as empty (no counts in any gene of the vocabulary), e.g. row {rows} of"
+        )
+        lines[-1] += f" {first['source']}"
+    zeros = sum(tally["stored_zeros"] for tally in cells)
+    if zeros:
+        lines.append(f"  {zeros:,} stored zeros ignored (the official tokenizer makes tokens of them)")
+    lines.append(f"vocabulary: {content['vocabulary']['name']}; written to {tokens.path}")
+    return "\n".join(lines)
+
+
+def _gene_lines(entry: dict[str, Any]) -> list[str]:
+    from geneformer_fast.tokenization.genes import GeneReport
+
+    origin = (
+        f"  counts from {entry['counts_from']}, gene ids from {entry['gene_ids_from']}, totals {entry['n_counts_from']}"
+    )
+    return [str(GeneReport(**entry["genes"])), origin]
