@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"\ninterrupted: {said}", file=sys.stderr)
         return _INTERRUPTED
-    if not args.quiet:
+    if not args.quiet and not isinstance(tokens, tuple):
         print(summary(tokens))
     return 0
 

@@ -18,7 +18,7 @@ from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens, record_
 from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.sources import expand_inputs
-from geneformer_fast.tokenization.totals import row_totals
+from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -317,13 +317,7 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
     from geneformer_kernels.ops.rank_genes.host import rank_block
 
     block, entry = task.block, task.prepared
-    n_counts = task.n_counts
-    if n_counts is None:
-        is_counted = np.ones(len(entry.columns.codes), dtype=np.bool_)
-        if vocabulary.totals_over_vocabulary:
-            is_counted = entry.columns.codes != -1
-        n_counts = row_totals(block.indptr, block.indices, block.data, is_counted)
-    n_counts = _checked_totals(task, n_counts)
+    n_counts = cell_totals(task, vocabulary)
     specials = {
         "first": -1 if vocabulary.cls_id is None else vocabulary.cls_id,
         "last": -1 if vocabulary.eos_id is None else vocabulary.eos_id,
@@ -361,26 +355,6 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
     next_row = block.start + block.n_cells
     block.release()
     return _Ranked(task.source, next_row, values, lengths[kept], rows, tally, carried)
-
-
-def _checked_totals(task: reading.Task, n_counts: np.ndarray) -> np.ndarray:
-    """n_counts with 1 where a cell is not going to be written, refused where a cell with counts has none."""
-    block, entry = task.block, task.prepared
-    is_needed = np.diff(block.indptr) > 0
-    if task.is_wanted is not None:
-        is_needed &= task.is_wanted
-    is_good = (n_counts > 0) & np.isfinite(n_counts)
-    if entry.n_counts_column is None:
-        # A cell may hold stored zeros only, or nothing of the vocabulary: no tokens, whatever it is divided by.
-        is_needed &= n_counts != 0
-    bad = np.flatnonzero(is_needed & ~is_good)
-    if len(bad):
-        where = f"obs column {entry.n_counts_column}" if entry.n_counts_column else "the sum of its counts"
-        raise InputError(
-            f"{entry.name}: cell {block.start + bad[0]} has counts, but {where} is {n_counts[bad[0]]}. Total counts "
-            "must be positive: correct the column, or pass --n-counts computed (n_counts='computed')."
-        )
-    return n_counts if is_good.all() else np.where(is_good, n_counts, n_counts.dtype.type(1))
 
 
 def _empty_tally(name: str) -> dict[str, Any]:

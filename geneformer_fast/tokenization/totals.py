@@ -1,9 +1,17 @@
-"""Sums per cell over a block of counts."""
+"""Total counts per cell: from obs, or summed."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
+
+from geneformer_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from geneformer_fast.tokenization.inputs import Task
+    from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 
 @numba.njit(nogil=True, cache=True)
@@ -24,3 +32,34 @@ def row_totals(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, is_cou
                 total = next_total
         totals[row] = total + error
     return totals
+
+
+def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
+    """n_counts of a block's cells, with 1 where a cell is not going to be used.
+
+    Raises
+    ------
+    InputError
+        A cell that is wanted has counts, but no positive finite total.
+    """
+    block, entry = task.block, task.prepared
+    is_needed = np.diff(block.indptr) > 0
+    if task.is_wanted is not None:
+        is_needed &= task.is_wanted
+    if task.n_counts is not None:
+        n_counts = task.n_counts
+    else:
+        codes = entry.columns.codes
+        is_counted = codes != -1 if vocabulary.totals_over_vocabulary else np.ones(len(codes), dtype=np.bool_)
+        n_counts = row_totals(block.indptr, block.indices, block.data, is_counted)
+        # A cell may hold stored zeros only, or nothing of the vocabulary: no tokens, whatever it is divided by.
+        is_needed &= n_counts != 0
+    is_good = (n_counts > 0) & np.isfinite(n_counts)
+    bad = np.flatnonzero(is_needed & ~is_good)
+    if len(bad):
+        where = f"obs column {entry.n_counts_column}" if entry.n_counts_column else "the sum of its counts"
+        raise InputError(
+            f"{entry.name}: cell {block.start + bad[0]} has counts, but {where} is {n_counts[bad[0]]}. Total counts "
+            "must be positive: correct the column, or pass --n-counts computed (n_counts='computed')."
+        )
+    return n_counts if is_good.all() else np.where(is_good, n_counts, n_counts.dtype.type(1))

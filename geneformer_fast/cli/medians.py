@@ -1,0 +1,52 @@
+"""``geneformer-fast medians``: a corpus to a vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+
+from geneformer_fast.cli.tokenize import add_inputs
+
+NAME = "medians"
+HELP = "Compute corpus medians and make a vocabulary of them, for an own corpus or species."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add_inputs(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the vocabulary in")
+    parser.add_argument("--family", choices=("v1", "v2", "bionemo"), default="v2", help="special tokens and length")
+    parser.add_argument("--name", default="custom", help="what the vocabulary is called")
+    parser.add_argument(
+        "--mapping", metavar="FOLDER", help="gene dictionaries whose aliases turn the files' ids into gene ids"
+    )
+    parser.add_argument("--mapping-preset", choices=("v1", "v2", "bionemo"), help="which of them, if there are several")
+    parser.add_argument("--min-cells", type=int, default=1, metavar="N", help="leave out genes found in fewer cells")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    from geneformer_fast.tokenization.medians import medians
+    from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+    vocabulary = medians(
+        args.inputs,
+        args.out,
+        family=args.family,
+        name=args.name,
+        mapping=Vocabulary.from_folder(args.mapping, args.mapping_preset) if args.mapping else None,
+        layer=args.layer,
+        gene_column=args.gene_column,
+        allow_float=args.allow_float,
+        allow_duplicate_cells=args.allow_duplicate_cells,
+        n_counts=args.n_counts,
+        filter_pass=not args.no_filter_pass,
+        min_cells=args.min_cells,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        progress=False if args.quiet else None,
+    )
+    if not args.quiet:
+        print(f"vocabulary {vocabulary.name!r}: {len(vocabulary.token_ids):,} genes, written to {args.out}")
+        print(f"next: geneformer-fast tokenize INPUT... --dictionary {args.out} --out DIR")
+    return 0

@@ -1,0 +1,220 @@
+"""Corpus medians, from which a vocabulary for an own corpus or species is made."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization import manifest
+from geneformer_fast.tokenization.genes import id_text
+from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
+from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
+from geneformer_fast.tokenization.sources import expand_inputs
+from geneformer_fast.tokenization.totals import cell_totals
+from geneformer_fast.tokenization.vocabulary import SAVED_FILE, Vocabulary
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Memory for the search, in bytes.
+MEMORY_BYTES = 192 * 2**20
+#: What the folder says about the corpus beside the vocabulary.
+CORPUS_FILE = "corpus.json"
+_BLOCK_ROWS = 1024
+_VERSIONED = re.compile(r"(ENS[A-Z]*[GTP][0-9]{11})\.[0-9]+$")
+
+
+def medians(
+    data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    family: str = "v2",
+    name: str = "custom",
+    mapping: Vocabulary | None = None,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    allow_float: bool = False,
+    allow_duplicate_cells: bool = False,
+    n_counts: str = "auto",
+    filter_pass: bool = True,
+    min_cells: int = 1,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Vocabulary:
+    """Make a vocabulary from a corpus: per gene the exact median of its non-zero ``x / n_counts * 10000``.
+
+    Reads the corpus a few times (mostly three), in bounded memory.
+
+    Parameters
+    ----------
+    data
+        As in ``tokenize``.
+    out
+        Folder to save the vocabulary in, with a ``corpus.json`` that says what it was made of; None saves nothing.
+    family
+        ``"v1"``, ``"v2"`` or ``"bionemo"``: special tokens and length.
+    name
+        What the vocabulary is called.
+    mapping
+        A vocabulary whose aliases turn the ids of the files into gene ids, and to whose genes the result is
+        restricted. Without one, ids are taken as they are, less the version of an Ensembl id.
+    layer, gene_column, allow_float, allow_duplicate_cells, n_counts, filter_pass, workers, progress
+        As in ``tokenize``.
+    min_cells
+        Leave out genes found in fewer cells.
+    overwrite
+        Replace a vocabulary that the folder holds.
+    memory_bytes
+        For the search; less memory means more passes.
+
+    Returns
+    -------
+    Vocabulary
+        Token ids follow the sorted gene ids.
+
+    Raises
+    ------
+    InputError
+        An input cannot be read or holds no counts, or no gene is found in enough cells.
+    OutputError
+        The folder holds something already.
+
+    References
+    ----------
+    Theodoris et al., Nature 618 (2023), "Transfer learning enables predictions in network biology" (there with t-digest
+    approximations).
+    """
+    if out is not None:
+        _check_folder(Path(out), overwrite)
+    is_object = hasattr(data, "obs_names")
+    entries = [data] if is_object else expand_inputs(data)  # type: ignore[arg-type]
+    options = reading.ReadOptions(
+        layer=layer,
+        gene_column=gene_column,
+        allow_float=allow_float,
+        allow_duplicate_cells=allow_duplicate_cells,
+        n_counts=n_counts,
+        use_filter_pass=filter_pass,
+    )
+    known = mapping or Vocabulary.from_medians(dict.fromkeys(_all_genes(entries, options), 1.0), family, name=name)
+    prepared = reading.prepare(entries, known, options)
+    search = MedianSearch(known.n_tokens, memory_bytes)
+    try:
+        n_passes = _search(search, prepared, known, options, workers or default_workers(), progress)
+    finally:
+        reading.close_all(prepared)
+    found = {
+        gene: float(search.medians[token])
+        for gene, token in known.token_ids.items()
+        if search.counts[token] >= max(min_cells, 1)
+    }
+    if not found:
+        raise InputError(f"no gene is found in {max(min_cells, 1)} cells or more; nothing to make a vocabulary of")
+    vocabulary = Vocabulary.from_medians(
+        found,
+        family,
+        name=name,
+        aliases={alias: gene for alias, gene in known.aliases.items() if gene in found},
+        symbols={symbol: gene for symbol, gene in known.symbols.items() if gene in found},
+    )
+    if out is not None:
+        _save(vocabulary, Path(out), prepared, options, search, known, n_passes)
+    return vocabulary
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is no folder; name another one")
+    if (folder / SAVED_FILE).exists() and not overwrite:
+        raise OutputError(f"{folder} holds a vocabulary already; name another folder or pass --overwrite")
+
+
+def _all_genes(entries: Iterable[Any], options: reading.ReadOptions) -> list[str]:
+    genes: dict[str, None] = {}
+    for data in entries:
+        with options.open(data) as source:
+            for identifier in id_text(source.gene_ids()):
+                match = _VERSIONED.match(identifier)
+                genes[match[1] if match else identifier] = None
+    genes.pop("", None)
+    return list(genes)
+
+
+def _search(
+    search: MedianSearch,
+    prepared: list[reading.PreparedInput],
+    known: Vocabulary,
+    options: reading.ReadOptions,
+    workers: int,
+    progress: bool | None,
+) -> int:
+    """Show the search the corpus until every median is known; returns how often that was."""
+    from tqdm import tqdm
+
+    genes_of = [_gene_tables(entry) for entry in prepared]
+
+    def work(task: reading.Task) -> tuple[int, np.ndarray, np.ndarray]:
+        block = task.block
+        totals = np.asarray(cell_totals(task, known), dtype=np.float64)
+        is_wanted = np.ones(block.n_cells, dtype=np.bool_) if task.is_wanted is None else task.is_wanted
+        found = normalised_values(
+            block.indptr, block.indices, block.data, totals, is_wanted, *genes_of[task.source], known.n_tokens
+        )
+        n_cells = block.n_cells
+        block.release()
+        return n_cells, *found
+
+    n_passes = 0
+    n_cells = sum(entry.n_cells for entry in prepared)
+    while not search.is_done:
+        n_passes += 1
+        is_silent = None if progress is None else not progress
+        tasks = reading.tasks(prepared, options, {}, rows=_BLOCK_ROWS)
+        results = ordered_map(work, tasks, workers=workers)
+        with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc=f"pass {n_passes}", disable=is_silent) as bar:
+            try:
+                for n_block, genes, values in results:
+                    search.add(genes, values)
+                    bar.update(n_block)
+            finally:
+                results.close()
+        search.end_pass()
+    return n_passes
+
+
+def _gene_tables(entry: reading.PreparedInput) -> tuple[np.ndarray, np.ndarray]:
+    """Per column the token id, -1 for none, and whether other columns share it."""
+    tokens = entry.gene_map.column_to_token
+    counts = np.bincount(tokens[tokens >= 0], minlength=int(tokens.max(initial=0)) + 1)
+    return tokens, (tokens >= 0) & (counts[tokens] > 1)
+
+
+def _save(
+    vocabulary: Vocabulary,
+    folder: Path,
+    prepared: list[reading.PreparedInput],
+    options: reading.ReadOptions,
+    search: MedianSearch,
+    known: Vocabulary,
+    n_passes: int,
+) -> None:
+    """The vocabulary last: a folder with vocabulary.json is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "vocabulary": vocabulary.identity(),
+        "options": options.to_dict(),
+        "inputs": [entry.description for entry in prepared],
+        "n_passes": n_passes,
+        "cells_per_gene": {gene: int(search.counts[known.token_ids[gene]]) for gene in sorted(vocabulary.token_ids)},
+    }
+    manifest.write_json(folder / CORPUS_FILE, content)
+    vocabulary.save(folder)
