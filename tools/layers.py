@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
     tuple(f"{FAST}.{name}" for name in ("extract", "train", "accelerate", "profile")),
+    (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
@@ -57,7 +58,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": (f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot"),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot"),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
-    "pickle": (f"{FAST}.tokenization.pickles",),
+    "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.hf"),  # the latter for its error class only
     "dill": (),
     "cloudpickle": (),
     "joblib": (),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
         ) from None

@@ -1,0 +1,75 @@
+"""geneformer-fast embed: embeddings of cells or genes from counts or tokens."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "embed"
+HELP = "embed cells or genes with an encoder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("input", help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom) or a folder of tokens")
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder (config.json and weights)")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help=".npy, .arrow, or .h5ad (a copy of an .h5ad input with obsm added)"
+    )
+    parser.add_argument(
+        "--pool",
+        choices=("cls", "mean", "gene"),
+        help="cls token, mean over a cell's genes, or mean per gene over cells (default: cls where the model has one, "
+        "else mean)",
+    )
+    parser.add_argument(
+        "--layer",
+        default="penultimate",
+        metavar="last|penultimate|N",
+        help="which block's output, N counts from 0 (default: penultimate, as Geneformer's own extractor)",
+    )
+    parser.add_argument(
+        "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
+    )
+    parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
+    parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
+    parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
+    parser.add_argument(
+        "--obs", action="append", default=[], metavar="COLUMN", help="column of obs to carry into an .arrow output"
+    )
+    parser.add_argument("--key", default="X_geneformer", help="key in obsm and uns of an .h5ad output")
+    parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
+    parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture")
+    parser.add_argument("--color", metavar="COLUMN", help="column of obs to colour the picture by")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from time import perf_counter
+
+    from geneformer_fast.extract import embed
+
+    begin = perf_counter()
+    path = embed(
+        args.input,
+        args.model,
+        args.out,
+        pool=args.pool,
+        layer=args.layer,
+        dictionary=args.dictionary,
+        counts_layer=args.counts_layer,
+        gene_column=args.gene_column,
+        allow_float=args.allow_float,
+        obs=args.obs,
+        key_added=args.key,
+        dtype=args.dtype,
+        device=args.device,
+        token_budget=args.token_budget,
+        overwrite=args.overwrite,
+        plot=args.plot,
+        color=args.color,
+    )
+    print(f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json")
+    return 0

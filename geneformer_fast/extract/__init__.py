@@ -1,0 +1,7 @@
+"""Embeddings of cells and genes: counts or tokens in; obsm, .npy or Arrow out."""
+
+from __future__ import annotations
+
+from geneformer_fast.extract.run import embed
+
+__all__ = ["embed"]

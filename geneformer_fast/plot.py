@@ -1,0 +1,105 @@
+"""Pictures of embeddings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from geneformer_fast.errors import OutputError, UnsupportedError
+
+# UMAP takes minutes beyond this, and more points hide each other.
+MOST_CELLS = 20_000
+MOST_CLASSES = 40
+
+
+def plot_umap(
+    embeddings: np.ndarray,
+    labels: np.ndarray | None,
+    path: str | os.PathLike[str],
+    *,
+    label: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a picture of the UMAP of embeddings (McInnes et al., arXiv:1802.03426).
+
+    Parameters
+    ----------
+    embeddings
+        [cells, C]; of more than 20,000 cells a seeded sample is drawn.
+    labels
+        [cells] values to colour by: numbers on a scale, anything else as classes. None colours all alike.
+    path
+        Picture to write; the suffix (.png, .pdf, .svg) decides the format.
+    label
+        What the colours mean.
+    seed
+        Of the sample and of UMAP.
+
+    Raises
+    ------
+    UnsupportedError
+        umap-learn or matplotlib is not installed.
+    OutputError
+        The picture cannot be written there.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from umap import UMAP
+    except ImportError as error:
+        raise UnsupportedError(
+            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
+        ) from None
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a folder; make it first")
+    n_cells = len(embeddings)
+    sample = np.arange(n_cells)
+    if n_cells > MOST_CELLS:
+        sample = np.sort(np.random.default_rng(seed).choice(n_cells, MOST_CELLS, replace=False))
+    if n_cells < 4:
+        raise UnsupportedError(f"a UMAP of {n_cells} cells shows nothing; it needs at least 4")
+    neighbours = min(15, len(sample) - 1)
+    init = "spectral" if len(sample) > 20 else "random"
+    # n_jobs=1 is what a fixed seed means to UMAP; said here, it does not warn about it.
+    points = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1).fit_transform(embeddings[sample])
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = f"{len(sample):,} of {n_cells:,} cells" if len(sample) < n_cells else f"{n_cells:,} cells"
+    _scatter(axes, points, None if labels is None else labels[sample], label)
+    axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title=shown)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _scatter(axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:  # type: ignore[no-untyped-def]
+    size = float(np.clip(40_000 / len(points), 2, 30))
+    style = {"s": size, "linewidths": 0, "alpha": 0.8}
+    if labels is None:
+        axes.scatter(*points.T, color="tab:blue", **style)
+        return
+    if np.issubdtype(np.asarray(labels).dtype, np.number):
+        colored = axes.scatter(*points.T, c=labels, cmap="viridis", **style)
+        axes.figure.colorbar(colored, label=label)
+        return
+    import matplotlib
+
+    names, codes, counts = np.unique(labels.astype(str), return_inverse=True, return_counts=True)
+    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "turbo"]
+    for code, name in enumerate(names):
+        at = codes == code
+        color = colors(code if len(names) <= 20 else code / (len(names) - 1))
+        shown = f"{name} ({counts[code]:,})" if code < MOST_CLASSES else "_"
+        axes.scatter(*points[at].T, color=color, label=shown, **style)
+    axes.legend(
+        title=label,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+        fontsize="small",
+        markerscale=12 / size**0.5,
+    )
