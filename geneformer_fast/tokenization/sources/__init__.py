@@ -60,12 +60,12 @@ def open_source(
     elif hasattr(data, "obs_names") and hasattr(data, "X"):
         from geneformer_fast.tokenization.sources.memory import open_anndata
 
-        source = open_anndata(data, **options)
+        with reading("<AnnData>", "counts"):
+            source = open_anndata(data, **options)
     else:
         raise InputError(f"cannot read counts from a {type(data).__name__}; give a path or an AnnData")
     try:
-        if not allow_duplicate_cells:
-            source.check_cell_names()
+        source.check_cell_names(allow_duplicates=allow_duplicate_cells)
     except BaseException:
         source.close()
         raise

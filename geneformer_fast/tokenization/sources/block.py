@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,21 +55,21 @@ class BufferPool:
     def __init__(self, keep: int = 8) -> None:
         self._free: list[np.ndarray] = []
         self._keep = keep
+        self._lock = threading.Lock()
 
     def take(self, n_bytes: int) -> np.ndarray:
         """A uint8 buffer of at least `n_bytes`."""
-        for i, buffer in enumerate(self._free):
-            if len(buffer) >= n_bytes:
-                try:
+        with self._lock:
+            for i, buffer in enumerate(self._free):
+                if len(buffer) >= n_bytes:
                     return self._free.pop(i)
-                except IndexError:  # another thread was faster
-                    break
         return np.empty(max(n_bytes, 1), dtype=np.uint8)
 
     def give(self, buffers: tuple[np.ndarray, ...]) -> None:
         """Take buffers back."""
-        self._free.extend(buffers)
-        del self._free[: -self._keep]
+        with self._lock:
+            self._free.extend(buffers)
+            del self._free[: -self._keep]
 
 
 @dataclass

@@ -105,7 +105,10 @@ def stored_shape(node: Any) -> tuple[int, int]:
         raise ValueError("holds no matrix (no shape)")
     if len(shape) != 2:
         raise ValueError(f"has shape {tuple(int(n) for n in shape)}, expected cells x genes")
-    return int(shape[0]), int(shape[1])
+    n_rows, n_columns = int(shape[0]), int(shape[1])
+    if n_rows < 0 or n_columns < 0:
+        raise ValueError(f"has shape {n_rows} x {n_columns}")
+    return n_rows, n_columns
 
 
 def read_matrix(

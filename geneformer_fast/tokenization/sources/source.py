@@ -78,8 +78,9 @@ class CountSource:
             raise InputError(f"{name}: has no genes ({counts_from} is {self.n_cells} x 0)")
         if self.n_genes >= 2**31:
             raise InputError(f"{name}: {self.n_genes} gene columns are more than a file of counts can have")
-        self._gene_column = gene_column
         self.gene_ids_from = self._choose_gene_column(gene_column)
+        # read now: it also proves that var has as many rows as the matrix has columns
+        self._gene_ids = self._read_gene_ids()
 
     def __enter__(self) -> CountSource:
         return self
@@ -105,6 +106,9 @@ class CountSource:
 
     def gene_ids(self) -> np.ndarray:
         """Gene ids as written, an object array of strings; see `gene_ids_from`."""
+        return self._gene_ids
+
+    def _read_gene_ids(self) -> np.ndarray:
         if self.gene_ids_from == "var_names":
             return self._var.index()
         return as_text(self._var.read(self.gene_ids_from))
@@ -122,11 +126,15 @@ class CountSource:
         """Barcodes or other cell names, an object array of strings."""
         return self._obs.index()
 
-    def check_cell_names(self) -> None:
-        """Raise InputError where two cells share a name."""
-        names = self.cell_names().tolist()
-        if len(set(names)) == len(names):
+    def check_cell_names(self, *, allow_duplicates: bool = False) -> None:
+        """Raise InputError where there are more or fewer names than cells, or two cells share a name."""
+        stored = self._obs.stored_index()
+        if stored is None or allow_duplicates:
             return
+        n_distinct = len(stored.unique()) if hasattr(stored, "unique") else len(np.unique(stored))
+        if n_distinct == len(stored):
+            return
+        names = self.cell_names().tolist()
         seen: set[str] = set()
         repeated = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
         examples = ", ".join(repr(name) for name in dict.fromkeys(repeated[:_MAX_NAMED]))

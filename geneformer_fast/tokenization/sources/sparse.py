@@ -113,7 +113,8 @@ class MemoryCsr:
     is_dense = False
 
     def __init__(self, matrix: Any) -> None:
-        self._matrix = matrix
+        self._data = matrix.data
+        self._indices = matrix.indices.astype(matrix.indices.dtype.newbyteorder("="), copy=False)
         self.shape = (int(matrix.shape[0]), int(matrix.shape[1]))
         self.value_dtype = value_dtype(matrix.data.dtype)
         self._indptr = checked_indptr(matrix.indptr, self.shape[0], len(matrix.data), len(matrix.indices))
@@ -121,12 +122,12 @@ class MemoryCsr:
     def sample(self) -> Sample:
         values, lengths = [], [np.zeros(1, dtype=np.int64)]
         for first, end in sample_ranges(self.shape[0]):
-            values.append(self._matrix.data[self._indptr[first] : self._indptr[end]])
+            values.append(self._data[self._indptr[first] : self._indptr[end]])
             lengths.append(np.diff(self._indptr[first : end + 1]))
         return Sample(np.concatenate(values), np.cumsum(np.concatenate(lengths)))
 
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[CountBlock]:
         for first, end in cut_rows(self._indptr, start, stop, rows):
             low, high = self._indptr[first], self._indptr[end]
-            data = self._matrix.data[low:high].astype(self.value_dtype, copy=False)
-            yield CountBlock(first, self._indptr[first : end + 1] - low, self._matrix.indices[low:high], data)
+            data = self._data[low:high].astype(self.value_dtype, copy=False)
+            yield CountBlock(first, self._indptr[first : end + 1] - low, self._indices[low:high], data)

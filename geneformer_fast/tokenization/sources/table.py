@@ -13,8 +13,6 @@ from geneformer_fast.tokenization.sources.reading import reading
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Column = "np.ndarray | pa.Array"
-
 
 class Table:
     """Columns read on demand.
@@ -66,10 +64,15 @@ class Table:
 
     def index(self) -> np.ndarray:
         """Row names as an object array of strings."""
+        values = self.stored_index()
+        return np.array([str(i) for i in range(self.n_rows)], dtype=object) if values is None else as_text(values)
+
+    def stored_index(self) -> np.ndarray | pa.Array | None:
+        """Row names as stored, or None where there are none."""
         if self._index is None:
-            return np.array([str(i) for i in range(self.n_rows)], dtype=object)
+            return None
         with reading(self.name, "row names"):
-            values = as_text(self._index())
+            values = self._index()
         if len(values) != self.n_rows:
             raise InputError(f"{self.name}: has {len(values)} row names for {self.n_rows} rows")
         return values
