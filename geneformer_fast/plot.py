@@ -101,5 +101,5 @@ def _scatter(axes, points: np.ndarray, labels: np.ndarray | None, label: str | N
         bbox_to_anchor=(1.0, 0.5),
         frameon=False,
         fontsize="small",
-        markerscale=12 / size**0.5,
+        markerscale=(30 / size) ** 0.5,
     )

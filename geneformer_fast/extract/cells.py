@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class Cells:
     vocabulary
         Identity of the vocabulary, as in a token folder's manifest.
     columns
-        Arrow columns that name the cells.
+        Names of the columns that name the cells.
+    column
+        Takes one of these names, gives the Arrow column.
     """
 
     lengths: np.ndarray
@@ -45,7 +47,8 @@ class Cells:
     rows: np.ndarray
     n_rows: int
     vocabulary: Mapping[str, Any]
-    columns: Mapping[str, Any]
+    columns: Sequence[str]
+    column: Callable[[str], pa.ChunkedArray]
 
     @property
     def special_ids(self) -> list[int]:
@@ -97,8 +100,8 @@ def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], *, follows_i
         files = [np.asarray(chunk.indices) for chunk in folder.column("source_file").chunks]
         rows = starts[np.concatenate(files)] + folder.column("source_row").to_numpy()
         n_rows = int(starts[-1])
-    columns = {name: folder.column(name) for name in folder.columns if name != "input_ids"}
-    return Cells(folder.lengths(), folder.read, rows, n_rows, identity, columns)
+    columns = [name for name in folder.columns if name != "input_ids"]
+    return Cells(folder.lengths(), folder.read, rows, n_rows, identity, columns, folder.column)
 
 
 def _memory_cells(tokenized: TokenizedCells, n_rows: int, vocabulary: Vocabulary) -> Cells:
@@ -111,7 +114,7 @@ def _memory_cells(tokenized: TokenizedCells, n_rows: int, vocabulary: Vocabulary
 
     rows = tokenized.kept_rows
     columns = {"source_row": pa.chunked_array([pa.array(rows, pa.int64())])}
-    return Cells(np.diff(cu_seqlens), read, rows, n_rows, vocabulary.identity(), columns)
+    return Cells(np.diff(cu_seqlens), read, rows, n_rows, vocabulary.identity(), list(columns), columns.__getitem__)
 
 
 def _assumed_identity(config: EncoderConfig, path: Path) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def labels_of(data: Any, cells: Cells, color: str | None) -> np.ndarray | None:
         return np.asarray(data.obs[color])[cells.rows]
     if color not in cells.columns:
         raise InputError(f"the tokens carry no column {color!r} to colour by; there are {', '.join(cells.columns)}")
-    return np.asarray(cells.columns[color].to_pylist(), dtype=object)
+    return np.asarray(cells.column(color).to_pylist(), dtype=object)
 
 
 def is_anndata(data: Any) -> bool:

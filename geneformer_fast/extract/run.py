@@ -206,7 +206,8 @@ def _write(
         if suffix == ".npy":
             writer: NpyWriter | ArrowWriter = NpyWriter(temporary, cells.n_rows, run.width)
         else:
-            writer = ArrowWriter(temporary, run.width, cells.columns, _text(provenance))
+            columns = {name: cells.column(name) for name in cells.columns}
+            writer = ArrowWriter(temporary, run.width, columns, _text(provenance))
         try:
             run.stream(writer)
         except BaseException:
