@@ -19,6 +19,9 @@ from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
 from geneformer_fast.tokenization.vocabulary import SPECIAL, Vocabulary
 
+#: Published vocabularies and their families.
+FAMILIES = {"geneformer-v1": "v1", "geneformer-v2": "v2", "bionemo": "bionemo"}
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -119,13 +122,12 @@ def _memory_cells(tokenized: TokenizedCells, n_rows: int, vocabulary: Vocabulary
 
 def _assumed_identity(config: EncoderConfig, path: Path) -> dict[str, Any]:
     """For a folder that does not name its vocabulary (the official tokenizer's): the model's, if it is published."""
-    families = {"geneformer-v1": "v1", "geneformer-v2": "v2", "bionemo": "bionemo"}
-    if config.vocabulary not in families:
+    if config.vocabulary not in FAMILIES:
         raise VocabularyError(
             f"{path} does not say which vocabulary made its tokens, and the model's is no published one; "
             "tokenize with geneformer-fast, which writes that down"
         )
-    family = families[config.vocabulary]
+    family = FAMILIES[config.vocabulary]
     special = SPECIAL[family]
     return {"name": config.vocabulary, "family": family, "special": special, "n_tokens": None, "fingerprint": None}
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 
 from geneformer_fast.checkpoints import load
+from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.extract.cells import Cells, is_anndata, labels_of, open_cells
+from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.extract.cells import FAMILIES, Cells, is_anndata, labels_of, open_cells
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.extract.files import (
     ArrowWriter,
@@ -77,8 +78,8 @@ def embed(
         ``"penultimate"`` (as Geneformer's extractor does by default), ``"last"``, ``"embeddings"``, or a block from 0.
         Blocks beyond it are not computed.
     dictionary
-        Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; None looks for ``vocabulary.json`` in the
-        model's folder.
+        Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
+        is taken. None looks for ``vocabulary.json`` in the model's folder.
     counts_layer, gene_column, allow_float
         As ``layer``, ``gene_column`` and ``allow_float`` of ``tokenize``.
     obs
@@ -129,7 +130,7 @@ def embed(
     encoder = _as_encoder(model, dtype, device)
     encoder.config.layer_index(layer)
     with contextlib.ExitStack() as stack:
-        vocabulary = _find_vocabulary(dictionary, model)
+        vocabulary = _find_vocabulary(dictionary, model, encoder.config)
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, options, progress))
         pool = _choose_pool(pool, cells)
         run = EncodingRun(encoder, cells, pool, layer, token_budget, progress)
@@ -161,12 +162,19 @@ def _as_encoder(model: Encoder | str | os.PathLike[str], dtype: Any, device: Any
 
 
 def _find_vocabulary(
-    dictionary: str | os.PathLike[str] | Vocabulary | None, model: Encoder | str | os.PathLike[str]
+    dictionary: str | os.PathLike[str] | Vocabulary | None,
+    model: Encoder | str | os.PathLike[str],
+    config: EncoderConfig,
 ) -> Vocabulary | None:
     if isinstance(dictionary, Vocabulary):
         return dictionary
     if dictionary is not None:
-        return Vocabulary.from_folder(Path(dictionary))
+        try:
+            # A folder may hold the dictionaries of several versions: the model says which one it needs.
+            return Vocabulary.from_folder(Path(dictionary), FAMILIES.get(str(config.vocabulary)))
+        except VocabularyError:
+            # Whatever single vocabulary it holds is refused later, where both names are known.
+            return Vocabulary.from_folder(Path(dictionary))
     if not isinstance(model, Encoder) and (Path(model) / "vocabulary.json").exists():
         return Vocabulary.from_folder(Path(model))
     return None
@@ -242,12 +250,23 @@ def _by_column(
 ) -> np.ndarray:
     """[n_vars, C] rows of [tokens, C] gene embeddings in the order of var, NaN for genes without a token or unseen."""
     assert vocabulary is not None  # the counts were tokenized with it
-    column = gene_column or next((name for name in GENE_COLUMNS if name in adata.var), "var_names")
-    ids = adata.var_names if column in ("var_names", "index") else adata.var[column]
-    tokens = map_genes(list(ids), vocabulary, source_name="<AnnData>").column_to_token
+    ids = _ids_of_var(adata, gene_column)
+    tokens = map_genes(ids, vocabulary, source_name="<AnnData>").column_to_token
     by_column = np.full((adata.n_vars, embeddings.shape[1]), np.nan, dtype=np.float32)
     by_column[tokens >= 0] = embeddings[tokens[tokens >= 0]]
     return by_column
+
+
+def _ids_of_var(adata: AnnData, gene_column: str | None) -> list[str]:
+    """The gene id of every row of var; from raw.var, by name, where only that has them (counts may come from raw)."""
+    columns = GENE_COLUMNS if gene_column is None else (gene_column,)
+    for table in (adata.var, *(() if adata.raw is None else (adata.raw.var,))):
+        column = next((name for name in columns if name in table), None)
+        if column is not None:
+            by_name = table[column][~table.index.duplicated()] if table is not adata.var else None
+            ids = table[column] if by_name is None else by_name.reindex(adata.var_names)
+            return [str(gene) for gene in ids]
+    return [str(gene) for gene in adata.var_names]
 
 
 def _into_anndata(
