@@ -66,7 +66,8 @@ def read_folder(folder: Path, preset: str | None) -> Vocabulary:
         return vocabulary
     bionemo = next((folder / name for name in _BIONEMO_FILES if (folder / name).is_file()), None)
     releases = _find_releases(folder)
-    if bionemo is not None and (preset == "bionemo" or (preset is None and not releases)):
+    has_geneformer = any("token_dictionary" in release.files for release in releases)
+    if bionemo is not None and (preset == "bionemo" or (preset is None and not has_geneformer)):
         return _read_bionemo(bionemo, _find_medians(folder, releases))
     if bionemo is not None and preset is None:
         raise VocabularyError(f"{folder}: holds BioNeMo's {bionemo.name} and Geneformer's dictionaries; pass a preset")

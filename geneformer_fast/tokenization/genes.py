@@ -200,7 +200,8 @@ def map_genes(ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str) -
     tokens = vocabulary.token_ids
     genes = sorted({gene for gene in targets if gene is not None}, key=tokens.__getitem__)
     index = {gene: i for i, gene in enumerate(genes)}
-    index_or_drop = {**index, None: -1}
+    index_or_drop: dict[str | None, int] = {None: -1}
+    index_or_drop.update(index)
     column_to_gene = np.fromiter((index_or_drop[gene] for gene in targets), dtype=np.int32, count=len(targets))
     report.n_genes = len(genes)
     _count_collapsed(names, targets, report)

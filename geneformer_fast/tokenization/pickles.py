@@ -99,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
 def _check_memo(data: bytes) -> None:
     """Refuse memo indices larger than the file: CPython allocates up to 64 GB for a single one."""
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "LONG_BINPUT" and argument > len(data):
+        if opcode.name == "LONG_BINPUT" and argument is not None and argument > len(data):
             raise pickle.UnpicklingError(f"memo index {argument} in a file of {len(data)} bytes")
 
 

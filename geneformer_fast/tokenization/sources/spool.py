@@ -125,7 +125,7 @@ class SpooledMatrix:
         for position, count in parts:
             for out in (rows, columns, values):
                 piece = out[done : done + count]
-                read_exactly(scratch.fileno(), memoryview(piece).cast("B"), position)
+                read_exactly(scratch.fileno(), piece.data.cast("B"), position)
                 position += piece.nbytes
             done += count
         return rows, columns, values

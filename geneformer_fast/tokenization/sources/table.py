@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Table:
         self,
         name: str,
         n_rows: int,
-        columns: dict[str, Callable[[], Any]],
+        columns: Mapping[str, Callable[..., Any]],
         index: Callable[[], Any] | None,
     ) -> None:
         self.name = name

@@ -71,7 +71,7 @@ class ContiguousVector:
         return self._length
 
     def jobs(self, start: int, out: np.ndarray) -> list[Job]:
-        view = memoryview(out).cast("B") if len(out) else None
+        view = out.data.cast("B") if len(out) else None
         position = self._offset + start * self.dtype.itemsize
 
         def job() -> None:

@@ -1,0 +1,174 @@
+"""Which column becomes which gene: as the official tool decides, plus what it misses, all of it reported."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.genes import map_genes
+from geneformer_fast.tokenization.sources import open_source
+from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+A, B, C, D = (f"ENSG{i:011d}" for i in (11, 22, 33, 44))
+VOCABULARY = Vocabulary.from_medians(
+    {A: 1.0, B: 2.0, C: 3.0, D: 4.0},
+    aliases={A: A, B: B, C: C, D: D, "ALPHA": A, "BETA": B, "OLD-BETA.2": B, "ENSG00000000099": A, "LOST": "ENSG0"},
+)
+
+
+def mapped(ids, vocabulary=VOCABULARY):
+    gene_map = map_genes(ids, vocabulary, source_name="file.h5ad")
+    targets = [gene_map.genes[i] if i >= 0 else None for i in gene_map.column_to_gene]
+    return targets, gene_map
+
+
+@pytest.mark.parametrize(
+    ("written", "gene", "kinds"),
+    [
+        (B, B, []),
+        (f"{B}.7", B, ["versioned"]),
+        (f"{B}.12_PAR_Y", B, ["versioned"]),
+        (f"{B}_PAR_Y", B, ["versioned"]),
+        (f"BETA_{B}.3", B, ["versioned"]),
+        (f"HLA-A_X_{B}", B, ["versioned"]),
+        ("ENSG00000000099", A, ["aliased"]),
+        ("ENSG00000000099.4", A, ["aliased", "versioned"]),
+        ("ALPHA", A, ["aliased"]),
+        ("Alpha", A, ["aliased", "recased"]),
+        ("OLD-BETA.2", B, ["aliased"]),
+        (B.lower(), B, ["recased"]),
+        (f"{B.lower()}.2", B, ["recased", "versioned"]),
+        (B.encode(), B, []),
+        ("LOST", None, ["dropped", "known_without_token"]),
+        ("ALPHA.1", None, ["dropped"]),
+        ("", None, ["dropped"]),
+        (None, None, ["dropped"]),
+        (float("nan"), None, ["dropped"]),
+        (17, None, ["dropped"]),
+        ("βeta-Ångström", None, ["dropped"]),
+        ("x" * 500, None, ["dropped"]),
+    ],
+)
+def test_one_id(written, gene, kinds):
+    targets, gene_map = mapped([D, written])
+    assert targets == [D, gene]
+    report = gene_map.report.to_dict()
+    counted = [k for k in ("aliased", "dropped", "known_without_token", "recased", "versioned") if report[k]]
+    assert counted == sorted(kinds)
+    assert report["matched"] == 1 + (gene is not None)
+
+
+def test_integer_ids_of_any_type():
+    vocabulary = Vocabulary.from_medians({"574405": 1.0, "7": 2.0})
+    for ids in (np.array([7, 574405, 9]), np.array([7.0, 574405.0, np.nan]), [7, "574405", None]):
+        assert mapped(ids, vocabulary)[0] == ["7", "574405", None]
+
+
+def test_other_species_and_mixed_case_symbols():
+    mouse = Vocabulary.from_medians({"ENSMUSG00000000001": 1.0, "Trp53": 2.0, "FBgn0000008": 3.0})
+    ids = ["ENSMUSG00000000001.4", "Trp53", "TRP53", "FBgn0000008.2", "Trp53.1"]
+    targets, gene_map = mapped(ids, mouse)
+    assert targets == ["ENSMUSG00000000001", "Trp53", "Trp53", "FBgn0000008", "Trp53"]
+    assert gene_map.report.collapsed == 2
+
+
+def test_genes_ascend_by_token_id_and_know_their_columns():
+    _, gene_map = mapped([D, "unknown", A, "BETA"])
+    assert gene_map.genes == [A, B, D]
+    assert gene_map.token_ids.tolist() == [4, 5, 7]
+    assert gene_map.token_ids.dtype == np.int32
+    assert gene_map.medians.tolist() == [1.0, 2.0, 4.0]
+    assert gene_map.column_to_gene.tolist() == [2, -1, 0, 1]
+    assert gene_map.column_to_token.tolist() == [7, -1, 4, 5]
+    assert not gene_map.has_collisions
+
+
+def test_columns_of_one_gene_are_summed_with_one_product():
+    ids = [A, "ALPHA", B, B, "nothing", B.lower(), "ENSG00000000099"]
+    _, gene_map = mapped(ids)
+    assert gene_map.has_collisions
+    assert (gene_map.report.collapsed, gene_map.report.duplicated, gene_map.report.recased) == (4, 1, 1)
+    counts = np.arange(14.0).reshape(2, 7)
+    summed = counts @ gene_map.collapse_matrix()
+    assert summed.tolist() == [[0 + 1 + 6, 2 + 3 + 5], [7 + 8 + 13, 9 + 10 + 12]]
+
+
+def test_report_is_readable_and_fits_json():
+    _, gene_map = mapped([A, "ALPHA", f"{B}.7", "unknown"])
+    text = str(gene_map.report)
+    assert "3 of 4 columns matched, 2 genes" in text
+    assert f"ALPHA + {A} -> {A}" in text
+    assert "unknown" in text
+    assert json.loads(json.dumps(gene_map.report.to_dict()))["versioned"] == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["TP53", "GAPDH"], r"0 of 2.*'TP53', 'GAPDH'.*'ENSG00000000011'.*knows no gene symbols"),
+        (["ENSMUSG00000000001"], "right species"),
+        (["βeta", "名前"], "名前"),
+        (np.arange(300), "'0', '1'"),
+        ([f"gene{i}" for i in range(1000)] + [A], "1 of 1001"),
+        ([], "no genes"),
+    ],
+)
+def test_next_to_nothing_matches(ids, message):
+    vocabulary = Vocabulary.from_medians({A: 1.0, B: 2.0})
+    with pytest.raises(InputError, match=message) as caught:
+        map_genes(ids, vocabulary, source_name="cells.h5ad")
+    assert "cells.h5ad" in str(caught.value)
+
+
+def official_targets(ids, vocabulary):
+    usable = {key: gene for key, gene in vocabulary.aliases.items() if gene in vocabulary.token_ids}
+    return [usable.get(identifier.upper()) for identifier in ids]
+
+
+@pytest.mark.parametrize("preset", ["v1", "v2"])
+@pytest.mark.parametrize(
+    "file",
+    ["pbmc3k/pbmc3k", "pbmc3k/pbmc3k_symbols_int32", "pbmc_facs/pbmc_facs_test100", "oligo184_float/oligo184_float"],
+)
+def test_same_columns_as_the_official_rule(shared_dir, preset, file):
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset=preset)
+    with h5py.File(shared_dir / "data" / f"{file}.h5ad") as opened:
+        ids = opened["var/ensembl_id"].asstr()[:]
+    expected = official_targets(ids, vocabulary)
+    if not any(expected):
+        with pytest.raises(InputError, match="knows no gene symbols"):
+            mapped(ids, vocabulary)
+        return
+    assert mapped(ids, vocabulary)[0] == expected
+
+
+def test_versioned_ids_of_a_real_file(shared_dir):
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    path = shared_dir / "data" / "panglao_versioned" / "SRA617020_SRS2566664.h5ad"
+    with (
+        open_source(path, allow_float=True) as by_column,
+        open_source(path, allow_float=True, gene_column="var_names") as by_name,
+    ):
+        assert by_name.gene_ids()[0] == "AAED1_ENSG00000158122.11"
+        from_column, from_name = (mapped(source.gene_ids(), vocabulary) for source in (by_column, by_name))
+    assert from_column[0] == from_name[0]
+    assert from_column[1].report.versioned == from_column[1].report.matched == 6155
+    assert official_targets(by_column.gene_ids(), vocabulary) == [None] * 7947
+
+
+def test_sixty_thousand_columns_take_no_time(shared_dir):
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    ids = [f"{key}.1" if i % 2 else key for i, key in enumerate(list(vocabulary.aliases)[:60_000])]
+    best = min(_timed(ids, vocabulary) for _ in range(3))
+    assert best < 1.5, f"mapping 60,000 columns took {best:.2f} s"
+
+
+def _timed(ids, vocabulary):
+    start = time.perf_counter()
+    map_genes(ids, vocabulary, source_name="big")
+    return time.perf_counter() - start
