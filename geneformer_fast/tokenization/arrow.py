@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +291,8 @@ class TokenFolder:
         files, positions = self._file_of[cells], self._position_of[cells]
         # Neighbours on the disk come with one read.
         is_next = (files[1:] == files[:-1]) & (positions[1:] == positions[:-1] + lengths[:-1] * size)
-        starts = np.flatnonzero(np.concatenate([[True], ~is_next])) if len(cells) else np.zeros(0, np.int64)
-        stops = np.append(starts[1:], len(cells))
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        bounds = np.flatnonzero(np.concatenate([[True], ~is_next, [True]])) if len(cells) else np.zeros(1, np.int64)
+        for start, stop in pairwise(bounds.tolist()):
             target = view[cu_seqlens[start] * size : cu_seqlens[stop] * size]
             if len(target):
                 self._files[files[start]].read_into(target, int(positions[start]))

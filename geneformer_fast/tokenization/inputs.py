@@ -295,16 +295,16 @@ def tasks(
 
 
 def _numbers(values: Any, where: str) -> np.ndarray:
-    """A column as numpy numbers, missing values as NaN."""
-    if isinstance(values, pa.Array):
-        if not (
-            pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)
-        ):
-            raise InputError(f"{where} holds {values.type}, not numbers")
-        if pa.types.is_boolean(values.type):
-            values = values.cast(pa.uint8())
-        return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return values
+    """A column as numpy numbers, missing values as NaN; floats keep their precision, which the arithmetic follows."""
+    if not isinstance(values, pa.Array):
+        return values
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.uint8())
+    elif not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise InputError(f"{where} holds {values.type}, not numbers")
+    if values.null_count:
+        values = values.cast(values.type if pa.types.is_floating(values.type) else pa.float64())
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _n_counts(source: CountSource, entry: PreparedInput) -> np.ndarray | None:
