@@ -76,9 +76,8 @@ def frame_table(frame: pd.DataFrame, name: str) -> Table:
 
 
 def _series(series: pd.Series) -> Any:
-    values = series.array
-    if isinstance(getattr(values, "dtype", None), np.dtype) and values.dtype.kind in "biuf":
-        return np.asarray(values)
+    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biuf":
+        return series.to_numpy()
     import pyarrow as pa
 
     if hasattr(series, "cat"):

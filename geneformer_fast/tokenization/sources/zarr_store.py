@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.tokenization.sources.h5ad import open_anndata_store
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.vectors import SlicedVector
+from geneformer_fast.tokenization.sources.vectors import SlicedVector, Vector
 
 
 def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool) -> CountSource:
@@ -27,13 +28,21 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         root,
         name,
         kind="zarr",
-        make_vector=SlicedVector,
+        make_vector=_vector,
         layer=layer,
         gene_column=gene_column,
         allow_float=allow_float,
         paths=sorted(file for file in path.rglob("*") if file.name in _METADATA),
         close=lambda: None,
     )
+
+
+def _vector(array: Any) -> Vector:
+    """zarr reads a chunk file that is not there as zeros, which would silently empty the cells of a partial copy."""
+    missing = array.nchunks - array.nchunks_initialized
+    if missing and array.path.endswith("/data"):
+        raise ValueError(f"{array.path} lacks {missing} of {array.nchunks} chunks; the store was not copied completely")
+    return SlicedVector(array)
 
 
 # Sizes and digests of these tell whether a store changed; its chunks may be a hundred thousand files.
