@@ -33,7 +33,7 @@ OPTIONAL = {
     "transformers": ("hf", "comparing with Hugging Face models"),
     "datasets": ("hf", "opening token folders with load_from_disk"),
     "matplotlib": ("plot", "pictures, quickstart"),
-    "umap-learn": ("plot", "embed --plot, quickstart"),
+    "umap-learn": ("plot", "embed --plot"),
     "scikit-learn": ("plot", "baselines and classifiers of quickstart"),
     "pandas": ("dev", "tests"),
     "pytest": ("dev", "tests"),

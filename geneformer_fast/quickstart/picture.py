@@ -45,13 +45,14 @@ def draw(panels: Panels, path: Path) -> None:
 
 
 def _draw_cells(axes: Axes, panels: Panels) -> None:
-    points, method = _flatten(panels.embeddings)
+    points = _flatten(panels.embeddings)
     names, counts = np.unique(panels.labels, return_counts=True)
     # Large types first, so that rare ones are drawn on top of them.
     for i, name in sorted(enumerate(names), key=lambda pair: -counts[pair[0]]):
         chosen = panels.labels == name
-        axes.scatter(*points[chosen].T, s=7, alpha=0.8, linewidths=0, color=COLORS[i % len(COLORS)], label=str(name))
-    axes.set_title(f"{len(points):,} cells of unseen donors, {method} of the embeddings", fontsize=10, color=INK)
+        x, y = points[chosen].T
+        axes.scatter(x, y, s=7, alpha=0.8, linewidths=0, color=COLORS[i % len(COLORS)], label=str(name))
+    axes.set_title(f"{len(points):,} cells of unseen donors, t-SNE of their embeddings", fontsize=10, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(
@@ -61,24 +62,16 @@ def _draw_cells(axes: Axes, panels: Panels) -> None:
     _plain(axes, hidden=("top", "right", "bottom", "left"))
 
 
-def _flatten(embeddings: np.ndarray) -> tuple[np.ndarray, str]:
-    """Two coordinates per cell and how they came about: UMAP where it is installed and has cells enough, else PCA."""
+def _flatten(embeddings: np.ndarray) -> np.ndarray:
+    """Two coordinates per cell, by t-SNE (van der Maaten and Hinton, JMLR 2008): unlike UMAP it compiles nothing."""
     from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
 
     scaled = StandardScaler().fit_transform(embeddings)
-    try:
-        from umap import UMAP
-    except ImportError:
-        return PCA(2, random_state=0).fit_transform(scaled), "PCA"
-    import warnings
-
     components = PCA(min(30, *scaled.shape), random_state=0).fit_transform(scaled)
-    with warnings.catch_warnings():
-        # A fixed seed makes UMAP warn that it uses one thread.
-        warnings.simplefilter("ignore", UserWarning)
-        n_neighbors = min(20, len(components) - 1)
-        return UMAP(n_neighbors=n_neighbors, min_dist=0.3, random_state=0).fit_transform(components), "UMAP"
+    perplexity = min(30.0, (len(components) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
 
 
 def _draw_loss(axes: Axes, panels: Panels) -> None:

@@ -188,13 +188,13 @@ def _gene_effects(
 
     for lineage, members in LINEAGES.items():
         genes = take(f"lineage:{lineage}", recipe.n_lineage_genes)
-        rows = [types.index(name) for name in members]
+        rows = np.array([types.index(name) for name in members])
         type_effects[np.ix_(rows, genes)] += rng.normal(recipe.lineage_strength, 0.4, len(genes))
     for row, name in enumerate(types):
         genes = take(f"marker:{name}", recipe.n_marker_genes)
         type_effects[row, genes] += rng.normal(recipe.marker_strength, 0.4, len(genes))
         # Markers leak into the closest relatives, as those of real types do.
-        relatives = [i for i, other in enumerate(types) if lineage_of[other] == lineage_of[name] and i != row]
+        relatives = np.array([i for i, other in enumerate(types) if lineage_of[other] == lineage_of[name] and i != row])
         leak = rng.uniform(0.0, 0.6, (len(relatives), len(genes)))
         type_effects[np.ix_(relatives, genes)] += leak * type_effects[row, genes]
     for row, name in enumerate(PROGRAMS):

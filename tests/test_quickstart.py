@@ -1,0 +1,238 @@
+"""The quickstart: cells that look like cells, training that learns, and the whole tour at a small scale."""
+
+from __future__ import annotations
+
+import json
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+import geneformer_fast
+from geneformer_fast import cli
+from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.quickstart import evaluate, synthetic, train
+from geneformer_fast.quickstart.run import quickstart
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def cells() -> anndata.AnnData:
+    return synthetic.synthetic_cells(synthetic.Recipe(n_cells=1200), seed=3)
+
+
+class TestCells:
+    def test_shape_and_columns(self, cells):
+        assert cells.shape == (1200, 1000)
+        assert {"cell_type", "lineage", "donor", "batch", "n_counts", "filter_pass"} <= set(cells.obs)
+        assert cells.obs["cell_type"].nunique() == 8
+        assert cells.obs["donor"].nunique() == 10
+        assert cells.obs_names.is_unique
+        # A donor's cells were all processed in one batch.
+        assert cells.obs.groupby("donor", observed=True)["batch"].nunique().max() == 1
+
+    def test_ids_look_like_ensembl_and_are_no_real_ones(self, cells):
+        ids = cells.var["ensembl_id"]
+        assert ids.str.fullmatch(r"ENSG\d{11}").all()
+        assert ids.is_unique
+        assert (ids.str[4:].astype(np.int64) > 10_000_000_000).all()
+
+    def test_counts_are_whole_sparse_and_sum_to_n_counts(self, cells):
+        assert (cells.X.data == np.floor(cells.X.data)).all()
+        assert cells.X.data.min() > 0
+        np.testing.assert_array_equal(np.asarray(cells.X.sum(1)).ravel(), cells.obs["n_counts"])
+        assert 0.05 < cells.X.nnz / np.prod(cells.shape) < 0.4
+
+    def test_means_span_orders_of_magnitude(self, cells):
+        means = np.asarray(cells.X.mean(0)).ravel()
+        low, high = np.percentile(means, [1, 99.5])
+        assert high / max(low, 1e-3) > 1000
+
+    def test_library_sizes_are_log_normal(self, cells):
+        logs = np.log(cells.obs["n_counts"])
+        assert 0.3 < logs.std() < 0.7
+        assert abs(logs.mean() - logs.median()) < 0.1
+
+    def test_counts_vary_more_than_poisson(self, cells):
+        same_type = cells[cells.obs["cell_type"] == "CD4 T-like"].X.toarray()
+        means, variances = same_type.mean(0), same_type.var(0)
+        assert np.median((variances / means)[means > 1]) > 1.3
+
+    def test_markers_mark(self, cells):
+        scaled = cells.X.toarray() / cells.obs["n_counts"].to_numpy()[:, None]
+        for name in cells.obs["cell_type"].cat.categories:
+            genes = (cells.var["role"] == f"marker:{name}").to_numpy()
+            is_own = (cells.obs["cell_type"] == name).to_numpy()
+            assert scaled[is_own][:, genes].mean() > 1.5 * scaled[~is_own][:, genes].mean(), name
+
+    def test_the_seed_decides(self):
+        recipe = synthetic.Recipe(n_cells=120)
+        first, same, other = (synthetic.synthetic_cells(recipe, seed=seed) for seed in (1, 1, 2))
+        assert (first.X != same.X).nnz == 0
+        assert (first.X != other.X).nnz > 0
+
+    def test_types_can_be_told_apart_but_not_trivially(self, cells):
+        labels = cells.obs["cell_type"].astype(str).to_numpy()
+        is_held_out = evaluate.hold_out(cells.obs["donor"].astype(str).to_numpy(), 3)
+        score = evaluate.score_features(evaluate.pca_features(cells.X, is_held_out), labels, is_held_out)
+        majority = evaluate.score_majority(labels, is_held_out)
+        assert majority.accuracy < 0.35
+        assert 0.8 < score.accuracy < 0.99
+
+
+class TestHoldingOut:
+    def test_whole_donors_are_held_out(self):
+        donors = np.array(["a", "b", "c", "d"] * 5)
+        is_held_out = evaluate.hold_out(donors, 2, seed=1)
+        assert set(donors[is_held_out]).isdisjoint(donors[~is_held_out])
+        assert len(set(donors[is_held_out])) == 2
+
+    def test_majority_score_by_hand(self):
+        labels = np.array(["x", "x", "x", "y", "x", "y"])
+        score = evaluate.score_majority(labels, np.array([False] * 4 + [True] * 2))
+        assert score.accuracy == 0.5
+        # F1 of x is 2 * 1 / (2 * 1 + 1) = 2/3, of y 0.
+        assert score.macro_f1 == pytest.approx(1 / 3)
+
+    def test_nothing_of_held_out_cells_reaches_the_classifier(self):
+        rng = np.random.default_rng(0)
+        features, labels = rng.normal(size=(200, 5)), rng.integers(2, size=200).astype(str)
+        is_held_out = np.arange(200) >= 100
+        features[is_held_out] += 1e6 * (labels[is_held_out] == "1")[:, None]
+        assert evaluate.score_features(features, labels, is_held_out).accuracy < 0.7
+
+
+def token_set(n_cells: int = 60, *, seed: int = 0) -> train.TokenSet:
+    """Two kinds of cells over 40 genes: the first kind has genes 4..23, the second 24..43."""
+    rng = np.random.default_rng(seed)
+    cells = [np.concatenate([[2], 4 + 20 * (i % 2) + rng.permutation(20)[:12], [3]]) for i in range(n_cells)]
+    cu_seqlens = np.concatenate([[0], np.cumsum([len(cell) for cell in cells])])
+    return train.TokenSet(torch.from_numpy(np.concatenate(cells)), cu_seqlens, (0, 1, 2, 3), 1, 44)
+
+
+class TestTraining:
+    def test_masking_hides_what_it_asks_for_and_leaves_specials_alone(self):
+        tokens = token_set()
+        shown, labels = train.mask_genes(tokens.values, tokens, 0.5, torch.Generator().manual_seed(0))
+        is_special = tokens.values < 4
+        is_asked = labels != train.IGNORED
+        assert not (is_asked & is_special).any()
+        torch.testing.assert_close(labels[is_asked], tokens.values[is_asked])
+        torch.testing.assert_close(shown[~is_asked], tokens.values[~is_asked])
+        assert 0.4 < is_asked[~is_special].float().mean() < 0.6
+        assert 0.7 < (shown[is_asked] == tokens.mask_id).float().mean() < 0.9
+        assert (shown[is_asked] != 0).all()
+        assert not torch.isin(shown[is_asked], torch.tensor([2, 3])).any()
+
+    def test_a_batch_with_nothing_drawn_still_asks_for_a_gene(self):
+        tokens = token_set(2)
+        _, labels = train.mask_genes(tokens.values, tokens, 0.0, torch.Generator().manual_seed(0))
+        assert (labels != train.IGNORED).sum() == 1
+
+    def test_schedule_rises_then_falls_to_nothing(self):
+        factors = [train.schedule(done, 0.1) for done in np.linspace(0, 1, 101)]
+        assert factors[0] < 0.02
+        assert np.argmax(factors) in (10, 11)
+        assert factors[-1] == pytest.approx(0, abs=1e-3)
+
+    def test_the_loss_falls_below_guessing_by_frequency_when_genes_go_together(self):
+        tokens = token_set(200)
+        recipe = train.Recipe(n_steps=150, cells_per_batch=20, learning_rate=5e-3, masked=0.3)
+        config = geneformer_fast.EncoderConfig(2, 32, 2, 64, 44, 16, dropout=0.0, attention_dropout=0.0)
+        torch.manual_seed(0)
+        model = geneformer_fast.Encoder(config, head="mlm")
+        seen, unseen = np.arange(160), np.arange(160, 200)
+        progress = train.train(model, tokens, seen, recipe)
+        assert len(progress.losses) == 150
+        assert not model.training
+        # Frequency knows 40 genes, log 40 = 3.7 nats; who has understood a cell's kind is left with its 20, 3.0.
+        by_frequency = train.frequency_loss(tokens, seen, unseen, recipe)
+        assert by_frequency == pytest.approx(np.log(40), abs=0.1)
+        assert train.held_out_loss(model, tokens, unseen, recipe) < by_frequency - 0.3
+
+    def test_time_ends_training(self):
+        config = geneformer_fast.EncoderConfig(1, 16, 1, 16, 44, 16)
+        recipe = train.Recipe(n_steps=100_000, max_seconds=0.3, cells_per_batch=4)
+        progress = train.train(geneformer_fast.Encoder(config, head="mlm"), token_set(), np.arange(60), recipe)
+        assert 0 < len(progress.losses) < 100_000
+        assert progress.seconds < 10
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tour") / "quickstart"
+    lines: list[str] = []
+    summary = quickstart(out, n_cells=300, max_seconds=3, say=lines.append)
+    return out, summary, "\n".join(lines)
+
+
+class TestTour:
+    def test_it_leaves_what_it_promises(self, tour):
+        out, summary, text = tour
+        assert summary == json.loads((out / "summary.json").read_text())
+        assert summary["is_finished"] is True
+        assert (out / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / "quickstart.png").stat().st_size > 20_000
+        for name in ("cells.h5ad", "tokens", "vocabulary", "model", "embeddings.npy"):
+            assert (out / name).exists(), name
+        assert "[7/7]" in text
+        assert "geneformer-fast tokenize" in text
+
+    def test_the_loss_fell_and_is_shown(self, tour):
+        _, summary, text = tour
+        losses = summary["losses_nats"]
+        assert losses["trained"] < losses["untrained"] - 0.1
+        assert f"{losses['trained']:.2f} after" in text
+
+    def test_scores_stand_beside_baselines(self, tour):
+        _, summary, text = tour
+        scores = summary["scores"]
+        assert set(scores) >= {"majority class", "encoder", "PCA of log counts"}
+        assert scores["encoder"]["accuracy"] > scores["majority class"]["accuracy"]
+        for name, score in scores.items():
+            (line,) = (line for line in text.splitlines() if line.strip().startswith(name))
+            assert f"{score['accuracy']:.3f}" in line
+            assert f"{score['macro_f1']:.3f}" in line
+
+    def test_speeds_are_numbers(self, tour):
+        assert all(speed > 0 for speed in tour[1]["speed"].values())
+
+    def test_the_model_and_its_vocabulary_load_and_agree(self, tour):
+        out = tour[0]
+        model = geneformer_fast.load(out / "model")
+        vocabulary = geneformer_fast.Vocabulary.from_folder(out / "model")
+        model.config.check_vocabulary(vocabulary.identity())
+        assert model.config.vocab_size == vocabulary.n_tokens
+
+    def test_a_second_tour_replaces_the_first_and_keeps_what_is_not_its_own(self, tour):
+        out = tour[0]
+        (out / "notes.txt").write_text("mine")
+        (out / "tokens" / "stale").write_text("")
+        summary = quickstart(out, n_cells=120, max_seconds=1, say=lambda line: None)
+        assert summary["cells"]["n_cells"] == 120
+        assert (out / "notes.txt").read_text() == "mine"
+        assert not (out / "tokens" / "stale").exists()
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[]", '{"made_by": "somebody else"}'])
+def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path, content, capsys):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "precious").write_text("data")
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(OutputError, match="did not make"):
+        quickstart(tmp_path, n_cells=120)
+    assert (tmp_path / "tokens" / "precious").read_text() == "data"
+    assert cli.main(["quickstart", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_file_in_the_way_and_too_few_cells_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        quickstart(tmp_path / "file")
+    with pytest.raises(UnsupportedError, match="--cells 5: too few"):
+        quickstart(tmp_path / "new", n_cells=5)
+    assert not (tmp_path / "new").exists()
