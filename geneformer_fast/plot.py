@@ -14,6 +14,23 @@ MOST_CELLS = 20_000
 MOST_CLASSES = 40
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise, before anything is computed, what :func:`plot_umap` would raise about this path."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from umap import UMAP  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
+        ) from None
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a folder; make it first")
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise OutputError(f"{path}: pictures end in .png, .pdf or .svg (all formats: {', '.join(formats)})")
+
+
 def plot_umap(
     embeddings: np.ndarray,
     labels: np.ndarray | None,
@@ -44,17 +61,12 @@ def plot_umap(
     OutputError
         The picture cannot be written there.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from umap import UMAP
-    except ImportError as error:
-        raise UnsupportedError(
-            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
-        ) from None
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from umap import UMAP
+
     path = Path(path)
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is not a folder; make it first")
     n_cells = len(embeddings)
     sample = np.arange(n_cells)
     if n_cells > MOST_CELLS:

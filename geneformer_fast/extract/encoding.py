@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from geneformer_fast import __version__
+from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
 from geneformer_fast.extract.cells import Cells
@@ -111,6 +112,9 @@ class EncodingRun:
             bar.update(len(part))
 
     def _check(self, tokens: Ragged) -> None:
+        """Refuse tokens that do not fit, while they are still on the host: a GPU would only die of them."""
+        if isinstance(self.encoder.embeddings, RankTokens):
+            self.encoder.embeddings.check(tokens)
         cls_id = self.cells.cls_id
         if self.pool == "cls" and cls_id is not None and tokens.values[tokens.starts.long()].ne(cls_id).any():
             raise InputError(

@@ -29,6 +29,9 @@ class RowWriter(Protocol):
     def close(self) -> None:
         """Complete what is written."""
 
+    def abort(self) -> None:
+        """Let go of what is written."""
+
 
 class NpyWriter:
     """A float32 .npy file [n_rows, width]; rows that are never written, such as empty cells, are NaN."""
@@ -98,6 +101,52 @@ class ArrowWriter:
         self._writer.close()
 
 
+class H5adWriter:
+    """A copy of an .h5ad file with embeddings in ``obsm`` and provenance in ``uns``; rows never written are NaN."""
+
+    def __init__(
+        self, source: Path, path: Path, key: str, n_rows: int, width: int, provenance: Mapping[str, Any]
+    ) -> None:
+        import h5py
+        from anndata.io import write_elem
+
+        shutil.copyfile(source, path)
+        self._file = h5py.File(path, "r+")
+        try:
+            for name in ("obsm", "uns"):
+                if name not in self._file:
+                    write_elem(self._file, name, {})
+                if not isinstance(self._file[name], h5py.Group):
+                    raise OutputError(
+                        f"{source}: its {name} is stored as anndata before 0.7 did, which cannot be added to; "
+                        "read and write it with a current anndata first, or choose .npy or .arrow"
+                    )
+                if key in self._file[name]:
+                    del self._file[name][key]
+            write_elem(self._file["uns"], key, dict(provenance))
+            self._rows = self._file["obsm"].create_dataset(key, (n_rows, width), np.float32, fillvalue=np.nan)
+            self._rows.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, rows: np.ndarray, embeddings: np.ndarray) -> None:
+        """Put embeddings into their rows, NaN between them."""
+        if len(rows):
+            first = int(rows[0])
+            block = np.full((int(rows[-1]) + 1 - first, embeddings.shape[1]), np.nan, dtype=np.float32)
+            block[rows - first] = embeddings
+            self._rows[first : first + len(block)] = block
+
+    def close(self) -> None:
+        """Complete the file."""
+        self._file.close()
+
+    def abort(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
 class ArrayWriter:
     """Embeddings in memory [n_rows, width], NaN where nothing is written."""
 
@@ -110,6 +159,9 @@ class ArrayWriter:
 
     def close(self) -> None:
         """Nothing to complete."""
+
+    def abort(self) -> None:
+        """Nothing to let go of."""
 
 
 class WholeFile:
@@ -148,23 +200,6 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.json.part")
     partial.write_text(json.dumps(provenance, indent=2) + "\n")
     os.replace(partial, path.with_name(f"{path.name}.json"))
-
-
-def copy_with_embeddings(
-    source: Path, target: Path, key: str, embeddings: np.ndarray, provenance: Mapping[str, Any]
-) -> None:
-    """Copy an .h5ad file and add embeddings to ``obsm`` and provenance to ``uns``, reading nothing whole."""
-    import h5py
-    from anndata.io import write_elem
-
-    shutil.copyfile(source, target)
-    with h5py.File(target, "r+") as file:
-        for group, value in (("obsm", embeddings), ("uns", dict(provenance))):
-            if group not in file:
-                write_elem(file, group, {})
-            if key in file[group]:
-                del file[group][key]
-            write_elem(file[group], key, value)
 
 
 def read_cells(path: Path, rows: np.ndarray, key: str) -> np.ndarray:

@@ -20,13 +20,14 @@ from geneformer_fast.extract.cells import FAMILIES, Cells, is_anndata, labels_of
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.extract.files import (
     ArrowWriter,
+    H5adWriter,
     NpyWriter,
+    RowWriter,
     WholeFile,
-    copy_with_embeddings,
     read_cells,
     write_provenance,
 )
-from geneformer_fast.plot import plot_umap
+from geneformer_fast.plot import check_picture, plot_umap
 from geneformer_fast.tokenization.genes import map_genes
 from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
 from geneformer_fast.tokenization.vocabulary import Vocabulary
@@ -39,7 +40,7 @@ KEY = "X_geneformer"
 
 
 def embed(
-    data: AnnData | str | os.PathLike[str],
+    data: AnnData | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model: Encoder | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
@@ -65,7 +66,7 @@ def embed(
     Parameters
     ----------
     data
-        An AnnData of counts, a file or folder of counts that ``tokenize`` reads, or a token folder.
+        An AnnData of counts; a file, folder, glob or list of them that ``tokenize`` reads; or a token folder.
     model
         An encoder, or a checkpoint folder.
     out
@@ -121,8 +122,14 @@ def embed(
     target = None if out is None else WholeFile(out, overwrite=overwrite)
     if pool is not None and pool not in POOLS:
         raise UnsupportedError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
-    if plot is not None and pool == "gene":
-        raise UnsupportedError("the picture shows cells; pool 'gene' has none")
+    if token_budget is not None and token_budget < 1:
+        raise UnsupportedError(f"token_budget must be at least 1, not {token_budget}")
+    if target is not None and target.path.suffix == ".h5ad":
+        _check_h5ad(data, pool)
+    if plot is not None:
+        if pool == "gene":
+            raise UnsupportedError("the picture shows cells; pool 'gene' has none")
+        check_picture(plot)
     carried = dict(obs) if isinstance(obs, Mapping) else {name: name for name in obs or ()}
     if color is not None and not is_anndata(data) and color not in carried.values():
         carried[color] = color
@@ -190,6 +197,13 @@ def _choose_pool(pool: str | None, cells: Cells) -> str:
     return pool
 
 
+def _check_h5ad(data: Any, pool: str | None) -> None:
+    if not isinstance(data, str | os.PathLike) or Path(data).suffix != ".h5ad":
+        raise UnsupportedError("an .h5ad output is a copy of an .h5ad input; use .npy or .arrow for other inputs")
+    if pool == "gene":
+        raise UnsupportedError("gene embeddings go to .npy or .arrow, or into varm of an AnnData in memory")
+
+
 def _write(
     run: EncodingRun,
     temporary: Path,
@@ -201,27 +215,24 @@ def _write(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write one output file under a temporary name."""
-    if suffix == ".h5ad":
-        if is_anndata(data) or Path(data).suffix != ".h5ad":
-            raise UnsupportedError("an .h5ad output is a copy of an .h5ad input; use .npy or .arrow for other inputs")
-        if pool == "gene":
-            raise UnsupportedError("gene embeddings go to .npy or .arrow, or into varm of an AnnData in memory")
-        copy_with_embeddings(Path(data), temporary, key, run.to_memory(), provenance)
-    elif pool == "gene":
+    if pool == "gene":
         _write_genes(run.genes(), temporary, suffix, vocabulary, provenance)
+        return
+    cells = run.cells
+    writer: RowWriter
+    if suffix == ".npy":
+        writer = NpyWriter(temporary, cells.n_rows, run.width)
+    elif suffix == ".arrow":
+        columns = {name: cells.column(name) for name in cells.columns}
+        writer = ArrowWriter(temporary, run.width, columns, _text(provenance))
     else:
-        cells = run.cells
-        if suffix == ".npy":
-            writer: NpyWriter | ArrowWriter = NpyWriter(temporary, cells.n_rows, run.width)
-        else:
-            columns = {name: cells.column(name) for name in cells.columns}
-            writer = ArrowWriter(temporary, run.width, columns, _text(provenance))
-        try:
-            run.stream(writer)
-        except BaseException:
-            writer.abort()
-            raise
-        writer.close()
+        writer = H5adWriter(Path(data), temporary, key, cells.n_rows, run.width, provenance)
+    try:
+        run.stream(writer)
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
 
 
 def _write_genes(
