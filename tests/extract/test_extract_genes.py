@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def by_hand(model, adata, words, n_blocks: int = 2) -> dict[int, np.ndarray]:
     """Token -> mean hidden state over the cells that hold it, one cell at a time in float64."""
     tokens, bounds, _, _ = tokenize_anndata(adata, words)
     states = defaultdict(list)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         cell = torch.from_numpy(tokens[start:stop].astype(np.int64))
         with torch.no_grad():
             hidden = model.hidden_states(Ragged.from_cells([cell]))[n_blocks].values.double().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -157,5 +158,5 @@ def test_batches_hold_every_cell_once_within_the_budget(lengths: list[int], toke
     for batch in batches:
         assert len(batch) == 1 or sizes[batch].sum() <= token_budget
     # No batch could have taken the first cell of the next one.
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in itertools.pairwise(batches):
         assert sizes[batch].sum() + sizes[following[0]] > token_budget

@@ -1,0 +1,59 @@
+"""Streaming: six times the cells, the same memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+pytest.importorskip("datasets")
+
+TOKENS_PER_CELL = 12
+WIDTH = 128
+# Peak resident memory, as the operating system counts it, of one run in a process of its own.
+SCRIPT = """
+import json, resource, sys
+import torch
+from geneformer_fast import Encoder, EncoderConfig, embed
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = Encoder(EncoderConfig(1, {width}, 4, 16, 20_275, 64, vocabulary="geneformer-v2")).eval()
+embed(sys.argv[1], model, sys.argv[2], pool="mean", layer="embeddings", token_budget=16_384, progress=False)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+def token_folder(folder: Path, n_cells: int) -> Path:
+    import datasets
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 20_275, (n_cells, TOKENS_PER_CELL), dtype=np.int32)
+    ids[:, 0], ids[:, -1] = 2, 3
+    offsets = np.arange(n_cells + 1, dtype=np.int32) * TOKENS_PER_CELL
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids.reshape(-1)))
+    table = pa.table({"input_ids": lists, "length": np.full(n_cells, TOKENS_PER_CELL)})
+    datasets.Dataset(table).save_to_disk(str(folder))
+    return folder
+
+
+def peak_mb(tokens: Path, out: Path) -> float:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(width=WIDTH), str(tokens), str(out)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("suffix", ["npy", pytest.param("arrow", marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_number_of_cells(suffix: str, tmp_path: Path) -> None:
+    few, many = 40_000, 240_000  # both are several windows
+    peaks = [peak_mb(token_folder(tmp_path / f"{n}", n), tmp_path / f"{n}.{suffix}") for n in (few, many)]
+    result_mb = (many - few) * WIDTH * 4 / 2**20
+    tokens_mb = (many - few) * TOKENS_PER_CELL * 4 / 2**20
+    # Held in memory, the results alone would add 98 MB and the tokens 9 MB; 20 bytes per cell are expected: 4 MB.
+        assert peaks[1] - peaks[0] < 0.35 * (result_mb + tokens_mb), f"{peaks} MB for {few} and {many} cells"

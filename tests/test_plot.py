@@ -1,0 +1,111 @@
+"""Pictures of embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geneformer_fast import plot
+from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.plot import check_picture, plot_umap
+
+pytest.importorskip("umap")
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def clusters(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings in three clearly separate groups, and the group of each."""
+    rng = np.random.default_rng(seed)
+    groups = np.arange(n) % 3
+    return (rng.normal(size=(n, 8)) * 0.1 + groups[:, None] * 10).astype(np.float32), groups
+
+
+def pixels(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+def n_colors(image: np.ndarray) -> int:
+    """Colours that at least 20 pixels have, greys and white aside."""
+    flat = (image.reshape(-1, 3) * 255).astype(int)
+    vivid = flat[np.ptp(flat, axis=1) > 40]
+    _, counts = np.unique(vivid, axis=0, return_counts=True)
+    return int((counts >= 20).sum())
+
+
+def test_classes_get_colours_of_their_own(tmp_path: Path) -> None:
+    embeddings, groups = clusters()
+    path = plot_umap(embeddings, np.array(["T", "B", "NK"])[groups], tmp_path / "umap.png", label="type")
+    image = pixels(path)
+    assert image.shape[0] > 500
+    assert image.shape[1] > 500
+    assert n_colors(image) >= 3
+    plot_umap(embeddings, None, tmp_path / "plain.png")
+    assert 1 <= n_colors(pixels(tmp_path / "plain.png")) < n_colors(image)
+
+
+def test_the_same_seed_gives_the_same_picture(tmp_path: Path) -> None:
+    embeddings, groups = clusters()
+    for name in ("a.png", "b.png"):
+        plot_umap(embeddings, groups.astype(str), tmp_path / name)
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+def test_numbers_get_a_scale(tmp_path: Path) -> None:
+    embeddings, _ = clusters()
+    plot_umap(embeddings, np.linspace(0, 1, len(embeddings)), tmp_path / "scale.png", label="score")
+    # A colour bar has many shades, which classes have not.
+    assert n_colors(pixels(tmp_path / "scale.png")) > 50
+
+
+@pytest.mark.parametrize("labels", ["booleans", "missing values", "sixty classes"])
+def test_odd_labels(labels: str, tmp_path: Path) -> None:
+    embeddings, groups = clusters(80)
+    values = {
+        "booleans": groups == 1,
+        "missing values": np.array(["a", None, np.nan], dtype=object)[groups],
+        "sixty classes": np.array([f"class {i % 60}" for i in range(80)]),
+    }[labels]
+    assert n_colors(pixels(plot_umap(embeddings, values, tmp_path / "p.png"))) >= 2
+
+
+def test_a_sample_is_drawn_of_many_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import umap
+
+    seen = []
+    fit = umap.UMAP.fit_transform
+
+    def fit_transform(self: umap.UMAP, data: np.ndarray, *args: object) -> np.ndarray:
+        seen.append(len(data))
+        return fit(self, data, *args)
+
+    monkeypatch.setattr(umap.UMAP, "fit_transform", fit_transform)
+    monkeypatch.setattr(plot, "MOST_CELLS", 40)
+    embeddings, groups = clusters(90)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        plot_umap(embeddings, groups.astype(str), tmp_path / "p.svg")
+    assert seen == [40]
+    assert "40 of 90 cells" in (tmp_path / "p.svg").read_text()
+
+
+@pytest.mark.parametrize(("name", "message"), [("p.xyz", r"pictures end in \.png"), ("no/p.png", "not a folder")])
+def test_pictures_that_cannot_be(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=message):
+        check_picture(tmp_path / name)
+    with pytest.raises(OutputError, match=message):
+        plot_umap(*clusters(), tmp_path / name)
+
+
+def test_too_few_cells(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="at least 4"):
+        plot_umap(np.zeros((3, 4), np.float32), None, tmp_path / "p.png")
+    assert plot_umap(np.random.default_rng(0).normal(size=(4, 4)), None, tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_missing_umap_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "umap", None)
+    with pytest.raises(UnsupportedError, match=r"umap.*geneformer-fast\[plot\]"):
+        check_picture(tmp_path / "p.png")
