@@ -124,7 +124,8 @@ def state_of(folder: Path) -> str:
         return "unfinished"
     if (folder / STATE).exists() and (folder / MANIFEST).exists():
         return "finished"
-    return "foreign" if any(folder.iterdir()) else "empty"
+    # A run killed at its very beginning leaves no more than the temporary name of its first file.
+    return "foreign" if any(path.name != f".{UNFINISHED}.tmp" for path in folder.iterdir()) else "empty"
 
 
 def own_files(folder: Path) -> list[Path]:

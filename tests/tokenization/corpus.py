@@ -21,7 +21,7 @@ def small_vocabulary(family="v2", max_len=40):
 def make_cells(n_cells, seed=0, *, dtype="float32", storage="csr"):
     """Cells x 120 genes with obs columns of every kind; cells 3 and 10 are empty."""
     rng = np.random.default_rng(seed)
-    counts = rng.poisson(1.0, (n_cells, N_GENES)) * (rng.random((n_cells, N_GENES)) < rng.random((n_cells, 1)))
+    counts = rng.poisson(1.0, (n_cells, N_GENES)) * (rng.random((n_cells, N_GENES)) < rng.uniform(0.2, 1, (n_cells, 1)))
     counts[[row for row in (3, 10) if row < n_cells]] = 0
     counts = counts.astype(dtype)
     adata = anndata.AnnData({"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}[storage](counts))
