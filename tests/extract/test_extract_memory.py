@@ -56,4 +56,4 @@ def test_memory_does_not_grow_with_the_number_of_cells(suffix: str, tmp_path: Pa
     result_mb = (many - few) * WIDTH * 4 / 2**20
     tokens_mb = (many - few) * TOKENS_PER_CELL * 4 / 2**20
     # Held in memory, the results alone would add 98 MB and the tokens 9 MB; 20 bytes per cell are expected: 4 MB.
-        assert peaks[1] - peaks[0] < 0.35 * (result_mb + tokens_mb), f"{peaks} MB for {few} and {many} cells"
+    assert peaks[1] - peaks[0] < 0.35 * (result_mb + tokens_mb), f"{peaks} MB for {few} and {many} cells"
