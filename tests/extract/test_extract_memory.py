@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 """
 
 
+# Otherwise glibc keeps freed memory for later, which adds noise of the size of what is measured.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def token_folder(folder: Path, n_cells: int) -> Path:
     import datasets
 
@@ -44,7 +49,7 @@ def token_folder(folder: Path, n_cells: int) -> Path:
 def peak_mb(tokens: Path, out: Path) -> float:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(width=WIDTH), str(tokens), str(out)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env={**os.environ, **MALLOC},
     )  # fmt: skip
     return json.loads(run.stdout)
 
