@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +20,16 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
 from geneformer_fast.ragged import Ragged
+from geneformer_fast.tokenization.pipeline import ordered_map
 
 # Cells are sorted by length within a window of this many, so that memory does not grow with the number of cells.
 WINDOW_CELLS = 8192
 # On the CPU a batch's activations should stay in the second-level cache; a GPU wants enough tokens to fill it.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 131_072}
+# More Python threads than this would wait for the interpreter lock; further cores share a batch.
+MOST_WORKERS = 8
+
+Result = TypeVar("Result")
 
 
 class EncodingRun:
@@ -65,51 +72,63 @@ class EncodingRun:
 
     def stream(self, writer: RowWriter) -> None:
         """Embed cells window by window and hand them on in order."""
-        for numbers, windows in self._windows():
-            block = np.empty((len(numbers), self.width), dtype=np.float32)
-            for part, hidden, tokens in windows:
-                block[part] = self._pooled(hidden, tokens).cpu().numpy()
-            writer.write(self.cells.rows[numbers], block)
+        for numbers, results in itertools.groupby(self._results(self._pooled), key=lambda result: result[0]):
+            window = np.arange(*numbers)
+            block = np.empty((len(window), self.width), dtype=np.float32)
+            for _, part, embeddings in results:
+                block[part] = embeddings
+            writer.write(self.cells.rows[window], block)
 
     def genes(self) -> np.ndarray:
         """[n_tokens, C] float32: each token's mean hidden state over the cells that hold it; NaN where none does."""
         n_tokens = self.encoder.config.vocab_size
         sums = torch.zeros(n_tokens, self.width, dtype=torch.float64)
         counts = torch.zeros(n_tokens, dtype=torch.int64)
-        for _, windows in self._windows():
-            for _, hidden, tokens in windows:
-                ids = tokens.values.cpu().long()
-                sums.index_add_(0, ids, hidden.values.cpu().double())
-                counts += torch.bincount(ids, minlength=n_tokens)
+        states = self._results(lambda hidden, tokens: (tokens.values.cpu(), hidden.values.cpu().double()))
+        for _, _, (ids, hidden) in states:
+            sums.index_add_(0, ids, hidden)
+            counts += torch.bincount(ids, minlength=n_tokens)
         special = [i for i in self.cells.special_ids if i < n_tokens]
         counts[special] = 0
         means = sums / counts[:, None]
         means[counts == 0] = float("nan")
         return means.float().numpy()
 
-    def _windows(self) -> Iterator[tuple[np.ndarray, Iterator[tuple[np.ndarray, Ragged, Ragged]]]]:
+    def _results(
+        self, finish: Callable[[Ragged, Ragged], Result]
+    ) -> Iterator[tuple[tuple[int, int], np.ndarray, Result]]:
+        """(first and last cell of the window, places in it, what ``finish`` makes of hidden states and tokens)."""
         from tqdm import tqdm
 
-        disable = None if self.progress is None else not self.progress
-        with tqdm(total=len(self.cells.lengths), desc="embedding", unit="cell", disable=disable) as bar:
-            for start in range(0, len(self.cells.lengths), WINDOW_CELLS):
-                numbers = np.arange(start, min(start + WINDOW_CELLS, len(self.cells.lengths)))
-                yield numbers, self._batches(numbers, bar)
-
-    def _batches(self, numbers: np.ndarray, bar: Any) -> Iterator[tuple[np.ndarray, Ragged, Ragged]]:
-        """(places in the window, hidden states, tokens) for batches of at most the token budget, longest first."""
-        values, cu_seqlens = self.cells.read(numbers)
-        lengths = np.diff(cu_seqlens)
-        for part in token_batches(lengths, self.token_budget):
-            pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
-            packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-            tokens = Ragged.from_lengths(packed, torch.from_numpy(lengths[part]))
-            self._check(tokens)
+        def work(batch: tuple[tuple[int, int], np.ndarray, Ragged]) -> tuple[tuple[int, int], np.ndarray, Result]:
+            window, part, tokens = batch
             with torch.inference_mode():
                 tokens = tokens.to(self.encoder.device)
-                hidden = self.encoder(tokens, layer=self.layer)
-            yield part, hidden, tokens
-            bar.update(len(part))
+                return window, part, finish(self.encoder(tokens, layer=self.layer), tokens)
+
+        disable = None if self.progress is None else not self.progress
+        with (
+            cores_as_workers(self.encoder.device) as workers,
+            tqdm(total=len(self.cells.lengths), desc="embedding", unit="cell", disable=disable) as bar,
+            contextlib.closing(ordered_map(work, self._batches(), workers=workers)) as results,
+        ):
+            for window, part, result in results:
+                yield window, part, result
+                bar.update(len(part))
+
+    def _batches(self) -> Iterator[tuple[tuple[int, int], np.ndarray, Ragged]]:
+        """(window, places in it, tokens) for batches of at most the token budget, longest cells of a window first."""
+        n_cells = len(self.cells.lengths)
+        for start in range(0, n_cells, WINDOW_CELLS):
+            window = start, min(start + WINDOW_CELLS, n_cells)
+            values, cu_seqlens = self.cells.read(np.arange(*window))
+            lengths = np.diff(cu_seqlens)
+            for part in token_batches(lengths, self.token_budget):
+                pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
+                packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+                tokens = Ragged.from_lengths(packed, torch.from_numpy(lengths[part]))
+                self._check(tokens)
+                yield window, part, tokens
 
     def _check(self, tokens: Ragged) -> None:
         """Refuse tokens that do not fit, while they are still on the host: a GPU would only die of them."""
@@ -122,16 +141,35 @@ class EncodingRun:
                 "with a gene; use pool 'mean' or tokenize again"
             )
 
-    def _pooled(self, hidden: Ragged, tokens: Ragged) -> torch.Tensor:
-        """[B, C] embeddings of the cells of one batch."""
-        with torch.inference_mode():
-            if self.pool == "cls":
-                return hidden.values[hidden.starts.long()].float()
-            special = torch.tensor(self.cells.special_ids, device=tokens.values.device)
-            weights = (~torch.isin(tokens.values, special)).to(hidden.values.dtype)
-            lengths = hidden.lengths.long()
-            sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
-            return (sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]).float()
+    def _pooled(self, hidden: Ragged, tokens: Ragged) -> np.ndarray:
+        """[B, C] float32 embeddings of the cells of one batch."""
+        if self.pool == "cls":
+            return hidden.values[hidden.starts.long()].float().cpu().numpy()
+        special = torch.tensor(self.cells.special_ids, device=tokens.values.device)
+        weights = (~torch.isin(tokens.values, special)).to(hidden.values.dtype)
+        lengths = hidden.lengths.long()
+        sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
+        means = sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]
+        return means.float().cpu().numpy()
+
+
+@contextlib.contextmanager
+def cores_as_workers(device: torch.device) -> Iterator[int]:
+    """How many batches to encode at the same time.
+
+    On a CPU each core takes a batch of its own, with torch held to one thread meanwhile, which saves the cores from
+    waiting for each other after every small operation. A GPU takes one batch at a time.
+    """
+    n_threads = torch.get_num_threads()
+    workers = min(n_threads, MOST_WORKERS)
+    if device.type != "cpu" or workers == 1:
+        yield 1
+        return
+    torch.set_num_threads(n_threads // workers)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def token_batches(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:

@@ -224,7 +224,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
                 tmp_path / "cells.h5ad", model, out,
                 dictionary=words, overwrite=overwrite, token_budget=40, progress=False,
             )  # fmt: skip
-        assert len(calls) == 3
+        assert len(calls) >= 3  # batches ahead of the failing one may have begun
         assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert kept.read_bytes() == content
 

@@ -1,10 +1,29 @@
-"""Attention on the CPU by blocks of query rows: oneDNN's bfloat16 products around a softmax."""
+"""Attention on the CPU by blocks of query rows: oneDNN's bfloat16 products around a softmax of our own."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numba
+import numpy as np
 import torch
+
+_LOG2_E = np.float32(1.4426950408889634)
+# Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
+_ROUND = np.float32(12582912.0)
+# 2**f for f in [-1/2, 1/2], minimax of degree 5: relative error 2.4e-6, a thousandth of bfloat16's rounding.
+_POLYNOMIAL = tuple(
+    np.float32(c)
+    for c in (
+        1.339887440266574e-3,
+        9.618437357674640e-3,
+        5.550332471162809e-2,
+        2.402264791363012e-1,
+        6.931472028550421e-1,
+    )
+)
+_C5, _C4, _C3, _C2, _C1 = _POLYNOMIAL
 
 
 def varlen_attention_blocked(
@@ -20,19 +39,96 @@ def varlen_attention_blocked(
     out = q.new_empty(n_tokens, n_heads, head_dim)
     longest = max((stop - start for start, stop in itertools.pairwise(bounds)), default=0)
     rows = min(block_rows, longest)
-    scores_buffer = q.new_empty(n_heads * rows * longest)
-    weights_buffer = torch.empty_like(scores_buffer)
+    buffer = q.new_empty(n_heads * rows * longest)
     for start, stop in itertools.pairwise(bounds):
         length = stop - start
-        keys = k[start:stop].float()
-        keys = ((keys - keys.mean(0, keepdim=True)) * scale).to(k.dtype).permute(1, 2, 0)
-        values = v[start:stop].transpose(0, 1)
+        # Batched products copy operands that are not contiguous, every time: one copy here saves one per block.
+        values = v[start:stop].transpose(0, 1).contiguous()
+        keys = k[start:stop].transpose(0, 1).contiguous().float()
+        keys = keys.sub_(keys.mean(1, keepdim=True)).mul_(scale).to(k.dtype).transpose(1, 2)
         for low in range(start, stop, rows):
             high = min(low + rows, stop)
-            shape = (n_heads, high - low, length)
-            size = n_heads * (high - low) * length
-            scores, weights = scores_buffer[:size].view(shape), weights_buffer[:size].view(shape)
-            torch.bmm(q[low:high].transpose(0, 1), keys, out=scores)
-            torch.softmax(scores, dim=-1, out=weights)
-            out[low:high] = torch.bmm(weights, values).transpose(0, 1)
+            queries = q[low:high].transpose(0, 1).contiguous()
+            scores = buffer[: n_heads * (high - low) * length].view(n_heads, high - low, length)
+            torch.bmm(queries, keys, out=scores)
+            softmax_(scores)
+            out[low:high] = torch.bmm(scores, values).transpose(0, 1)
     return out
+
+
+def softmax_(scores: torch.Tensor) -> None:
+    """Softmax of contiguous bfloat16 [..., L] over the last axis, in place.
+
+    Torch's own takes longer than both products together: 1.5 G elements/s on one core against 3.3 here (EPYC with
+    avx512_bf16, 2026-11-21). This one stays in the calling thread, so torch's is used where it may take many cores.
+    """
+    if torch.get_num_threads() > 2:
+        torch.softmax(scores, dim=-1, out=scores)
+        return
+    rows = scores.view(-1, scores.shape[-1]).view(torch.uint16).numpy()
+    _softmax_rows(rows, np.empty(rows.shape[1], np.float32), np.empty(rows.shape[1], np.int32))
+
+
+_LOOP: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+
+
+# Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code,
+# and each may relax floating point as far as it is safe there (rounding by _ROUND must not be simplified away).
+@numba.njit(**_LOOP)
+def _softmax_rows(rows, values, exponents):  # type: ignore[no-untyped-def]
+    n = rows.shape[1]
+    bits, powers = values.view(np.uint32), exponents.view(np.float32)
+    signed = rows.view(np.int16)
+    largest = np.empty(1, np.uint32)
+    for i in range(rows.shape[0]):
+        _widen(rows[i], bits, n)
+        largest[0] = np.uint32(np.uint16(_largest(signed[i], n))) << np.uint32(16)
+        _exp2(values, exponents, largest.view(np.float32)[0] * _LOG2_E, n)
+        _narrow(rows[i], values, bits, np.float32(1) / _total(values, powers, n), n)
+
+
+@numba.njit(**_LOOP)
+def _widen(row, bits, n):  # type: ignore[no-untyped-def]
+    for j in range(n):
+        bits[j] = np.uint32(row[j]) << np.uint32(16)
+
+
+@numba.njit(**_LOOP)
+def _largest(row, n):  # type: ignore[no-untyped-def]
+    # Flipping the lower bits of negative numbers makes bfloat16 sort as integers do, whose maximum becomes vector code.
+    largest = np.int16(-32768)
+    for j in range(n):
+        key = row[j] ^ ((row[j] >> np.int16(15)) & np.int16(0x7FFF))
+        largest = max(largest, key)
+    return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
+
+
+@numba.njit(fastmath={"contract", "nnan", "nsz"}, **_LOOP)
+def _exp2(values, exponents, largest, n):  # type: ignore[no-untyped-def]
+    for j in range(n):
+        power = values[j] * _LOG2_E - largest
+        power = power if power > np.float32(-126) else np.float32(-126)
+        whole = (power + _ROUND) - _ROUND
+        rest = power - whole
+        values[j] = ((((_C5 * rest + _C4) * rest + _C3) * rest + _C2) * rest + _C1) * rest + np.float32(1)
+        exponents[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+
+
+@numba.njit(fastmath=True, **_LOOP)
+def _total(values, powers, n):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(n):
+        value = values[j] * powers[j]
+        values[j] = value
+        total += value
+    return total
+
+
+@numba.njit(**_LOOP)
+def _narrow(row, values, bits, factor, n):  # type: ignore[no-untyped-def]
+    for j in range(n):
+        values[j] *= factor
+    for j in range(n):
+        # Round to the nearest bfloat16, ties to even.
+        rounded = bits[j] + np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
+        row[j] = np.uint16(rounded >> np.uint32(16))
