@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from geneformer_fast.errors import OutputError
 from geneformer_fast.tokenization import manifest
+from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
 from geneformer_fast.tokenization.stream import StreamFile
 
 #: Names of Arrow types in the ``features`` of ``datasets``.
@@ -72,11 +73,13 @@ def record_batch(schema: pa.Schema, values: np.ndarray, columns: Mapping[str, An
     np.cumsum(columns["length"], out=offsets[1:])
     if offsets[-1] >= 2**31:
         raise ValueError(f"{offsets[-1]} tokens in one batch do not fit 32-bit offsets")
-    lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-    arrays = [
-        lists if field.name == "input_ids" else pa.array(columns[field.name], type=field.type) for field in schema
-    ]
-    return pa.record_batch(arrays, schema=schema)
+    lists = pa.ListArray.from_arrays(number_array(offsets.astype(np.int32)), number_array(values))
+    arrays = [lists if field.name == "input_ids" else _as_arrow(columns[field.name]) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _as_arrow(values: np.ndarray | pa.Array) -> pa.Array:
+    return values if isinstance(values, pa.Array) else number_array(values)
 
 
 class ShardWriter:
@@ -257,7 +260,7 @@ class TokenFolder:
         if names is None:
             return array
         indices = array.combine_chunks().cast(pa.int32())
-        return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))])
+        return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, text_list_array(names))])
 
     def _label_names(self, name: str) -> list[str] | None:
         """The names behind a ClassLabel column, None for other columns."""

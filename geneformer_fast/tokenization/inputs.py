@@ -14,6 +14,7 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.genes import GeneMap, map_genes
 from geneformer_fast.tokenization.manifest import OWN_COLUMNS
 from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
+from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -319,9 +320,9 @@ def _filter(source: CountSource) -> np.ndarray:
 
 def _carried(source: CountSource, name: str, kind: pa.DataType) -> pa.Array:
     values = source.obs(name)
-    array = values if isinstance(values, pa.Array) else pa.array(values)
+    array = values if isinstance(values, pa.Array) else number_array(values)
     if array.type == kind:
         return array
     if pa.types.is_string(kind) and pa.types.is_boolean(array.type):
-        return pa.array([None if value is None else str(value) for value in array.to_pylist()], type=kind)
+        return text_list_array([None if value is None else str(value) for value in array.to_pylist()])
     return array.cast(kind)

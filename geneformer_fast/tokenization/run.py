@@ -18,6 +18,7 @@ from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens, record_
 from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.sources import expand_inputs
+from geneformer_fast.tokenization.sources.arrays import number_array
 from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -349,7 +350,7 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
         "stored_zeros": int(len(block.data) - np.count_nonzero(block.data)),
     }
     carried = {
-        name: column.slice(block.start, block.n_cells).take(pa.array(kept)) for name, column in task.carried.items()
+        name: column.slice(block.start, block.n_cells).take(number_array(kept)) for name, column in task.carried.items()
     }
     rows = kept + block.start
     next_row = block.start + block.n_cells

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,8 @@ class StreamFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise OutputError(f"{path}: cannot be opened: {error.strerror}") from None
+        # Unlike __del__ this also runs, in order, at the interpreter's exit.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
             self.schema, self.batches = self._index()
         except (struct.error, IndexError, pa.ArrowException, ValueError) as error:
@@ -74,13 +77,7 @@ class StreamFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
+        self._close()
 
     @property
     def n_rows(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import anndata
 import numpy as np
@@ -376,3 +378,28 @@ def test_more_inputs_than_are_kept_open(vocabulary, tmp_path):
         f"{i:02d}.h5ad" for i in range(12)
     ]
     assert anndata.read_h5ad(tmp_path / "00.h5ad").n_obs == 12
+
+
+def test_the_pass_needs_neither_torch_nor_pandas(corpus, vocabulary, tmp_path):
+    """They would cost seconds and hundreds of megabytes in every process."""
+    vocabulary.save(tmp_path / "vocabulary")
+    program = (
+        "import sys; from geneformer_fast.cli import main; code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'pandas', 'anndata', 'datasets', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    arguments = ["tokenize", str(corpus), "--out", str(tmp_path / "out"), "--dictionary", str(tmp_path / "vocabulary")]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *arguments,
+        "--obs",
+        "donor",
+        "--obs",
+        "cell_type=cell type",
+        "--obs",
+        "score",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -96,12 +96,12 @@ def text_array(values: np.ndarray) -> pa.Array:
     ValueError
         Bytes that are not UTF-8.
     """
-    import pyarrow as pa
+    from geneformer_fast.tokenization.sources.arrays import text_list_array
 
     listed = values.tolist()
     if listed and isinstance(listed[0], bytes):
-        return pa.array(listed, type=pa.binary()).cast(pa.string())
-    return pa.array([value if value is None or value == value else None for value in listed], type=pa.string())
+        return text_list_array([None if value is None else value.decode() for value in listed])
+    return text_list_array([value if value is None or value == value else None for value in listed])
 
 
 def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
@@ -114,6 +114,8 @@ def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> n
     """
     import pyarrow as pa
 
+    from geneformer_fast.tokenization.sources.arrays import number_array
+
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"category codes have type {codes.dtype}, expected integers")
@@ -122,14 +124,18 @@ def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> n
     missing = codes < 0
     if isinstance(categories, np.ndarray) and not missing.any():
         return categories[codes]
-    values = categories if isinstance(categories, pa.Array) else pa.array(categories)
-    return values.take(pa.array(codes, mask=missing, type=pa.int64()))
+    values = categories if isinstance(categories, pa.Array) else number_array(categories)
+    return values.take(number_array(np.where(missing, 0, codes).astype(np.int64), missing))
 
 
 def with_missing(values: np.ndarray | pa.Array, mask: np.ndarray) -> pa.Array:
     """A pyarrow array with nulls where `mask` is True."""
-    import pyarrow as pa
+    from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
 
-    if isinstance(values, pa.Array):
-        values = values.to_numpy(zero_copy_only=False)
-    return pa.array(values, mask=np.asarray(mask, dtype=bool))
+    mask = np.asarray(mask, dtype=bool)
+    if len(mask) != len(values):
+        raise ValueError(f"has {len(values)} values, but says of {len(mask)} whether they are missing")
+    if isinstance(values, np.ndarray):
+        return number_array(values, mask)
+    texts = zip(values.to_pylist(), mask.tolist(), strict=True)
+    return text_list_array([None if missing else text for text, missing in texts])

@@ -1,0 +1,72 @@
+"""Where and with what a number was measured. Every result carries this."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from geneformer_kernels.target import cpu_features, cpu_name
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+_PACKAGES = (
+    *("geneformer-fast", "numpy", "numba", "scipy", "pyarrow", "h5py", "anndata", "pandas", "datasets"),
+    *("torch", "triton", "transformers"),
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit of a measurement, as JSON values."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": cpu_name(),
+        "n_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "instructions": sorted(cpu_features()),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        # Neighbours on the machine slow things down; a number taken under load says so.
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+
+
+def machine_slug(found: dict[str, Any]) -> str:
+    """A folder name for a machine: its processor and number of cores."""
+    name = re.sub(r"[^a-z0-9]+", "-", found["machine"].lower()).strip("-")
+    return f"{name}-{found['n_cores']}-cores"
+
+
+def save_result(case: str, content: dict[str, Any]) -> Path:
+    """Write ``bench/results/<machine>/<case>.json``: what was measured, and where."""
+    found = provenance()
+    path = RESULTS / machine_slug(found) / f"{case}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"case": case, "provenance": found, **content}, indent=1) + "\n")
+    return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
