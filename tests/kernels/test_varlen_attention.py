@@ -7,7 +7,7 @@ import torch
 from geneformer_kernels import varlen_attention
 from geneformer_kernels.dispatch import ImplUnavailableError
 from geneformer_kernels.ops.varlen_attention import reference
-from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+from geneformer_kernels.ops.varlen_attention.host import softmax_, varlen_attention_blocked
 from geneformer_kernels.ops.varlen_attention.plan import plan
 from geneformer_kernels.target import Target
 from tolerance import assert_as_good_as
@@ -120,3 +120,31 @@ def test_routes() -> None:
     assert plan("float32", zen, is_inference=True).route == "sdpa"
     assert plan("bfloat16", xeon, is_inference=True).route == "sdpa"
     assert plan("float32", old, is_inference=True).route == "sdpa"
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+@pytest.mark.parametrize("length", [1, 2, 15, 64, 700])
+@pytest.mark.parametrize("spread", [0.01, 3, 100])
+def test_softmax_of_blocks(n_threads: int, length: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    generator = torch.Generator().manual_seed(length)
+    scores = ((torch.randn(2, 9, length, generator=generator) - 1) * spread).bfloat16()
+    exact = torch.softmax(scores.double(), -1)
+    witness = torch.softmax(scores, -1)
+    weights = scores.clone()
+    softmax_(weights)
+    assert_as_good_as(weights, witness, exact)
+
+
+def test_softmax_of_blocks_keeps_nan_in_its_row() -> None:
+    for nan in (0x7FC0, 0xFFC0):  # both signs: what x86 computes from inf - inf is a negative NaN
+        scores = torch.randn(4, 33).bfloat16()
+        scores.view(torch.uint16)[1, 7] = nan
+        weights = scores.clone()
+        softmax_(weights)
+        assert weights[1].isnan().all()
+        assert not weights[[0, 2, 3]].isnan().any()
+    scores = torch.full((1, 8), float("-inf")).bfloat16()
+    scores[0, 3] = 1.0
+    softmax_(scores)
+    assert scores[0].tolist() == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0], abs=1e-37)

@@ -103,18 +103,19 @@ def _largest(row, n):  # type: ignore[no-untyped-def]
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
 
 
-@numba.njit(fastmath={"contract", "nnan", "nsz"}, **_LOOP)
+@numba.njit(fastmath={"contract", "nsz"}, **_LOOP)
 def _exp2(values, exponents, largest, n):  # type: ignore[no-untyped-def]
     for j in range(n):
         power = values[j] * _LOG2_E - largest
-        power = power if power > np.float32(-126) else np.float32(-126)
+        # Written so that NaN stays NaN: it must not come out as a weight.
+        power = np.float32(-126) if power < np.float32(-126) else power
         whole = (power + _ROUND) - _ROUND
         rest = power - whole
         values[j] = ((((_C5 * rest + _C4) * rest + _C3) * rest + _C2) * rest + _C1) * rest + np.float32(1)
         exponents[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
 
 
-@numba.njit(fastmath=True, **_LOOP)
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **_LOOP)
 def _total(values, powers, n):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for j in range(n):
