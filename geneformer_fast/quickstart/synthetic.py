@@ -55,7 +55,7 @@ class Recipe:
     n_genes: int = 1000
     n_donors: int = 10
     n_batches: int = 2
-    median_counts: float = 800.0
+    median_counts: float = 2500.0
     library_sigma: float = 0.45
     n_lineage_genes: int = 80
     n_marker_genes: int = 70
@@ -66,7 +66,7 @@ class Recipe:
     donor_sigma: float = 0.25
     batch_sigma: float = 0.25
     ambient: float = 0.1
-    blending: float = 0.12
+    blending: float = 0.18
     dispersion: float = 0.35
 
 
