@@ -63,7 +63,8 @@ def feed_forward(
         return reference.feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation)
     hidden = F.linear(x, up_weight, up_bias)
     if activation == "relu":
-        hidden = F.relu(hidden)
+        # In place where nothing has to remember the input: a third of the memory traffic.
+        hidden = F.relu(hidden, inplace=not hidden.requires_grad)
     elif activation == "swiglu":
         gate, up = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * up
