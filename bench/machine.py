@@ -16,6 +16,8 @@ from geneformer_kernels.target import cpu_features, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+#: Environment variable that names another folder for the results of this machine.
+OUT = "GENEFORMER_FAST_BENCH_OUT"
 _PACKAGES = (
     *("geneformer-fast", "numpy", "numba", "scipy", "pyarrow", "h5py", "anndata", "pandas", "datasets"),
     *("torch", "triton", "transformers"),
@@ -30,7 +32,7 @@ def provenance() -> dict[str, Any]:
         "n_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "instructions": sorted(cpu_features()),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "commit": _git("rev-parse", "--short=12", "HEAD"),
@@ -50,7 +52,7 @@ def machine_slug(found: dict[str, Any]) -> str:
 def save_result(case: str, content: dict[str, Any]) -> Path:
     """Write ``bench/results/<machine>/<case>.json``: what was measured, and where."""
     found = provenance()
-    path = RESULTS / machine_slug(found) / f"{case}.json"
+    path = Path(os.environ.get(OUT) or RESULTS / machine_slug(found)) / f"{case}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"case": case, "provenance": found, **content}, indent=1) + "\n")
     return path

@@ -1,0 +1,67 @@
+"""``python -m bench cpu``: every measurement, the most important first; those already there are not repeated."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
+
+_EMBED, _TOKENIZE = "bench/test_bench_embed.py::test_bench_embed", "bench/test_bench_tokenize.py::test_bench"
+#: Result -> the test that makes it, per suite, in order of importance.
+SUITES = {
+    "cpu": {
+        "embed_v1-10m_all-threads": f"{_EMBED}[embed_v1-10m_all-threads]",
+        "tokenize_v2": f"{_TOKENIZE}_tokenize[v2]",
+        "tokenize_v1": f"{_TOKENIZE}_tokenize[v1]",
+        "memory_tokenize": f"{_TOKENIZE}_peak_memory[tokenize]",
+        "rank_genes_pbmc_facs_v1": f"{_TOKENIZE}_rank[pbmc_facs-v1]",
+        "rank_genes_pbmc_facs_v2": f"{_TOKENIZE}_rank[pbmc_facs-v2]",
+        "rank_genes_pbmc3k_v1": f"{_TOKENIZE}_rank[pbmc3k-v1]",
+        "rank_genes_pbmc3k_v2": f"{_TOKENIZE}_rank[pbmc3k-v2]",
+        "rank_genes_mix_celseq2_5cl_v1": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v1]",
+        "rank_genes_mix_celseq2_5cl_v2": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v2]",
+        "memory_medians": f"{_TOKENIZE}_peak_memory[medians]",
+        "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
+        "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
+    },
+}
+
+
+def run_suite(suite: str, out: Path, *, is_again: bool, only: str) -> list[str]:
+    """Run what is missing in ``out``; returns the cases that failed or missed their goal."""
+    failed = []
+    for case, test in SUITES[suite].items():
+        if only not in case:
+            continue
+        if (out / f"{case}.json").exists() and not is_again:
+            print(f"{case}: there already (--again repeats it)", flush=True)
+            continue
+        print(f"{case} ...", flush=True)
+        command = [sys.executable, "-m", "pytest", test, "-m", "bench", "-q", "-p", "no:cacheprovider"]
+        if subprocess.run(command, cwd=ROOT, env={**os.environ, OUT: str(out)}, check=False).returncode:
+            failed.append(case)
+    return failed
+
+
+def main() -> int:
+    """Run a suite; 0 if all went well and every goal was met."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--out", type=Path, help="folder of this machine (default: bench/results/<machine>)")
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
+    args = parser.parse_args()
+    out = (args.out or RESULTS / machine_slug(provenance())).resolve()
+    failed = run_suite(args.suite, out, is_again=args.again, only=args.only)
+    print(f"results in {os.path.relpath(out)}; python -m bench.report puts them into the README")
+    if failed:
+        print("failed, or slower than the goal: " + ", ".join(failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

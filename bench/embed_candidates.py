@@ -1,0 +1,182 @@
+"""What is timed when cells are embedded: ours, and the rivals, on the same cells with the same weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from bench.embed_rival import extractor_embeddings, stock_embeddings
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+#: The cells whose tokens, as the official tokenizer wrote them, give the distribution of lengths.
+SETS = ("pbmc_facs", "pbmc3k")
+
+Run = Callable[[Sequence[np.ndarray], int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A published model's shape; its weights here are random."""
+
+    name: str
+    family: str
+    vocab_size: int
+    width: int
+    n_layers: int
+    n_heads: int
+    ff_width: int
+    max_len: int
+
+    def stock_config(self) -> Any:
+        """The same as a BertConfig."""
+        from transformers import BertConfig
+
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            intermediate_size=self.ff_width,
+            max_position_embeddings=self.max_len,
+            hidden_act="relu",
+            layer_norm_eps=1e-12,
+            pad_token_id=0,
+        )
+
+
+GEOMETRIES = {
+    "v1-10m": Geometry("v1-10m", "V1", 25_426, 256, 6, 4, 512, 2048),
+    "v2-104m": Geometry("v2-104m", "V2", 20_275, 768, 12, 12, 3072, 4096),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to embed.
+
+    Attributes
+    ----------
+    what
+        One line for the tables.
+    layer
+        ``"penultimate"`` or ``"last"``: which layer's output the result is.
+    load
+        Takes a `Workplace`, loads the model and gives what is timed: of token lists and cells per batch for rivals.
+    is_ours
+        Ours choose their batches themselves.
+    """
+
+    what: str
+    layer: str
+    load: Callable[[Workplace], Run]
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a checkpoint (``model``) and the tokens of some cells (``tokens``)."""
+
+    folder: Path
+    geometry: Geometry
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint."""
+        return self.folder / f"model-{self.geometry.name}"
+
+    @property
+    def tokens(self) -> Path:
+        """The tokens, as ``datasets`` saves them."""
+        return self.folder / f"tokens-{self.geometry.name}"
+
+    def prepare(self, n_cells: int) -> None:
+        """Make the checkpoint and take the cells."""
+        import datasets
+        from transformers import BertForMaskedLM
+
+        if not (self.model / "config.json").exists():
+            torch.manual_seed(0)
+            BertForMaskedLM(self.geometry.stock_config()).save_pretrained(self.model)
+        shutil.rmtree(self.tokens, ignore_errors=True)
+        datasets.disable_progress_bars()
+        datasets.Dataset(real_cells(self.geometry.family, n_cells)).save_to_disk(str(self.tokens))
+
+    def token_lists(self) -> list[np.ndarray]:
+        """The tokens in memory."""
+        from geneformer_fast import open_tokens
+
+        with open_tokens(self.tokens) as folder:
+            values, bounds = folder.read(range(folder.n_cells))
+        return np.split(values, bounds[1:-1])
+
+
+def real_cells(family: str, n_cells: int, *, seed: int = 0) -> pa.Table:
+    """Tokens of ``n_cells`` real cells whose lengths are spread as those of all 6,474, in an order by chance."""
+    folder = SHARED / "data" / "reference_official"
+    if not folder.is_dir():
+        raise FileNotFoundError("the benchmark takes its cells from shared/data beside the checkout, which is absent")
+    tables = [pq.read_table(folder / f"{name}__{family}.parquet", columns=["input_ids", "length"]) for name in SETS]
+    table = pa.concat_tables(tables)
+    by_length = np.argsort(table["length"].to_numpy(), kind="stable")
+    # The middles of equal shares of the sorted cells, and the longest cell of all: it decides the memory.
+    chosen = by_length[((np.arange(n_cells) + 0.5) / n_cells * len(by_length)).astype(int)]
+    chosen[-1] = by_length[-1]
+    return table.take(np.random.default_rng(seed).permutation(chosen))
+
+
+def _ours(layer: str, dtype: str) -> Callable[[Workplace], Run]:
+    def load_ours(place: Workplace) -> Run:
+        from geneformer_fast import embed, load
+
+        model = load(place.model, dtype=dtype)
+        # From the disk, in batches of its own choice.
+        return lambda cells, batch_size: embed(place.tokens, model, pool="mean", layer=layer, progress=False)
+
+    return load_ours
+
+
+def _extractor(attention: str | None) -> Callable[[Workplace], Run]:
+    def load_extractor(place: Workplace) -> Run:
+        from transformers import BertForMaskedLM
+
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        model = BertForMaskedLM.from_pretrained(place.model, **chosen).eval()
+        has_cls = place.geometry.family == "V2"
+        return lambda cells, batch_size: extractor_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
+
+    return load_extractor
+
+
+def _stock(place: Workplace) -> Run:
+    from transformers import BertModel
+
+    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "add_pooling_layer": False}
+    model = BertModel.from_pretrained(place.model, **options).eval()
+    has_cls = place.geometry.family == "V2"
+    return lambda cells, batch_size: stock_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
+
+
+CANDIDATES = {
+    "ours": Candidate("this project, second-to-last layer", "penultimate", _ours("penultimate", "auto"), True),
+    "ours-last": Candidate("this project, last layer", "last", _ours("last", "auto"), True),
+    "ours-float32": Candidate(
+        "this project, second-to-last layer, float32", "penultimate", _ours("penultimate", "float32"), True
+    ),
+    "extractor": Candidate(
+        "transformers as Geneformer's extractor calls it: float32, default attention, padded, all states, logits",
+        "penultimate",
+        _extractor(None),
+    ),
+    "extractor-eager": Candidate("the same with eager attention", "penultimate", _extractor("eager")),
+    "stock-bfloat16": Candidate(
+        "best stock parts: BertModel, bfloat16, SDPA, padded, no head, last layer", "last", _stock
+    ),
+}

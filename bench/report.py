@@ -1,0 +1,194 @@
+"""Turns ``bench/results`` into the README's tables: ``python -m bench.report``, with ``--check`` only looks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTHING = "No results yet."
+NAMES = {"v1": "Geneformer V1", "v2": "Geneformer V2", "v1-10m": "Geneformer V1-10M", "v2-104m": "Geneformer V2-104M"}
+
+Result = Mapping[str, Any]
+
+
+def render(results: Path) -> str:
+    """The Markdown for all machines with a folder of JSON files in ``results``."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
+    parts = [_machine(_read(folder)) for folder in folders]
+    return "\n\n".join(part for part in parts if part) or NOTHING
+
+
+def replaced(text: str, tables: str) -> str:
+    """``text`` with what is between the markers replaced.
+
+    Raises
+    ------
+    ValueError
+        A marker is missing.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the text needs {BEGIN} and {END} once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def _read(folder: Path) -> list[Result]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _machine(results: Sequence[Result]) -> str:
+    """One machine: a heading and a table per kind of measurement."""
+    if not results:
+        return ""
+    at = results[0]["provenance"]
+    extras = [name for name in ("avx512_bf16", "amx_bf16") if name in at["instructions"]]
+    features = f", {', '.join(extras)}" if extras else ""
+    blocks = [f"### {at['machine']}, {at['n_cores']} cores, {at['memory_gib']:.0f} GiB{features}"]
+    of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
+    blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
+    for prefix, table in (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)):
+        if found := of_case(prefix):
+            blocks.append(table(found))
+    return "\n\n".join(blocks)
+
+
+def _order(result: Result) -> str:
+    return f"{-result['threads'] + 1000:05d}"
+
+
+def _embedding(result: Result) -> str:
+    rows = []
+    candidates, ratios = result["candidates"], result["ratios"]
+    for name, row in candidates.items():
+        speed = row["cells_per_s"]
+        batch = f", batches of {row['batch_size']}" if row["batch_size"] else ""
+        compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-last / {name}")]
+        rows.append(
+            (
+                f"**{row['what']}**" if row["is_ours"] else row["what"] + batch,
+                f"{_number(speed['p50'])} ({_number(speed['p10'])} to {_number(speed['p90'])})",
+                *("" if ratio is None else f"{ratio:.1f}x" for ratio in compared),
+                _megabytes(row["peak_bytes"]),
+            )
+        )
+    lengths = result["lengths"]
+    title = (
+        f"Cell embeddings, {NAMES[result['geometry']]} geometry with random weights, {result['n_cells']} real cells of "
+        f"{lengths['p10']:.0f} / {lengths['p50']:.0f} / {lengths['p90']:.0f} tokens (10th, 50th, 90th percentile), "
+        f"{_threads(result['threads'])}, medians of {result['rounds']} runs in turns. transformers' default attention "
+        f"is {result['default_attention']}."
+    )
+    goals = [f"{goal:g}x against {candidates[pair.split(' / ')[1]]['what'].split(':')[0]}"
+             for pair, goal in result["goals"].items()]  # fmt: skip
+    header = ("", "cells/s (p10 to p90)", "ours is faster", "ours, last layer, is faster", "peak memory")
+    return _block(title, header, rows, [result], f"Goals: {', '.join(goals)}." if goals else "")
+
+
+def _tokenizing(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            NAMES[r["case"].removeprefix("tokenize_")],
+            f"{r['n_cells']:,}",
+            _number(r["ours"]["cells_per_s"]),
+            _number(r["n_cells"] / r["rival"]["at_n_cells"]["wall_s"]),
+            f"{r['ratio']:.0f}x",
+            f"{r['goal']}x",
+            _megabytes(r["ours"]["fresh_process"]["peak_bytes"]),
+        )
+        for r in results
+    ]
+    header = ("", "cells", "cells/s", "one cell after another, cells/s", "faster", "goal", "peak memory")
+    rival = results[0]["rival"]
+    measured = " and ".join(f"{at['n_cells']:,}" for at in rival["measured"])
+    title = (
+        f"Tokenization: {results[0]['what']}. The rival works as the official tool does; it was measured at {measured} "
+        f"cells ({rival['how']})."
+    )
+    return _block(title, header, rows, results)
+
+
+def _ranking(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        name, _, version = result["case"].removeprefix("rank_genes_").rpartition("_")
+        million = [f"{value / 1e6:.0f}" for value in (result["tokens_per_s"], result["entries_per_s"], result["goal"])]
+        rows.append((f"{name}, {NAMES[version]}", *million))
+    header = ("", "million tokens/s", "million counts/s", "goal, million tokens/s")
+    return _block("Ranking alone, one thread, in memory, best of 15 runs.", header, rows, results)
+
+
+def _memory(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        for n_cells, run in result["by_n_cells"].items():
+            command = f"geneformer-fast {result['case'].removeprefix('memory_')}"
+            goal = _megabytes(result["goal_peak_bytes"])
+            rows.append(
+                (f"`{command}`", f"{int(n_cells):,}", _megabytes(run["peak_bytes"]), goal, f"{run['wall_s']:.0f}")
+            )
+    header = ("", "cells", "peak memory", "goal", "seconds, start included")
+    return _block("Peak memory of whole commands, as the operating system counts it.", header, rows, results)
+
+
+def _block(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], results: Sequence[Result], note: str = ""
+) -> str:
+    lines = [title, "", _row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *(_row(row) for row in rows)]
+    return "\n".join([*lines, "", " ".join(part for part in (note, _measured(results)) if part)])
+
+
+def _measured(results: Sequence[Result]) -> str:
+    """When, with what, and under which load a table was measured."""
+    found = [result["provenance"] for result in results]
+    commits = sorted({f"`{p['commit']}`" + (" with uncommitted changes" if p["is_dirty"] else "") for p in found})
+    loads = [p["load_1min"] for p in found]
+    packages = found[0]["packages"]
+    names = [name for name in ("numpy", "numba", "torch", "transformers") if name in packages]
+    versions = ", ".join(f"{name} {packages[name]}" for name in names)
+    return (
+        f"<sub>Commit {', '.join(commits)}; {' and '.join(sorted({p['date'] for p in found}))}; load "
+        f"{max(loads):.1f}; Python {found[0]['python']}, {versions}.</sub>"
+    )
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def _megabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the README; with ``--check`` only say whether that would change it (exit code 1)."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail when the tables are stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(argv)
+    old = args.readme.read_text(encoding="utf-8")
+    new = replaced(old, render(args.results))
+    if args.check and new != old:
+        print(f"{args.readme.name} is stale: run python -m bench.report")
+        return 1
+    if not args.check:
+        args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The README's tables: rendering of made-up results, and that the committed ones are current."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVENANCE = {
+    "machine": "Imaginary 9000", "n_cores": 4, "memory_gib": 15.6, "instructions": ["avx2", "amx_bf16"],
+    "system": "Linux 6.0", "python": "3.12.1", "packages": {"numpy": "2.1.0", "torch": "2.9.0"},
+    "commit": "0123456789ab", "is_dirty": False, "date": "2030-01-02", "load_1min": 0.25,
+}  # fmt: skip
+
+
+def candidate(what: str, speed: float, *, is_ours: bool = False) -> dict:
+    spread = {"p10": speed * 0.9, "p50": speed, "p90": speed * 1.1}
+    return {
+        "what": what, "layer": "last", "is_ours": is_ours, "batch_size": None if is_ours else 8,
+        "seconds": spread, "cells_per_s": spread, "tokens_per_s": spread, "agreement": {}, "peak_bytes": 512_000_000,
+    }  # fmt: skip
+
+
+EMBED = {
+    "case": "embed_v1-10m_all-threads", "provenance": PROVENANCE, "geometry": "v1-10m", "n_cells": 160,
+    "lengths": {"p10": 400.0, "p50": 650.0, "p90": 1200.0}, "threads": 4, "rounds": 5, "default_attention": "sdpa",
+    "candidates": {
+        "ours": candidate("this project", 123.4, is_ours=True),
+        "extractor": candidate("as the extractor does: padded", 9.87),
+    },
+    "ratios": {"ours / extractor": 12.5}, "goals": {"ours / extractor": 10},
+}  # fmt: skip
+TOKENIZE = {
+    "case": "tokenize_v2", "provenance": {**PROVENANCE, "is_dirty": True}, "what": "a file to a folder",
+    "n_cells": 100_000, "n_tokens": 7, "goal": 200, "ratio": 314.15,
+    "ours": {"cells_per_s": 54_321.0, "fresh_process": {"peak_bytes": 345_000_000}},
+    "rival": {"how": "a line", "measured": [{"n_cells": 3_774}, {"n_cells": 18_870}], "at_n_cells": {"wall_s": 400.0}},
+}  # fmt: skip
+RANK = {
+    "case": "rank_genes_pbmc_facs_v1", "provenance": PROVENANCE, "what": "ranking",
+    "tokens_per_s": 81.6e6, "entries_per_s": 99e6, "goal": 60e6,
+}  # fmt: skip
+MEMORY = {
+    "case": "memory_tokenize", "provenance": PROVENANCE, "what": "memory", "goal_peak_bytes": 10**9,
+    "by_n_cells": {"1000000": {"peak_bytes": 516_452_352, "wall_s": 26.7}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results" / "imaginary-9000-4-cores"
+    folder.mkdir(parents=True)
+    for result in (EMBED, TOKENIZE, RANK, MEMORY):
+        (folder / f"{result['case']}.json").write_text(json.dumps(result))
+    return tmp_path / "results"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of all table rows."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_every_number_lands_in_its_row(results: Path) -> None:
+    text = report.render(results)
+    rows = {row[0]: row[1:] for row in rows_of(text)}
+    assert rows["**this project**"] == ["123 (111 to 136)", "", "", "512 MB"]
+    assert rows["as the extractor does: padded, batches of 8"] == ["9.9 (8.9 to 10.9)", "12.5x", "", "512 MB"]
+    assert rows["Geneformer V2"] == ["100,000", "54,321", "250", "314x", "200x", "345 MB"]
+    assert rows["pbmc_facs, Geneformer V1"] == ["82", "99", "60"]
+    assert rows["`geneformer-fast tokenize`"] == ["1,000,000", "516 MB", "1,000 MB", "27"]
+    assert "### Imaginary 9000, 4 cores, 16 GiB, amx_bf16" in text
+    assert "400 / 650 / 1200 tokens" in text
+    assert "4 threads" in text
+    assert "10x against as the extractor does" in text
+    assert "`0123456789ab` with uncommitted changes" in text
+    assert "torch 2.9.0" in text
+    assert "2030-01-02" in text
+
+
+def test_tables_are_well_formed(results: Path) -> None:
+    for block in report.render(results).split("\n\n"):
+        widths = {len(row) for row in rows_of(block)}
+        assert len(widths) <= 1, f"rows of different width:\n{block}"
+    heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
+    assert len(heads) == 4
+
+
+def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n\n{report.BEGIN}\nold numbers\n{report.END}\n\nafter\n")
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert "old numbers" in readme.read_text()
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("# before\n\n")
+    assert text.endswith("\n\nafter\n")
+    assert "old numbers" not in text
+    assert "54,321" in text
+    assert report.main([*arguments, "--check"]) == 0
+    (results / "imaginary-9000-4-cores" / "tokenize_v2.json").unlink()
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_no_results_and_no_markers(tmp_path: Path) -> None:
+    assert report.render(tmp_path / "nowhere") == report.NOTHING
+    (tmp_path / "empty-machine").mkdir()
+    assert report.render(tmp_path) == report.NOTHING
+    with pytest.raises(ValueError, match="once each"):
+        report.replaced("no markers", "tables")
+
+
+def test_the_committed_readme_is_not_stale() -> None:
+    assert report.main(["--check"]) == 0, "run python -m bench.report and commit the README"
+
+
+def test_every_case_of_the_suite_is_a_test_that_exists() -> None:
+    from bench.__main__ import SUITES
+
+    for cases in SUITES.values():
+        for case, test in cases.items():
+            path, _, function = test.partition("::")
+            name = function.split("[")[0]
+            assert f"def {name}(" in (ROOT / path).read_text(), case
