@@ -80,12 +80,14 @@ def _rank_cells(
         chunk = adata[start : start + CHUNK_CELLS]
         n_counts = chunk.obs["n_counts"].to_numpy()[:, None]
         normalised = sp.csr_matrix(chunk[:, places].X / n_counts * TARGET_SUM / medians)
-        for cell in range(normalised.shape[0]):
-            row = normalised[cell]
-            tokens.append(ids[row.indices[np.argsort(-row.data)]])
+        tokens += [_ranked(normalised[i].data, ids[normalised[i].indices]) for i in range(normalised.shape[0])]
         for old, new in carried.items():
             metadata[new] += chunk.obs[old].tolist()
     return tokens, metadata
+
+
+def _ranked(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    return ids[np.argsort(-values)]
 
 
 def _dataset(tokens: list[np.ndarray], metadata: dict[str, list[Any]], vocabulary: Vocabulary) -> Dataset:

@@ -332,6 +332,7 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
         is_division=bool(entry.description["is_dense"]),
         keep=vocabulary.gene_capacity,
         out_dtype=vocabulary.input_ids_dtype,
+        is_checked=True,  # by the source, while reading
         **specials,
     )
     is_wanted = np.ones(block.n_cells, dtype=bool) if task.is_wanted is None else task.is_wanted

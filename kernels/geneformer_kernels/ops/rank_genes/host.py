@@ -315,6 +315,14 @@ def prepare_columns(column_to_gene: np.ndarray, token_ids: np.ndarray, medians: 
     return Columns(codes, column_medians, token_ids[shared], medians[shared])
 
 
+def _check_block(indptr: np.ndarray, indices: np.ndarray, n_columns: int) -> None:
+    problem, row = _inspect(indptr, indices, n_columns)
+    if problem == 3:
+        raise RepeatedColumnError(f"row {row} names a column twice")
+    if problem:
+        raise ValueError(f"row {row}: {'indptr does not fit' if problem == 1 else 'a column index is out of range'}")
+
+
 #: Dtypes the compiled loops know; every other one is widened, exactly, to one of them.
 _WIDENED = {
     "bool": "int32", "int8": "int32", "uint8": "int32", "int16": "int32", "uint16": "int32", "float16": "float32",
@@ -334,6 +342,7 @@ def rank_block(
     first: int = -1,
     last: int = -1,
     out_dtype: np.dtype | type | str = np.int32,
+    is_checked: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranked token ids of every row of a CSR block.
 
@@ -356,6 +365,9 @@ def rank_block(
         Token ids to put around the genes of every cell (``<cls>``, ``<eos>``); -1 puts none.
     out_dtype
         Integer dtype of the tokens.
+    is_checked
+        True where the caller has made sure of a valid CSR block without repeated columns; a wrong one then reads and
+        writes outside of the arrays. Saves 8 % of the time.
 
     Returns
     -------
@@ -377,11 +389,8 @@ def rank_block(
         raise ValueError(
             f"{len(indices)} indices, {len(data)} values, {n_rows} rows, {len(n_counts)} n_counts: no block"
         )
-    problem, row = _inspect(indptr, indices, len(columns.codes))
-    if problem == 3:
-        raise RepeatedColumnError(f"row {row} names a column twice")
-    if problem:
-        raise ValueError(f"row {row}: {'indptr does not fit' if problem == 1 else 'a column index is out of range'}")
+    if not is_checked:
+        _check_block(indptr, indices, len(columns.codes))
     row_sizes = np.diff(indptr)
     n_counts = np.asarray(n_counts)
     is_bad = (row_sizes > 0) & ~((n_counts > 0) & np.isfinite(n_counts))
