@@ -100,10 +100,10 @@ def _draw_scores(axes: Axes, panels: Panels) -> None:
         axes.bar(places + offset, heights, 0.36, color=color, label=kind.replace("macro_f1", "macro-F1"))
         for place, height in zip(places + offset, heights, strict=True):
             axes.text(place, height + 0.015, f"{height:.2f}", ha="center", fontsize=8, color=INK)
-    axes.set_xticks(places, [name.replace(" of ", "\nof ").replace(" class", "\nclass") for name in panels.scores])
+    axes.set_xticks(places, [name.replace(" ", "\n", 1) for name in panels.scores])
     axes.set_ylim(0, 1.12)
     axes.set_title("Cell types of unseen donors", fontsize=10, color=INK)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     _plain(axes)
 
 

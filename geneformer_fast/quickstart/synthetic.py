@@ -57,11 +57,11 @@ class Recipe:
     n_batches: int = 2
     median_counts: float = 2500.0
     library_sigma: float = 0.45
-    n_lineage_genes: int = 80
-    n_marker_genes: int = 70
+    n_lineage_genes: int = 40
+    n_marker_genes: int = 80
     n_program_genes: int = 50
-    lineage_strength: float = 1.0
-    marker_strength: float = 1.6
+    lineage_strength: float = 0.8
+    marker_strength: float = 1.7
     program_strength: float = 0.9
     donor_sigma: float = 0.25
     batch_sigma: float = 0.25

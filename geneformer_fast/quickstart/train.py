@@ -43,8 +43,8 @@ class Recipe:
 
     n_steps: int = 500
     max_seconds: float = 45.0
-    cells_per_batch: int = 32
-    tokens_per_cell: int = 64
+    cells_per_batch: int = 48
+    tokens_per_cell: int = 48
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
