@@ -101,7 +101,7 @@ class MedianSearch:
                 values = np.sort(self._collected[self._offsets[gene] : self._filled[gene]]).view(np.float64)
                 first = (self.counts[gene] - 1) // 2 - self._below[gene]
                 last = self.counts[gene] // 2 - self._below[gene]
-                self.medians[gene] = np.mean(values[[first, last]])
+                self.medians[gene] = values[first] if first == last else np.mean(values[[first, last]])
                 self._state[gene] = DONE
         else:
             _narrow(
