@@ -58,7 +58,7 @@ class Tour:
 
 
 def quickstart(
-    out: Path, *, n_cells: int = 3000, max_seconds: float = 45.0, seed: int = 0, say: Callable[[str], None] = print
+    out: Path, *, n_cells: int = 3000, max_seconds: float = 90.0, seed: int = 0, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Make cells, a vocabulary, tokens, a small trained model and embeddings, and classify cells of unseen donors.
 

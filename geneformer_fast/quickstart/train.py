@@ -42,7 +42,7 @@ class Recipe:
     """
 
     n_steps: int = 500
-    max_seconds: float = 45.0
+    max_seconds: float = 90.0
     cells_per_batch: int = 48
     tokens_per_cell: int = 48
     learning_rate: float = 3e-3
