@@ -59,8 +59,7 @@ class TestCells:
         same_type = cells[cells.obs["cell_type"] == "CD4 T-like"].X.toarray()
         means, variances = same_type.mean(0), same_type.var(0)
         is_expressed = means > 1
-
-    assert np.median(variances[is_expressed] / means[is_expressed]) > 1.3
+        assert np.median(variances[is_expressed] / means[is_expressed]) > 1.3
 
     def test_markers_mark(self, cells):
         scaled = cells.X.toarray() / cells.obs["n_counts"].to_numpy()[:, None]
