@@ -75,11 +75,11 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "tiles"}
+PACKAGE_FILES = {"dispatch", "target", "capability", "compiled", "tiles"}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
     "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "capability"}),
-    "host": ({"reference", "plan"}, {"dispatch", "target", "capability"}),
+    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "capability"}),
     "reference": (set(), set()),

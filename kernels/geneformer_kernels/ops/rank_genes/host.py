@@ -22,7 +22,7 @@ _POSITION_MASK = np.uint64((1 << (64 - _KEY_BITS)) - 1)
 _LOW_DIGIT = np.uint64(48)
 _HIGH_DIGIT = np.uint64(56)
 _BYTE = np.uint64(255)
-_LONG_RUN = 48
+_MOVES_PER_ENTRY = 8
 
 
 @numba.njit(nogil=True, cache=True)
@@ -39,7 +39,7 @@ def _goes_before(a, b, scores, tokens):
 
 @numba.njit(nogil=True, cache=True)
 def _heap_sort(words, start, stop, scores, tokens):
-    """Sort words[start:stop]; for long runs that the radix could not tell apart, where insertion would be quadratic."""
+    """Sort words[start:stop]."""
     n = stop - start
     for phase_end in range(n // 2 - 1, -1, -1):
         _sift_down(words, start, phase_end, n, scores, tokens)
@@ -64,24 +64,33 @@ def _sift_down(words, start, root, n, scores, tokens):
 
 @numba.njit(nogil=True, cache=True)
 def _settle(words, n, scores, tokens):
-    """Finish words[:n], which are in order of their 16 leading bits."""
-    run_start = 0
-    while run_start < n:
-        run_stop = run_start + 1
-        digits = words[run_start] >> _LOW_DIGIT
-        while run_stop < n and words[run_stop] >> _LOW_DIGIT == digits:
-            run_stop += 1
-        if run_stop - run_start > _LONG_RUN:
-            _heap_sort(words, run_start, run_stop, scores, tokens)
-        else:
-            for i in range(run_start + 1, run_stop):
-                word = words[i]
-                j = i
-                while j > run_start and _goes_before(word, words[j - 1], scores, tokens):
-                    words[j] = words[j - 1]
-                    j -= 1
-                words[j] = word
-        run_start = run_stop
+    """Finish words[:n], which are in order of their 16 leading bits: few are out of place, so by insertion."""
+    left = _MOVES_PER_ENTRY * n
+    for i in range(1, n):
+        word = words[i]
+        if words[i - 1] >> _POSITION_BITS < word >> _POSITION_BITS:
+            continue
+        j = i
+        while j > 0 and _goes_before(word, words[j - 1], scores, tokens):
+            words[j] = words[j - 1]
+            j -= 1
+        words[j] = word
+        left -= i - j
+        if left < 0:
+            _settle_runs(words, n, scores, tokens)
+            return
+
+
+@numba.njit(nogil=True, cache=True)
+def _settle_runs(words, n, scores, tokens):
+    """The same where so many scores are alike that insertion would be quadratic."""
+    start = 0
+    while start < n:
+        stop = start + 1
+        while stop < n and words[stop] >> _LOW_DIGIT == words[start] >> _LOW_DIGIT:
+            stop += 1
+        _heap_sort(words, start, stop, scores, tokens)
+        start = stop
 
 
 @numba.njit(nogil=True, cache=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import intrinsic
+
+from geneformer_kernels.compiled import LOOP, as_float, from_bfloat16, to_bfloat16
 
 _LOG2_E = np.float32(1.4426950408889634)
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
@@ -62,45 +61,18 @@ def softmax_(scores: torch.Tensor) -> None:
     _softmax_rows(rows, np.empty(rows.shape[1], np.float32))
 
 
-_LOOP: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
-
-
-# Reinterpreting bits through an array view would cost a trip through memory for every number.
-def _float_of_bits(typing_context: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low 32 of an integer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        low = builder.trunc(arguments[0], context.get_value_type(types.uint32))
-        return builder.bitcast(low, context.get_value_type(types.float32))
-
-    return types.float32(types.uint64), generate
-
-
-def _bits_of_float(typing_context: Any, value: Any) -> Any:
-    """The bits of a float32, as uint32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
-
-
-_as_float: Any = intrinsic(_float_of_bits)
-_as_bits: Any = intrinsic(_bits_of_float)
-
-
 # Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code,
 # and each may relax floating point as far as it is safe there.
-@numba.njit(**_LOOP)
+@numba.njit(**LOOP)
 def _softmax_rows(rows, weights):
     signed = rows.view(np.int16)
     for i in range(rows.shape[0]):
-        largest = _as_float(np.uint32(np.uint16(_largest(signed[i]))) << np.uint32(16))
+        largest = as_float(np.uint32(np.uint16(_largest(signed[i]))) << np.uint32(16))
         _exp2(rows[i], largest * _LOG2_E, weights)
         _narrow(weights, np.float32(1) / _sum(weights), rows[i])
 
 
-@numba.njit(**_LOOP)
+@numba.njit(**LOOP)
 def _largest(row):
     # Flipping the lower bits of negative numbers makes bfloat16 sort as integers do, whose maximum becomes vector code.
     largest = np.int16(-32768)
@@ -111,19 +83,19 @@ def _largest(row):
 
 
 # No licence to reorder here: it would simplify the rounding away.
-@numba.njit(fastmath={"contract", "nsz"}, **_LOOP)
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _exp2(row, largest, weights):
     for j in range(len(row)):
-        power = _as_float(np.uint32(row[j]) << np.uint32(16)) * _LOG2_E - largest
+        power = from_bfloat16(row[j]) * _LOG2_E - largest
         # Written so that NaN stays NaN: it must not come out as a weight.
         power = np.float32(-126) if power < np.float32(-126) else power
         whole = (power + _ROUND) - _ROUND
         rest = power - whole
         fraction = (((_C4 * rest + _C3) * rest + _C2) * rest + _C1) * rest + _C0
-        weights[j] = fraction * _as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+        weights[j] = fraction * as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **_LOOP)
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
 def _sum(weights):
     total = np.float32(0)
     for j in range(len(weights)):
@@ -131,9 +103,7 @@ def _sum(weights):
     return total
 
 
-@numba.njit(**_LOOP)
+@numba.njit(**LOOP)
 def _narrow(weights, factor, row):
     for j in range(len(row)):
-        bits = _as_bits(weights[j] * factor)
-        # Round to the nearest bfloat16, ties to even.
-        row[j] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        row[j] = to_bfloat16(weights[j] * factor)
