@@ -184,10 +184,9 @@ def _tokenize(tour: Tour, vocabulary: Vocabulary) -> TokenFolder:
             progress=False,
         )
     assert not isinstance(tokens, tuple)
-    speed = tokens.n_cells / tour.seconds["tokenize"]
     tour.tell(
-        f"{tokens.n_cells:,} cells, {tokens.n_tokens:,} tokens -> {tour.out / 'tokens'} ({speed:,.0f} cells/s; "
-        "on a file this small that is mostly start-up)"
+        f"{tokens.n_cells:,} cells, {tokens.n_tokens:,} tokens -> {tour.out / 'tokens'} "
+        f"({tour.seconds['tokenize']:.2f} s; on a file this small that is mostly start-up)"
     )
     return tokens
 
