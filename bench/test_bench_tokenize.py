@@ -152,7 +152,8 @@ def test_bench_rank(name, preset, benchmark, data):
         return [
             rank_block(
                 task.block.indptr, task.block.indices, task.block.data, task.n_counts, task.prepared.columns,
-                is_division=False, keep=vocabulary.gene_capacity, out_dtype=vocabulary.input_ids_dtype, is_checked=True, **specials,
+                is_division=False, keep=vocabulary.gene_capacity, out_dtype=vocabulary.input_ids_dtype,
+                is_checked=True, **specials,
             )[0]
             for task in tasks
         ]  # fmt: skip
