@@ -85,10 +85,14 @@ def varlen_attention(
 def _sdpa_per_cell(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float, dropout_p: float
 ) -> torch.Tensor:
-    def attend(start: int, stop: int) -> torch.Tensor:
-        cell_q, cell_k, cell_v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    def attend(cell_q: torch.Tensor, cell_k: torch.Tensor, cell_v: torch.Tensor) -> torch.Tensor:
+        if not len(cell_q):
+            return cell_q
+        cell_q, cell_k, cell_v = (x.transpose(0, 1).unsqueeze(0) for x in (cell_q, cell_k, cell_v))
         out = F.scaled_dot_product_attention(cell_q, cell_k, cell_v, dropout_p=dropout_p, scale=scale)
         return out.squeeze(0).transpose(0, 1)
 
-    cells = [attend(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
+    # Split, not sliced: the backward of a slice fills a gradient of all tokens, once per cell.
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    cells = [attend(*cell) for cell in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)]
     return torch.cat(cells) if cells else torch.zeros_like(q)
