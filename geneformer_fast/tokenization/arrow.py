@@ -112,18 +112,21 @@ class ShardWriter:
         self.n_cells += batch.num_rows
         self.n_tokens += len(batch.column("input_ids").values)
 
-    def close(self) -> dict[str, Any]:
-        """Complete the shard: on the disk first, then under its name. Returns its entry in the manifest."""
+    def finish(self) -> dict[str, Any]:
+        """Write the end of the shard. Returns its entry in the manifest."""
         self._writer.close()
-        entry = {"file": self.path.name, "n_cells": self.n_cells, "n_tokens": self.n_tokens, "n_bytes": self.n_bytes}
+        n_bytes = self.n_bytes
         self._file.close()
+        return {"file": self.path.name, "n_cells": self.n_cells, "n_tokens": self.n_tokens, "n_bytes": n_bytes}
+
+    def seal(self) -> None:
+        """After ``finish``: bring the shard onto the disk, then under its name. May run in another thread."""
         descriptor = os.open(self._partial, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(self._partial, self.path)
-        return entry
 
     def abandon(self) -> None:
         """Close and remove what is there of an incomplete shard."""

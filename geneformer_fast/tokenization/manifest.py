@@ -24,6 +24,7 @@ UNFINISHED = "UNFINISHED.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 DATASET_INFO = "dataset_info.json"
+PARTIAL_SHARDS = ".data-*.arrow.part"
 FORMAT = "geneformer-fast tokens"
 FORMAT_VERSION = 1
 
@@ -131,5 +132,5 @@ def state_of(folder: Path) -> str:
 def own_files(folder: Path) -> list[Path]:
     """The files of a token folder, those that mark it as finished first and the mark of an unfinished one last."""
     names = [STATE, MANIFEST, DATASET_INFO, *(f".{name}.tmp" for name in (STATE, MANIFEST, DATASET_INFO, UNFINISHED))]
-    shards = sorted(path for pattern in ("data-*.arrow", ".data-*.arrow.part") for path in folder.glob(pattern))
+    shards = sorted(path for pattern in ("data-*.arrow", PARTIAL_SHARDS) for path in folder.glob(pattern))
     return [path for path in (*(folder / name for name in names), *shards, folder / UNFINISHED) if path.exists()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class TokenOutput:
     Attributes
     ----------
     progress
-        The state after the last complete shard: ``source`` and ``row`` to go on from, the ``shards`` and the ``cells``
-        tallied so far.
+        The state after the last complete shard on the disk: ``source`` and ``row`` to go on from, the ``shards`` and
+        the ``cells`` tallied so far.
     is_finished
         True where resuming found nothing left to do.
 
@@ -68,9 +69,13 @@ class TokenOutput:
         self._plan = dict(plan)
         self._shard_bytes = shard_bytes
         self._shard: ShardWriter | None = None
+        # Bringing a shard onto the disk takes as long as making it: the next one is made meanwhile.
+        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._seals: list[Future[None]] = []
         self._is_new = not folder.exists()
         self.is_finished = False
         self.progress: dict[str, Any] = {"source": 0, "row": 0, "n_cells": 0, "n_tokens": 0, "shards": [], "cells": []}
+        self._made = self.progress
         state = manifest.state_of(folder)
         self._check_state(state, resume, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +124,7 @@ class TokenOutput:
                 self._publish()
             self.is_finished = True
             return
-        self.progress = begun["progress"]
+        self.progress = self._made = begun["progress"]
         self._check_shards()
 
     def _check_shards(self) -> None:
@@ -143,7 +148,7 @@ class TokenOutput:
     @property
     def n_cells(self) -> int:
         """Cells written so far, those of the shard in work included."""
-        return self.progress["n_cells"] + (self._shard.n_cells if self._shard is not None else 0)
+        return self._made["n_cells"] + (self._shard.n_cells if self._shard is not None else 0)
 
     def _save_progress(self) -> None:
         content = {
@@ -167,29 +172,40 @@ class TokenOutput:
         if batch is None or batch.num_rows == 0:
             return
         if self._shard is None:
-            self._shard = ShardWriter(self.folder, len(self.progress["shards"]), self._schema)
+            self._shard = ShardWriter(self.folder, len(self._made["shards"]), self._schema)
         self._shard.write(batch)
         if self._shard.n_bytes >= self._shard_bytes:
             self._close_shard(source, row, cells)
 
     def _close_shard(self, source: int, row: int, cells: list[dict[str, Any]]) -> None:
         assert self._shard is not None
-        entry = self._shard.close()
-        self._shard = None
-        self.progress = {
+        self._wait_for_seals()  # one at a time, or unwritten shards would pile up in memory
+        shard, self._shard = self._shard, None
+        entry = shard.finish()
+        self._made = {
             "source": source,
             "row": row,
-            "n_cells": self.progress["n_cells"] + entry["n_cells"],
-            "n_tokens": self.progress["n_tokens"] + entry["n_tokens"],
-            "shards": [*self.progress["shards"], entry],
+            "n_cells": self._made["n_cells"] + entry["n_cells"],
+            "n_tokens": self._made["n_tokens"] + entry["n_tokens"],
+            "shards": [*self._made["shards"], entry],
             "cells": [dict(tally) for tally in cells],
         }
+        self._seals.append(self._sealer.submit(self._seal, shard, self._made))
+
+    def _seal(self, shard: ShardWriter, made: dict[str, Any]) -> None:
+        shard.seal()
+        self.progress = made
         self._save_progress()
+
+    def _wait_for_seals(self) -> None:
+        while self._seals:
+            self._seals.pop().result()
 
     def finish(self, *, source: int, cells: list[dict[str, Any]]) -> None:
         """Complete the folder."""
         if self._shard is not None:
             self._close_shard(source, 0, cells)
+        self._wait_for_seals()
         shards = self.progress["shards"]
         for index, entry in enumerate(shards):
             final = manifest.shard_name(index, len(shards))
@@ -236,9 +252,12 @@ class TokenOutput:
 
     def close(self) -> None:
         """Give up an incomplete shard and the lock."""
+        self._sealer.shutdown(wait=True)
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
+        for partial in self.folder.glob(manifest.PARTIAL_SHARDS) if self._lock >= 0 else ():
+            partial.unlink()  # of a shard whose sealing failed or was interrupted
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -184,7 +184,9 @@ def test_an_incomplete_shard_has_no_name(tmp_path):
     writer = ShardWriter(tmp_path, 0, schema)
     writer.write(record_batch(schema, np.arange(3, dtype=np.int16), columns))
     assert not list(tmp_path.glob("data-*"))
-    entry = writer.close()
+    entry = writer.finish()
+    assert not list(tmp_path.glob("data-*"))
+    writer.seal()
     assert entry == {"file": "data-00000.arrow", "n_cells": 2, "n_tokens": 3, "n_bytes": writer.path.stat().st_size}
     assert StreamFile(writer.path).n_rows == 2
     abandoned = ShardWriter(tmp_path, 1, schema)
