@@ -75,19 +75,21 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "compiled", "tiles"}
+PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "tiles"}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "capability"}),
+    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device"}),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
     "kernel": (set(), {"tiles"}),
-    "plan": (set(), {"dispatch", "target", "capability"}),
+    "plan": (set(), {"dispatch", "target", "launch"}),
     "reference": (set(), set()),
 }
 PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "dispatch": {"target", "capability"},
     "target": set(),
     "capability": set(),
+    "launch": set(),
+    "on_device": {"dispatch", "target"},
     "tiles": set(),
 }
 

@@ -8,6 +8,7 @@ Every operation's ``plan.py`` lists its candidates for a target and dtype in ord
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -16,11 +17,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
+from geneformer_kernels.capability import CAPABILITY
 from geneformer_kernels.target import Target
 
 logger = logging.getLogger("geneformer_kernels")
 
-OPERATIONS = ("rank_genes", "varlen_attention", "residual_layernorm", "feed_forward")
+OPERATIONS = (
+    "rank_genes",
+    "embed_tokens",
+    "varlen_attention",
+    "residual_layernorm",
+    "feed_forward",
+    "int8_linear",
+    "mlm_cross_entropy",
+)
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
 
 
@@ -59,11 +69,46 @@ _forced: ContextVar[tuple[tuple[str, Impl], ...]] = ContextVar("geneformer_kerne
 _told: set[tuple[str, str, str, str]] = set()
 
 
+@functools.cache
 def candidates(op: str, dtype: str, target: Target) -> tuple[Candidate, ...]:
     """All implementations of an operation for a dtype name and a target, best first."""
     if op not in OPERATIONS:
         raise ValueError(f"no operation named {op!r}; there are {', '.join(OPERATIONS)}")
-    return importlib.import_module(f"geneformer_kernels.ops.{op}.plan").candidates(dtype, target)
+    options = importlib.import_module(f"geneformer_kernels.ops.{op}.plan").candidates(dtype, target)
+    if dtype == "bfloat16" and target.kind == "cuda" and target.sm < 75:
+        why = f"{target.name or 'this card'} has no bfloat16 (emulated, a tenth of the speed): use float16"
+        return tuple(Candidate(option.impl, False, why) for option in options)
+    return options
+
+
+def triton_candidate(op: str, dtype: str, target: Target, reason: str = "Triton kernel") -> Candidate:
+    """The Triton implementation of an operation, able to run if the generated table says that it compiles well."""
+
+    def cannot(why: str) -> Candidate:
+        return Candidate(Impl.TRITON, False, why)
+
+    if target.kind == "cpu":
+        if "triton_interpreter" in target.features:
+            return Candidate(Impl.TRITON, True, "Triton's interpreter, for tests")
+        return cannot("Triton kernels run on the CPU in its interpreter only (TRITON_INTERPRET=1)")
+    if target.kind != "cuda":
+        return cannot("AMD and Apple devices take the torch path: these kernels are tested on NVIDIA cards only")
+    if target.triton is None:
+        return cannot("Triton is not installed")
+    found = capability(op, dtype, target)
+    if found == "none":
+        return cannot(f"Triton does not compile it for sm_{target.sm}")
+    if found == "fma":
+        return cannot(f"Triton makes scalar arithmetic of its matrix products on sm_{target.sm}, not tensor cores")
+    if found == "unknown":
+        return cannot(f"nothing is known of {dtype} on sm_{target.sm}")
+    return Candidate(Impl.TRITON, True, reason if found == "plain" else f"{reason}, tensor cores")
+
+
+def capability(op: str, dtype: str, target: Target) -> str:
+    """What the table says of the newest architecture it knows that is not newer than the target's."""
+    known = [sm for name, sm, kind in CAPABILITY if name == op and kind == dtype and sm <= target.sm]
+    return CAPABILITY[op, max(known), dtype] if known else "unknown"
 
 
 def choose(op: str, dtype: str, target: Target, impl: Impl | str | None = None) -> Choice:

@@ -7,6 +7,7 @@ one by hand, or start from a row of :data:`CARDS`. Nothing here runs at import.
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Target:
     triton
         Version of the installed Triton as (major, minor), or None.
     features
-        CPU instruction sets that matter here: ``avx2``, ``avx512``, ``avx512_bf16``, ``amx_bf16``, ``arm_bf16``.
+        CPU instruction sets that matter here: ``avx2``, ``avx512``, ``avx512_bf16``, ``amx_bf16``, ``arm_bf16``; and
+        ``triton_interpreter`` in a process that started with ``TRITON_INTERPRET=1``.
     name
         What people call it.
     """
@@ -110,7 +112,8 @@ def _probe(device_type: str, index: int | None) -> Target:
         smem_bytes = getattr(properties, "shared_memory_per_block_optin", None) or Target.cuda(sm).smem_bytes
         return Target("cuda", sm, smem_bytes, properties.multi_processor_count, triton_version(), name=properties.name)
     if device_type == "cpu":
-        return Target.cpu(cpu_features(), n_cores=torch.get_num_threads(), name=cpu_name())
+        features = cpu_features() | ({"triton_interpreter"} if is_interpreted() else set())
+        return Target.cpu(features, n_cores=torch.get_num_threads(), name=cpu_name())
     return Target(device_type, name=device_type)
 
 
@@ -123,6 +126,11 @@ def triton_version() -> tuple[int, int] | None:
     except PackageNotFoundError:
         return None
     return int(major), int(minor)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, line by line, in this process: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes") and triton_version() is not None
 
 
 @functools.cache

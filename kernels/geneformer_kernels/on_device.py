@@ -1,0 +1,59 @@
+"""The torch side of choosing and launching that every operation shares."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from geneformer_kernels.dispatch import Impl, choose
+from geneformer_kernels.target import Target, target_of
+
+DTYPE_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.uint16: "uint16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+
+
+def choose_for(op: str, x: torch.Tensor, impl: Impl | str | None = None, *, dtype: torch.dtype | None = None) -> str:
+    """Name of the implementation that runs ``op`` where ``x`` is, in ``dtype`` (default: that of ``x``).
+
+    A compiled function (``torch.compile``) keeps the choice that was made when it was compiled.
+    """
+    name = DTYPE_NAMES[x.dtype if dtype is None else dtype]
+    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl))
+
+
+# Constant for the compiler: the choice looks at versions, environment and context, which would break graphs.
+@torch.compiler.assume_constant_result
+def _choice(op: str, dtype: str, device_type: str, device_index: int | None, impl: str | None) -> str:
+    return str(choose(op, dtype, target_of(torch.device(device_type, device_index)), impl).impl)
+
+
+def target_for(x: torch.Tensor) -> Target:
+    """The target a tensor lives on, for plans made inside a custom operator (where nothing is traced)."""
+    return target_of(x.device)
+
+
+def launching_on(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes a tensor's card the current one, which is where Triton launches."""
+    if x.device.type == "cuda":
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """[1] int64 seed of a counter-based dropout mask, drawn from torch's generator on the device.
+
+    A tensor, so that nobody waits for the device, CUDA graphs draw a new one at every replay, and activation
+    checkpointing, which restores the generator, draws the same one twice.
+    """
+    return torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=device)

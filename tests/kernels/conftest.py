@@ -1,0 +1,39 @@
+"""Where the Triton kernels of these tests run: interpreted on the CPU, and with ``-m gpu`` on a card."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Before any kernel is imported. On a machine with a card the kernels are compiled for it, and the tests marked gpu run.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device a kernel test runs on: ``"cpu"`` means Triton's interpreter (use float16 and float32 there only)."""
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("kernels are compiled for the card in this process; -m gpu runs them there")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what ``torch.empty`` and its relatives hand out with NaN (or the lowest integer): unwritten elements show."""
+
+    def poisoning(function):
+        def allocate(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+        return allocate
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
