@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels import feed_forward, residual_layernorm, varlen_attention
+from geneformer_kernels import feed_forward, linear, residual_layernorm, varlen_attention
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig, matmul_dtype
@@ -38,10 +38,10 @@ class Block(nn.Module):
     def attend(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Self-attention of [T, C] within each cell, projected back to [T, C]."""
         config = self.config
-        q, k, v = self.qkv(x).view(len(x), 3, config.n_heads, config.head_dim).unbind(1)
+        q, k, v = linear(x, self.qkv.weight, self.qkv.bias).view(len(x), 3, config.n_heads, config.head_dim).unbind(1)
         dropout_p = config.attention_dropout if self.training else 0.0
         context = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
-        return self._drop(self.out(context.reshape(len(x), config.width)))
+        return self._drop(linear(context.reshape(len(x), config.width), self.out.weight, self.out.bias))
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         """Feed-forward of [T, C]."""

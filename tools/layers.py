@@ -75,10 +75,10 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "compiled", "tiles"}
+PACKAGE_FILES = {"dispatch", "target", "capability", "compiled", "packed", "tiles"}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "capability"}),
+    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "packed"}),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "capability"}),
@@ -88,6 +88,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "dispatch": {"target", "capability"},
     "target": set(),
     "capability": set(),
+    "packed": {"target"},
     "tiles": set(),
 }
 

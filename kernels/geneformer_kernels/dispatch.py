@@ -20,7 +20,7 @@ from geneformer_kernels.target import Target
 
 logger = logging.getLogger("geneformer_kernels")
 
-OPERATIONS = ("rank_genes", "varlen_attention", "residual_layernorm", "feed_forward")
+OPERATIONS = ("rank_genes", "linear", "varlen_attention", "residual_layernorm", "feed_forward")
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
 
 

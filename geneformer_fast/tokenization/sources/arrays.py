@@ -49,7 +49,7 @@ def bytes_list_array(texts: Sequence[bytes | None]) -> pa.Array:
         Bytes that are not UTF-8.
     """
     missing = np.fromiter((text is None for text in texts), dtype=bool, count=len(texts))
-    array = _binary_array([text or b"" for text in texts] if missing.any() else texts, missing)  # type: ignore[misc]
+    array = _binary_array([text or b"" for text in texts], missing)
     array.validate(full=True)
     return array
 
