@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels import feed_forward, feed_forward_layernorm, residual_layernorm, varlen_attention_qkv
+from geneformer_kernels import feed_forward, feed_forward_layernorm, linear, residual_layernorm, varlen_attention_qkv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +14,14 @@ from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.heads import CellClassifier, MLMHead, Pooler, make_head
 from geneformer_fast.ragged import Ragged
+
+
+class Linear(nn.Linear):
+    """A linear layer by ``geneformer_kernels.linear``, which keeps packed weights for inference on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [T, N]."""
+        return linear(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
@@ -27,8 +35,8 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.eps)
         self.up = nn.Linear(config.width, config.ff_width * (2 if config.activation == "swiglu" else 1))
         self.down = nn.Linear(config.ff_width, config.width)
@@ -230,9 +238,7 @@ class Encoder(nn.Module):
         """
         if not isinstance(self.head, MLMHead):
             raise ValueError('this encoder predicts no masked genes; make it with head="mlm"')
-        return self.head.loss(
-            hidden.values[rows], targets, self.token_table if self.config.tied_decoder else None
-        )
+        return self.head.loss(hidden.values[rows], targets, self.token_table if self.config.tied_decoder else None)
 
     def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) before the first block."""

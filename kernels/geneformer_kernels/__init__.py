@@ -13,6 +13,7 @@ _HOME = {
     "rank_genes": "geneformer_kernels.ops.rank_genes.op",
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
+    "linear": "geneformer_kernels.ops.linear.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
 }
 
