@@ -8,9 +8,11 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, as_float, from_bfloat16, to_bfloat16
+from geneformer_kernels.compiled import LOOP, as_bits, as_float, from_bfloat16, to_bfloat16
 
 _LOG2_E = np.float32(1.4426950408889634)
+# Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
+_ROUND = np.float32(12582912.0)
 # 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
 _C3, _C2, _C1, _C0 = (np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
 
@@ -103,14 +105,15 @@ def _centre_head(rows, length, scale, mean):
             rows[i, j] = to_bfloat16((from_bfloat16(rows[i, j]) - mean[j]) * scale)
 
 
-# Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code.
+# Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code,
+# and each may relax floating point as far as it is safe there.
 @numba.njit(**LOOP)
 def _softmax_rows(rows, weights):
     signed, length = rows.view(np.int16), len(weights)
     for i in range(rows.shape[0]):
         largest = as_float(np.uint32(np.uint16(_largest(signed[i, :length]))) << np.uint32(16))
-        total = _exp2(rows[i, :length], largest * _LOG2_E, weights)
-        _narrow(weights, np.float32(1) / total, rows[i, :length])
+        _exp2(rows[i, :length], largest * _LOG2_E, weights)
+        _narrow(weights, np.float32(1) / _sum(weights), rows[i, :length])
         rows[i, length:] = 0
 
 
@@ -124,24 +127,30 @@ def _largest(row):
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
 
 
-# Free to reorder, so that the sum becomes vector code too; rounding through an integer survives that.
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
+# No licence to reorder here: it would simplify the rounding away.
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _exp2(row, largest, weights):
-    total = np.float32(0)
     for j in range(len(row)):
         power = from_bfloat16(row[j]) * _LOG2_E - largest
         # Written so that NaN stays NaN: it must not come out as a weight.
         power = np.float32(-126) if power < np.float32(-126) else power
-        whole = np.int32(power - np.float32(0.5))
-        rest = power - np.float32(whole)
+        # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
+        shifted = power + _ROUND
+        rest = power - (shifted - _ROUND)
         fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
-        weight = fraction * as_float((whole + np.int32(127)) << np.int32(23))
-        weights[j] = weight
-        total += weight
+        weights[j] = as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
+def _sum(weights):
+    total = np.float32(0)
+    for j in range(len(weights)):
+        total += weights[j]
     return total
 
 
+# Ties round up here, not to even: half the instructions, and no weight is negative.
 @numba.njit(**LOOP)
 def _narrow(weights, factor, row):
     for j in range(len(row)):
-        row[j] = to_bfloat16(weights[j] * factor)
+        row[j] = np.uint16((as_bits(weights[j] * factor) + np.uint32(0x8000)) >> np.uint32(16))
