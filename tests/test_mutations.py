@@ -59,9 +59,9 @@ def toy(tmp_path):
         "kernels/toy.py": "def add(x):\n    return x + 1\n\n\ndef unseen(x):\n    return x * 2\n",
         "tests/test_toy.py": (
             "import os\nimport toy\n\n\ndef test_adds():\n    assert toy.add(1) == 2\n\n\n"
-            "def test_is_interpreted():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n\n\n"
-            "def test_red():\n    assert toy.add(1) == 5\n"
+            "def test_is_interpreted():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n"
         ),
+        "tests/test_red.py": "def test_red():\n    assert False\n",
         "tools/mutations/toy.toml": ROWS,
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def test_caught_and_surviving_faults_are_told_apart(toy, capsys):
         {},
         {"find": "x * 2", "replace": "x * 3", "why": "nobody looks"},
         {"tests": "tests/test_toy.py -k interpreted", "why": "the wrong test"},
-        {"tests": "tests/test_toy.py -k red", "why": "red before"},
+        {"tests": "tests/test_red.py::test_red", "why": "red before"},
         {"tests": "tests/test_toy.py -k nothing", "why": "no test"},
     )
     before = {path: path.read_bytes() for path in root.rglob("*.py")}
@@ -96,8 +96,8 @@ def test_caught_and_surviving_faults_are_told_apart(toy, capsys):
         "toy.toml fault 2 (nobody looks): SURVIVED tests/test_toy.py -k adds",
         "toy.toml fault 3 (the wrong test): SURVIVED tests/test_toy.py -k interpreted",
     ]
-    assert "without any fault, red or broken tests: tests/test_toy.py -k red" in lines
-    assert "without any fault, there are no tests: tests/test_toy.py -k nothing" in lines
+    assert "without any fault, red or broken: tests/test_red.py" in lines
+    assert "toy.toml fault 5 (no test): no test is selected by tests/test_toy.py -k nothing" in lines
     assert lines[-1] == "5 faults, 4 not proven to be caught"
     assert {path: path.read_bytes() for path in root.rglob("*.py")} == before  # nothing was left behind
 
@@ -146,10 +146,22 @@ def test_a_run_that_does_not_end_proves_nothing(toy):
     root = toy({"replace": "add(x)"}, {})
     (root / "tests/test_toy.py").write_text("import time\n\n\ndef test_adds():\n    time.sleep(60)\n")
     (reason,) = mutations.run(root, mutations.read_faults(root), n_workers=1, limit_s=0.2)
-    assert "red or broken tests" in reason
+    assert "red or broken" in reason
     assert "not done after" in reason
     (fault, _) = mutations.read_faults(root)
     assert "neither passed nor failed" in (mutations.check_fault(fault, root, 0.2) or "")
+
+
+@pytest.mark.parametrize(
+    ("tests", "files"),
+    [
+        ("tests/test_a.py", "tests/test_a.py"),
+        ("tests/test_a.py -k 'one and not two'", "tests/test_a.py"),
+        ("tests/test_a.py::test_b tests/test_a.py::test_c -m slow", "tests/test_a.py -m slow"),
+    ],
+)
+def test_a_selection_is_taken_from_files_that_run_once(tests, files):
+    assert mutations.unselected(tests) == files
 
 
 def test_the_tool_explains_itself():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -127,13 +128,14 @@ def collect(ops: Iterable[str], sms: Iterable[int], *, package: str = PACKAGE) -
         Two cases have one name, a case names another operation, or a kernel that does not exist.
     """
     tasks: dict[tuple[str, str, str, str, int], Task] = {}
+    hash_once = functools.cache(source_hash)
     for op in ops:
         plan = plan_of(op, package)
         for sm in sms if plan is not None else ():
             for case in plan.kernel_cases(Target.cuda(sm)):
                 module = f"{package}.{op}.kernel"
                 try:
-                    task = Task(case, sm, module, source_hash(module, case.kernel))
+                    task = Task(case, sm, module, hash_once(module, case.kernel))
                 except LookupError as error:
                     raise CaseError(f"{op}: {error}, which kernel_cases names") from None
                 if case.op != op:
