@@ -113,7 +113,8 @@ def _digest(content: Any) -> str:
 
 def plan_of(op: str, package: str = PACKAGE) -> Any:
     """An operation's plan if it has kernels to compile, else None."""
-    if importlib.util.find_spec(f"{package}.{op}") is None:
+    names = (f"{package}.{op}", f"{package}.{op}.plan")
+    if any(importlib.util.find_spec(name) is None for name in names):
         return None
     plan = importlib.import_module(f"{package}.{op}.plan")
     return plan if hasattr(plan, "kernel_cases") else None
