@@ -273,14 +273,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error)
         return 1
     cache = None if wanted.no_cache else wanted.cache
-    results = compile_tasks(tasks, triton, n_workers=wanted.jobs, cache=cache, limit_s=wanted.limit_s)
+    try:
+        results = compile_tasks(tasks, triton, n_workers=wanted.jobs, cache=cache, limit_s=wanted.limit_s)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written" + (", what was compiled is remembered" if cache else ""))
+        return 130
     fresh, found = table_of(results, triton), breaches(results)
     for line in found:
         print(line)
     table = old.with_ops(fresh, ops) if wanted.op else fresh
     changes = _look(fresh, old, ops, sms) if wanted.sm else differences(table)
     if wanted.check:
-        print("\n".join(changes[:MAX_LINES]))
+        for line in changes[:MAX_LINES]:
+            print(line)
         if len(changes) > MAX_LINES:
             print(f"... and {len(changes) - MAX_LINES} lines more")
     elif not wanted.sm and not found:
