@@ -88,6 +88,7 @@ def test_caught_and_surviving_faults_are_told_apart(toy, capsys):
         {"tests": "tests/test_toy.py -k interpreted", "why": "the wrong test"},
         {"tests": "tests/test_red.py::test_red", "why": "red before"},
         {"tests": "tests/test_toy.py -k nothing", "why": "no test"},
+        {"replace": "__import__('os').abort()", "why": "a crash is red"},
     )
     before = {path: path.read_bytes() for path in root.rglob("*.py")}
     assert mutations.main(["--jobs", "2"], root) == 1
@@ -98,7 +99,7 @@ def test_caught_and_surviving_faults_are_told_apart(toy, capsys):
     ]
     assert "without any fault, red or broken: tests/test_red.py" in lines
     assert "toy.toml fault 5 (no test): no test is selected by tests/test_toy.py -k nothing" in lines
-    assert lines[-1] == "5 faults, 4 not proven to be caught"
+    assert lines[-1] == "6 faults, 4 not proven to be caught"
     assert {path: path.read_bytes() for path in root.rglob("*.py")} == before  # nothing was left behind
 
     assert mutations.main(["--op", "toy", "--jobs", "1"], toy({})) == 0

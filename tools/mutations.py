@@ -20,6 +20,7 @@ import ast
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ COPIED = ("kernels", "geneformer_fast", "tests", "pyproject.toml")
 
 # pytest's exit codes.
 PASSED, FAILED, NO_TESTS = 0, 1, 5
+#: How a process ends that reads where nothing is: as red as a test can be.
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 class FaultError(Exception):
@@ -175,13 +178,13 @@ def check_unbroken(root: Path, tests: str, limit_s: float) -> str | None:
 
 
 def check_fault(fault: Fault, root: Path, limit_s: float) -> str | None:
-    """Why a fault is not proven to be caught; None if a test turned red."""
+    """Why a fault is not proven to be caught; None if a test turned red or crashed."""
     with tempfile.TemporaryDirectory(prefix="mutated_") as name:
         folder = Path(name)
         copy_tree(root, folder)
         (folder / fault.file).write_text(mutated(fault, root), encoding="utf-8")
         code, end = run_tests(folder, fault.tests, limit_s)
-    if code == FAILED:
+    if code == FAILED or code in [-crash for crash in CRASHES]:
         return None
     if code == PASSED:
         return f"{fault}: SURVIVED {fault.tests}"
