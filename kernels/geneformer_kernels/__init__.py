@@ -11,6 +11,7 @@ from typing import Any
 
 _HOME = {
     "rank_genes": "geneformer_kernels.ops.rank_genes.op",
+    "embed_tokens": "geneformer_kernels.ops.embed_tokens.op",
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "linear": "geneformer_kernels.ops.linear.op",
