@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what ``torch.empty`` and its relatives hand out with NaN (or the lowest integer): unwritten elements show."""
+    """Fills what ``torch.empty`` and its kin hand out with NaN (or the lowest integer): unwritten elements show."""
 
     def poisoning(function):
         def allocate(*args, **kwargs):
