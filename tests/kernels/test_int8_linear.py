@@ -80,6 +80,9 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(device: str, impl: str) -> N
     assert (q[[0, 3]] == 0).all()
     assert scale[[0, 3]].tolist() == [1.0, 1.0]
     assert (q[5] == 127).all()
+    wide = torch.ones(2, 4200, device=device)
+    wide[1, 4150] = float("nan")
+    assert quantize_rows(wide, impl=impl)[1].isnan().tolist() == [False, True]
     _, weight_q, weight_scale, bias = inputs((1, 40, 3), torch.float32, device)
     out = int8_linear(x, weight_q, weight_scale, bias, activation="relu", mode="dynamic", impl=impl)
     assert out.isnan().all(1).tolist() == [False, True, True, False, True, False]

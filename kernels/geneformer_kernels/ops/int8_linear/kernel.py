@@ -8,6 +8,12 @@ import triton.language as tl
 from geneformer_kernels.tiles import activated
 
 
+@triton.jit
+def to_nearest(x):
+    """The nearest integers of small float32 numbers, ties to even: 1.5 * 2**23 leaves no bits behind the point."""
+    return (x + 12582912.0) - 12582912.0
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def quantize_rows_kernel(
     x_ptr,
@@ -29,28 +35,30 @@ def quantize_rows_kernel(
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_c = tl.arange(0, BLOCK_C)
     m_rows = o_rows < n_rows
+    m = m_rows[:, None] & (o_c < width)[None, :]
     o = o_rows.to(tl.int64)[:, None] * width + o_c[None, :]
-    b_largest = tl.zeros([BLOCK_ROWS], tl.float32)
-    b_poison = tl.zeros([BLOCK_ROWS], tl.float32)
-    for i_c in range(0, BLOCK_C if IS_ONE_BLOCK else width, BLOCK_C):
-        m = m_rows[:, None] & (o_c < width - i_c)[None, :]
-        b_x = tl.load(x_ptr + o + i_c, mask=m, other=0.0).to(tl.float32)
-        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), 1))
-        # A maximum loses NaN, and infinity has no scale: either makes this sum NaN.
-        b_poison += tl.sum(b_x * 0.0, 1)
+    b_x = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
+    b_largest = tl.max(tl.abs(b_x), 1)
+    # A maximum loses NaN, and infinity has no scale: either makes this sum NaN.
+    b_poison = tl.sum(b_x * 0.0, 1)
+    if not IS_ONE_BLOCK:
+        for i_c in range(BLOCK_C, width, BLOCK_C):
+            m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
+            b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
+            b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_more), 1))
+            b_poison += tl.sum(b_more * 0.0, 1)
 
     m_zero = b_largest < tiny
     b_inverse = tl.where(m_zero, 0.0, tl.div_rn(127.0, tl.where(m_zero, 1.0, b_largest)))
     b_scale = tl.where(m_zero, 1.0, tl.div_rn(b_largest, 127.0)) + b_poison
 
     tl.store(scale_ptr + o_rows, b_scale, mask=m_rows)
-    for i_c in range(0, BLOCK_C if IS_ONE_BLOCK else width, BLOCK_C):
-        m = m_rows[:, None] & (o_c < width - i_c)[None, :]
-        if not IS_ONE_BLOCK:
-            b_x = tl.load(x_ptr + o + i_c, mask=m, other=0.0).to(tl.float32)
-        # Adding 1.5 * 2**23 leaves no bits behind the point: the sum rounds to the nearest integer, ties to even.
-        b_q = (b_x * b_inverse[:, None] + 12582912.0) - 12582912.0
-        tl.store(q_ptr + o + i_c, b_q.to(tl.int8), mask=m)
+    tl.store(q_ptr + o, to_nearest(b_x * b_inverse[:, None]).to(tl.int8), mask=m)
+    if not IS_ONE_BLOCK:
+        for i_c in range(BLOCK_C, width, BLOCK_C):
+            m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
+            b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
+            tl.store(q_ptr + o + i_c, to_nearest(b_more * b_inverse[:, None]).to(tl.int8), mask=m_more)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
