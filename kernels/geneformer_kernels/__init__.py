@@ -16,6 +16,10 @@ _HOME = {
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "linear": "geneformer_kernels.ops.linear.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
+    "feed_forward_layernorm": "geneformer_kernels.ops.feed_forward.op",
+    "int8_linear": "geneformer_kernels.ops.int8_linear.op",
+    "quantize_rows": "geneformer_kernels.ops.int8_linear.op",
+    "quantize_weight": "geneformer_kernels.ops.int8_linear.op",
 }
 
 __all__ = list(_HOME)
