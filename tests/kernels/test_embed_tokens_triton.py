@@ -382,3 +382,11 @@ def test_nobody_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert leaves["token_table"].grad.any()
+    with torch.no_grad():  # compiled before the capture
+        expected = embed_tokens(**given, out_dtype=FP16, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = embed_tokens(**given, out_dtype=FP16, impl="triton")
+    graph.replay()
+    for value, truth in zip(captured, expected, strict=True):
+        assert torch.equal(value, truth)
