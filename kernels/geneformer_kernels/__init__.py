@@ -14,6 +14,7 @@ _HOME = {
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
+    "mlm_cross_entropy": "geneformer_kernels.ops.mlm_cross_entropy.op",
 }
 
 __all__ = list(_HOME)
