@@ -20,6 +20,7 @@ _HOME = {
     "int8_linear": "geneformer_kernels.ops.int8_linear.op",
     "quantize_rows": "geneformer_kernels.ops.int8_linear.op",
     "quantize_weight": "geneformer_kernels.ops.int8_linear.op",
+    "mlm_cross_entropy": "geneformer_kernels.ops.mlm_cross_entropy.op",
 }
 
 __all__ = list(_HOME)
