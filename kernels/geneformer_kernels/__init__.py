@@ -13,6 +13,8 @@ _HOME = {
     "rank_genes": "geneformer_kernels.ops.rank_genes.op",
     "embed_tokens": "geneformer_kernels.ops.embed_tokens.op",
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
+    "varlen_attention_qkv": "geneformer_kernels.ops.varlen_attention.op",
+    "attention_scores": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "linear": "geneformer_kernels.ops.linear.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
