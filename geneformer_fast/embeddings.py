@@ -48,7 +48,8 @@ class RankTokens(nn.Module):
         _check_length(tokens, self.config)
         if tokens.values.is_floating_point():
             raise InputError(f"this model reads token ids, not {tokens.values.dtype} values")
-        if tokens.values.device.type != "cpu" or not tokens.n_tokens:
+        # Looking at values would make a card wait, and break a compiled graph.
+        if tokens.values.device.type != "cpu" or not tokens.n_tokens or torch.compiler.is_compiling():
             return
         low, high = (int(value) for value in tokens.values.aminmax())
         if low < 0 or high >= self.config.vocab_size:

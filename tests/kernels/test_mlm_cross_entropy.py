@@ -116,7 +116,9 @@ def test_reductions(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("n_rows", [0, 3])
 def test_no_rows_that_count(impl: str, n_rows: int) -> None:
-    hidden, weight, bias, _ = (leaf.requires_grad_(leaf.is_floating_point()) for leaf in inputs(n_rows, 8, 12, torch.float32))
+    hidden, weight, bias, _ = (
+        leaf.requires_grad_(leaf.is_floating_point()) for leaf in inputs(n_rows, 8, 12, torch.float32)
+    )
     loss = mlm_cross_entropy(hidden, weight, bias, torch.full((n_rows,), 4), ignore_index=4, impl=impl)
     loss.backward()
     assert loss == 0
@@ -131,7 +133,9 @@ def test_without_bias() -> None:
         mlm_cross_entropy(hidden, weight, bias, targets, reduction="none") for bias in (None, torch.zeros(12))
     )
     assert torch.equal(values, expected)
-    torch.testing.assert_close(values, mlm_cross_entropy(hidden, weight, None, targets, reduction="none", impl="reference"))
+    torch.testing.assert_close(
+        values, mlm_cross_entropy(hidden, weight, None, targets, reduction="none", impl="reference")
+    )
 
 
 def test_only_gradients_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +239,17 @@ def test_operators_are_registered_well() -> None:
     detached = [leaf.detach() for leaf in leaves]
     rows = torch.rand(5)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(op.mlm_cross_entropy_bwd, (*detached, targets, rows, rows + 1, rows, IGNORED, "torch", *needs))
+        torch.library.opcheck(
+            op.mlm_cross_entropy_bwd, (*detached, targets, rows, rows + 1, rows, IGNORED, "torch", *needs)
+        )
 
 
 @pytest.mark.parametrize("target", [Target.cpu(), *CARDS.values(), Target("hip"), Target("mps")], ids=lambda t: t.name)
 def test_candidates(target: Target) -> None:
-    able = {dtype: [c.impl for c in plan.candidates(dtype, target) if c.can_run] for dtype in ("float32", "float16", "float64")}
+    able = {
+        dtype: [c.impl for c in plan.candidates(dtype, target) if c.can_run]
+        for dtype in ("float32", "float16", "float64")
+    }
     assert able["float64"] == [Impl.TORCH, Impl.REFERENCE]
     expected = [Impl.TRITON] if target.sm >= 80 else []
     assert able["float16"] == able["float32"] == [*expected, Impl.TORCH, Impl.REFERENCE]

@@ -14,8 +14,8 @@ from test_mlm_cross_entropy import IGNORED, LargestTensor, check, gradients, inp
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # rows past the end, in numpy
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# Beside each other: rows of one program, of several and of one short group of programs; a width in one block of columns,
-# in several, and one that fills none; a vocabulary within one block, of full blocks, and with a rest.
+# Beside each other: rows of one program, of several and of one short group of programs; a width in one block of
+# columns, in several, and one that fills none; a vocabulary within one block, of full blocks, and with a rest.
 SHAPES = [(70, 100, 200), (1, 20, 37), (33, 64, 128)]
 
 
@@ -41,9 +41,7 @@ def test_loss_and_gradients(device: str, dtype: torch.dtype, shape: tuple[int, i
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("blocks_per_split", [1, 2, 3, 4])
-def test_every_split_of_the_vocabulary(
-    device: str, blocks_per_split: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_split_of_the_vocabulary(device: str, blocks_per_split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks of the vocabulary, the last one short, in splits of which the last is short too; nothing changes."""
     monkeypatch.setattr(plan, "combine_plan", lambda: plan.CombinePlan(block_r=16, block_s=2, block_k=16))
     tensors = on(device, torch.float32, (40, 20, 200))
@@ -151,7 +149,12 @@ def test_twice_the_same(device: str) -> None:
 def test_strided_inputs(device: str) -> None:
     hidden, weight, bias, targets = on(device, torch.float16, (9, 20, 100))
     expected = mlm_cross_entropy(hidden, weight, bias, targets, impl="triton")
-    strided = hidden.T.contiguous().T, weight.T.contiguous().T, bias.repeat_interleave(2)[::2], targets.repeat_interleave(2)[::2]
+    strided = (
+        hidden.T.contiguous().T,
+        weight.T.contiguous().T,
+        bias.repeat_interleave(2)[::2],
+        targets.repeat_interleave(2)[::2],
+    )
     assert not any(tensor.is_contiguous() for tensor in strided)
     assert torch.equal(mlm_cross_entropy(*strided, impl="triton"), expected)
 
@@ -200,7 +203,9 @@ def test_memory_is_a_chunk_of_the_vocabulary(device: str, monkeypatch: pytest.Mo
     weight = weight.half()
     with LargestTensor() as largest:
         _, *statistics = op._launch_fwd(hidden, weight, bias, targets, IGNORED)
-        op._launch_bwd(hidden, weight, bias, targets, *statistics, torch.ones(n_rows, device=device), (True, True, True))
+        op._launch_bwd(
+            hidden, weight, bias, targets, *statistics, torch.ones(n_rows, device=device), (True, True, True)
+        )
     assert largest.n_bytes == max(2 * 64 * n_rows, 4 * n_vocab * width)
     assert largest.n_bytes < 2 * n_rows * n_vocab / 4
 
@@ -212,7 +217,9 @@ def test_plans(card: Target, n_rows: int, n_vocab: int, width: int) -> None:
     for dtype, itemsize in (("float16", 2), ("float32", 4)):
         forward = plan.forward_plan(n_rows, n_vocab, width, dtype, card)
         n_blocks = -(-n_vocab // forward.tiles.block_v)
-        assert (forward.n_splits - 1) * forward.blocks_per_split < n_blocks <= forward.n_splits * forward.blocks_per_split
+        assert (
+            (forward.n_splits - 1) * forward.blocks_per_split < n_blocks <= forward.n_splits * forward.blocks_per_split
+        )
         assert forward.n_splits <= plan.MAX_SPLITS
         assert not forward.tiles.is_one_k or width <= forward.tiles.block_k
         n_programs = -(-n_rows // forward.tiles.block_r) * forward.n_splits
@@ -257,7 +264,9 @@ def test_kernel_cases(card: Target) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("n_rows", "width", "n_vocab"), [(6_000, 256, 25_426), (3_001, 768, 20_275), (777, 1152, 20_275)])
+@pytest.mark.parametrize(
+    ("n_rows", "width", "n_vocab"), [(6_000, 256, 25_426), (3_001, 768, 20_275), (777, 1152, 20_275)]
+)
 def test_full_size(dtype: torch.dtype, n_rows: int, width: int, n_vocab: int) -> None:
     tensors = on("cuda", dtype, (n_rows, width, n_vocab))
     tensors[1] *= 0.2

@@ -23,7 +23,7 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     triton = triton_candidate(OP, dtype, target)
     if dtype == "float64":
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
-    how = "torch._int_mm" if has_int8_product(target) else "torch products of dequantised weights"
+    how = "integer products by torch._int_mm" if has_int8_product(target) else "torch products of dequantised weights"
     torch = Candidate(Impl.TORCH, True, how)
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype, products in float64")
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from geneformer_kernels.dispatch import Impl, choose
+from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.on_device import choose_for
 from geneformer_kernels.ops.linear import reference
 from geneformer_kernels.packed import is_packable, packed_linear
-from geneformer_kernels.target import target_of
 
 
 def linear(
@@ -37,8 +37,7 @@ def linear(
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x {[*x.shape]} and weight {[*weight.shape]} do not fit: [T, C] and [N, C] are needed")
-    choice = choose("linear", str(x.dtype).removeprefix("torch."), target_of(x.device), impl)
-    if choice.impl == Impl.REFERENCE:
+    if choose_for("linear", x, impl) == Impl.REFERENCE:
         return reference.linear(x, weight, bias)
     if is_packable(x, weight, bias):
         return packed_linear(x, weight, bias)

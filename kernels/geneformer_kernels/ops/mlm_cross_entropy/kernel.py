@@ -227,6 +227,4 @@ def mlm_cross_entropy_bwd_dlogits_kernel(
     m_v = o_v < n_columns
     tl.store(partial_dbias_ptr + i_row_block.to(tl.int64) * n_columns + o_v, tl.sum(b_dlogits, 0), mask=m_v)
     o_dlogits = o_r.to(tl.int64)[:, None] * stride_dlogits_r + o_v[None, :]
-    tl.store(
-        dlogits_ptr + o_dlogits, b_dlogits.to(dlogits_ptr.dtype.element_ty), mask=m_r[:, None] & m_v[None, :]
-    )
+    tl.store(dlogits_ptr + o_dlogits, b_dlogits.to(dlogits_ptr.dtype.element_ty), mask=m_r[:, None] & m_v[None, :])

@@ -23,8 +23,8 @@ def mlm_cross_entropy_fwd(
     """Loss of every row, 0 where the target is ignore_index, and row_max and row_sum: [R] each, float32.
 
     (float64 for float64 hidden.) row_max is the row's largest logit, in units of the implementation (triton: times
-    log2(e)), and row_sum the sum of the exponentials of the differences from it. weight is brought to the dtype of hidden here rather than outside, so that its
-    gradient is not rounded to half on the way back to a float32 parameter.
+    log2(e)), and row_sum the sum of the exponentials of the differences from it. weight is brought to the dtype of
+    hidden here rather than outside, so that its gradient is not rounded to half on the way back to a float32 parameter.
     """
     with _plainly_on(hidden):
         hidden, weight, bias = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), _wide(bias, hidden)
@@ -84,9 +84,7 @@ def mlm_cross_entropy_bwd(
 
 @mlm_cross_entropy_bwd.register_fake
 def _(hidden, weight, bias, targets, row_max, row_sum, d_loss, ignore_index, impl, *needs):  # type: ignore[no-untyped-def]
-    return tuple(
-        x.new_empty(x.shape if n else 0) for x, n in zip((hidden, weight, bias), needs, strict=True)
-    )
+    return tuple(x.new_empty(x.shape if n else 0) for x, n in zip((hidden, weight, bias), needs, strict=True))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -196,9 +196,7 @@ _DIVISIBLE = {"width", "first_vocab", "stride_dlogits_r"}
 
 
 def _signature(dtype: str, names: str) -> dict[str, str]:
-    return {
-        name: pointer(_POINTERS.get(name, dtype)) if name.endswith("_ptr") else "i32" for name in names.split()
-    }
+    return {name: pointer(_POINTERS.get(name, dtype)) if name.endswith("_ptr") else "i32" for name in names.split()}
 
 
 def _divisible(signature: dict[str, str]) -> frozenset[str]:
@@ -209,8 +207,7 @@ def _forward_case(dtype: str, width: int, target: Target, *, is_default: bool = 
     plan = forward_plan(6_000, 25_426, width, dtype, target)
     signature = _signature(
         dtype,
-        "hidden_ptr weight_ptr bias_ptr partial_max_ptr partial_sum_ptr "
-        "n_rows n_vocab width n_splits blocks_per_split",
+        "hidden_ptr weight_ptr bias_ptr partial_max_ptr partial_sum_ptr n_rows n_vocab width n_splits blocks_per_split",
     )
     return KernelCase(
         op=OP,
@@ -249,8 +246,8 @@ def _backward_case(dtype: str, target: Target) -> KernelCase:
     tiles = backward_plan(6_000, 25_426, dtype, target).tiles
     signature = _signature(
         dtype,
-        "hidden_ptr weight_ptr bias_ptr targets_ptr row_max_ptr row_sum_ptr row_scale_ptr dlogits_ptr partial_dbias_ptr "
-        "n_rows n_columns width first_vocab stride_dlogits_r",
+        "hidden_ptr weight_ptr bias_ptr targets_ptr row_max_ptr row_sum_ptr row_scale_ptr dlogits_ptr "
+        "partial_dbias_ptr n_rows n_columns width first_vocab stride_dlogits_r",
     )
     return KernelCase(
         op=OP,
