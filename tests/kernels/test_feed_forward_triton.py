@@ -131,7 +131,7 @@ def test_nothing_is_written_past_the_end(device: str, shape, monkeypatch) -> Non
     def empty(*size, **options):
         size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         count = torch.Size(size).numel()
-        buffer = real(count + 512, **options).fill_(7)
+        buffer = real(count + 20_000, **options).fill_(7)
         kept.append((buffer, count))
         return buffer[:count].view(size)
 
