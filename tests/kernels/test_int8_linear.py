@@ -231,7 +231,7 @@ def test_every_tile(device: str, n_rows: int, monkeypatch: pytest.MonkeyPatch) -
             small = plan.ProductPlan(16, 16, 32, 2, plan.Launch(4, 2))
             monkeypatch.setattr(operators, "dynamic_plan", lambda *_, small=small: small)
         for mode in plan.MODES:
-            for width in (70, 80, 128):
+            for width in (70,) if n_rows == 70 else (70, 80, 128):
                 x, weight_q, weight_scale, bias = inputs((n_rows, width, 150), torch.float32, device)
                 out = int8_linear(x, weight_q, weight_scale, bias, mode=mode, impl="triton")
                 true = reference.int8_linear(x, weight_q, weight_scale, bias, None, mode, torch.float32)
