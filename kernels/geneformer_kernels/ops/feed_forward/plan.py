@@ -114,7 +114,7 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
     if not has_tensor_cores:
         return (
-            _fused_case("float16", 256, "relu", target, "inference", is_post=True),
+            _fused_case("float16", 128, "relu", target, "inference", is_post=True),
             _up_case("float16", *CASE_WIDE, "relu", target),
             *(_activation_case(dtype, "relu", target) for dtype in dtypes),
             _layernorm_case("float16", 256, target, is_post=True, is_full=True),
