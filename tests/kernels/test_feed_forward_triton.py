@@ -131,7 +131,7 @@ def test_nothing_is_written_past_the_end(device: str, shape, monkeypatch) -> Non
     def empty(*size, **options):
         size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         count = torch.Size(size).numel()
-        buffer = real(count + 512, **options).fill_(7)
+        buffer = real(count + 20_000, **options).fill_(7)
         kept.append((buffer, count))
         return buffer[:count].view(size)
 
@@ -254,6 +254,25 @@ def test_dropout_gradients_use_the_same_mask(device: str, norm: str, width: int)
 def test_all_dropped(device: str) -> None:
     keep = kept_by(torch.tensor([3], device=device), 64, 1.0, device)
     assert (keep == 0).all()
+
+
+def test_sums_over_more_blocks_than_programs(device: str, monkeypatch) -> None:
+    """150 rows are ten blocks for four programs: each adds up several, in both kernels that make sums."""
+    card = Target.cuda(80, n_sms=1)
+    monkeypatch.setattr(operators, "target_of", lambda _: card)
+    assert plan.activation_plan(150, 64, card).n_programs == plan.layernorm_plan(150, 128, card).n_programs == 4
+    tensors = inputs((150, 128, 64), "swiglu", torch.float16, device, parameters=torch.float32)
+    mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
+    halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
+    slopes = torch.linspace(-1, 2, 150 * 128, device=device).view(150, 128)
+    options = dict(activation="swiglu", eps=1e-5, norm="post")
+    for stream, _ in (
+        fused(mine, **options),
+        expected(halves, "swiglu", "post", torch.float16),
+        expected(truth, "swiglu", "post", torch.float64),
+    ):
+        (stream * slopes).sum().backward()
+    assert_gradients(mine, witness, truth)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -449,7 +468,7 @@ def test_plans(card: Target, activation: str) -> None:
             assert ff_width % planned.block_f == 0
     assert plan.fused_plan("bfloat16", 256, 500, activation, card) is None
     assert plan.fused_plan("float32", 256, 512, activation, card) is None
-    small, large = (plan.up_plan("bfloat16", n, 1024, activation, card) for n in (1, 1 << 20))
+    small, large = (plan.up_plan("bfloat16", n, 768, 1024, activation, card) for n in (1, 1 << 20))
     assert small.block_rows * small.block_n < large.block_rows * large.block_n
     assert plan.activation_plan(1, 512, card).n_programs == 1
     assert plan.layernorm_plan(1 << 20, 256, card).n_programs == 4 * card.n_sms

@@ -60,7 +60,7 @@ def _up(
     n_rows, width = x.shape
     hidden = torch.empty((n_rows, ff_width), dtype=x.dtype, device=x.device)
     dtype = DTYPE_NAMES[x.dtype]
-    planned = up_plan(dtype, n_rows, ff_width, activation, target_of(x.device))
+    planned = up_plan(dtype, n_rows, width, ff_width, activation, target_of(x.device))
     n_programs = -(-n_rows // planned.block_rows) * -(-ff_width // planned.block_n)
     if n_programs:
         with launching_on(x):

@@ -81,12 +81,16 @@ def fused_plan(dtype: str, width: int, ff_width: int, activation: str, target: T
     return FusedPlan(64, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2))
 
 
-def up_plan(dtype: str, n_rows: int, ff_width: int, activation: str, target: Target) -> UpPlan:
-    """The tile of the first linear layer; smaller where large tiles would leave multiprocessors idle."""
+def up_plan(dtype: str, n_rows: int, width: int, ff_width: int, activation: str, target: Target) -> UpPlan:
+    """The tile of the first linear layer; smaller where large tiles would leave multiprocessors idle.
+
+    And smaller where rows begin anywhere and are read element by element, whose addresses take registers.
+    """
     is_swiglu = activation == "swiglu"
     n_large = -(-n_rows // 128) * -(-ff_width // (64 if is_swiglu else 128))
-    if dtype == "float32" or n_large < target.n_sms:
-        return UpPlan(64, 32 if is_swiglu else 64, 32 if dtype == "float32" else 64, 8, Launch(4, 2))
+    if dtype == "float32" or width % 16 or n_large < target.n_sms:
+        block_k = 64 // (2 if dtype == "float32" else 1) // (2 if width % 16 else 1)
+        return UpPlan(64, 32 if is_swiglu else 64, block_k, 8, Launch(4, 2))
     # Three stages of 32 KB: 96 KB, within what sm_86 and sm_89 have.
     return UpPlan(128, 64 if is_swiglu else 128, 64, 8, Launch(8, 3))
 
@@ -110,7 +114,7 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
     if not has_tensor_cores:
         return (
-            _fused_case("float16", 256, "relu", target, "inference", is_post=True),
+            _fused_case("float16", 128, "relu", target, "inference", is_post=True),
             _up_case("float16", *CASE_WIDE, "relu", target),
             *(_activation_case(dtype, "relu", target) for dtype in dtypes),
             _layernorm_case("float16", 256, target, is_post=True, is_full=True),
@@ -131,7 +135,8 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     cases += [
         _fused_case("bfloat16", width, "relu", target, "training, dropout", is_post=False) for width in (128, 256)
     ]
-    cases.append(_up_case("bfloat16", 769, 1000, "gelu", target))  # nothing is a multiple of 16
+    # Nothing is a multiple of 16.
+    cases += [_up_case(dtype, 769, 1001, activation, target) for dtype in dtypes for activation in ("gelu", "swiglu")]
     return tuple(cases)
 
 
@@ -176,7 +181,7 @@ def _up_case(
     dtype: str, width: int, ff_width: int, activation: str, target: Target, *, is_small: bool = False
 ) -> KernelCase:
     # Which tile depends on the number of multiprocessors, of which cards of one architecture have different ones.
-    planned = up_plan(dtype, 1 if is_small else 1 << 20, ff_width, activation, replace(target, n_sms=100))
+    planned = up_plan(dtype, 1 if is_small else 1 << 20, width, ff_width, activation, replace(target, n_sms=100))
     own = pointer(dtype)
     pointers: dict[str, str | None] = {"x_ptr": own, "weight_ptr": own, "bias_ptr": pointer("float32"), "out_ptr": own}
     constexprs: dict[str, int | float | bool | str | None] = {

@@ -114,7 +114,7 @@ def _launch_dynamic(
 
     q, row_scale = quantize_rows_op(x, str(Impl.TRITON))
     (n_rows, width), n_columns = q.shape, weight_q.shape[0]
-    planned = dynamic_plan(n_rows, n_columns, target_of(x.device))
+    planned = dynamic_plan(n_rows, n_columns, width, target_of(x.device))
     with launching_on(x):
         int8_linear_dynamic_kernel[(-(-n_rows // planned.block_rows) * -(-n_columns // planned.block_n),)](
             q_ptr=q,
@@ -147,7 +147,7 @@ def _launch_weight_only(
     from geneformer_kernels.ops.int8_linear.kernel import int8_linear_weight_only_kernel
 
     (n_rows, width), n_columns, dtype = x.shape, weight_q.shape[0], DTYPE_NAMES[x.dtype]
-    planned = weight_only_plan(dtype, n_rows)
+    planned = weight_only_plan(dtype, n_rows, width)
     with launching_on(x):
         int8_linear_weight_only_kernel[(-(-n_rows // planned.block_rows) * -(-n_columns // planned.block_n),)](
             x_ptr=x.contiguous(),

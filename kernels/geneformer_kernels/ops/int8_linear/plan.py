@@ -68,16 +68,23 @@ def quantize_plan(width: int) -> QuantizePlan:
     return QuantizePlan(16 * 32 * num_warps // block_c, block_c, width <= block_c, launch)
 
 
-def dynamic_plan(n_rows: int, n_columns: int, target: Target) -> ProductPlan:
-    """128 x 128 x 128: of 128 x 256 the sums spill below sm_90. Smaller where multiprocessors would be idle."""
+def dynamic_plan(n_rows: int, n_columns: int, width: int, target: Target) -> ProductPlan:
+    """128 x 128 x 128: of 128 x 256 the sums spill below sm_90. Smaller where multiprocessors would be idle.
+
+    Rows that begin anywhere are read byte by byte, whose addresses alone spill 880 bytes of the large tile.
+    """
+    if width % 16:
+        return ProductPlan(64, 64, 64, 8, Launch(num_warps=4, num_stages=2))
     if -(-n_rows // 128) * -(-n_columns // 128) < target.n_sms:
         return ProductPlan(64, 64, 128, 8, Launch(num_warps=4, num_stages=3))
     # Three stages of 32 KB: 96 KB, within what sm_86 and sm_89 have.
     return ProductPlan(128, 128, 128, 8, Launch(num_warps=8, num_stages=3))
 
 
-def weight_only_plan(dtype: str, n_rows: int) -> ProductPlan:
+def weight_only_plan(dtype: str, n_rows: int, width: int) -> ProductPlan:
     """Few rows: 64 channels, the fewest of a Hopper instruction, so that many programs read weights at once."""
+    if width % 16:
+        return ProductPlan(16 if n_rows <= 16 else 32, 64, 32, 1, Launch(num_warps=4, num_stages=2))
     block_k = 64 if dtype == "float32" else 128
     if n_rows <= WEIGHT_ONLY_ROWS:
         return ProductPlan(16 if n_rows <= 16 else 32, 64, block_k, 1, Launch(num_warps=4, num_stages=4))
@@ -103,8 +110,9 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
             cases.append(_dynamic_case(dtype, activation, target, CASE_WIDTH, CASE_COLUMNS, is_small=True))
         for activation, n_rows in itertools.product((None, "gelu"), (16, 32, 64)):
             cases.append(_weight_only_case(dtype, activation, target, n_rows, CASE_WIDTH, CASE_COLUMNS))
-    cases.append(_dynamic_case("bfloat16", "gelu", target, 769, 1000))  # nothing is a multiple of 16
-    cases.append(_weight_only_case("bfloat16", "gelu", target, 16, 769, 1000))
+        # Nothing is a multiple of 16.
+        cases.append(_dynamic_case(dtype, "gelu", target, 769, 1001))
+        cases += [_weight_only_case(dtype, "gelu", target, n_rows, 769, 1001) for n_rows in (16, 32)]
     return tuple(cases)
 
 
@@ -131,7 +139,7 @@ def _dynamic_case(
     dtype: str, activation: str | None, target: Target, width: int, n_columns: int, *, is_small: bool = False
 ) -> KernelCase:
     # Which tile depends on the number of multiprocessors, of which cards of one architecture have different ones.
-    planned = dynamic_plan(1 if is_small else 1 << 20, n_columns, replace(target, n_sms=100))
+    planned = dynamic_plan(1 if is_small else 1 << 20, n_columns, width, replace(target, n_sms=100))
     wide = pointer("float32")
     pointers: dict[str, str | None] = {
         "q_ptr": pointer("int8"),
@@ -149,7 +157,7 @@ def _dynamic_case(
 def _weight_only_case(
     dtype: str, activation: str | None, target: Target, n_rows: int, width: int, n_columns: int
 ) -> KernelCase:
-    planned = weight_only_plan(dtype, n_rows)
+    planned = weight_only_plan(dtype, n_rows, width)
     pointers: dict[str, str | None] = {
         "x_ptr": pointer(dtype),
         "weight_ptr": pointer("int8"),
