@@ -1,4 +1,4 @@
-"""``python -m bench cpu``: every measurement, the most important first; those already there are not repeated."""
+"""``python -m bench cpu``, ``python -m bench gpu``: every measurement, the most important first, none twice."""
 
 from __future__ import annotations
 
@@ -49,8 +49,12 @@ def run_suite(suite: str, out: Path, *, is_again: bool, only: str) -> list[str]:
 
 def main() -> int:
     """Run a suite; 0 if all went well and every goal was met."""
+    if sys.argv[1:2] == ["gpu"]:
+        from bench.gpu_suite import main as run_gpu
+
+        return run_gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=[*SUITES, "gpu"], help="gpu has options of its own: gpu --help")
     parser.add_argument("--out", type=Path, help="folder of this machine (default: bench/results/<machine>)")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_report
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "No results yet."
@@ -20,8 +22,9 @@ Result = Mapping[str, Any]
 def render(results: Path) -> str:
     """The Markdown for all machines with a folder of JSON files in ``results``."""
     folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
-    parts = [_machine(_read(folder)) for folder in folders]
-    return "\n\n".join(part for part in parts if part) or NOTHING
+    found = [_read(folder) for folder in folders]
+    parts = [_machine([result for result in machine if not gpu_report.is_gpu(result)]) for machine in found]
+    return "\n\n".join([*filter(None, parts)] or [NOTHING]) + "\n\n" + gpu_report.render(found)
 
 
 def replaced(text: str, tables: str) -> str:
@@ -39,7 +42,9 @@ def replaced(text: str, tables: str) -> str:
 
 
 def _read(folder: Path) -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    # A file that begins with something else than a case (the outcomes of tests) is no result.
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in found if "case" in result]
 
 
 def _machine(results: Sequence[Result]) -> str:

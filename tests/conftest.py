@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# A mark, or one of the fixtures that bring it.
+_FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu``, files without such tests are not loaded: they import packages that those tests do without."""
+    if config.option.markexpr != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return not _FOR_CARDS.search(collection_path.read_text(encoding="utf-8")) or None
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,30 @@ def test_tokenization_runs_without_torch():
     assert effects["environment"] == []
 
 
+def test_the_encoder_runs_without_what_reads_cells():
+    """A machine with a card may have torch, triton and numpy only."""
+    effects = effects_of(
+        "from geneformer_fast import Encoder, EncoderConfig, Ragged\n"
+        "encoder = Encoder(EncoderConfig(2, 32, 2, 48, 97, 32), 'mlm')\n"
+        "encoder.logits(encoder(Ragged.from_cells([[3, 4, 5], [6]]))).sum().backward()\n"
+        "import geneformer_fast.checkpoints.mapping\n"
+    )
+    absent = {
+        "anndata",
+        "numba",
+        "h5py",
+        "pyarrow",
+        "pandas",
+        "scipy",
+        "zarr",
+        "transformers",
+        "datasets",
+        "safetensors",
+    }
+    assert not absent & set(effects["foreign"])
+    assert effects["environment"] == []
+
+
 @pytest.mark.parametrize("package", ["geneformer_fast", "geneformer_kernels"])
 def test_every_public_name_is_found_where_the_package_says(package):
     statement = (

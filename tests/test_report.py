@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import gpu_report, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = {
@@ -109,9 +109,10 @@ def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: 
 
 
 def test_no_results_and_no_markers(tmp_path: Path) -> None:
-    assert report.render(tmp_path / "nowhere") == report.NOTHING
+    nothing = f"{report.NOTHING}\n\n{gpu_report.NOTHING}"
+    assert report.render(tmp_path / "nowhere") == nothing
     (tmp_path / "empty-machine").mkdir()
-    assert report.render(tmp_path) == report.NOTHING
+    assert report.render(tmp_path) == nothing
     with pytest.raises(ValueError, match="once each"):
         report.replaced("no markers", "tables")
 

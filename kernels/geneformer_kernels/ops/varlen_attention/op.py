@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl, choose
 from geneformer_kernels.ops.varlen_attention import reference
-from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
 from geneformer_kernels.ops.varlen_attention.plan import plan
 from geneformer_kernels.target import target_of
 
@@ -78,6 +77,9 @@ def varlen_attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     route = plan(dtype, target, is_inference=not needs_grad and dropout_p == 0)
     if route.route == "blocked":
+        # Compiled by numba, which a machine that computes on a card may lack.
+        from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+
         return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
     return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
 

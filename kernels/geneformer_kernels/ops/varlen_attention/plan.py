@@ -45,5 +45,5 @@ def plan(dtype: str, target: Target, *, is_inference: bool) -> AttentionPlan:
     (4 heads of 64, 1,024 tokens, 2026-11-21). It keeps no statistics for a backward pass, so it serves inference.
     """
     if target.kind == "cpu" and dtype == "bfloat16" and is_inference and "amx_bf16" not in target.features:
-        return AttentionPlan("blocked", block_rows=512)
+        return AttentionPlan("blocked", block_rows=256)
     return AttentionPlan("sdpa")

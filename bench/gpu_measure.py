@@ -1,0 +1,304 @@
+"""The procedure of every GPU measurement: make, compare, and only then time, in turns, what computes the same."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.gpu_timer import MOST_PER_TURN, Clock, Run, time_in_turns
+
+# What takes longer than that is warm after one run.
+LONG_S = 0.5
+
+
+class Unavailable(Exception):
+    """A candidate cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A candidate that is ready.
+
+    Attributes
+    ----------
+    run
+        What is timed.
+    result
+        What is compared: values by name, in the layout all candidates share, small enough to be held for each.
+    notes
+        What else the table should know, such as cells per batch.
+    """
+
+    run: Run
+    result: Callable[[], Mapping[str, torch.Tensor]]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute what a variant asks for.
+
+    Attributes
+    ----------
+    name, what
+        In results; one line for people.
+    make
+        Gives what is timed; may raise :class:`Unavailable`.
+    is_ours
+        Whether it is this project's.
+    is_same
+        False for a rival that computes something else of the same size, timed for scale only, never compared.
+    compile_s
+        Seconds that torch.compile may take to make it; left out when less is left. 0 if nothing is compiled so.
+    is_slow
+        Left out of quick runs.
+    """
+
+    name: str
+    what: str
+    make: Callable[[], Prepared]
+    is_ours: bool = False
+    is_same: bool = True
+    compile_s: float = 0.0
+    is_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the result needs at least: operations, bytes through memory, and what users count.
+
+    ``unit`` names the ceiling of the operations (:func:`bench.gpu_card.ceilings`).
+    """
+
+    flops: float = 0.0
+    n_bytes: float = 0.0
+    counts: Mapping[str, float] = field(default_factory=dict)
+    unit: str = "product_tflops"
+
+    def floor_ms(self, at_most: Mapping[str, float]) -> float:
+        """Milliseconds below which the card cannot go, by its measured ceilings."""
+        fastest = at_most.get(self.unit, at_most["product_tflops"])
+        return max(self.flops / fastest / 1e9, self.n_bytes / at_most["copy_gbps"] / 1e6)
+
+    def rates(self, ms: float, at_most: Mapping[str, float]) -> dict[str, float]:
+        """What was reached in so many milliseconds."""
+        found = {f"{name}_per_s": count / ms * 1e3 for name, count in self.counts.items()}
+        if self.flops:
+            found["tflops"] = self.flops / ms / 1e9
+        if self.n_bytes:
+            found["gbps"] = self.n_bytes / ms / 1e6
+        found["share_of_floor"] = self.floor_ms(at_most) / ms
+        return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One problem of a case.
+
+    Attributes
+    ----------
+    name
+        Such as ``"2048"``.
+    what
+        The problem in words.
+    work
+        What it needs at least.
+    build
+        Makes the inputs and gives the candidates; ours come first.
+    truth
+        Float32 or better values that results are compared with, asked for after ``build``.
+    tolerance
+        Largest relative error (Frobenius norm) per name in ``truth``.
+    has_lead
+        Whether short work is timed with the device busy beforehand, see ``EventClock``.
+    """
+
+    name: str
+    what: str
+    work: Work
+    build: Callable[[], Sequence[Candidate]]
+    truth: Callable[[], Mapping[str, torch.Tensor]]
+    tolerance: Mapping[str, float]
+    has_lead: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how it is measured.
+
+    Attributes
+    ----------
+    device, clock
+        And how time is told there.
+    at_most
+        The card's ceilings, measured in this process.
+    deadline
+        ``time.monotonic()`` at which the case should be done.
+    is_tiny
+        Sizes that test the procedure on a CPU; no measurement.
+    is_quick
+        Fewer candidates, fewer rounds.
+    backend
+        Of ``torch.compile``; ``""`` leaves candidates as they are, so that tests of the procedure take seconds.
+    """
+
+    device: torch.device
+    clock: Clock
+    at_most: Mapping[str, float]
+    deadline: float
+    is_tiny: bool = False
+    is_quick: bool = False
+    backend: str = "inductor"
+
+    def compiled(self, function: Any, *, n_shapes: int = 1) -> Any:
+        """``function`` through torch.compile, for one shape or for several."""
+        # Keeps the graph of a compiled backward, so that it can be timed alone and repeatedly.
+        torch._functorch.config.donated_buffer = False
+        if not self.backend:
+            return function
+        return torch.compile(function, dynamic=True if n_shapes > 1 else None, backend=self.backend)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.monotonic()
+
+
+def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]:
+    """One variant: all its candidates made, compared and timed.
+
+    Parameters
+    ----------
+    variant
+        The problem.
+    place
+        Device, clock and ceilings.
+    seconds
+        Time for timing.
+
+    Returns
+    -------
+    dict
+        ``work``, ``rows`` (per candidate: times, rates, error, peak memory) and ``left_out`` (per candidate: why).
+    """
+    with torch.random.fork_rng(devices=[place.device] if place.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        candidates = list(variant.build())
+        truth = {name: value.detach().double() for name, value in variant.truth().items()}
+    ready: dict[str, tuple[Candidate, Prepared]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for candidate in candidates:
+        made = _prepare(candidate, variant, truth, place)
+        if isinstance(made, str):
+            left_out[candidate.name] = made
+            print(f"  {variant.name}: {candidate.name} left out: {made}", flush=True)
+            release(place)
+            continue
+        prepared, rows[candidate.name] = made
+        ready[candidate.name] = (candidate, prepared)
+    times = time_in_turns(
+        {name: prepared.run for name, (_, prepared) in ready.items()},
+        place.clock,
+        seconds=seconds,
+        has_lead=variant.has_lead,
+        least_rounds=2 if place.is_tiny else 3,
+        most_rounds=2 if place.is_tiny else 10 if place.is_quick else 40,
+        most_per_turn=1 if place.is_tiny else MOST_PER_TURN,
+    )
+    for name, found in times.items():
+        rows[name] |= {**found, **variant.work.rates(found["ms"]["p50"], place.at_most)}
+    work = {"flops": variant.work.flops, "n_bytes": variant.work.n_bytes, **variant.work.counts}
+    floor = {"floor_ms": float(f"{variant.work.floor_ms(place.at_most):.5g}")}
+    return {"what": variant.what, "work": work | floor, "rows": rows, "left_out": left_out}
+
+
+def _prepare(
+    candidate: Candidate, variant: Variant, truth: Mapping[str, torch.Tensor], place: Place
+) -> tuple[Prepared, dict[str, Any]] | str:
+    """The candidate ready and warm, with its error and memory, or the reason why not."""
+    if place.is_quick and (candidate.is_slow or candidate.compile_s):
+        return "not part of a quick run"
+    if place.seconds_left < candidate.compile_s and not place.is_tiny:
+        return "no time left to compile it"
+    before = _allocated(place)  # the inputs all share, and what other candidates hold
+    try:
+        prepared = candidate.make()
+        errors = {}
+        if candidate.is_same:
+            result = prepared.result()
+            errors = {name: relative_error(value, truth[name]) for name, value in result.items() if name in truth}
+        if _host_seconds(prepared.run, place) < LONG_S:
+            prepared.run()
+        peak_bytes = _peak(prepared.run, place) - before
+    except Unavailable as reason:
+        return str(reason)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:
+        # A rival that breaks loses itself only. Ours is missing from the rows then, which fails the case.
+        _raise_if_dead(error, place)
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    wrong = {name: error for name, error in errors.items() if not error <= variant.tolerance[name]}
+    if wrong or (candidate.is_same and not errors):
+        return f"computes something else: relative errors {wrong or 'of nothing'}"
+    row = {"what": candidate.what, "is_ours": candidate.is_ours, "is_same": candidate.is_same}
+    return prepared, {**row, **prepared.notes, "relative_error": errors, "peak_bytes": peak_bytes}
+
+
+def _host_seconds(run: Run, place: Place) -> float:
+    begin = time.monotonic()
+    run()
+    place.clock.wait()
+    return time.monotonic() - begin
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """‖value - truth‖ / ‖truth‖ in float64; infinite for other shapes and for what is not finite."""
+    if value.shape != truth.shape:
+        return float("inf")
+    error = (value.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30)
+    return float(f"{error.item():.3g}") if torch.isfinite(error) else float("inf")
+
+
+def _allocated(place: Place) -> int:
+    if place.device.type != "cuda":
+        return 0
+    release(place)
+    return torch.cuda.memory_allocated(place.device)
+
+
+def _peak(run: Run, place: Place) -> int:
+    """The most memory that was allocated during one run."""
+    if place.device.type != "cuda":
+        run()
+        return 0
+    torch.cuda.synchronize(place.device)
+    torch.cuda.reset_peak_memory_stats(place.device)
+    run()
+    torch.cuda.synchronize(place.device)
+    return torch.cuda.max_memory_allocated(place.device)
+
+
+def release(place: Place) -> None:
+    """Give a card's memory back that nobody holds any more."""
+    if place.device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(place.device)
+        torch.cuda.empty_cache()
+
+
+def _raise_if_dead(error: Exception, place: Place) -> None:
+    """After a fault on the card nothing in this process can be trusted: give up."""
+    if place.device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(place.device)
+        torch.zeros(8, device=place.device).add_(1).sum().item()
+    except RuntimeError:
+        raise error from None

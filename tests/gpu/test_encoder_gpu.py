@@ -1,0 +1,156 @@
+"""The whole encoder beside transformers, in every dtype: hidden states, logits, loss and every gradient.
+
+The same checks run small on the CPU, where the encoder runs on torch operations: that tests the checks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sample_encoders import CONFIGS, SMALL, Batch, batch, gradients_of, loss_of, relative, stock_hidden, stock_of
+from tolerance import ROUNDING, max_error
+from torch import nn
+
+from geneformer_fast import Encoder
+from geneformer_fast.checkpoints.mapping import bert_entries, to_ours
+
+pytest.importorskip("transformers")
+
+from bench.gpu_models import StockBert, random_encoder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Products of float32 on tensor cores in three passes are nearly, not quite, as good as scalar ones.
+FLOAT32 = 1e-4
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+CASES = [
+    *((name, dtype) for name in ("small", "gelu", "pre-norm") for dtype in DTYPES),
+    ("v1-10m", "float32"),
+    ("v1-10m", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_hidden_states_and_logits_are_as_good_as_transformers(name: str, kind: str, device: torch.device) -> None:
+    config, dtype = CONFIGS[name], DTYPES[kind]
+    encoder = random_encoder(config, device)
+    cells = batch(config, device)
+    stock = stock_of(encoder)
+    ours = copy.deepcopy(encoder).cast(dtype)
+    with torch.no_grad():
+        hidden = ours(cells.tokens)
+        low = copy.deepcopy(stock).to(dtype)
+        witness, witness_logits = stock_hidden(low, cells), low.head(stock_hidden(low, cells)[cells.rows])
+        exact = stock.double()
+        truth = stock_hidden(exact, cells)
+        truth_logits = exact.head(truth[cells.rows])
+        logits = ours.logits(hidden, cells.rows)
+    assert hidden.values.dtype == torch.float32
+    for value, other, expected in ((hidden.values, witness, truth), (logits, witness_logits, truth_logits)):
+        allowed = 2 * max_error(other, expected) + ROUNDING[dtype] * expected.abs().max().item()
+        if dtype == torch.float32:
+            allowed = max(allowed, FLOAT32 * expected.abs().max().item())
+        assert max_error(value, expected) <= allowed
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_loss_and_every_gradient_are_as_good_as_stock(name: str, kind: str, device: torch.device) -> None:
+    config, dtype = CONFIGS[name], DTYPES[kind]
+    if kind == "float16" and device.type == "cpu":
+        pytest.skip("autocast to float16 is for cards")
+    encoder = random_encoder(config, device)
+    cells = batch(config, device)
+    truth_loss, truth = _truth(encoder, cells)
+    witness_loss, witness = _witness(encoder, cells, dtype)
+    with autocast(device, dtype):
+        loss = loss_of(encoder, cells)
+    loss.backward()
+    assert abs(loss.item() - truth_loss) <= 2 * abs(witness_loss - truth_loss) + 4 * ROUNDING[dtype] * truth_loss
+    for parameter, gradient in gradients_of(encoder).items():
+        assert gradient.dtype == torch.float32
+        allowed = 2 * relative(witness[parameter], truth[parameter]) + ROUNDING[dtype]
+        if dtype == torch.float32:
+            allowed = max(allowed, FLOAT32)
+        assert relative(gradient, truth[parameter]) <= allowed, parameter
+
+
+def _truth(encoder: Encoder, cells: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients in float64: by transformers, or by ours on torch operations where that has no such model."""
+    if encoder.config.norm == "post":
+        return _stock_gradients(encoder, cells, torch.float64)
+    exact = copy.deepcopy(encoder).cast("float64")
+    loss = nn.functional.cross_entropy(exact.logits(exact(cells.tokens), cells.rows), cells.targets)
+    loss.backward()
+    return loss.item(), gradients_of(exact)
+
+
+def _witness(encoder: Encoder, cells: Batch, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of plain torch in this dtype."""
+    if encoder.config.norm == "post":
+        return _stock_gradients(encoder, cells, dtype)
+    from geneformer_kernels.dispatch import use_impl
+
+    plain = copy.deepcopy(encoder)
+    with use_impl("torch"):
+        with autocast(encoder.device, dtype):
+            logits = plain.logits(plain(cells.tokens), cells.rows)
+        loss = nn.functional.cross_entropy(logits.float(), cells.targets)
+        loss.backward()
+    return loss.item(), gradients_of(plain)
+
+
+def _stock_gradients(encoder: Encoder, cells: Batch, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    stock = stock_of(encoder)
+    if dtype == torch.float64:
+        stock = stock.double()
+    assert isinstance(stock, StockBert)
+    with autocast(encoder.device, dtype if dtype != torch.float64 else torch.float32):
+        logits = stock.head(stock_hidden(stock, cells)[cells.rows])
+    loss = nn.functional.cross_entropy(logits if dtype == torch.float64 else logits.float(), cells.targets)
+    loss.backward()
+    theirs = {name: p.grad for name, p in stock.model.named_parameters() if p.grad is not None}
+    shapes = {name: p.shape for name, p in encoder.state_dict().items()}
+    return loss.item(), to_ours(theirs, bert_entries(encoder.config, "mlm"), shapes, source="gradients")
+
+
+@pytest.mark.parametrize("name", ["small", "pre-norm"])
+def test_training_with_dropout_repeats_itself_for_a_seed(name: str, device: torch.device) -> None:
+    encoder = random_encoder(CONFIGS[name], device).train()
+    cells = batch(encoder.config, device)
+
+    def step(seed: int) -> tuple[float, dict[str, torch.Tensor]]:
+        encoder.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        loss = loss_of(encoder, cells)
+        loss.backward()
+        return loss.item(), gradients_of(encoder)
+
+    (first, gradients), (again, same), (other, _) = step(3), step(3), step(4)
+    assert first == again
+    assert first != other
+    for parameter in gradients:
+        assert torch.equal(gradients[parameter], same[parameter]), parameter
+    plain = loss_of(encoder.eval(), cells).item()
+    assert first != plain
+    assert first == pytest.approx(plain, rel=0.5)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_autocast_is_as_exact_as_casting(kind: str, device: torch.device) -> None:
+    dtype = DTYPES[kind]
+    encoder = random_encoder(SMALL, device)
+    cells = batch(SMALL, device)
+    with torch.no_grad():
+        truth = stock_hidden(stock_of(encoder).double(), cells)
+        with torch.autocast(device.type, dtype):
+            inside = encoder(cells.tokens).values
+        cast = copy.deepcopy(encoder).cast(dtype)(cells.tokens).values
+    assert inside.dtype == torch.float32
+    assert max_error(inside, truth) <= 2 * max_error(cast, truth) + ROUNDING[dtype] * truth.abs().max().item()

@@ -1,0 +1,413 @@
+"""The GPU suite's procedure, on a CPU: nothing is measured, but everything that needs no card runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bench import gpu_report, gpu_suite, gpu_tests
+from bench.gpu_case import run_case
+from bench.gpu_cases import CASES, H200, Case, Goal, case_named, floors
+from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work, measure, relative_error
+from bench.gpu_timer import WallClock, percentiles, time_in_turns
+from bench.lengths import BLOOD, DEEP, real_lengths, uniform_lengths
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# One of each kind; the others differ in numbers only.
+DRY = (
+    *("ceilings", "attention_d64_forward", "attention_d64_backward", "attention_d64_dropout"),
+    *("encoder_10m_inference", "encoder_106m_inference", "encoder_10m_training", "encoder_106m_training"),
+    *("encoder_aido-100m_inference", "mlm_cross_entropy", "residual_layernorm", "feed_forward", "int8_linear"),
+    *("embed_tokens", "rank_genes"),
+)
+PLACE = Place(CPU, WallClock(), H200, deadline=float("inf"), is_tiny=True, backend="")
+
+
+@pytest.mark.parametrize("name", DRY)
+def test_every_kind_of_case_runs_small_on_a_cpu(name: str) -> None:
+    pytest.importorskip("transformers")
+    result = run_case(case_named(name), CPU, seconds=5, is_tiny=True)
+    assert not result["is_measurement"]
+    for found in result["variants"].values():
+        if "this version has no" in found["left_out"].get("ours", ""):
+            pytest.skip(found["left_out"]["ours"])
+    assert result["failed"] == []
+    assert result["skipped"] == []
+    for found in result["variants"].values():
+        assert any(row["is_ours"] for row in found["rows"].values())
+        assert any(not row["is_ours"] for row in found["rows"].values())
+        for row in found["rows"].values():
+            assert 0 < row["ms"]["p10"] <= row["ms"]["p50"] <= row["ms"]["p90"]
+            assert row["relative_error"] or not row["is_same"]
+        for reason in found["left_out"].values():
+            assert "needs CUDA" in reason or "installed" in reason or any(
+                known in reason
+                for known in ("CUDA graphs", "no dropout", "compiled for minutes", "takes no mask", "no stock encoder")
+            ), reason  # fmt: skip
+    json.dumps(result)
+
+
+def candidate(name: str, value: float, *, is_ours: bool = False, ms: float = 0.0, **options: bool) -> Candidate:
+    def make() -> Prepared:
+        if value != value:
+            raise Unavailable("is not there")
+        if value < 0:
+            raise torch.OutOfMemoryError
+        return Prepared(lambda: time.sleep(ms / 1e3), lambda: {"out": torch.full((3,), value)})
+
+    return Candidate(name, name, make, is_ours=is_ours, **options)
+
+
+def variant(*candidates: Candidate) -> Variant:
+    work = Work(flops=1e9, counts={"cells": 10})
+    return Variant("v", "v", work, lambda: candidates, lambda: {"out": torch.ones(3)}, {"out": 0.01})
+
+
+def test_only_what_computes_the_same_is_timed() -> None:
+    found = measure(
+        variant(
+            candidate("ours", 1.001, is_ours=True, ms=2),
+            candidate("rival", 1.0, ms=6),
+            candidate("wrong", 1.1),
+            candidate("infinite", float("inf")),
+            candidate("absent", float("nan")),
+            candidate("large", -1.0),
+            candidate("other", 7.0, is_same=False),
+        ),
+        PLACE,
+        seconds=0.1,
+    )
+    assert set(found["rows"]) == {"ours", "rival", "other"}
+    assert "something else" in found["left_out"]["wrong"]
+    assert "something else" in found["left_out"]["infinite"]
+    assert found["left_out"]["absent"] == "is not there"
+    assert found["left_out"]["large"] == "out of memory"
+    ours, rival = found["rows"]["ours"], found["rows"]["rival"]
+    assert ours["relative_error"] == {"out": 0.001}
+    assert 2 <= ours["ms"]["p50"] < 6 <= rival["ms"]["p50"]
+    assert ours["cells_per_s"] == pytest.approx(10 / ours["ms"]["p50"] * 1e3, rel=1e-3)
+    assert ours["share_of_floor"] == pytest.approx(1e9 / 788e12 * 1e3 / ours["ms"]["p50"], rel=1e-3)
+
+
+def test_a_result_of_nothing_or_of_another_shape_is_wrong() -> None:
+    truth = torch.ones(3, dtype=torch.float64)
+    assert relative_error(torch.ones(2), truth) == float("inf")
+    assert relative_error(torch.tensor([1.0, 1.0, float("nan")]), truth) == float("inf")
+    assert relative_error(torch.zeros(3), truth) == 1.0
+    nothing = Candidate("n", "n", lambda: Prepared(lambda: None, dict), is_ours=True)
+    assert "of nothing" in measure(variant(nothing, candidate("rival", 1.0)), PLACE, seconds=0)["left_out"]["n"]
+
+
+def test_an_encoder_whose_cells_see_each_other_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from geneformer_fast import encoder
+
+    # One cell where there were several.
+    names = [name for name in vars(encoder) if name.startswith("varlen_attention")]
+    for name in names:
+        plain = getattr(encoder, name)
+        monkeypatch.setattr(
+            encoder,
+            name,
+            lambda *args, plain=plain, **options: plain(
+                *args, **{**options, "cu_seqlens": options["cu_seqlens"][[0, -1]]}
+            ),
+        )
+    result = run_case(case_named("encoder_10m_inference"), CPU, seconds=5, is_tiny=True)
+    assert result["failed"] == ["full", "uniform"]
+    assert "something else" in result["variants"]["full"]["left_out"]["ours"]
+
+
+def test_quick_runs_and_short_times_leave_out_what_takes_long() -> None:
+    candidates = (candidate("ours", 1.0, is_ours=True), candidate("slow", 1.0, is_slow=True))
+    quick = Place(CPU, WallClock(), H200, deadline=float("inf"), is_quick=True)
+    assert set(measure(variant(*candidates), quick, seconds=0)["rows"]) == {"ours"}
+    compiled = Candidate("compiled", "compiled", candidate("x", 1.0).make, compile_s=30.0)
+    late = Place(CPU, WallClock(), H200, deadline=time.monotonic() + 10)
+    assert "no time" in measure(variant(candidates[0], compiled), late, seconds=0)["left_out"]["compiled"]
+
+
+def test_candidates_take_turns_in_changing_order() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = time_in_turns(runs, WallClock(), seconds=0, has_lead=False, least_rounds=3, most_per_turn=1)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert all(row["n"] == 3 for row in found.values())
+    assert percentiles([1, 2, 3]) == {"p10": 1.2, "p50": 2.0, "p90": 2.8}
+
+
+def test_lengths_are_reproducible_and_have_the_mean_asked_for() -> None:
+    lengths = real_lengths(128, mean=1442)
+    assert lengths == real_lengths(128, mean=1442)
+    assert lengths != sorted(lengths)
+    assert np.mean(lengths) == pytest.approx(1442, rel=0.02)
+    assert set(lengths) <= set(BLOOD) | set(DEEP)
+    assert max(real_lengths(50, mean=900, max_len=2048)) == 2048
+    assert sorted(uniform_lengths(3, 300, 2048)) == [300, 1174, 2048]
+    with pytest.raises(ValueError, match="not between"):
+        real_lengths(10, mean=5000)
+
+
+@pytest.mark.parametrize(
+    ("preset", "length", "gigaflops"),
+    [
+        ("geneformer-v1-10m", 2048, 38.7),
+        ("bionemo-106m", 2048, 502),
+        ("geneformer-v2-104m", 4096, 1314),
+        ("geneformer-v2-316m", 4096, 3740),
+        ("aido-cell-100m", 19_266, 20_456),
+    ],
+)
+def test_operations_are_counted_as_in_the_goals(preset: str, length: int, gigaflops: float) -> None:
+    from bench.gpu_models import encoder_flops
+    from geneformer_fast import EncoderConfig
+
+    assert encoder_flops(EncoderConfig.preset(preset), [length]) / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+
+
+def test_cases_are_consistent() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert names[0] == "ceilings"
+    assert {group for case in CASES for group in case.tests} <= set(gpu_tests.GROUPS)
+    rows = floors()
+    for case in CASES:
+        for goal in case.goals:
+            assert any(row.startswith(f"| {case.name} {goal.variant} |") for row in rows), (case.name, goal.variant)
+            assert (goal.impossible < goal.goal) == goal.is_less_better
+        assert case.seconds <= 120
+
+
+def test_goals_read_the_best_of_ours() -> None:
+    rows = {
+        "ours": {"is_ours": True, "ms": {"p50": 2.0}, "cells_per_s": 50.0, "peak_bytes": 3e9},
+        "ours-graph": {"is_ours": True, "ms": {"p50": 1.0}, "cells_per_s": 100.0, "peak_bytes": 4e9},
+        "eager": {"is_ours": False, "ms": {"p50": 3.0}, "cells_per_s": 33.0, "peak_bytes": 1},
+    }
+    assert Goal("v", "cells_per_s", 1, 2).reached(rows) == 100
+    assert Goal("v", "peak_gb", 2, 1).reached(rows) == 3
+    assert Goal("v", "faster_than:eager", 1, 2).reached(rows) == 3
+    assert Goal("v", "time_against:eager", 1, 2).reached(rows) == pytest.approx(1 / 3)
+    assert Goal("v", "time_against:absent", 1, 2).reached(rows) is None
+    assert Goal("v", "cells_per_s", 1, 2).reached({"eager": rows["eager"]}) is None
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="{errors}" failures="{failures}" skipped="2"
+tests="9"></testsuite></testsuites>"""
+
+
+def test_outcomes_of_tests_are_read(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    assert gpu_tests.counts_of(report) == {"passed": 0, "failed": 0, "skipped": 0}
+    report.write_text(JUNIT.format(errors=1, failures=2))
+    assert gpu_tests.counts_of(report) == {"passed": 4, "failed": 3, "skipped": 2}
+
+
+def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float = 30) -> None:
+    """Groups whose pytest is a line of Python: green, red, hanging, and all skipped."""
+    xml = JUNIT.replace("\n", " ")
+    scripts = {
+        "green": f"open(sys.argv[1], 'w').write({xml.format(errors=0, failures=0)!r})",
+        "red": f"open(sys.argv[1], 'w').write({xml.format(errors=0, failures=1)!r}); sys.exit(1)",
+        "dead": "os.kill(os.getpid(), 11)",
+        "hanging": "time.sleep(600)",
+        "empty": "sys.exit(5)",
+    }
+    monkeypatch.setattr(gpu_tests, "GROUPS", dict.fromkeys(scripts, ()))
+    monkeypatch.setattr(gpu_tests, "files_of", lambda group: ["some"])
+    monkeypatch.setattr(
+        gpu_tests,
+        "command_of",
+        lambda group, report: [sys.executable, "-S", "-c", f"import os, sys, time; {scripts[group]}", str(report)],
+    )
+
+
+def test_groups_of_tests_fail_by_themselves_and_are_not_repeated_when_green(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_groups(monkeypatch, tmp_path)
+    known = gpu_tests.run_tests(["green", "red", "dead", "empty"], tmp_path, "digest", seconds=60)
+    assert {name: found["status"] for name, found in known.items()} == {
+        "green": "passed", "red": "failed", "dead": "failed", "empty": "none",
+    }  # fmt: skip
+    assert known["green"]["passed"] == 7
+    assert gpu_tests.red_groups(["green"], known) == []
+    assert len(gpu_tests.red_groups(["green", "red", "dead", "empty", "unknown"], known)) == 4
+    begun = (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns
+    gpu_tests.run_tests(["green", "red"], tmp_path, "digest", seconds=60)
+    assert (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns == begun
+    assert gpu_tests.outcomes(tmp_path, "digest")["green"]["status"] == "passed"
+    assert gpu_tests.outcomes(tmp_path, "other sources") == {}
+
+
+def test_hanging_tests_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_groups(monkeypatch, tmp_path)
+    known = gpu_tests.run_tests(["hanging"], tmp_path, "digest", seconds=1)
+    assert known["hanging"]["status"] == "timeout"
+    assert gpu_tests.red_groups(["hanging"], known)
+
+
+def test_every_group_has_patterns_for_its_tests() -> None:
+    for group, name in (("encoder", "encoder"), ("wrapped", "wrapped"), ("sanitizer", "sanitizer")):
+        assert gpu_tests.files_of(group) == [f"tests/gpu/test_{name}_gpu.py"]
+    assert "gpu" in gpu_tests.command_of("encoder", Path("report.xml"))
+
+
+BARE = """
+import sys
+ABSENT = ("anndata", "numba", "h5py", "zarr", "pytest_benchmark")  # not what transformers looks for
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"{name} is not here", name=name)
+sys.meta_path.insert(0, Absent())
+import bench.gpu_suite, bench.gpu_tests, torch
+from bench.gpu_case import run_case
+from bench.gpu_cases import case_named
+result = run_case(case_named("encoder_10m_inference"), torch.device("cpu"), seconds=1, is_tiny=True)
+assert not result["failed"], result
+"""
+
+
+def test_torch_triton_numpy_and_transformers_are_enough() -> None:
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BARE], cwd=ROOT, env=gpu_tests.environment(), capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def arguments(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"quick": False, "tiny": True, "device": "cpu", "again": False, "only": "", **changes})
+
+
+def test_cases_are_refused_left_and_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun = []
+
+    def run_child(case: Case, out: Path, tests: dict, *, seconds: float, args: SimpleNamespace) -> bool:
+        begun.append(case.name)
+        return case.name != "breaks"
+
+    monkeypatch.setattr(gpu_suite, "run_child", run_child)
+    cases = [
+        Case("first", "", None, ("a",), 10),
+        Case("refused", "", None, ("a", "b"), 10),
+        Case("breaks", "", None, (), 10),
+        Case("long", "", None, (), 500),
+        Case("short", "", None, (), 5),
+    ]
+    known = {"a": {"status": "passed"}, "b": {"status": "failed", "failed": 2}}
+    deadline = time.monotonic() + 60
+    done = gpu_suite.run_cases(cases, tmp_path, known, deadline, arguments(), is_dry=False)  # type: ignore[arg-type]
+    assert begun == ["first", "breaks", "short"]
+    assert done == {
+        "measured": ["first", "short"], "failed": ["breaks"], "refused": ["refused"], "left for the next run": ["long"],
+    }  # fmt: skip
+
+
+def test_a_result_that_time_was_missing_for_is_measured_again(tmp_path: Path) -> None:
+    case = Case("some", "", None, (), 10)
+    assert not gpu_suite.is_there(case, tmp_path)
+    (tmp_path / "some.json").write_text('{"skipped": ["4096"]}')
+    assert not gpu_suite.is_there(case, tmp_path)
+    (tmp_path / "some.json").write_text('{"skipped": []}')
+    assert gpu_suite.is_there(case, tmp_path)
+
+
+def test_dry_runs_never_reach_the_results(tmp_path: Path) -> None:
+    results = ROOT / "bench" / "results"
+    for bad in (
+        ["--device", "cpu", "--out", str(tmp_path)],
+        ["--device", "cpu", "--tiny"],
+        ["--device", "cpu", "--tiny", "--out", str(results / "some-card")],
+        ["--tiny", "--out", str(results)],
+    ):
+        with pytest.raises(SystemExit):
+            gpu_suite.parse(bad)
+    assert gpu_suite.parse(["--device", "cpu", "--tiny", "--out", str(tmp_path)]).minutes < 10
+
+
+def test_the_command_is_resumable_and_survives_a_case_that_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    for said in ("1 measured", "1 were there, 0 measured"):
+        done = subprocess.run(
+            [*command, "--only", "ceilings"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert said in done.stdout
+    result = json.loads((tmp_path / "ceilings.json").read_text())
+    assert result["is_measurement"] is False
+    assert result["ceilings"]["product_tflops"] > 0
+    assert result["provenance"]["source"]
+    case = case_named("encoder_10m_inference")
+    is_good = gpu_suite.run_child(case, tmp_path, {}, seconds=0.2, args=arguments())  # type: ignore[arg-type]
+    assert not is_good
+    assert not (tmp_path / f"{case.name}.json").exists()
+
+
+def test_floors_are_printed_without_a_card() -> None:
+    rows = floors()
+    (row,) = (row for row in rows if row.startswith("| attention_d64_forward 2048 "))
+    assert "| 412 | 0 | 0.523 | tflops 400, 460 |" in row
+
+
+def row_of(ms: float, *, is_ours: bool = False, what: str = "this project", **rates: float) -> dict:
+    return {
+        "what": what, "is_ours": is_ours, "is_same": True, "ms": {"p10": ms * 0.9, "p50": ms, "p90": ms * 1.1},
+        "peak_bytes": 2.5e9, "share_of_floor": 0.5, **rates,
+    }  # fmt: skip
+
+
+def gpu_result(case: str, title: str, rows: dict, goals: list[dict], **work: float) -> dict:
+    at = {"gpu": {"name": "Imaginary X1", "memory_gib": 80.0, "driver": "999.1", "cuda": "13.0"}}
+    packages = {"torch": "2.11.0", "triton": "3.6.0"}
+    return {
+        "case": case, "suite": "gpu", "title": title, "is_measurement": True, "is_quick": False, "goals": goals,
+        "provenance": {**at, "commit": "0123456789ab", "source": "ff", "date": "2030-01-02", "packages": packages},
+        "ceilings": {"product_tflops": 700.0, "copy_gbps": 4000.0},
+        "variants": {"full": {"what": "inference, 64 cells", "work": work, "rows": rows, "left_out": {}}},
+    }  # fmt: skip
+
+
+def test_the_readme_gets_a_table_per_card() -> None:
+    goal = {"variant": "full", "metric": "cells_per_s", "goal": 900, "impossible": 1200, "reached": 1000.0}
+    rows = {
+        "ours": row_of(80.0, is_ours=True, tflops=300.0, cells_per_s=800.0),
+        "ours-graph": row_of(64.0, is_ours=True, tflops=400.0, cells_per_s=1000.0),
+        "ours-torch": row_of(65.0, what="this project on torch operations", tflops=1.0, cells_per_s=1.0),
+        "rival": row_of(160.0, what="a rival", tflops=160.0, cells_per_s=400.0),
+    }
+    norm = {"ours": row_of(0.25, is_ours=True, gbps=3000.0), "eager": row_of(0.5, what="torch, eager", gbps=1500.0)}
+    results = [
+        gpu_result("encoder_x", "some preset, inference", rows, [goal], cells=64),
+        gpu_result("residual_layernorm", "residual_layernorm", norm, []),
+    ]
+    text = gpu_report.render([results, [{"case": "tokenize_v1"}]])
+    assert "### Imaginary X1, 80 GiB" in text
+    assert "700 TFLOP/s" in text
+    assert (
+        "| some preset, inference | 64 cells | 1,000 (909 to 1,111) | 400 | 2.5 | 50% | a rival | 400 | 2.50x |" in text
+    )
+    assert "**900**, 1,200 |" in text
+    assert "0.250 (0.225 to 0.275) | 3,000 GB/s | 50% | torch, eager | 0.500 | 2.00x |" in text
+    for block in text.split("\n\n"):
+        widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
+    assert gpu_report.render([[{**results[0], "is_measurement": False}]]) == gpu_report.NOTHING
+
+
+def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = gpu_tests.environment()
+    assert "TRITON_INTERPRET" not in found
+    assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(ROOT / "kernels")]
