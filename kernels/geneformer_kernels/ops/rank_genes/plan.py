@@ -173,17 +173,18 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Every kernel as some call launches it on this target.
 
     The entries' kernels exist per dtype of counts and arithmetic; the sorts see scores only, whatever they came from.
+    Ranking as a whole counts as float64, whose order it gives.
     """
     launches = device_plan(target)
     cases: list[KernelCase] = []
 
-    def add(kernel: str, problem: str, dtype: str, launch: Launch, arguments: str, constexprs: dict) -> None:
+    def add(kernel: str, problem: str, launch: Launch, arguments: str, constexprs: dict) -> None:
         signature = {}
         for argument in arguments.split():
             name, _, kind = argument.partition(":")
             signature[name] = kind if kind == "i32" else pointer(kind)
         pointers = frozenset(name for name in signature if name.endswith("_ptr"))
-        cases.append(KernelCase(OP, kernel, problem, dtype, signature, constexprs, launch, pointers))
+        cases.append(KernelCase(OP, kernel, problem, "float64", signature, constexprs, launch, pointers))
 
     scratch = "bits_ptr:int64 ranks_ptr:int32"
     for counts in COUNT_DTYPES:
@@ -194,7 +195,7 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
                 how = f"{n_counts} n_counts{', division' if is_division else ''}"
                 for index in ("int32", "int64"):
                     add(
-                        "rank_genes_score_kernel", f"{how}, {index} columns", counts, launches.score,
+                        "rank_genes_score_kernel", f"{counts} counts, {how}, {index} columns", launches.score,
                         f"indptr_ptr:int64 indices_ptr:{index} data_ptr:{counts} n_counts_ptr:{n_counts}"
                         f" codes_ptr:int32 weights_ptr:float64 {scratch} shared_x_ptr:float64 shared_ranks_ptr:int32"
                         " sizes_ptr:int32 n_shared_ptr:int32 status_ptr:int32 n_entries:i32 n_columns:i32",
@@ -207,8 +208,9 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
                     continue  # float32 counts over float32 totals take float32 steps
                 add(
                     "rank_genes_sum_kernel",
-                    f"{n_counts} n_counts{', division' * is_division}{', float32 steps' * is_single}",
-                    "float32" if is_rounded else "float64", launches.sum,
+                    f"{'float32' if is_rounded else 'other'} counts, {n_counts} n_counts{', division' * is_division}"
+                    f"{', float32 steps' * is_single}",
+                    launches.sum,
                     "indptr_ptr:int64 n_counts_ptr:" + n_counts + " weights_ptr:float64 shared_x_ptr:float64"
                     f" shared_ranks_ptr:int32 n_shared_ptr:int32 {scratch} sizes_ptr:int32 status_ptr:int32",
                     {"IS_SINGLE": is_single, "IS_DIVISION": is_division, "IS_ROUNDED": is_rounded,
@@ -217,24 +219,24 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     tile = dict(zip(("BLOCK_I", "BLOCK_J"), launches.repeats_tile, strict=True))
     for index in ("int32", "int64"):
         add(
-            "rank_genes_repeats_kernel", f"{index} columns", "float64", launches.repeats,
+            "rank_genes_repeats_kernel", f"{index} columns", launches.repeats,
             f"indptr_ptr:int64 indices_ptr:{index} status_ptr:int32", tile,
         )  # fmt: skip
     cells = "indptr_ptr:int64 sizes_ptr:int32 items_ptr:int64 bounds_ptr:int64 offsets_ptr:int64"
     for sort in launches.sorts:
         add(
-            "rank_genes_select_kernel", f"slabs of {sort.width}", "float64", launches.select,
+            "rank_genes_select_kernel", f"slabs of {sort.width}", launches.select,
             f"{scratch} {cells} values_ptr:int64 keep:i32 first:i32 rank_bits:i32 capacity:i32 i_bucket:i32",
             {"WIDTH": sort.width, "BLOCK": launches.select_block},
         )  # fmt: skip
         add(
-            "rank_genes_sort_kernel", f"{sort.width} words", "float64", sort.launch,
+            "rank_genes_sort_kernel", f"{sort.width} words", sort.launch,
             f"{scratch} {cells} status_ptr:int32 tokens_ptr:int32 classes_ptr:int32 values_ptr:int64 keep:i32 first:i32"
             " last:i32 rank_bits:i32 capacity:i32 i_bucket:i32 is_selected:i32",
             dict(sort.constexprs),
         )  # fmt: skip
         add(
-            "rank_genes_settle_kernel", f"{sort.width} words", "float64", sort.settle_launch,
+            "rank_genes_settle_kernel", f"{sort.width} words", sort.settle_launch,
             f"{scratch} {cells} tokens_ptr:int32 values_ptr:int64 keep:i32 first:i32 rank_bits:i32 capacity:i32"
             " first_bucket:i32 last_bucket:i32 is_selected:i32",
             dict(sort.constexprs),
