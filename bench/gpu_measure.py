@@ -157,10 +157,12 @@ class Place:
 
     def compiled(self, function: Any, *, n_shapes: int = 1) -> Any:
         """``function`` through torch.compile, for one shape or for several."""
-        # Keeps the graph of a compiled backward, so that it can be timed alone and repeatedly.
-        torch._functorch.config.donated_buffer = False
         if not self.backend:
             return function
+        import torch._functorch.config as config
+
+        # Keeps the graph of a compiled backward, so that it can be timed alone and repeatedly.
+        config.donated_buffer = False
         return torch.compile(function, dynamic=True if n_shapes > 1 else None, backend=self.backend)
 
     @property

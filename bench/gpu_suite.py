@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing and not is_dry:
         needed = [group for group in GROUPS if group == BESIDE or any(group in case.tests for case in missing)]
         known = run_tests(needed, out, digest, seconds=min(args.test_minutes, args.minutes) * 60)
+        archive(out, args.archive)
     done = run_cases(missing, out, known, deadline, args, is_dry=is_dry)
     if not is_dry and deadline - time.monotonic() > ENOUGH_TO_SANITIZE_S:
         run_tests([AFTER], out, digest, seconds=deadline - time.monotonic())
+        archive(out, args.archive)
     print(f"\n{len(chosen) - len(missing)} were there, " + ", ".join(f"{len(v)} {k}" for k, v in done.items()))
     for kind in ("failed", "refused", "left for the next run"):
         if done[kind]:
@@ -77,6 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no rivals that are slow or compiled first")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="keep a .tar.gz of --out up to date there")
     parser.add_argument("--commit", default="", help="name of the commit, where the checkout has no .git")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="sizes that try the procedure; no measurement")
@@ -127,7 +131,18 @@ def run_cases(
             tests = {} if is_dry else {group: known[group] for group in case.tests}
             is_good = run_child(case, out, tests, seconds=min(expected * PATIENCE, left), args=args)
             done["measured" if is_good else "failed"].append(case.name)
+            archive(out, args.archive)
     return done
+
+
+def archive(out: Path, target: Path | None) -> None:
+    """Results and logs as one file, complete at any moment, to be carried off the machine."""
+    if target is None:
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    with tarfile.open(partial, "w:gz") as tar:
+        tar.add(out, arcname=out.name)
+    os.replace(partial, target)
 
 
 def run_child(case: Case, out: Path, tests: Mapping[str, Any], *, seconds: float, args: argparse.Namespace) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +290,9 @@ def test_torch_triton_numpy_and_transformers_are_enough() -> None:
 
 
 def arguments(**changes: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"quick": False, "tiny": True, "device": "cpu", "again": False, "only": "", **changes})
+    return SimpleNamespace(
+        **{"quick": False, "tiny": True, "device": "cpu", "again": False, "only": "", "archive": None, **changes}
+    )
 
 
 def test_cases_are_refused_left_and_run_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -339,13 +342,16 @@ def test_dry_runs_never_reach_the_results(tmp_path: Path) -> None:
 
 
 def test_the_command_is_resumable_and_survives_a_case_that_is_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    command += ["--archive", str(tmp_path / "all.tar.gz")]
     for said in ("1 measured", "1 were there, 0 measured"):
         done = subprocess.run(
             [*command, "--only", "ceilings"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
         )
         assert said in done.stdout
-    result = json.loads((tmp_path / "ceilings.json").read_text())
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        assert {"out/ceilings.json", "out/logs/ceilings.log"} <= set(tar.getnames())
+    result = json.loads((tmp_path / "out" / "ceilings.json").read_text())
     assert result["is_measurement"] is False
     assert result["ceilings"]["product_tflops"] > 0
     assert result["provenance"]["source"]
