@@ -29,7 +29,12 @@ COMPILED_OPS = [op for op in OPERATIONS if aot_matrix.plan_of(op) is not None]
 
 @pytest.fixture(scope="module")
 def committed() -> Table:
-    return aot_matrix.committed_table()
+    table = aot_matrix.committed_table()
+    if not table.rows:
+        pytest.skip(
+            "nothing is compiled yet: python tools/aot_matrix.py makes the table, choices refuse Triton until then"
+        )
+    return table
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from test_mlm_cross_entropy import IGNORED, LargestTensor, check, gradients, inp
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # rows past the end, in numpy
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# Beside each other: rows of one program, of several and of one short group of programs; a width in one block of
-# columns, in several, and one that fills none; a vocabulary within one block, of full blocks, and with a rest.
+# Rows of one program, of several, and of a short last group of programs; a width within one block, in several, and one
+# that fills its blocks; a vocabulary within one block, of full blocks, and with a rest.
 SHAPES = [(70, 100, 200), (1, 20, 37), (33, 64, 128)]
 
 
@@ -176,21 +176,22 @@ def test_nothing_is_written_past_the_end(device: str) -> None:
 
     partials = {"partial_max_ptr": out("max", 2, n_rows), "partial_sum_ptr": out("sum", 2, n_rows)}
     kernel.mlm_cross_entropy_fwd_kernel[4,](
-        **reads, **partials, **dims, n_vocab=n_vocab, n_splits=2, blocks_per_split=1, IS_ONE_K=False, **tiles.constexprs
+        **reads, **partials, **dims, n_vocab=n_vocab, n_splits=2, blocks_per_split=1, **tiles.constexprs
     )
     statistics = {"row_max_ptr": out("row_max", n_rows), "row_sum_ptr": out("row_sum", n_rows)}
     kernel.mlm_cross_entropy_fwd_combine_kernel[3,](
         **reads, **partials, **statistics, **dims, targets_ptr=targets, loss_ptr=out("loss", n_rows),
         n_vocab=n_vocab, n_splits=2, ignore_index=IGNORED, **combine.constexprs,
     )  # fmt: skip
-    dlogits = out("dlogits", n_rows, 128)
+    dlogits = out("dlogits", n_rows, 144)
     kernel.mlm_cross_entropy_bwd_dlogits_kernel[4,](
         **reads, **statistics, **dims, targets_ptr=targets, row_scale_ptr=torch.ones(n_rows, device=device),
         dlogits_ptr=dlogits, partial_dbias_ptr=out("dbias", 2, n_vocab),
-        n_columns=n_vocab, first_vocab=0, stride_dlogits_r=128, **tiles.constexprs,
+        n_columns=n_vocab, first_vocab=0, stride_dlogits_r=144, **tiles.constexprs,
     )  # fmt: skip
-    assert (dlogits[:, n_vocab:] == sentinel).all()
-    dlogits[:, n_vocab:] = 0
+    assert (dlogits[:, n_vocab:128] == 0).all()
+    assert (dlogits[:, 128:] == sentinel).all()
+    dlogits[:, 128:] = 0
     for name, (buffer, shape) in buffers.items():
         assert (buffer[shape[0] :] == sentinel).all(), name
         assert (buffer[: shape[0]] != sentinel).all(), name
@@ -212,16 +213,15 @@ def test_memory_is_a_chunk_of_the_vocabulary(device: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 @pytest.mark.parametrize("n_rows", [1, 100, 1_500, 6_000, 50_000])
-@pytest.mark.parametrize(("n_vocab", "width"), [(25_426, 256), (20_275, 896), (7, 1152)])
-def test_plans(card: Target, n_rows: int, n_vocab: int, width: int) -> None:
+@pytest.mark.parametrize("n_vocab", [25_426, 20_275, 7])
+def test_plans(card: Target, n_rows: int, n_vocab: int) -> None:
     for dtype, itemsize in (("float16", 2), ("float32", 4)):
-        forward = plan.forward_plan(n_rows, n_vocab, width, dtype, card)
+        forward = plan.forward_plan(n_rows, n_vocab, dtype, card)
         n_blocks = -(-n_vocab // forward.tiles.block_v)
         assert (
             (forward.n_splits - 1) * forward.blocks_per_split < n_blocks <= forward.n_splits * forward.blocks_per_split
         )
         assert forward.n_splits <= plan.MAX_SPLITS
-        assert not forward.tiles.is_one_k or width <= forward.tiles.block_k
         n_programs = -(-n_rows // forward.tiles.block_r) * forward.n_splits
         if n_vocab > 1000:
             assert n_programs >= min(card.n_sms * forward.tiles.programs_per_sm, n_blocks) / 2
@@ -231,14 +231,6 @@ def test_plans(card: Target, n_rows: int, n_vocab: int, width: int) -> None:
         bound = min(plan.MAX_WORKSPACE_BYTES, max(plan.MIN_WORKSPACE_BYTES, row_bytes * n_vocab / 4))
         assert row_bytes * backward.chunk_v <= max(bound, row_bytes * backward.tiles.block_v)
         assert backward.chunk_v < n_vocab + backward.tiles.block_v
-
-
-def test_rows_held_in_shared_memory_where_they_fit() -> None:
-    resident = {name: plan.forward_tiles(256, "bfloat16", card).is_one_k for name, card in CARDS.items()}
-    assert resident == {"V100": False, "T4": False, "A100": True, "A10": False, "L4": False, "H100": True}
-    small = Target.cuda(120, n_sms=170)  # a new architecture with little shared memory
-    assert not plan.forward_tiles(256, "bfloat16", replace(small, smem_bytes=101_376)).is_one_k
-    assert not plan.forward_tiles(257, "bfloat16", CARDS["H100"]).is_one_k
 
 
 def test_torch_path_rows() -> None:

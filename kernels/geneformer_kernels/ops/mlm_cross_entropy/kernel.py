@@ -34,7 +34,6 @@ def logit_tile(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
-    b_hidden,
     o_r,
     m_r,
     first_v,
@@ -43,23 +42,15 @@ def logit_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IS_ONE_K: tl.constexpr,
 ):
-    """Logits [BLOCK_R, BLOCK_V] float32 from entry first_v of the vocabulary on; -inf past its end.
-
-    b_hidden is the rows' whole width where BLOCK_K holds it (IS_ONE_K); otherwise they are read again, block by block.
-    """
+    """Logits [BLOCK_R, BLOCK_V] float32 of the rows o_r from entry first_v of the vocabulary on; -inf past its end."""
     o_v = first_v + tl.arange(0, BLOCK_V)
     m_v = o_v < n_vocab
     b_logits = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
-    if IS_ONE_K:
-        b_weight = matrix_block(weight_ptr, o_v, m_v, width, 0, BLOCK_K)
+    for k in range(0, width, BLOCK_K):
+        b_hidden = matrix_block(hidden_ptr, o_r, m_r, width, k, BLOCK_K)
+        b_weight = matrix_block(weight_ptr, o_v, m_v, width, k, BLOCK_K)
         b_logits = tl.dot(b_hidden, tl.trans(b_weight), b_logits, input_precision="tf32x3")
-    else:
-        for k in range(0, width, BLOCK_K):
-            b_rows = matrix_block(hidden_ptr, o_r, m_r, width, k, BLOCK_K)
-            b_weight = matrix_block(weight_ptr, o_v, m_v, width, k, BLOCK_K)
-            b_logits = tl.dot(b_rows, tl.trans(b_weight), b_logits, input_precision="tf32x3")
     # The bias masks the end of the vocabulary, at no cost per logit.
     b_bias = tl.load(bias_ptr + o_v, mask=m_v, other=float("-inf"))
     return b_logits + b_bias[None, :]
@@ -80,7 +71,6 @@ def mlm_cross_entropy_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IS_ONE_K: tl.constexpr,
     GROUP_R: tl.constexpr,
 ):
     """one program = BLOCK_R rows x one of n_splits parts of the vocabulary: the online softmax of their logits.
@@ -93,19 +83,13 @@ def mlm_cross_entropy_fwd_kernel(
     m_r = o_r < n_rows
     first = i_split * blocks_per_split * BLOCK_V
     last = tl.minimum(n_vocab, first + blocks_per_split * BLOCK_V)
-    b_hidden = 0.0
-    if IS_ONE_K:
-        b_hidden = matrix_block(hidden_ptr, o_r, m_r, width, 0, BLOCK_K)
 
     row_max = tl.full([BLOCK_R], LOWEST, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
     # Addresses are computed anew for each block: kept over the loop they take 40 registers per thread (164 against 124
     # on sm_90), and a second program no longer fits beside this one.
     for v in tl.range(first, last, BLOCK_V, disable_licm=True):
-        b_logits = logit_tile(
-            hidden_ptr, weight_ptr, bias_ptr, b_hidden, o_r, m_r, v, n_vocab, width,
-            BLOCK_R, BLOCK_V, BLOCK_K, IS_ONE_K,
-        )  # fmt: skip
+        b_logits = logit_tile(hidden_ptr, weight_ptr, bias_ptr, o_r, m_r, v, n_vocab, width, BLOCK_R, BLOCK_V, BLOCK_K)
         largest = tl.maximum(row_max, tl.max(b_logits, 1) * LOG2_E)
         b_weights = tl.exp2(b_logits * LOG2_E - largest[:, None])
         row_sum = row_sum * tl.exp2(row_max - largest) + tl.sum(b_weights, 1)
@@ -203,8 +187,8 @@ def mlm_cross_entropy_bwd_dlogits_kernel(
 
     hidden [R, C]; weight [n_columns, C] and bias [n_columns], the entries from first_vocab on; targets [R] int64;
     row_max and row_sum [R] as the forward pass left them; row_scale [R] float32, 0 where a row does not count ->
-    dlogits [R, n_columns] in the dtype of hidden, ``(softmax - onehot) * row_scale``, and partial_dbias [row blocks,
-    n_columns] float32, its column sums before rounding.
+    dlogits [R, n_columns] in the dtype of hidden, ``(softmax - onehot) * row_scale``, zeros up to the next multiple of
+    BLOCK_V, and partial_dbias [row blocks, n_columns] float32, its column sums before rounding.
     """
     n_row_blocks = tl.cdiv(n_rows, BLOCK_R)
     i_row_block, i_column_block = place_of(tl.program_id(0), n_row_blocks, tl.cdiv(n_columns, BLOCK_V), GROUP_R)
@@ -212,7 +196,7 @@ def mlm_cross_entropy_bwd_dlogits_kernel(
     m_r = o_r < n_rows
     first = i_column_block * BLOCK_V
     b_logits = logit_tile(
-        hidden_ptr, weight_ptr, bias_ptr, 0.0, o_r, m_r, first, n_columns, width, BLOCK_R, BLOCK_V, BLOCK_K, False
+        hidden_ptr, weight_ptr, bias_ptr, o_r, m_r, first, n_columns, width, BLOCK_R, BLOCK_V, BLOCK_K
     )
 
     b_scale = tl.load(row_scale_ptr + o_r, mask=m_r, other=0.0)
@@ -221,10 +205,11 @@ def mlm_cross_entropy_bwd_dlogits_kernel(
     b_factor = b_scale / tl.load(row_sum_ptr + o_r, mask=m_r, other=1.0)
     b_column = (tl.load(targets_ptr + o_r, mask=m_r, other=-1) - first_vocab).to(tl.int32)
     o_v = first + tl.arange(0, BLOCK_V)
-    b_onehot = tl.where(o_v[None, :] == b_column[:, None], b_scale[:, None], 0.0)
-    b_dlogits = tl.exp2(b_logits * LOG2_E - b_max[:, None]) * b_factor[:, None] - b_onehot
+    b_dlogits = tl.exp2(b_logits * LOG2_E - b_max[:, None]) * b_factor[:, None]
+    b_dlogits = tl.where(o_v[None, :] == b_column[:, None], b_dlogits - b_scale[:, None], b_dlogits)
 
-    m_v = o_v < n_columns
-    tl.store(partial_dbias_ptr + i_row_block.to(tl.int64) * n_columns + o_v, tl.sum(b_dlogits, 0), mask=m_v)
+    o_partial = i_row_block.to(tl.int64) * n_columns + o_v
+    tl.store(partial_dbias_ptr + o_partial, tl.sum(b_dlogits, 0), mask=o_v < n_columns)
+    # No mask along the vocabulary: with one, each value would be a store of its own.
     o_dlogits = o_r.to(tl.int64)[:, None] * stride_dlogits_r + o_v[None, :]
-    tl.store(dlogits_ptr + o_dlogits, b_dlogits.to(dlogits_ptr.dtype.element_ty), mask=m_r[:, None] & m_v[None, :])
+    tl.store(dlogits_ptr + o_dlogits, b_dlogits.to(dlogits_ptr.dtype.element_ty), mask=m_r[:, None])

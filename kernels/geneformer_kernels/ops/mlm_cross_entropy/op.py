@@ -23,8 +23,9 @@ def mlm_cross_entropy_fwd(
     """Loss of every row, 0 where the target is ignore_index, and row_max and row_sum: [R] each, float32.
 
     (float64 for float64 hidden.) row_max is the row's largest logit, in units of the implementation (triton: times
-    log2(e)), and row_sum the sum of the exponentials of the differences from it. weight is brought to the dtype of
-    hidden here rather than outside, so that its gradient is not rounded to half on the way back to a float32 parameter.
+    log2(e)), and row_sum the sum of the exponentials of the differences from it: together they lose less than the
+    logarithm of the sum. weight is brought to the dtype of hidden here rather than outside, so that its gradient is not
+    rounded to half on the way back to a float32 parameter.
     """
     with _plainly_on(hidden):
         hidden, weight, bias = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), _wide(bias, hidden)
@@ -65,7 +66,10 @@ def mlm_cross_entropy_bwd(
     """
     needs = (needs_hidden, needs_weight, needs_bias)
     if len(hidden) == 0:
-        return tuple(x.new_zeros(x.shape if n else 0) for x, n in zip((hidden, weight, bias), needs, strict=True))
+        d_hidden, d_weight, d_bias = (
+            x.new_zeros(x.shape if n else 0) for x, n in zip((hidden, weight, bias), needs, strict=True)
+        )
+        return d_hidden, d_weight, d_bias
     with _plainly_on(hidden):
         scale = torch.where(targets != ignore_index, d_loss, 0)
         largest = scale.abs().amax()
@@ -76,10 +80,11 @@ def mlm_cross_entropy_bwd(
         else:
             n_rows = plan.rows_per_chunk(len(weight), target_for(hidden))
             gradients = row_chunks.backward(*rows, row_max, row_sum, scale, needs, n_rows)
-        return tuple(
+        d_hidden, d_weight, d_bias = (
             x.new_empty(0) if gradient is None else gradient.mul_(largest).to(x.dtype)
             for x, gradient in zip((hidden, weight, bias), gradients, strict=True)
         )
+        return d_hidden, d_weight, d_bias
 
 
 @mlm_cross_entropy_bwd.register_fake
@@ -117,7 +122,7 @@ def _launch_fwd(
     from geneformer_kernels.ops.mlm_cross_entropy import kernel
 
     (n_rows, width), n_vocab = hidden.shape, len(weight)
-    forward = plan.forward_plan(n_rows, n_vocab, width, DTYPE_NAMES[hidden.dtype], target_for(hidden))
+    forward = plan.forward_plan(n_rows, n_vocab, DTYPE_NAMES[hidden.dtype], target_for(hidden))
     combine = plan.combine_plan()
     partial_max, partial_sum = (_empty((forward.n_splits, n_rows), bias) for _ in range(2))
     loss, row_max, row_sum = (_empty((n_rows,), bias) for _ in range(3))
@@ -133,7 +138,7 @@ def _launch_fwd(
             width=width,
             n_splits=forward.n_splits,
             blocks_per_split=forward.blocks_per_split,
-            **forward.constexprs,
+            **forward.tiles.constexprs,
             **forward.tiles.launch.options,
         )
         kernel.mlm_cross_entropy_fwd_combine_kernel[_ceil(n_rows, combine.block_r),](

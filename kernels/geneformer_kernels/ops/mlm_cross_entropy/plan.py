@@ -6,16 +6,13 @@ architecture, and from how many bytes each tile reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, pointer
 from geneformer_kernels.target import Target
 
 OP = "mlm_cross_entropy"
-
-#: Widest rows that a program keeps in shared memory while the vocabulary passes by.
-RESIDENT_WIDTH = 256
 
 #: The gradient of the logits exists in chunks of the vocabulary of at most a quarter of it all and so many bytes ...
 MAX_WORKSPACE_BYTES = 256 * 2**20
@@ -40,7 +37,6 @@ class Tiles:
     block_k: int
     launch: Launch
     programs_per_sm: int
-    is_one_k: bool = False
     group_r: int = 16
 
     @property
@@ -62,11 +58,6 @@ class ForwardPlan:
     n_splits: int
     blocks_per_split: int
 
-    @property
-    def constexprs(self) -> dict[str, int | float | bool | str | None]:
-        """Compile-time arguments."""
-        return {**self.tiles.constexprs, "IS_ONE_K": self.tiles.is_one_k}
-
 
 @dataclass(frozen=True)
 class BackwardPlan:
@@ -83,7 +74,7 @@ class CombinePlan:
     block_r: int = 16
     block_s: int = 32
     block_k: int = 128
-    launch: Launch = Launch(num_warps=4, num_stages=2)
+    launch: Launch = field(default_factory=Launch)
 
     @property
     def constexprs(self) -> dict[str, int | float | bool | str | None]:
@@ -91,18 +82,13 @@ class CombinePlan:
         return {"BLOCK_R": self.block_r, "BLOCK_S": self.block_s, "BLOCK_K": self.block_k}
 
 
-# Compiled registers per thread and shared memory stand beside each row; 65,536 registers and the card's shared memory
-# decide how many programs one SM holds. Two programs overlap one's exponentials with the other's matrix product.
+# Registers per thread and shared memory, as compiled, stand beside each row; with the card they say how many programs
+# one SM holds. Two should: one's exponentials and first loads then run beside the other's matrix product. Larger tiles,
+# or rows that stay in shared memory, leave room for one only.
 INTERPRETED = Tiles(32, 64, 32, Launch(4, 2), 1, group_r=2)  # small: a few programs on odd shapes cover every branch
-INTERPRETED_RESIDENT = Tiles(32, 64, 64, Launch(4, 2), 1, is_one_k=True, group_r=2)
-FLOAT32 = Tiles(64, 64, 32, Launch(4, 3), 2)  # three products per logit (tf32x3): 239 r / 32 KB, sm_90 146 r / 48 KB
-# Rows of 256 are read once: 128 KB pass through per 128 x 128 x 256 product instead of 256 KB, which is what the L2
-# cache of an H100 can deliver at 700 TFLOP/s. 98 r / 192 KB on sm_90, 128 r / 130 KB on sm_80.
-RESIDENT = Tiles(128, 128, 256, Launch(8, 2), 1, is_one_k=True)
-RESIDENT_SMEM_BYTES = {80: 133_120, 90: 196_608}
-HOPPER = Tiles(128, 128, 64, Launch(8, 3), 2)  # forward 124 r, backward 127 r / 96 KB
-AMPERE_FORWARD = Tiles(128, 128, 32, Launch(4, 3), 2)  # 255 r / 32 KB; with 8 warps 170 r, too many for two programs
-AMPERE_BACKWARD = Tiles(128, 128, 32, Launch(8, 4), 2)  # 128 r / 48 KB
+HOPPER = Tiles(128, 128, 64, Launch(8, 3), 2)  # forward 124 r, backward 126 r, 96 KB
+AMPERE = Tiles(128, 128, 32, Launch(4, 4), 2)  # forward 255 r, backward 245 r, 48 KB; with 8 warps only one fits
+FLOAT32 = Tiles(64, 64, 32, Launch(4, 3), 2)  # three products per logit (tf32x3): at most 239 r, 48 KB
 
 
 def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
@@ -114,30 +100,18 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
-def forward_tiles(width: int, dtype: str, target: Target) -> Tiles:
-    """Tiles of the forward kernel."""
-    if target.kind != "cuda":
-        return INTERPRETED_RESIDENT if width <= INTERPRETED_RESIDENT.block_k else INTERPRETED
-    if dtype == "float32":
-        return FLOAT32
-    needs = RESIDENT_SMEM_BYTES[90 if target.sm >= 90 else 80]
-    if width <= RESIDENT_WIDTH and target.sm >= 80 and target.smem_bytes >= needs:
-        return RESIDENT
-    return HOPPER if target.sm >= 90 else AMPERE_FORWARD
-
-
-def backward_tiles(dtype: str, target: Target) -> Tiles:
-    """Tiles of the kernel that makes the gradient of the logits."""
+def tiles_for(dtype: str, target: Target) -> Tiles:
+    """Tiles of the kernels that multiply matrices, forward and backward."""
     if target.kind != "cuda":
         return INTERPRETED
     if dtype == "float32":
         return FLOAT32
-    return HOPPER if target.sm >= 90 else AMPERE_BACKWARD
+    return HOPPER if target.sm >= 90 else AMPERE
 
 
-def forward_plan(n_rows: int, n_vocab: int, width: int, dtype: str, target: Target) -> ForwardPlan:
+def forward_plan(n_rows: int, n_vocab: int, dtype: str, target: Target) -> ForwardPlan:
     """Tiles, and the number of splits that keeps all SMs busy for the shortest time."""
-    tiles = forward_tiles(width, dtype, target)
+    tiles = tiles_for(dtype, target)
     n_row_blocks, n_blocks = _ceil(n_rows, tiles.block_r), _ceil(n_vocab, tiles.block_v)
     n_slots = target.n_sms * tiles.programs_per_sm
 
@@ -155,7 +129,7 @@ def forward_plan(n_rows: int, n_vocab: int, width: int, dtype: str, target: Targ
 
 def backward_plan(n_rows: int, n_vocab: int, dtype: str, target: Target) -> BackwardPlan:
     """Tiles, and chunks of equal size within the workspace; one block of columns is always allowed."""
-    tiles = backward_tiles(dtype, target)
+    tiles = tiles_for(dtype, target)
     row_bytes = max(n_rows, 1) * (4 if dtype == "float32" else 2)
     workspace = min(MAX_WORKSPACE_BYTES, max(MIN_WORKSPACE_BYTES, row_bytes * n_vocab // 4))
     n_blocks = _ceil(n_vocab, tiles.block_v)
@@ -178,13 +152,9 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Every kernel under every plan, for the ahead-of-time compiler."""
     dtypes = ("float16", "bfloat16", "float32")
     if target.sm < 80:  # scalar arithmetic there: choose takes cuBLAS, and these rows are the evidence
-        return tuple(_forward_case(dtype, 768, target, is_default=False) for dtype in dtypes)
-    cases = []
-    for dtype in dtypes:
-        widths = {forward_tiles(width, dtype, target): width for width in (RESIDENT_WIDTH, 768)}
-        cases += [_forward_case(dtype, width, target) for width in widths.values()]
-        cases += [_combine_case(dtype), _backward_case(dtype, target)]
-    return tuple(cases)
+        return tuple(_forward_case(dtype, target, is_default=False) for dtype in dtypes)
+    makers = (_forward_case, _combine_case, _backward_case)
+    return tuple(make(dtype, target) for dtype in dtypes for make in makers)
 
 
 _POINTERS = {
@@ -203,8 +173,8 @@ def _divisible(signature: dict[str, str]) -> frozenset[str]:
     return frozenset(name for name in signature if name.endswith("_ptr") or name in _DIVISIBLE)
 
 
-def _forward_case(dtype: str, width: int, target: Target, *, is_default: bool = True) -> KernelCase:
-    plan = forward_plan(6_000, 25_426, width, dtype, target)
+def _forward_case(dtype: str, target: Target, *, is_default: bool = True) -> KernelCase:
+    tiles = forward_plan(6_000, 25_426, dtype, target).tiles
     signature = _signature(
         dtype,
         "hidden_ptr weight_ptr bias_ptr partial_max_ptr partial_sum_ptr n_rows n_vocab width n_splits blocks_per_split",
@@ -212,18 +182,18 @@ def _forward_case(dtype: str, width: int, target: Target, *, is_default: bool = 
     return KernelCase(
         op=OP,
         kernel="mlm_cross_entropy_fwd_kernel",
-        problem=f"C={width}",
+        problem="any C",
         dtype=dtype,
         signature=signature,
-        constexprs=plan.constexprs,
-        launch=plan.tiles.launch,
+        constexprs=tiles.constexprs,
+        launch=tiles.launch,
         divisible=_divisible(signature),
         has_dot=True,
         is_default=is_default,
     )
 
 
-def _combine_case(dtype: str) -> KernelCase:
+def _combine_case(dtype: str, target: Target) -> KernelCase:
     plan = combine_plan()
     signature = _signature(
         dtype,
@@ -246,8 +216,8 @@ def _backward_case(dtype: str, target: Target) -> KernelCase:
     tiles = backward_plan(6_000, 25_426, dtype, target).tiles
     signature = _signature(
         dtype,
-        "hidden_ptr weight_ptr bias_ptr targets_ptr row_max_ptr row_sum_ptr row_scale_ptr dlogits_ptr "
-        "partial_dbias_ptr n_rows n_columns width first_vocab stride_dlogits_r",
+        "hidden_ptr weight_ptr bias_ptr targets_ptr row_max_ptr row_sum_ptr row_scale_ptr "
+        "dlogits_ptr partial_dbias_ptr n_rows n_columns width first_vocab stride_dlogits_r",
     )
     return KernelCase(
         op=OP,

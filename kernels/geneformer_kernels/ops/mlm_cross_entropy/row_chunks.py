@@ -44,7 +44,7 @@ def forward(
     ignore_index: int,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, largest logit and sum of ``exp(logit - largest)`` [R] each, ``rows`` rows at a time.
+    """Loss, largest logit and sum of ``exp(logit - largest)``: [R] each, ``rows`` rows at a time.
 
     Raises
     ------
