@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def attend(
 # Constant for the compiler: versions and instruction sets are no part of a graph.
 @torch.compiler.assume_constant_result
 def _route(dtype: str, device_type: str, device_index: int | None, is_inference: bool, has_dropout: bool) -> TorchPlan:
-    target = target_of(torch.device(device_type, device_index))
+    target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
     return torch_plan(dtype, target, is_inference=is_inference, has_dropout=has_dropout)
 
 
@@ -92,7 +93,7 @@ def _attend_packed(
         out = torch.ops.aten._efficient_attention_forward(
             q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, dropout_p, 0, needs_grad, scale=scale
         )[0].squeeze(0)
-    return out[..., :head_dim]
+    return cast(torch.Tensor, out)[..., :head_dim]
 
 
 _longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
