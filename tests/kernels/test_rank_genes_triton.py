@@ -226,6 +226,20 @@ def test_ties(device, case, is_selected):
             assert is_open or keep == 5
 
 
+def test_neighbours(device):
+    """One open pair, anywhere in words of which a thread holds eight, as on a card."""
+    rng = np.random.default_rng(3)
+    n = 230
+    for better, worse in ((0, 1), (7, 8), (102, 103), (228, 229)):
+        medians = 1.0 + np.arange(n) / 8
+        medians[worse] = medians[better] * (1 + 2.0**-50)
+        token_ids = np.arange(n)[::-1].copy()  # would rank them the other way round
+        order = rng.permutation(n)
+        cells = _cells(np.ones((1, n), "float32"), order, token_ids, medians)
+        status = _assert_same(cells, device, _small_plan((256,), select_above=256, settle_small=0), keep=n)
+        assert (status & IS_OPEN).all()
+
+
 @pytest.mark.parametrize("keep", [1, 20, 1000])
 def test_selection(device, poisoned, keep):
     """Cells that are cut to slabs first, one or many, beside cells that are not; cuts through ties and near ties."""
