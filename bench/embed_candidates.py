@@ -143,16 +143,12 @@ def _ours(layer: str, dtype: str) -> Callable[[Workplace], Run]:
     return load_ours
 
 
-def _extractor(attention: str | None) -> Callable[[Workplace], Run]:
-    def load_extractor(place: Workplace) -> Run:
-        from transformers import BertForMaskedLM
+def _extractor(place: Workplace) -> Run:
+    from transformers import BertForMaskedLM
 
-        chosen = {} if attention is None else {"attn_implementation": attention}
-        model = BertForMaskedLM.from_pretrained(place.model, **chosen).eval()
-        has_cls = place.geometry.family == "V2"
-        return lambda cells, batch_size: extractor_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
-
-    return load_extractor
+    model = BertForMaskedLM.from_pretrained(place.model).eval()
+    has_cls = place.geometry.family == "V2"
+    return lambda cells, batch_size: extractor_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
 
 def _stock(place: Workplace) -> Run:
@@ -173,9 +169,9 @@ CANDIDATES = {
     "extractor": Candidate(
         "transformers as Geneformer's extractor calls it: float32, default attention, padded, all states, logits",
         "penultimate",
-        _extractor(None),
+        _extractor,
     ),
-    "extractor-eager": Candidate("the same with eager attention", "penultimate", _extractor("eager")),
+    "extractor-tuned": Candidate("the same with the batch size that is fastest here", "penultimate", _extractor),
     "stock-bfloat16": Candidate(
         "best stock parts: BertModel, bfloat16, SDPA, padded, no head, last layer", "last", _stock
     ),

@@ -41,9 +41,9 @@ class Case:
 
 
 CASES = (
-    Case("v1-10m", 160, 5, None),
-    Case("v1-10m", 80, 3, 1, ("ours", "ours-last", "extractor", "stock-bfloat16")),
-    Case("v2-104m", 32, 3, None, ("ours", "ours-last", "extractor", "stock-bfloat16")),
+    Case("v1-10m", 160, 3, None),
+    Case("v1-10m", 80, 3, 1, ("ours", "ours-last", "extractor-tuned", "stock-bfloat16")),
+    Case("v2-104m", 32, 3, None, ("ours", "ours-last", "extractor-tuned", "stock-bfloat16")),
 )
 
 

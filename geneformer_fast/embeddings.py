@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from geneformer_kernels import embed_tokens, residual_layernorm
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig
@@ -24,21 +25,31 @@ class RankTokens(nn.Module):
         self.position = nn.Embedding(config.max_len, config.width)
         self.token_type = nn.Embedding(config.n_token_types, config.width) if config.n_token_types else None
 
-    def forward(self, tokens: Ragged) -> torch.Tensor:
-        """[T] token ids -> [T, C]."""
+    def forward(
+        self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
         self.check(tokens)
-        hidden = self.token(tokens.values.long())
-        # Order of addition as in BertEmbeddings: token + type, then + position.
-        if self.token_type is not None:
-            hidden = hidden + self.token_type.weight[0]
-        return hidden + self.position(tokens.positions())
+        return embed_tokens(
+            tokens.values,
+            tokens.cu_seqlens,
+            self.token.weight,
+            self.position.weight,
+            None if self.token_type is None else self.token_type.weight[0],
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            eps=self.config.eps if norm is None else norm.eps,
+            dropout_p=dropout_p,
+            out_dtype=out_dtype,
+        )
 
     def check(self, tokens: Ragged) -> None:
         """Refuse what a table lookup would only answer with an index error, or on a GPU with a dead process."""
         _check_length(tokens, self.config)
         if tokens.values.is_floating_point():
             raise InputError(f"this model reads token ids, not {tokens.values.dtype} values")
-        if tokens.values.device.type != "cpu" or not tokens.n_tokens:
+        # Looking at values would make a card wait, and break a compiled graph.
+        if tokens.values.device.type != "cpu" or not tokens.n_tokens or torch.compiler.is_compiling():
             return
         low, high = (int(value) for value in tokens.values.aminmax())
         if low < 0 or high >= self.config.vocab_size:
@@ -65,8 +76,10 @@ class SoftBins(nn.Module):
         self.pad_embedding = nn.Embedding(1, config.width)
         self.position = nn.Embedding(config.max_len, config.width)
 
-    def forward(self, tokens: Ragged) -> torch.Tensor:
-        """[T] values -> [T, C]."""
+    def forward(
+        self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T] values -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
         _check_length(tokens, self.config)
         values = tokens.values.to(self.linear1.weight.dtype)[:, None]
         scores = F.leaky_relu(self.linear1(values), 0.1)
@@ -74,7 +87,13 @@ class SoftBins(nn.Module):
         hidden = weights @ self.lookup_table.weight
         hidden = torch.where(values == -1, self.mask_embedding.weight, hidden)
         hidden = torch.where(values == -2, self.pad_embedding.weight, hidden)
-        return hidden + self.position(tokens.positions())
+        hidden = hidden + self.position(tokens.positions())
+        if norm is not None:
+            hidden, _ = residual_layernorm(
+                hidden, None, norm.weight, norm.bias, eps=norm.eps, norm="post", out_dtype=hidden.dtype
+            )
+        stream = F.dropout(hidden, dropout_p)
+        return stream, stream.to(out_dtype)
 
 
 def _check_length(tokens: Ragged, config: EncoderConfig) -> None:

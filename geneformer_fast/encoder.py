@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels import feed_forward, residual_layernorm, varlen_attention
+from geneformer_kernels import feed_forward, feed_forward_layernorm, linear, residual_layernorm, varlen_attention_qkv
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.heads import CellClassifier, MLMHead, Pooler, make_head
 from geneformer_fast.ragged import Ragged
+
+
+class Linear(nn.Linear):
+    """A linear layer by ``geneformer_kernels.linear``, which keeps packed weights for inference on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [T, N]."""
+        return linear(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
@@ -28,8 +35,8 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.eps)
         self.up = nn.Linear(config.width, config.ff_width * (2 if config.activation == "swiglu" else 1))
         self.down = nn.Linear(config.ff_width, config.width)
@@ -38,33 +45,29 @@ class Block(nn.Module):
     def attend(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Self-attention of [T, C] within each cell, projected back to [T, C]."""
         config = self.config
-        q, k, v = self.qkv(x).view(len(x), 3, config.n_heads, config.head_dim).unbind(1)
+        qkv = self.qkv(x).view(len(x), 3, config.n_heads, config.head_dim)
         dropout_p = config.attention_dropout if self.training else 0.0
-        context = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
-        return self._drop(self.out(context.reshape(len(x), config.width)))
-
-    def transform(self, x: torch.Tensor) -> torch.Tensor:
-        """Feed-forward of [T, C]."""
-        out = feed_forward(
-            x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, activation=self.config.activation
-        )
-        return self._drop(out)
+        context = varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+        return self.out(context.reshape(len(x), config.width))
 
     def forward(
         self, stream: torch.Tensor, x: torch.Tensor, cu_seqlens: torch.Tensor, next_norm: nn.LayerNorm | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) -> (stream, x); ``next_norm`` is the pre-norm LayerNorm of whatever comes after this block."""
-        if self.config.norm == "post":
-            stream, x = add_norm(self.attend(x, cu_seqlens), stream, self.attention_norm, "post", x.dtype)
-            return add_norm(self.transform(x), stream, self.ff_norm, "post", x.dtype)
-        stream, x = add_norm(self.attend(x, cu_seqlens), stream, self.ff_norm, "pre", x.dtype)
-        out = self.transform(x)
-        if next_norm is None:
+        dropout_p = self.config.dropout if self.training else 0.0
+        first_norm, second_norm = (
+            (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
+        )
+        stream, x = add_norm(self.attend(x, cu_seqlens), stream, first_norm, self.config.norm, x.dtype, dropout_p)
+        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        if second_norm is None:
+            out = F.dropout(feed_forward(x, *weights, activation=self.config.activation), dropout_p)
             return stream + out, out
-        return add_norm(out, stream, next_norm, "pre", x.dtype)
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.config.dropout, self.training) if self.training else x
+        return feed_forward_layernorm(
+            x, stream, *weights, second_norm.weight, second_norm.bias,
+            activation=self.config.activation, eps=second_norm.eps, norm=self.config.norm, out_dtype=x.dtype,
+            dropout_p=dropout_p,
+        )  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -99,6 +102,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else None
         self.head = make_head(head, config, n_classes)
+        #: Whether training keeps a block's input only and computes the block again in the backward pass.
+        self.is_recomputing = False
         # What a checkpoint held besides the parameters (checkpoints.hf.Source); saving gives it back.
         self.source: Any = None
         self.reset_parameters()
@@ -170,16 +175,22 @@ class Encoder(nn.Module):
         VocabularyError
             A token id or a cell's length is outside the model's tables.
         """
-        states = self._states(tokens, self.config.layer_index(layer))
-        # A queue of one: earlier states are freed as the next one comes.
-        return tokens.with_values(deque(states, maxlen=1).pop())
+        stream, x = self._embed(tokens)
+        for index in range(self.config.layer_index(layer)):
+            stream, x = self._step(index, stream, x, tokens.cu_seqlens)
+        return tokens.with_values(stream)
 
     def hidden_states(self, tokens: Ragged) -> list[Ragged]:
         """The input of block 0 and the output of every block, n_layers + 1 in all, as transformers lists them.
 
         The last one has passed the final norm where there is one; those before it have not.
         """
-        return [tokens.with_values(hidden) for hidden in self._states(tokens, self.config.n_layers)]
+        stream, x = self._embed(tokens)
+        states = [tokens.with_values(stream)]
+        for index in range(self.config.n_layers):
+            stream, x = self._step(index, stream, x, tokens.cu_seqlens)
+            states.append(tokens.with_values(stream))
+        return states
 
     def logits(self, hidden: Ragged, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What the head says about hidden states.
@@ -208,24 +219,48 @@ class Encoder(nn.Module):
             return self.head(wanted, self.token_table if self.config.tied_decoder else None)
         return self.head(wanted)
 
-    def _states(self, tokens: Ragged, n_blocks: int) -> Iterator[torch.Tensor]:
-        config = self.config
-        work_dtype = self._work_dtype()
-        hidden = self.embeddings(tokens)
-        if self.embedding_norm is not None:
-            hidden, _ = add_norm(hidden, None, self.embedding_norm, "post", hidden.dtype)
-        stream = F.dropout(hidden, config.dropout, self.training)
-        yield stream
-        if config.norm == "post":
-            x = stream.to(work_dtype)
-        else:
+    def mlm_loss(self, hidden: Ragged, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of the masked genes; the logits are never written.
+
+        Parameters
+        ----------
+        hidden
+            Output of the last layer.
+        rows
+            [R] indices of the masked positions in the packed batch.
+        targets
+            [R] token ids that stood there; -100 leaves a row out.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 scalar.
+        """
+        if not isinstance(self.head, MLMHead):
+            raise ValueError('this encoder predicts no masked genes; make it with head="mlm"')
+        return self.head.loss(hidden.values[rows], targets, self.token_table if self.config.tied_decoder else None)
+
+    def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream, x) before the first block."""
+        config, work_dtype = self.config, self._work_dtype()
+        dropout_p = config.dropout if self.training else 0.0
+        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, work_dtype)
+        if config.norm == "pre":
             _, x = add_norm(stream, None, self._block(0).attention_norm, "pre", work_dtype)
-        for index, block in enumerate(self.blocks[:n_blocks]):
-            is_last = index + 1 == config.n_layers
-            stream, x = block(stream, x, tokens.cu_seqlens, self._norm_after(index))
-            if is_last and self.final_norm is not None:
-                stream, _ = add_norm(stream, None, self.final_norm, "post", work_dtype)
-            yield stream
+        return stream, x
+
+    def _step(
+        self, index: int, stream: torch.Tensor, x: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
+        inputs = (stream, x, cu_seqlens, self._norm_after(index))
+        if self.is_recomputing and self.training and torch.is_grad_enabled():
+            stream, x = checkpoint(self._block(index), *inputs, use_reentrant=False)
+        else:
+            stream, x = self.blocks[index](*inputs)
+        if index + 1 == self.config.n_layers and self.final_norm is not None:
+            stream, x = add_norm(stream, None, self.final_norm, "post", x.dtype)
+        return stream, x
 
     def _norm_after(self, index: int) -> nn.LayerNorm | None:
         """The pre-norm LayerNorm that reads the stream after block ``index``, fused into that block's addition."""
@@ -243,7 +278,14 @@ class Encoder(nn.Module):
 
 
 def add_norm(
-    x: torch.Tensor, stream: torch.Tensor | None, norm: nn.LayerNorm, kind: str, out_dtype: torch.dtype
+    x: torch.Tensor,
+    stream: torch.Tensor | None,
+    norm: nn.LayerNorm,
+    kind: str,
+    out_dtype: torch.dtype,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add to the stream and normalise with a module's parameters; see ``geneformer_kernels.residual_layernorm``."""
-    return residual_layernorm(x, stream, norm.weight, norm.bias, eps=norm.eps, norm=kind, out_dtype=out_dtype)
+    return residual_layernorm(
+        x, stream, norm.weight, norm.bias, eps=norm.eps, norm=kind, out_dtype=out_dtype, dropout_p=dropout_p
+    )

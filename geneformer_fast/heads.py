@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels import residual_layernorm
+from geneformer_kernels import mlm_cross_entropy, residual_layernorm
 from geneformer_kernels.ops.feed_forward.reference import activate
 from torch import nn
 
@@ -32,6 +32,15 @@ class MLMHead(nn.Module):
 
     def forward(self, rows: torch.Tensor, token_table: torch.Tensor | None = None) -> torch.Tensor:
         """[R, C] hidden rows -> [R, V] logits; ``token_table`` [V, C] is the decoder where it is tied."""
+        hidden, weight = self.transform(rows), self._decoder_weight(token_table)
+        return F.linear(hidden, weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+
+    def loss(self, rows: torch.Tensor, targets: torch.Tensor, token_table: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, C] hidden rows and [R] token ids -> mean cross entropy (a scalar); rows of target -100 do not count."""
+        return mlm_cross_entropy(self.transform(rows), self._decoder_weight(token_table), self.bias, targets)
+
+    def transform(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R, C] -> [R, C], what the decoder reads."""
         hidden = self.dense(rows.to(self.dense.weight.dtype))
         if self.config.head_activation == "relu":
             hidden = F.relu(hidden)
@@ -42,10 +51,13 @@ class MLMHead(nn.Module):
         _, hidden = residual_layernorm(
             hidden, None, self.norm.weight, self.norm.bias, eps=self.norm.eps, norm="post", out_dtype=hidden.dtype
         )
+        return hidden
+
+    def _decoder_weight(self, token_table: torch.Tensor | None) -> torch.Tensor:
         weight = self.decoder.weight if self.decoder is not None else token_table
         if weight is None:
             raise ValueError("this head shares the encoder's token table: pass it as token_table")
-        return F.linear(hidden, weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        return weight
 
 
 class Pooler(nn.Module):

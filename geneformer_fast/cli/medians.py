@@ -7,7 +7,7 @@ import argparse
 from geneformer_fast.cli.tokenize import add_inputs
 
 NAME = "medians"
-HELP = "Compute corpus medians and make a vocabulary of them, for an own corpus or species."
+HELP = "compute corpus medians and make a vocabulary of them, for an own corpus or species"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

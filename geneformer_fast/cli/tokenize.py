@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from geneformer_fast.tokenization.arrow import TokenFolder
 
 NAME = "tokenize"
-HELP = "Turn count matrices (.h5ad, .zarr, 10x, .loom) into ranked gene tokens."
+HELP = "turn count matrices (.h5ad, .zarr, 10x, .loom) into ranked gene tokens"
 
 _INTERRUPTED = 130
 _MOST_SHOWN = 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from geneformer_fast.errors import VocabularyError
 from geneformer_fast.tokenization.pickles import read_pickle
 from geneformer_fast.tokenization.vocabulary import (
     FAMILIES,
-    MAX_LEN,
     SAVED_FILE,
     SPECIAL,
     Vocabulary,
-    published_name,
 )
 
 _FILE = re.compile(
@@ -186,10 +183,10 @@ def _from_release(release: _Release) -> Vocabulary:
             special[match[1] or match[2]] = value
     family = release.family
     medians = _release_medians(release)
-    name = _name(family, genes, special, medians) or f"{path.parent.name}/{path.stem}"
+    name = f"{path.parent.name}/{path.stem}"
     aliases = checked_strings(release.read("ensembl_mapping_dict"), _where(release, "ensembl_mapping_dict"))
     symbols = checked_strings(release.read("gene_name_id_dict"), _where(release, "gene_name_id_dict"))
-    return Vocabulary(name, family, genes, medians, aliases, symbols, special)
+    return Vocabulary(name, family, genes, medians, aliases, symbols, special).under_public_name()
 
 
 def _where(release: _Release, kind: str) -> str:
@@ -201,14 +198,6 @@ def _release_medians(release: _Release) -> dict[str, float]:
     return checked_numbers(release.read(kind), float, _where(release, kind))
 
 
-def _name(
-    family: str, genes: Mapping[str, int], special: Mapping[str, int], medians: Mapping[str, float]
-) -> str | None:
-    if not medians.keys() >= genes.keys():
-        return None
-    return published_name(family, MAX_LEN[family], special, genes, medians)
-
-
 def _bionemo_from_v1(release: _Release) -> Vocabulary:
     """BioNeMo numbers the genes in the order of Geneformer's V1 median dictionary, after its five special tokens."""
     medians = _release_medians(release)
@@ -216,8 +205,7 @@ def _bionemo_from_v1(release: _Release) -> Vocabulary:
     genes = {gene: len(special) + i for i, gene in enumerate(medians)}
     aliases = checked_strings(release.read("ensembl_mapping_dict"), _where(release, "ensembl_mapping_dict"))
     symbols = checked_strings(release.read("gene_name_id_dict"), _where(release, "gene_name_id_dict"))
-    name = _name("bionemo", genes, special, medians) or "custom-bionemo"
-    return Vocabulary(name, "bionemo", genes, medians, aliases, symbols, special)
+    return Vocabulary("custom-bionemo", "bionemo", genes, medians, aliases, symbols, special).under_public_name()
 
 
 def _find_medians(folder: Path, releases: list[_Release]) -> _Release:
@@ -257,5 +245,5 @@ def _read_bionemo(path: Path, release: _Release) -> Vocabulary:
         if len(genes) != len(symbols):
             raise VocabularyError(f"{path}: several gene names share one Ensembl id; token ids would be ambiguous")
     aliases = checked_strings(release.read("ensembl_mapping_dict"), _where(release, "ensembl_mapping_dict"))
-    name = _name("bionemo", genes, special, medians) or f"{path.parent.name}/{path.name}"
-    return Vocabulary(name, "bionemo", genes, medians, aliases, symbols, special)
+    name = f"{path.parent.name}/{path.name}"
+    return Vocabulary(name, "bionemo", genes, medians, aliases, symbols, special).under_public_name()

@@ -19,6 +19,7 @@ from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.sources.arrays import number_array
+from geneformer_fast.tokenization.tally import NAMED_ROWS, add_tally, empty_tally, nothing_left
 from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 #: Cells per block of reading, ranking and writing, and so per Arrow record batch.
 BLOCK_ROWS = 1024
-_NAMED_ROWS = 10
 
 
 class TokenizedCells(NamedTuple):
@@ -269,16 +269,16 @@ def _write(
     progress: bool | None,
 ) -> None:
     start = output.progress["source"], output.progress["row"]
-    cells = [dict(tally) for tally in output.progress["cells"]] or [_empty_tally(entry.name) for entry in prepared]
+    cells = [dict(tally) for tally in output.progress["cells"]] or [empty_tally(entry.name) for entry in prepared]
     bar = _progress_bar(sum(entry.n_cells for entry in prepared), sum(tally["read"] for tally in cells), progress)
     ranked = _ranked_blocks(prepared, vocabulary, options, types, workers, start, schema)
     try:
         for block, batch in ranked:
-            _add_tally(cells[block.source], block.tally)
+            add_tally(cells[block.source], block.tally)
             output.write(batch, source=block.source, row=block.next_row, cells=cells)
             bar.update(block.tally["read"])
         if not output.n_cells:
-            raise InputError(_nothing_left(cells))
+            raise InputError(nothing_left(cells))
         output.finish(source=len(prepared), cells=cells)
     finally:
         ranked.close()
@@ -346,7 +346,7 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
         "written": len(kept),
         "filtered": int(block.n_cells - is_wanted.sum()),
         "empty": len(empty),
-        "empty_rows": empty[:_NAMED_ROWS].tolist(),
+        "empty_rows": empty[:NAMED_ROWS].tolist(),
         "full": int((lengths[kept] == vocabulary.max_len).sum()),
         # As integers, which numpy counts five times as fast; the bits of a float zero are zeros.
         "stored_zeros": int(len(block.data) - np.count_nonzero(block.data.view(f"i{block.data.itemsize}"))),
@@ -358,25 +358,6 @@ def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
     next_row = block.start + block.n_cells
     block.release()
     return _Ranked(task.source, next_row, values, lengths[kept], rows, tally, carried)
-
-
-def _empty_tally(name: str) -> dict[str, Any]:
-    keys = ("read", "written", "filtered", "empty", "full", "stored_zeros")
-    return {"source": name, **dict.fromkeys(keys, 0), "empty_rows": []}
-
-
-def _add_tally(total: dict[str, Any], part: Mapping[str, Any]) -> None:
-    for key, value in part.items():
-        total[key] = (total[key] + value)[:_NAMED_ROWS] if key == "empty_rows" else total[key] + value
-
-
-def _nothing_left(cells: list[dict[str, Any]]) -> str:
-    read, filtered, empty = (sum(tally[key] for tally in cells) for key in ("read", "filtered", "empty"))
-    return (
-        f"no cell is left: of {read:,} cells in {', '.join(tally['source'] for tally in cells[:3])}"
-        f"{', ...' * (len(cells) > 3)} {filtered:,} were left out by filter_pass and {empty:,} have no counts in any "
-        "gene of the vocabulary"
-    )
 
 
 def _progress_bar(total: int, done: int, progress: bool | None) -> Any:
@@ -391,17 +372,17 @@ def _tokenize_in_memory(
     adata: Any, vocabulary: Vocabulary, options: reading.ReadOptions, workers: int
 ) -> TokenizedCells:
     prepared = reading.prepare([adata], vocabulary, options)
-    tally = _empty_tally(prepared[0].name)
+    tally = empty_tally(prepared[0].name)
     blocks = []
     try:
         ranked = _ranked_blocks(prepared, vocabulary, options, {}, workers)
         for block, _ in ranked:
-            _add_tally(tally, block.tally)
+            add_tally(tally, block.tally)
             blocks.append(block)
     finally:
         reading.close_all(prepared)
     if not tally["written"]:
-        raise InputError(_nothing_left([tally]))
+        raise InputError(nothing_left([tally]))
     cu_seqlens = np.zeros(tally["written"] + 1, dtype=np.int64)
     np.cumsum(np.concatenate([block.lengths for block in blocks]), out=cu_seqlens[1:])
     return TokenizedCells(

@@ -172,6 +172,11 @@ class Vocabulary:
         """SHA-256 over family, length, special tokens, token ids and medians: what a model has to agree with."""
         return _fingerprint(self.family, self.max_len, self.special, self.token_ids, self.medians)
 
+    def under_public_name(self) -> Vocabulary:
+        """Itself, renamed if it is a published pair of token and median dictionaries."""
+        object.__setattr__(self, "name", _PUBLISHED.get(self.fingerprint, self.name))
+        return self
+
     @cached_property
     def mapping_fingerprint(self) -> str:
         """SHA-256 over the aliases in use: with another mapping the same file gives other tokens to the same model."""
@@ -316,13 +321,6 @@ class Vocabulary:
         """Raise VocabularyError, naming both, unless `other` (a vocabulary or an identity) is this vocabulary."""
         theirs = other.identity() if isinstance(other, Vocabulary) else other
         check_same(self.identity(), theirs, first="tokens", second=what)
-
-
-def published_name(
-    family: str, max_len: int, special: Mapping[str, int], token_ids: Mapping[str, int], medians: Mapping[str, float]
-) -> str | None:
-    """The public name of a published pair of token and median dictionaries, or None for any other content."""
-    return _PUBLISHED.get(_fingerprint(family, max_len, special, token_ids, medians))
 
 
 def _fingerprint(

@@ -11,9 +11,18 @@ from typing import Any
 
 _HOME = {
     "rank_genes": "geneformer_kernels.ops.rank_genes.op",
+    "embed_tokens": "geneformer_kernels.ops.embed_tokens.op",
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
+    "varlen_attention_qkv": "geneformer_kernels.ops.varlen_attention.op",
+    "attention_scores": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
+    "linear": "geneformer_kernels.ops.linear.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
+    "feed_forward_layernorm": "geneformer_kernels.ops.feed_forward.op",
+    "int8_linear": "geneformer_kernels.ops.int8_linear.op",
+    "quantize_rows": "geneformer_kernels.ops.int8_linear.op",
+    "quantize_weight": "geneformer_kernels.ops.int8_linear.op",
+    "mlm_cross_entropy": "geneformer_kernels.ops.mlm_cross_entropy.op",
 }
 
 __all__ = list(_HOME)

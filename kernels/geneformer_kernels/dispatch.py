@@ -25,6 +25,7 @@ logger = logging.getLogger("geneformer_kernels")
 OPERATIONS = (
     "rank_genes",
     "embed_tokens",
+    "linear",
     "varlen_attention",
     "residual_layernorm",
     "feed_forward",

@@ -23,21 +23,26 @@ TRITON_TYPES = {
 class Launch:
     """The options every plan carries beside its block sizes.
 
-    ``enable_fp_fusion`` is always said, because its default differs between versions of Triton.
+    ``enable_fp_fusion`` is always said, because its default differs between versions of Triton. ``max_registers`` per
+    thread lets more programs share a multiprocessor; the compiler otherwise takes what it likes.
     """
 
     num_warps: int = 4
     num_stages: int = 2
     enable_fp_fusion: bool = True
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
-        return {
+        options: dict[str, int | bool] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.enable_fp_fusion,
         }
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ def choose_for(op: str, x: torch.Tensor, impl: Impl | str | None = None, *, dtyp
 # Constant for the compiler: the choice looks at versions, environment and context, which would break graphs.
 @torch.compiler.assume_constant_result
 def _choice(op: str, dtype: str, device_type: str, device_index: int | None, impl: str | None) -> str:
-    return str(choose(op, dtype, target_of(torch.device(device_type, device_index)), impl).impl)
+    return str(
+        choose(
+            op, dtype, target_of(device_type if device_index is None else f"{device_type}:{device_index}"), impl
+        ).impl
+    )
 
 
 def target_for(x: torch.Tensor) -> Target:

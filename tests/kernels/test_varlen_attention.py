@@ -8,7 +8,7 @@ from geneformer_kernels import varlen_attention
 from geneformer_kernels.dispatch import ImplUnavailableError
 from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.host import softmax_, varlen_attention_blocked
-from geneformer_kernels.ops.varlen_attention.plan import plan
+from geneformer_kernels.ops.varlen_attention.plan import torch_plan
 from geneformer_kernels.target import Target
 from tolerance import assert_as_good_as
 
@@ -105,8 +105,8 @@ def test_bad_arguments() -> None:
         varlen_attention(q, k, v, cu_seqlens=cu_seqlens[:-1])
     with pytest.raises(ValueError, match="decrease"):
         varlen_attention(q, k, v, cu_seqlens=torch.tensor([0, 9, 3, 469]))
-    with pytest.raises(ImplUnavailableError, match=r"triton.*torch"):
-        varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="triton")
+    with pytest.raises(ImplUnavailableError, match=r"numba.*torch"):
+        varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="numba")
 
 
 def test_routes() -> None:
@@ -115,11 +115,11 @@ def test_routes() -> None:
         Target.cpu({"avx512_bf16", "amx_bf16"}),
         Target.cpu({"avx2"}),
     )
-    assert plan("bfloat16", zen, is_inference=True).route == "blocked"
-    assert plan("bfloat16", zen, is_inference=False).route == "sdpa"
-    assert plan("float32", zen, is_inference=True).route == "sdpa"
-    assert plan("bfloat16", xeon, is_inference=True).route == "sdpa"
-    assert plan("float32", old, is_inference=True).route == "sdpa"
+    assert torch_plan("bfloat16", zen, is_inference=True).route == "blocked"
+    assert torch_plan("bfloat16", zen, is_inference=False).route == "cells"
+    assert torch_plan("float32", zen, is_inference=True).route == "cells"
+    assert torch_plan("bfloat16", xeon, is_inference=True).route == "cells"
+    assert torch_plan("float32", old, is_inference=True).route == "cells"
 
 
 @pytest.mark.parametrize("n_threads", [1, 4])

@@ -40,6 +40,20 @@ def text_list_array(texts: Sequence[str | None]) -> pa.Array:
     return _binary_array(encoded, np.fromiter((text is None for text in texts), dtype=bool, count=len(texts)))
 
 
+def bytes_list_array(texts: Sequence[bytes | None]) -> pa.Array:
+    """As :func:`text_list_array`, from encoded strings.
+
+    Raises
+    ------
+    ValueError
+        Bytes that are not UTF-8.
+    """
+    missing = np.fromiter((text is None for text in texts), dtype=bool, count=len(texts))
+    array = _binary_array([text or b"" for text in texts], missing)
+    array.validate(full=True)
+    return array
+
+
 def _binary_array(encoded: Sequence[bytes], missing: np.ndarray) -> pa.Array:
     offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
     np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), out=offsets[1:])

@@ -96,11 +96,11 @@ def text_array(values: np.ndarray) -> pa.Array:
     ValueError
         Bytes that are not UTF-8.
     """
-    from geneformer_fast.tokenization.sources.arrays import text_list_array
+    from geneformer_fast.tokenization.sources.arrays import bytes_list_array, text_list_array
 
     listed = values.tolist()
     if listed and isinstance(listed[0], bytes):
-        return text_list_array([None if value is None else value.decode() for value in listed])
+        return bytes_list_array(listed)
     return text_list_array([value if value is None or value == value else None for value in listed])
 
 

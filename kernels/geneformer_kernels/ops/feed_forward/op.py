@@ -1,15 +1,18 @@
-"""The feed-forward half of a block: the public function."""
+"""The feed-forward half of a block: the public functions."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from geneformer_kernels.dispatch import Impl, choose
+from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed
 from geneformer_kernels.ops.feed_forward import reference
-from geneformer_kernels.target import target_of
+from geneformer_kernels.ops.feed_forward.device import feed_forward_fwd, feed_forward_layernorm_fwd, is_fused
+from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
+from geneformer_kernels.packed import is_packable, packed_linear
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
+NORMS = ("post", "pre")
 
 
 def feed_forward(
@@ -27,40 +30,51 @@ def feed_forward(
     Parameters
     ----------
     x
-        [T, C].
+        [T, C] in the compute dtype; more leading axes are allowed.
     up_weight, up_bias
-        [F, C] and [F]; for ``"swiglu"`` [2 F, C] and [2 F], gate rows first. A bias may be None.
+        [F, C] and [F]; for ``"swiglu"`` [2 F, C] and [2 F], gate rows first. A bias may be None. Parameters of another
+        dtype are cast to that of ``x``; their gradients keep their own.
     down_weight, down_bias
         [C, F] and [C].
     activation
         ``"relu"``, ``"gelu"`` (error function), ``"gelu_tanh"`` or ``"swiglu"`` (``silu(gate) * up``).
     impl
-        ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------
     torch.Tensor
-        [T, C] in the compute dtype.
+        Shape of ``x`` in the compute dtype.
 
     Raises
     ------
     ValueError
         The activation is unknown or shapes do not fit.
+    ImplUnavailableError
+        An implementation asked for by name cannot run here.
+
+    Notes
+    -----
+    The Triton implementation keeps ``x`` and the weights for the backward pass, and computes the hidden units again.
 
     References
     ----------
     Hendrycks and Gimpel, arXiv:1606.08415 (GELU); Shazeer, arXiv:2002.05202 (SwiGLU).
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
-    hidden_width = down_weight.shape[1] * (2 if activation == "swiglu" else 1)
-    if up_weight.shape != (hidden_width, x.shape[-1]) or down_weight.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"x {[*x.shape]}, up {[*up_weight.shape]} and down {[*down_weight.shape]} do not fit for {activation}"
-        )
-    choice = choose("feed_forward", str(x.dtype).removeprefix("torch."), target_of(x.device), impl)
-    if choice.impl == Impl.REFERENCE:
+    _check(x, up_weight, up_bias, down_weight, down_bias, activation)
+    x = _computed_in(x)
+    # Asked of the weights as they are kept: a copy in another dtype would be packed anew at every call.
+    is_packed = activation == "relu" and is_packable(x, up_weight, up_bias) and is_packable(x, down_weight, down_bias)
+    up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
+    chosen = choose_for("feed_forward", x, impl)
+    if chosen == Impl.TRITON:
+        rows = x.reshape(-1, x.shape[-1])
+        return feed_forward_fwd(rows, up_weight, up_bias, down_weight, down_bias, activation).view(x.shape)
+    up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (up_bias, down_bias))
+    if chosen == Impl.REFERENCE:
         return reference.feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation)
+    if is_packed:
+        return packed_linear(packed_linear(x, up_weight, up_bias, "relu"), down_weight, down_bias)
     hidden = F.linear(x, up_weight, up_bias)
     if activation == "relu":
         # In place where nothing has to remember the input: a third of the memory traffic.
@@ -71,3 +85,163 @@ def feed_forward(
     else:
         hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     return F.linear(hidden, down_weight, down_bias)
+
+
+def feed_forward_layernorm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    activation: str,
+    eps: float,
+    norm: str,
+    out_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``total = dropout(feed_forward(x)) + residual; normed = layer_norm(total)``, the stream kept in float32.
+
+    Parameters
+    ----------
+    x, up_weight, up_bias, down_weight, down_bias, activation
+        As in :func:`feed_forward`.
+    residual
+        Shape of ``x``, float32 (float64 for float64 ``x``), the residual stream; None stands for zeros.
+    weight, bias
+        [C], scale and shift of the LayerNorm.
+    eps
+        Added to the variance.
+    norm
+        ``"post"``: the stream goes on normalised (BERT). ``"pre"``: it goes on as the plain sum (AIDO.Cell, Megatron).
+    out_dtype
+        Dtype of ``out``; None is the dtype of ``x``.
+    dropout_p
+        Probability of dropping an element (training only); what stays is scaled by ``1 / (1 - dropout_p)``. The fused
+        kernel rounds it to a multiple of 2**-16.
+    seed
+        [1] int64 on the device of ``x``: determines the mask of the fused kernel; None draws one from torch's
+        generator. Everything else draws its mask from that generator itself.
+    impl
+        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+
+    Returns
+    -------
+    stream, out
+        Shape of ``x`` each: the float32 residual stream to carry on, and the normalised value in ``out_dtype`` to
+        compute on. They may be one tensor where the values are equal.
+
+    Raises
+    ------
+    ValueError
+        The activation or ``norm`` is unknown, shapes do not fit, or ``dropout_p`` is no probability.
+    ImplUnavailableError
+        An implementation asked for by name cannot run here.
+
+    Notes
+    -----
+    One kernel for C = 128 and 256 in float16 and bfloat16, if Triton is chosen. Otherwise the Triton implementation of
+    :func:`feed_forward` followed by torch's dropout, addition and LayerNorm.
+
+    References
+    ----------
+    Ba et al., "Layer normalization", arXiv:1607.06450; Xiong et al., "On layer normalization in the transformer
+    architecture", arXiv:2002.04745 (post and pre).
+    """
+    _check(x, up_weight, up_bias, down_weight, down_bias, activation)
+    _check_norm(x, residual, weight, bias, norm, dropout_p)
+    out_dtype = out_dtype or x.dtype
+    x = _computed_in(x)
+    chosen = choose_for("feed_forward", x, impl)
+    width, ff_width = x.shape[-1], down_weight.shape[1]
+    if chosen == Impl.TRITON and is_fused(
+        DTYPE_NAMES[x.dtype], width, ff_width, activation, x.device.type, x.device.index
+    ):
+        seed = None if not dropout_p else draw_seed(x.device) if seed is None else seed
+        inputs = (x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias)
+        needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+        stream, out, *_ = feed_forward_layernorm_fwd(
+            x.reshape(-1, width),
+            None if residual is None else residual.reshape(-1, width),
+            up_weight.to(x.dtype),
+            up_bias,
+            down_weight.to(x.dtype),
+            down_bias,
+            weight,
+            bias,
+            seed,
+            activation,
+            eps,
+            norm == "post",
+            dropout_p,
+            out_dtype,
+            needs_grad,
+        )
+        stream = stream.view(x.shape)
+        return stream, out.view(x.shape) if out.ndim == 2 else stream
+    if chosen == Impl.REFERENCE:
+        keep = F.dropout(torch.ones_like(x), dropout_p) if dropout_p else None
+        up_bias, down_bias = (None if each is None else each.to(x.dtype) for each in (up_bias, down_bias))
+        up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
+        return reference.feed_forward_layernorm(
+            x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias,
+            activation, eps, norm, out_dtype, keep,
+        )  # fmt: skip
+    total = feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation=activation, impl=chosen)
+    # The sum of a half and a float32 is float32: no copy of the half is made.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = F.dropout(total, dropout_p) if dropout_p else total
+    total = total.to(wide) if residual is None else residual.to(wide) + total
+    normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return normed if norm == "post" else total, normed.to(out_dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+    hidden_width = down_weight.shape[1] * (2 if activation == "swiglu" else 1)
+    if up_weight.shape != (hidden_width, x.shape[-1]) or down_weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"x {[*x.shape]}, up {[*up_weight.shape]} and down {[*down_weight.shape]} do not fit for {activation}"
+        )
+    for name, bias, size in (("up_bias", up_bias, hidden_width), ("down_bias", down_bias, x.shape[-1])):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} {[*bias.shape]} must be [{size}]")
+
+
+def _check_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm: str,
+    dropout_p: float,
+) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"x {[*x.shape]} and residual {[*residual.shape]} must have one shape")
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(f"weight {[*weight.shape]} and bias {[*bias.shape]} must be [{x.shape[-1]}]")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
+
+
+def _computed_in(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype that autocast multiplies in, where it is on: operators of our own are unknown to it."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

@@ -2,14 +2,272 @@
 
 from __future__ import annotations
 
-from geneformer_kernels.dispatch import Candidate, Impl
+import itertools
+from dataclasses import dataclass, replace
+
+from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.launch import KernelCase, Launch, pointer
 from geneformer_kernels.target import Target
+
+OP = "feed_forward"
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
+#: Widths whose rows stay in the registers of one block from the input to the LayerNorm after it. At 512 a block would
+#: hold 32 rows of sums, half as many as at 256, and read both weights from the second-level cache once per 32 rows: 32
+#: flop per byte. So 512, like every other width, goes through one matrix product per linear layer.
+FUSED_WIDTHS = (128, 256)
+# What the cases are compiled for: hidden units beside a compact width, and a width that is not compact.
+CASE_FF_WIDTH = 512
+CASE_WIDE = (768, 3072)
 
 
 def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     """Implementations for a dtype on a target, best first."""
     library = {"cpu": "oneDNN or MKL", "cuda": "cuBLAS", "hip": "hipBLASLt"}.get(target.kind, "the vendor's library")
-    return (
-        Candidate(Impl.TORCH, True, f"torch linear through {library}"),
-        Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype"),
+    triton = triton_candidate(OP, dtype, target)
+    if dtype == "float64":
+        triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
+    torch = Candidate(Impl.TORCH, True, f"torch linear through {library}")
+    reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
+    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+
+
+def precision_of(dtype: str) -> str:
+    """How a product multiplies: float32 as three tf32 products, near float32's own accuracy; ignored for halves."""
+    return "tf32x3" if dtype == "float32" else "tf32"
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """Rows per block and hidden units per step of the kernel that does everything."""
+
+    block_rows: int
+    block_f: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class UpPlan:
+    """Tile of the first linear layer with its activation; ``group`` blocks of rows are walked through together."""
+
+    block_rows: int
+    block_n: int
+    block_k: int
+    group: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """Blocks of the backward's elementwise kernels; ``n_programs`` share the rows, each with its part of the sums."""
+
+    block_rows: int
+    block_columns: int
+    n_programs: int
+    launch: Launch
+
+
+def fused_plan(dtype: str, width: int, ff_width: int, activation: str, target: Target) -> FusedPlan | None:
+    """The plan of the fused kernel; None where the matrix product takes over.
+
+    64 float32 sums per thread leave room for an epilogue without spills. SwiGLU reads two blocks of weights per step,
+    and cards with 99 KB of shared memory hold half a block.
+    """
+    if width not in FUSED_WIDTHS or dtype not in ("float16", "bfloat16"):
+        return None
+    is_roomy = target.smem_bytes >= 160 * 1024 and activation != "swiglu"
+    block_f = 64 if is_roomy or (width == 128 and activation != "swiglu") else 32
+    if ff_width % block_f:
+        return None
+    return FusedPlan(64, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2))
+
+
+def up_plan(dtype: str, n_rows: int, width: int, ff_width: int, activation: str, target: Target) -> UpPlan:
+    """The tile of the first linear layer; smaller where large tiles would leave multiprocessors idle.
+
+    And smaller where rows begin anywhere and are read element by element, whose addresses take registers.
+    """
+    is_swiglu = activation == "swiglu"
+    n_large = -(-n_rows // 128) * -(-ff_width // (64 if is_swiglu else 128))
+    if dtype == "float32" or width % 16 or n_large < target.n_sms:
+        block_k = 64 // (2 if dtype == "float32" else 1) // (2 if width % 16 else 1)
+        return UpPlan(64, 32 if is_swiglu else 64, block_k, 8, Launch(4, 2))
+    # Three stages of 32 KB: 96 KB, within what sm_86 and sm_89 have.
+    return UpPlan(128, 64 if is_swiglu else 128, 64, 8, Launch(8, 3))
+
+
+def activation_plan(n_rows: int, ff_width: int, target: Target) -> RowsPlan:
+    """Four blocks per multiprocessor share the rows of all columns."""
+    n_column_blocks = -(-ff_width // 128)
+    n_programs = max(1, min(-(-n_rows // 16), 4 * target.n_sms // n_column_blocks))
+    return RowsPlan(16, 128, n_programs, Launch(num_warps=4, num_stages=1))
+
+
+def layernorm_plan(n_rows: int, width: int, target: Target) -> RowsPlan:
+    """16 rows, the fewest a mask is regenerated for, and 16 elements per thread."""
+    n_programs = max(1, min(-(-n_rows // 16), 4 * target.n_sms))
+    return RowsPlan(16, width, n_programs, Launch(num_warps=max(4, width // 32), num_stages=1))
+
+
+def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
+    """Every kernel under every plan; before sm_80, where products become scalar arithmetic, one of each as evidence."""
+    has_tensor_cores = target.sm >= 80
+    dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
+    if not has_tensor_cores:
+        return (
+            _fused_case("float16", 128, "relu", target, "inference", is_post=True),
+            _up_case("float16", *CASE_WIDE, "relu", target),
+            *(_activation_case(dtype, "relu", target) for dtype in dtypes),
+            _layernorm_case("float16", 256, target, is_post=True, is_full=True),
+        )
+    cases = []
+    for dtype, activation in itertools.product(dtypes, ACTIVATIONS):
+        cases.append(_activation_case(dtype, activation, target))
+        cases.append(_up_case(dtype, *CASE_WIDE, activation, target, is_small=True))
+        if dtype != "float32":
+            cases.append(_up_case(dtype, *CASE_WIDE, activation, target))
+        for width in FUSED_WIDTHS if dtype != "float32" else ():
+            cases.append(_fused_case(dtype, width, activation, target, "no norm", is_post=True))
+            cases.append(_fused_case(dtype, width, activation, target, "training, dropout", is_post=True))
+    for dtype, width, is_post in itertools.product(("float16", "bfloat16"), FUSED_WIDTHS, (True, False)):
+        cases.append(_fused_case(dtype, width, "relu", target, "inference", is_post=is_post))
+        cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=True))
+        cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=False))
+    cases += [
+        _fused_case("bfloat16", width, "relu", target, "training, dropout", is_post=False) for width in (128, 256)
+    ]
+    # Nothing is a multiple of 16.
+    cases += [_up_case(dtype, 769, 1001, activation, target) for dtype in dtypes for activation in ("gelu", "swiglu")]
+    return tuple(cases)
+
+
+def _fused_case(dtype: str, width: int, activation: str, target: Target, use: str, *, is_post: bool) -> KernelCase:
+    planned = fused_plan(dtype, width, CASE_FF_WIDTH, activation, target)
+    assert planned is not None
+    own, wide = pointer(dtype), pointer("float32")
+    has_norm, is_training = use != "no norm", use == "training, dropout"
+    pointers = {
+        "x_ptr": own,
+        "residual_ptr": wide if has_norm else None,
+        "up_weight_ptr": own,
+        "up_bias_ptr": wide,
+        "down_weight_ptr": own,
+        "down_bias_ptr": wide,
+        "weight_ptr": wide if has_norm else None,
+        "bias_ptr": wide if has_norm else None,
+        "seed_ptr": pointer("int64") if is_training else None,
+        "stream_ptr": wide if has_norm else None,
+        "out_ptr": own,
+        "total_ptr": wide if is_training and is_post else None,
+        "mean_ptr": wide if is_training else None,
+        "rstd_ptr": wide if is_training else None,
+    }
+    scalars = {"n_rows": "i32", "ff_width": "i32", "eps": "fp32", "threshold": "i32", "keep_scale": "fp32"}
+    constexprs: dict[str, int | float | bool | str | None] = {
+        "ACTIVATION": activation,
+        "IS_POST": is_post,
+        "PRECISION": precision_of(dtype),
+        "WIDTH": width,
+        "BLOCK_ROWS": planned.block_rows,
+        "BLOCK_F": planned.block_f,
+    }
+    problem = f"C={width} {activation} {use if not has_norm else f'{use}, ' + ('post' if is_post else 'pre')}"
+    return _case(
+        "feed_forward_fwd_kernel", problem, dtype, target, pointers, scalars, constexprs, planned.launch,
+        sizes={"ff_width"}, has_dot=True,
+    )  # fmt: skip
+
+
+def _up_case(
+    dtype: str, width: int, ff_width: int, activation: str, target: Target, *, is_small: bool = False
+) -> KernelCase:
+    # Which tile depends on the number of multiprocessors, of which cards of one architecture have different ones.
+    planned = up_plan(dtype, 1 if is_small else 1 << 20, width, ff_width, activation, replace(target, n_sms=100))
+    own = pointer(dtype)
+    pointers: dict[str, str | None] = {"x_ptr": own, "weight_ptr": own, "bias_ptr": pointer("float32"), "out_ptr": own}
+    constexprs: dict[str, int | float | bool | str | None] = {
+        "ACTIVATION": activation,
+        "PRECISION": precision_of(dtype),
+        "IS_EVEN": width % planned.block_k == 0,
+        "BLOCK_ROWS": planned.block_rows,
+        "BLOCK_N": planned.block_n,
+        "BLOCK_K": planned.block_k,
+        "GROUP": planned.group,
+    }
+    return _case(
+        "feed_forward_up_kernel", f"C={width} F={ff_width} {activation} tile {planned.block_rows}", dtype, target,
+        pointers, {"n_rows": "i32", "n_columns": "i32", "width": "i32"}, constexprs, planned.launch,
+        sizes={name for name, size in (("n_columns", ff_width), ("width", width)) if size % 16 == 0}, has_dot=True,
+    )  # fmt: skip
+
+
+def _activation_case(dtype: str, activation: str, target: Target) -> KernelCase:
+    planned = activation_plan(1 << 16, CASE_FF_WIDTH, target)
+    own, wide = pointer(dtype), pointer("float32")
+    pointers: dict[str, str | None] = {"hidden_ptr": own, "d_hidden_ptr": own, "bias_ptr": wide, "partial_ptr": wide}
+    constexprs: dict[str, int | float | bool | str | None] = {
+        "ACTIVATION": activation,
+        "BLOCK_ROWS": planned.block_rows,
+        "BLOCK_F": planned.block_columns,
+    }
+    return _case(
+        "feed_forward_bwd_activation_kernel", activation, dtype, target, pointers,
+        {"n_rows": "i32", "ff_width": "i32"}, constexprs, planned.launch, sizes={"ff_width"}, has_dot=False,
+    )  # fmt: skip
+
+
+def _layernorm_case(dtype: str, width: int, target: Target, *, is_post: bool, is_full: bool) -> KernelCase:
+    # Full: both gradients come in, all go out, with dropout. Otherwise: one comes in and one goes out.
+    planned = layernorm_plan(1 << 16, width, target)
+    own, wide = pointer(dtype), pointer("float32")
+    pointers = {
+        "d_stream_ptr": wide if is_full or is_post else None,
+        "d_out_ptr": own if is_full or not is_post else None,
+        "total_ptr": wide,
+        "mean_ptr": wide,
+        "rstd_ptr": wide,
+        "weight_ptr": wide,
+        "seed_ptr": pointer("int64") if is_full else None,
+        "dy_ptr": own,
+        "d_residual_ptr": wide if is_full else None,
+        "partial_ptr": wide if is_full else None,
+    }
+    constexprs: dict[str, int | float | bool | str | None] = {
+        "IS_POST": is_post,
+        "WIDTH": width,
+        "BLOCK_ROWS": planned.block_rows,
+    }
+    problem = f"C={width} {'post' if is_post else 'pre'} {'dropout' if is_full else 'one gradient, frozen parameters'}"
+    return _case(
+        "feed_forward_bwd_layernorm_kernel", problem, dtype, target, pointers,
+        {"n_rows": "i32", "threshold": "i32", "keep_scale": "fp32"}, constexprs, planned.launch,
+        sizes=set(), has_dot=False,
+    )  # fmt: skip
+
+
+def _case(
+    kernel: str,
+    problem: str,
+    dtype: str,
+    target: Target,
+    pointers: dict[str, str | None],
+    scalars: dict[str, str],
+    constexprs: dict[str, int | float | bool | str | None],
+    launch: Launch,
+    *,
+    sizes: set[str],
+    has_dot: bool,
+) -> KernelCase:
+    present = {name: kind for name, kind in pointers.items() if kind is not None}
+    absent = {name: None for name, kind in pointers.items() if kind is None}
+    return KernelCase(
+        op=OP,
+        kernel=kernel,
+        problem=problem,
+        dtype=dtype,
+        signature=present | scalars,
+        constexprs={**absent, **constexprs},
+        launch=launch,
+        divisible=frozenset(present) | frozenset(sizes),
+        has_dot=has_dot,
+        is_default=target.sm >= 80,
     )

@@ -9,12 +9,13 @@ The functions release the GIL: one thread per block, each with its own workspace
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numba
 import numpy as np
 
+from geneformer_kernels.ops.rank_genes.columns import Columns, RepeatedColumnError, prepare_columns
 from geneformer_kernels.ops.rank_genes.plan import plan
+
+__all__ = ["Columns", "RepeatedColumnError", "prepare_columns", "rank_block"]
 
 _KEY_BITS = 42  # of a 64-bit word; the other 22 hold the entry's position in its cell
 _POSITION_BITS = np.uint64(64 - _KEY_BITS)
@@ -262,66 +263,6 @@ def _inspect(indptr, indices, n_columns):
                     return 3, row
                 seen[indices[p]] = row
     return 0, -1
-
-
-class Columns(NamedTuple):
-    """What ranking needs to know of the columns of a matrix; made by :func:`prepare_columns`.
-
-    Attributes
-    ----------
-    codes
-        [G] int32: the token id of a column; -1 drops it; ``-2 - s`` adds it to the sum ``s``.
-    medians
-        [G] float64, the median of the column's gene (1 where there is none).
-    sum_tokens, sum_medians
-        Token id and median of every gene that several columns share.
-    """
-
-    codes: np.ndarray
-    medians: np.ndarray
-    sum_tokens: np.ndarray
-    sum_medians: np.ndarray
-
-
-class RepeatedColumnError(ValueError):
-    """A row of the matrix names the same column more than once; sum the duplicates first."""
-
-
-def prepare_columns(column_to_gene: np.ndarray, token_ids: np.ndarray, medians: np.ndarray) -> Columns:
-    """Tabulate per column what ranking looks up.
-
-    Parameters
-    ----------
-    column_to_gene
-        [G] integers: index of the column's gene in the next two arrays, or -1 for a column that is left out. Columns of
-        one gene are summed.
-    token_ids
-        [n] token id of each gene.
-    medians
-        [n] float64 corpus median of each gene.
-
-    Raises
-    ------
-    ValueError
-        Two genes share a token id, a token id is negative, or a median is not a positive finite number.
-    """
-    column_to_gene = np.asarray(column_to_gene, dtype=np.int64)
-    token_ids = np.asarray(token_ids, dtype=np.int32)
-    medians = np.asarray(medians, dtype=np.float64)
-    if not np.all((medians > 0) & np.isfinite(medians)):
-        raise ValueError("medians must be positive finite numbers")
-    if (token_ids < 0).any() or len(np.unique(token_ids)) != len(token_ids):
-        raise ValueError("token ids must be unique and not negative")
-    is_kept = column_to_gene >= 0
-    genes = column_to_gene[is_kept]
-    shared = np.flatnonzero(np.bincount(genes, minlength=len(token_ids)) > 1)
-    slot_of_gene = np.full(len(token_ids), -1, np.int32)
-    slot_of_gene[shared] = np.arange(len(shared), dtype=np.int32)
-    codes = np.full(len(column_to_gene), -1, np.int32)
-    codes[is_kept] = np.where(slot_of_gene[genes] >= 0, -2 - slot_of_gene[genes], token_ids[genes])
-    column_medians = np.ones(len(column_to_gene))
-    column_medians[is_kept] = medians[genes]
-    return Columns(codes, column_medians, token_ids[shared], medians[shared])
 
 
 def _check_block(indptr: np.ndarray, indices: np.ndarray, n_columns: int) -> None:

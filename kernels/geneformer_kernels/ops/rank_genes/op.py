@@ -22,14 +22,21 @@ def rank_genes(
     first: int = -1,
     last: int = -1,
     is_division: bool = False,
+    padded_length: int | None = None,
+    pad_id: int = 0,
     impl: Impl | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per cell ``token_ids[argsort(-(x / n_counts * 10000 / medians))][:keep]`` over the genes that are not zero.
 
+    Every implementation gives the same tokens. On a GPU the call waits for the device once, at its end, for the number
+    of tokens and for what is wrong with the arguments; :mod:`geneformer_kernels.ops.rank_genes.device` has the parts
+    for pipelines that must not wait, and that prepare their columns once.
+
     Parameters
     ----------
     indptr, indices, data
-        [B + 1], [nnz] and [nnz]: the counts of B cells as CSR; finite, not negative, of any real dtype.
+        [B + 1], [nnz] and [nnz]: the counts of B cells as CSR; finite, not negative, of any real dtype. Columns of a
+        row may be in any order. Stored zeros are no entries.
     n_counts
         [B] total counts per cell, positive where the cell has entries. With float32 n_counts and float32 (or 8- and
         16-bit integer) counts the first two steps of the score round to float32, as they do in numpy; otherwise
@@ -38,23 +45,26 @@ def rank_genes(
         [G] integers: index of each column's gene in ``token_ids`` and ``medians``, -1 for columns to leave out. Columns
         of one gene are summed.
     token_ids, medians
-        [n] token id and float64 corpus median of each gene.
+        [n] token id and float64 corpus median of each gene. On a GPU at most 262,144 of them.
     keep
-        Most genes to keep per cell.
+        Most genes to keep per cell; any number.
     first, last
         Token ids around the genes of every cell; -1 for none.
     is_division
         False multiplies by reciprocals, ``x * (1 / n) * 10000 * (1 / median)``, as scipy does for a sparse matrix; True
         divides, as numpy does for a dense one. The two differ by rounding, which can exchange neighbours.
+    padded_length, pad_id
+        Instead of packing, give each cell a row of this many tokens, at least ``keep`` and the specials, and fill what
+        is left of it.
     impl
-        ``"numba"`` (CPU) or ``"reference"``; None chooses.
+        ``"numba"`` (CPU), ``"triton"`` (GPU) or ``"reference"``; None chooses.
 
     Returns
     -------
     values
-        [T] int64 token ids of all cells, packed; equal scores in order of token id.
+        [T] int64 token ids of all cells, packed, or [B, padded_length]; equal scores in order of token id.
     cu_seqlens
-        [B + 1] int64, where each cell begins and ends in ``values``. A cell without entries has no tokens.
+        [B + 1] int64, where each cell begins and ends when packed. A cell without entries has no tokens.
 
     Raises
     ------
@@ -67,14 +77,18 @@ def rank_genes(
     ----------
     Theodoris et al., "Transfer learning enables predictions in network biology", Nature 618 (2023), rank encoding.
     """
-    if len(indices) != len(data) or len(indptr) != len(n_counts) + 1 or len(token_ids) != len(medians):
-        raise ValueError(
-            f"indices [{len(indices)}] and data [{len(data)}], indptr [{len(indptr)}] and n_counts [{len(n_counts)}]"
-            f" + 1, token_ids [{len(token_ids)}] and medians [{len(medians)}] must fit together"
-        )
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
+    _check_shapes(indptr, indices, data, n_counts, token_ids, medians, keep, first, last, padded_length)
     choice = choose("rank_genes", "float64", target_of(data.device), impl)
+    if choice.impl == Impl.TRITON:
+        from geneformer_kernels.ops.rank_genes import device
+
+        on_device = device.prepare_columns(column_to_gene, token_ids, medians, is_division=is_division, waits=False)
+        ranked = device.rank_cells(
+            indptr, indices, data, n_counts, on_device, keep=keep, first=first, last=last,
+            padded_length=padded_length, pad_id=pad_id,
+        )  # fmt: skip
+        n_tokens = device.wait(ranked, on_device, n_counts)
+        return ranked.values[:n_tokens] if padded_length is None else ranked.values, ranked.cu_seqlens
     if choice.impl == Impl.REFERENCE:
         values, lengths = reference.rank_genes(
             indptr, indices, data, n_counts, column_to_gene, token_ids, medians, is_division, keep, first, last
@@ -88,4 +102,31 @@ def rank_genes(
             is_division=is_division, keep=keep, first=first, last=last, out_dtype="int64",
         )  # fmt: skip
         values, lengths = torch.from_numpy(packed), torch.from_numpy(counted)
+    if padded_length is not None:
+        is_token = torch.arange(padded_length, device=values.device) < lengths[:, None]
+        values = values.new_full((len(lengths), padded_length), pad_id).masked_scatter_(is_token, values)
     return values, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _check_shapes(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    data: torch.Tensor,
+    n_counts: torch.Tensor,
+    token_ids: torch.Tensor,
+    medians: torch.Tensor,
+    keep: int,
+    first: int,
+    last: int,
+    padded_length: int | None,
+) -> None:
+    if len(indices) != len(data) or len(indptr) != len(n_counts) + 1 or len(token_ids) != len(medians):
+        raise ValueError(
+            f"indices [{len(indices)}] and data [{len(data)}], indptr [{len(indptr)}] and n_counts [{len(n_counts)}]"
+            f" + 1, token_ids [{len(token_ids)}] and medians [{len(medians)}] must fit together"
+        )
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    n_most = keep + int(first >= 0) + int(last >= 0)
+    if padded_length is not None and padded_length < n_most:
+        raise ValueError(f"padded_length {padded_length} is less than the {n_most} tokens a cell can have")

@@ -26,7 +26,9 @@ def rank_genes(
     key, group = torch.unique(row[is_kept] * n_genes + gene[is_kept], return_inverse=True)
     sums = torch.zeros(len(key), dtype=torch.float64, device=data.device)
     sums.index_add_(0, group, data[is_kept].double())
-    x, row, gene = (sums.to(data.dtype) if data.is_floating_point() else sums), key // n_genes, key % n_genes
+    # Sums are rounded to the dtype of the counts; float16, which only stores them, counts as float32.
+    wide = torch.float32 if data.dtype == torch.float16 else data.dtype
+    x, row, gene = (sums.to(wide) if data.is_floating_point() else sums), key // n_genes, key % n_genes
 
     narrow = (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.bool)
     step = torch.float32 if n_counts.dtype == torch.float32 and data.dtype in narrow else torch.float64

@@ -1,15 +1,228 @@
-"""Residual addition with layer normalisation: the public function."""
+"""Residual addition with dropout and layer normalisation: the public function, and the Triton kernels as operators."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from geneformer_kernels.dispatch import Impl, choose
+from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
-from geneformer_kernels.target import target_of
+from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
 
 NORMS = ("post", "pre")
+
+
+@torch.library.custom_op("geneformer_kernels::residual_layernorm_fwd", mutates_args=())
+def residual_layernorm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    eps: float,
+    is_post: bool,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(stream, out, total, mean, rstd) of rows [N, C] by the Triton kernel; ``seed`` None: no dropout.
+
+    What would equal another tensor, or is not needed, is empty: stream where it is ``x``, out where it is the stream,
+    total where it is the stream or without ``needs_grad``, the statistics without ``needs_grad``.
+    """
+    from geneformer_kernels.ops.residual_layernorm.kernel import residual_layernorm_fwd_kernel
+
+    outputs = _empty_outputs(x, residual, seed, is_post, out_dtype, needs_grad)
+    if x.numel():
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        stream, out, total, mean, rstd = (each if each.numel() else None for each in outputs)
+        chosen = plan(x.shape[0], x.shape[1], target_for(x))
+        with launching_on(x):
+            residual_layernorm_fwd_kernel[(-(-x.shape[0] // chosen.fwd_block_rows),)](
+                x_ptr=x,
+                residual_ptr=None if residual is None else residual.contiguous(),
+                weight_ptr=weight,
+                bias_ptr=bias,
+                seed_ptr=seed,
+                stream_ptr=stream,
+                out_ptr=out,
+                total_ptr=total,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                n_rows=x.shape[0],
+                width=x.shape[1],
+                eps=eps,
+                threshold=round(dropout_p * 65536),
+                keep_scale=_keep_scale(dropout_p),
+                IS_POST=is_post,
+                BLOCK_ROWS=chosen.fwd_block_rows,
+                BLOCK_C=chosen.block_c,
+                **chosen.fwd_launch.options,
+            )
+    return outputs
+
+
+@residual_layernorm_fwd.register_fake
+def _(x, residual, weight, bias, seed, eps, is_post, dropout_p, out_dtype, needs_grad):
+    return _empty_outputs(x, residual, seed, is_post, out_dtype, needs_grad)
+
+
+def _empty_outputs(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    is_post: bool,
+    out_dtype: torch.dtype,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def empty(shape: tuple[int, ...], is_there: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape if is_there else (0,), dtype=dtype, device=x.device)
+
+    is_passed = not is_post and residual is None and seed is None and x.dtype == torch.float32
+    is_one = is_post and out_dtype == torch.float32
+    n_rows, width = x.shape
+    return (
+        empty((n_rows, width), not is_passed),
+        empty((n_rows, width), not is_one, out_dtype),
+        empty((n_rows, width), is_post and needs_grad),
+        empty((n_rows,), needs_grad),
+        empty((n_rows,), needs_grad),
+    )
+
+
+def _keep_scale(dropout_p: float) -> float:
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+@torch.library.custom_op("geneformer_kernels::residual_layernorm_bwd", mutates_args=())
+def residual_layernorm_bwd(
+    d_stream: torch.Tensor | None,
+    d_out: torch.Tensor | None,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    is_post: bool,
+    dropout_p: float,
+    dx_dtype: torch.dtype,
+    needs_x: bool,
+    needs_residual: bool,
+    needs_parameters: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, d_residual, [2, C] gradients of weight and bias); what nobody needs is empty."""
+    from geneformer_kernels.ops.residual_layernorm.kernel import residual_layernorm_bwd_kernel
+
+    dx, d_residual, d_parameters = _empty_gradients(total, dx_dtype, needs_x, needs_residual, needs_parameters)
+    if not total.numel():
+        return dx, d_residual, d_parameters.zero_()
+    n_rows, width = total.shape
+    chosen = plan(n_rows, width, target_for(total))
+    partial = torch.empty(chosen.n_programs, 2, width, device=total.device) if needs_parameters else None
+    with launching_on(total):
+        residual_layernorm_bwd_kernel[(chosen.n_programs,)](
+            d_stream_ptr=None if d_stream is None else d_stream.contiguous(),
+            d_out_ptr=None if d_out is None else d_out.contiguous(),
+            total_ptr=total,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            weight_ptr=weight.contiguous(),
+            seed_ptr=seed,
+            dx_ptr=dx if needs_x else None,
+            d_residual_ptr=d_residual if needs_residual else None,
+            partial_ptr=partial,
+            n_rows=n_rows,
+            width=width,
+            threshold=round(dropout_p * 65536),
+            keep_scale=_keep_scale(dropout_p),
+            IS_POST=is_post,
+            BLOCK_ROWS=chosen.bwd_block_rows,
+            BLOCK_C=chosen.block_c,
+            **chosen.bwd_launch.options,
+        )
+    return dx, d_residual, d_parameters if partial is None else partial.sum(0)
+
+
+@residual_layernorm_bwd.register_fake
+def _(
+    d_stream,
+    d_out,
+    total,
+    mean,
+    rstd,
+    weight,
+    seed,
+    is_post,
+    dropout_p,
+    dx_dtype,
+    needs_x,
+    needs_residual,
+    needs_parameters,
+):
+    return _empty_gradients(total, dx_dtype, needs_x, needs_residual, needs_parameters)
+
+
+def _empty_gradients(
+    total: torch.Tensor, dx_dtype: torch.dtype, needs_x: bool, needs_residual: bool, needs_parameters: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def empty(shape: tuple[int, ...], is_there: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape if is_there else (0,), dtype=dtype, device=total.device)
+
+    return (
+        empty(tuple(total.shape), needs_x, dx_dtype),
+        empty(tuple(total.shape), needs_residual),
+        empty((2, total.shape[1]), needs_parameters),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, residual, weight, bias, seed, _, ctx.is_post, ctx.dropout_p, _, _ = inputs
+    stream, out, total, mean, rstd = output
+    # In pre-norm what was normalised is the stream that goes on, or x itself: nothing more is kept.
+    if not ctx.is_post:
+        total = stream if stream.ndim == 2 else x
+    ctx.save_for_backward(total, mean, rstd, weight, seed)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(each for each in (stream, out) if each.ndim == 1), output[2], mean, rstd)
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx: Any, d_stream: torch.Tensor | None, d_out: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_stream is None and d_out is None:
+        return (None,) * 10
+    total, mean, rstd, weight, seed = ctx.saved_tensors
+    needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    # Without dropout the gradients of x and of the residual have one value.
+    is_one = seed is None and ctx.x_dtype == torch.float32
+    dx, d_residual, d_parameters = residual_layernorm_bwd(
+        d_stream,
+        d_out,
+        total,
+        mean,
+        rstd,
+        weight,
+        seed,
+        ctx.is_post,
+        ctx.dropout_p,
+        ctx.x_dtype,
+        needs_x and not is_one,
+        needs_residual or (needs_x and is_one),
+        needs_weight or needs_bias,
+    )
+    return (
+        (d_residual if is_one else dx) if needs_x else None,
+        d_residual.to(ctx.residual_dtype) if needs_residual else None,
+        d_parameters[0].to(weight.dtype) if needs_weight else None,
+        d_parameters[1].to(ctx.bias_dtype) if needs_bias else None,
+        *(None,) * 6,
+    )
+
+
+residual_layernorm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def residual_layernorm(
@@ -21,16 +234,18 @@ def residual_layernorm(
     eps: float,
     norm: str,
     out_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``total = x + residual; normed = layer_norm(total)``, the stream kept in float32.
+    """``total = dropout(x) + residual; normed = layer_norm(total)``, the stream kept in float32.
 
     Parameters
     ----------
     x
-        [T, C], what the sublayer computed, any floating dtype.
+        [T, C], what the sublayer computed, any floating dtype. More leading axes are allowed.
     residual
-        [T, C] float32 (float64 for float64 ``x``), the residual stream; None stands for zeros.
+        Shape of ``x``, float32 (float64 for float64 ``x``), the residual stream; None stands for zeros.
     weight, bias
         [C], scale and shift.
     eps
@@ -39,18 +254,26 @@ def residual_layernorm(
         ``"post"``: the stream goes on normalised (BERT). ``"pre"``: it goes on as the plain sum (AIDO.Cell, Megatron).
     out_dtype
         Dtype of ``out``; None is the dtype of ``x``.
+    dropout_p
+        Probability of dropping an element of ``x`` (training only); what stays is scaled by ``1 / (1 - dropout_p)``.
+    seed
+        [1] int64 on the device of ``x``: determines the mask of the Triton kernel; None draws one from torch's
+        generator. The other implementations draw their masks from that generator themselves.
     impl
-        ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"`` (C up to 4,096), ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------
     stream, out
-        [T, C] each: the float32 residual stream to carry on, and the normalised value in ``out_dtype`` to compute on.
+        Shape of ``x`` each: the float32 residual stream to carry on, and the normalised value in ``out_dtype`` to
+        compute on. They may be one tensor, and the stream may be ``x`` itself, where the values are equal.
 
     Raises
     ------
     ValueError
-        Shapes do not fit or ``norm`` is unknown.
+        Shapes do not fit, ``norm`` is unknown, ``dropout_p`` is no probability, or rows are too wide for the kernel.
+    ImplUnavailableError
+        An implementation asked for by name cannot run here.
 
     References
     ----------
@@ -63,11 +286,54 @@ def residual_layernorm(
         raise ValueError(f"x {[*x.shape]} and residual {[*residual.shape]} must have one shape")
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(f"weight {[*weight.shape]} and bias {[*bias.shape]} must be [{x.shape[-1]}]")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
     out_dtype = out_dtype or x.dtype
-    choice = choose("residual_layernorm", str(out_dtype).removeprefix("torch."), target_of(x.device), impl)
-    if choice.impl == Impl.REFERENCE:
+    # The narrower of both: a card without bfloat16 refuses it on either side.
+    narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
+    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow)
+    if chosen == "triton":
+        return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
+    if dropout_p:
+        x = F.dropout(x, dropout_p)
+    if chosen == "reference":
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide) if residual is None else residual.to(wide) + x
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
+
+
+def _residual_layernorm_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    norm: str,
+    out_dtype: torch.dtype,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
+    check_width(width)
+    if not dropout_p:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    inputs = (x, residual, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+    stream, out, *_ = residual_layernorm_fwd(
+        x.reshape(-1, width),
+        None if residual is None else residual.reshape(-1, width),
+        weight,
+        bias,
+        seed,
+        eps,
+        norm == "post",
+        dropout_p,
+        out_dtype,
+        needs_grad,
+    )
+    stream = stream.view(x.shape) if stream.ndim == 2 else x
+    return stream, out.view(x.shape) if out.ndim == 2 else stream

@@ -1,16 +1,51 @@
-"""Attention over packed cells: the public function."""
+"""Attention over packed cells: the public functions."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
-import torch.nn.functional as F
 
-from geneformer_kernels.dispatch import Impl, choose
-from geneformer_kernels.ops.varlen_attention import reference
-from geneformer_kernels.ops.varlen_attention.plan import plan
-from geneformer_kernels.target import target_of
+from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.on_device import choose_for, draw_seed
+from geneformer_kernels.ops.varlen_attention import reference, sdpa
+from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP
+
+
+def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropout_p: float) -> float:
+    """The scale; ValueError where arguments do not fit together."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
+    # By value on the CPU only: on a card that would wait for the device, and it would break a compiled graph.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != len(q):
+            raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), not {bounds[0]}..{bounds[-1]}")
+        if any(start > stop for start, stop in itertools.pairwise(bounds)):
+            raise ValueError("cu_seqlens must not decrease")
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _choose(q: torch.Tensor, impl: Impl | str | None, dropout_p: float) -> str:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        if impl is not None and str(impl) == Impl.TRITON:
+            raise ValueError(f"triton serves head dimensions up to {MAX_HEAD_DIM}, not {q.shape[-1]}: use impl='torch'")
+        impl = Impl.TORCH if impl is None else impl
+    choice = choose_for(OP, q, impl)
+    if choice == Impl.REFERENCE and dropout_p > 0:
+        raise ValueError("the reference of varlen_attention has no dropout")
+    return choice
+
+
+def _seed_for(q: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
+    if dropout_p == 0:
+        return None
+    return draw_seed(q.device) if seed is None else seed
 
 
 def varlen_attention(
@@ -21,80 +56,130 @@ def varlen_attention(
     cu_seqlens: torch.Tensor,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> torch.Tensor:
-    """``softmax(q @ k.T * scale) @ v`` within each cell and head, with no padding.
+    """``dropout(softmax(q @ k.T * scale)) @ v`` within each cell and head, with no padding.
 
     Parameters
     ----------
     q, k, v
         [T, H, D] each, float16, bfloat16, float32 or float64, of one dtype and device; may be strided views of a fused
-        projection.
+        projection, for which :func:`varlen_attention_qkv` saves the backward pass a copy.
     cu_seqlens
-        [B + 1] integers, cumulative cell lengths, starting at 0 and ending at T. Empty cells are allowed.
+        [B + 1] integers, cumulative cell lengths, starting at 0 and ending at T. Empty cells are allowed. Its values
+        are checked on the CPU; on a card that would wait for the device, and wrong values give wrong numbers.
     scale
-        Factor on the scores; None is ``1 / sqrt(D)``.
+        Positive factor on the scores; None is ``1 / sqrt(D)``.
     dropout_p
-        Probability of dropping an attention weight (training only).
+        Probability of dropping an attention weight (training only), in [0, 1).
+    seed
+        [1] int64 on the device of ``q``, which decides the mask; None draws one from torch's generator. Torch's kernels
+        on a card draw their own: there it has no effect.
     impl
-        ``"torch"`` or ``"reference"``; None chooses. The reference ignores no argument but has no dropout.
+        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. The reference has no dropout. Triton serves head
+        dimensions up to 128; wider ones go to torch.
 
     Returns
     -------
     torch.Tensor
-        [T, H, D] in the dtype of ``q``; a token attends to every token of its own cell and to none of another.
+        [T, H, D] in the dtype of ``q``; a token attends to every token of its own cell and to none of another. The
+        gradients are deterministic.
 
     Raises
     ------
     ValueError
-        Shapes, dtypes or ``cu_seqlens`` do not fit together.
+        Shapes, dtypes, ``scale``, ``dropout_p`` or ``cu_seqlens`` do not fit together.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
     References
     ----------
-    Vaswani et al., "Attention is all you need", arXiv:1706.03762; Dao et al., "FlashAttention", arXiv:2205.14135
-    (packing by cumulative lengths).
+    Vaswani et al., "Attention is all you need", arXiv:1706.03762; Dao, "FlashAttention-2", arXiv:2307.08691.
     """
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k and v must be [T, H, D] of one shape, not {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    bounds = cu_seqlens.tolist()
-    if not bounds or bounds[0] != 0 or bounds[-1] != q.shape[0]:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to {q.shape[0]} (the tokens in q), not {bounds[:1]}..{bounds[-1:]}"
-        )
-    if any(start > stop for start, stop in itertools.pairwise(bounds)):
-        raise ValueError("cu_seqlens must not decrease")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype, target = str(q.dtype).removeprefix("torch."), target_of(q.device)
-    choice = choose("varlen_attention", dtype, target, impl)
-    if choice.impl == Impl.REFERENCE:
-        if dropout_p:
-            raise ValueError("the reference of varlen_attention has no dropout")
+    scale = _check(q, cu_seqlens, scale, dropout_p)
+    choice = _choose(q, impl, dropout_p)
+    if choice == Impl.REFERENCE:
         return reference.varlen_attention(q, k, v, cu_seqlens, scale)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    route = plan(dtype, target, is_inference=not needs_grad and dropout_p == 0)
-    if route.route == "blocked":
-        # Compiled by numba, which a machine that computes on a card may lack.
-        from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+    cu_seqlens = cu_seqlens.to(q.device)
+    if choice == Impl.TORCH:
+        return sdpa.attend(q, k, v, cu_seqlens, scale, dropout_p, seed)
+    # Imported late: it registers operators.
+    from geneformer_kernels.ops.varlen_attention import launches
 
-        return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
-    return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
+    q, k, v = (launches.rows_of(x) for x in (q, k, v))
+    seed = _seed_for(q, dropout_p, seed)
+    return launches.varlen_attention_fwd(q, k, v, cu_seqlens.contiguous(), scale, dropout_p, seed)[0]
 
 
-def _sdpa_per_cell(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float, dropout_p: float
+def varlen_attention_qkv(
+    qkv: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    impl: Impl | str | None = None,
 ) -> torch.Tensor:
-    def attend(cell_q: torch.Tensor, cell_k: torch.Tensor, cell_v: torch.Tensor) -> torch.Tensor:
-        if not len(cell_q):
-            return cell_q
-        cell_q, cell_k, cell_v = (x.transpose(0, 1).unsqueeze(0) for x in (cell_q, cell_k, cell_v))
-        out = F.scaled_dot_product_attention(cell_q, cell_k, cell_v, dropout_p=dropout_p, scale=scale)
-        return out.squeeze(0).transpose(0, 1)
+    """``varlen_attention(*qkv.unbind(1), ...)`` for a fused projection, whose gradient comes back as one tensor.
 
-    # Split, not sliced: the backward of a slice fills a gradient of all tokens, once per cell.
-    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-    cells = [attend(*cell) for cell in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)]
-    return torch.cat(cells) if cells else torch.zeros_like(q)
+    Parameters
+    ----------
+    qkv
+        [T, 3, H, D]: queries, keys and values.
+    cu_seqlens, scale, dropout_p, seed, impl
+        As in :func:`varlen_attention`.
+
+    Returns
+    -------
+    torch.Tensor
+        [T, H, D] in the dtype of ``qkv``.
+
+    Raises
+    ------
+    ValueError, ImplUnavailableError
+        As :func:`varlen_attention` does.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
+    q, k, v = qkv.unbind(1)
+    if _choose(q, impl, dropout_p) != Impl.TRITON:
+        return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
+    scale = _check(q, cu_seqlens, scale, dropout_p)
+    from geneformer_kernels.ops.varlen_attention import launches
+
+    qkv, seed = launches.rows_of(qkv), _seed_for(qkv, dropout_p, seed)
+    cu_seqlens = cu_seqlens.to(qkv.device).contiguous()
+    return launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, scale, dropout_p, seed)[0]
+
+
+def attention_scores(
+    q: torch.Tensor, k: torch.Tensor, *, cu_seqlens: torch.Tensor, scale: float | None = None
+) -> list[torch.Tensor]:
+    """``softmax(q @ k.T * scale)`` of every cell and head: the attention weights themselves, for small inputs.
+
+    Parameters
+    ----------
+    q, k
+        [T, H, D] each.
+    cu_seqlens, scale
+        As in :func:`varlen_attention`.
+
+    Returns
+    -------
+    list of torch.Tensor
+        One [H, L, L] per cell, L being its length. Memory grows with the square of the length: 4 heads of 2,048 tokens
+        take 67 MB per cell and layer in float32.
+
+    Raises
+    ------
+    ValueError
+        As :func:`varlen_attention` does.
+    """
+    if q.ndim != 3 or q.shape != k.shape:
+        raise ValueError(f"q and k must be [T, H, D] of one shape, not {[*q.shape]}, {[*k.shape]}")
+    return reference.attention_scores(q, k, cu_seqlens, _check(q, cu_seqlens, scale, 0.0))

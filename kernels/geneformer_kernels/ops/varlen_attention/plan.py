@@ -2,48 +2,251 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-from geneformer_kernels.dispatch import Candidate, Impl
+from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.launch import KernelCase, Launch, pointer
 from geneformer_kernels.target import Target
+
+OP = "varlen_attention"
+#: Widest head the Triton kernels serve.
+MAX_HEAD_DIM = 128
+#: Cells that one program of the tile list looks at at a time.
+BLOCK_CELLS = 256
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Attributes
+    ----------
+    block_m, block_n
+        Queries and keys of a tile of scores: powers of two, at least 16 and 32, because one call of the random number
+        generator serves a patch of that size.
+    precision
+        Of matrix products of float32: ``"tf32x3"`` on tensor cores with almost all of float32's accuracy, ``"ieee"``
+        without tensor cores. Without meaning for other dtypes.
+    launch
+        Warps, stages, fusion.
+    """
+
+    block_m: int
+    block_n: int
+    launch: Launch
+    precision: str = "tf32"
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """Attributes
     ----------
+    block_d
+        The head dimension, padded to a power of two of at least 16.
+    fwd, dq, dkdv
+        Tiles of the forward kernel, of the kernel for the gradient of queries, and of the one for keys and values.
+    """
+
+    block_d: int
+    fwd: TilePlan
+    dq: TilePlan
+    dkdv: TilePlan
+
+
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int, precision: str = "tf32") -> TilePlan:
+    return TilePlan(block_m, block_n, Launch(num_warps, num_stages, enable_fp_fusion=True), precision)
+
+
+# (fwd, dq, dkdv) by the widest head dimension they serve. Chosen without a card: the largest tiles whose registers do
+# not spill with dropout (Triton 3.7, 2026-11; registers without and with dropout beside each), and shared memory below
+# the limit of the smallest card of the family. Nothing here has been timed.
+_SMALL = {  # sm_80, 86, 89 and newer cards with less than 160 KB: at most 80 KB
+    32: (_tile(128, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 168/253, 136/172, 171/187
+    64: (_tile(128, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 255/255, 186/183, 245/254
+    128: (_tile(128, 64, 8, 2), _tile(64, 64, 8, 2), _tile(64, 64, 8, 2)),  # 255/255, 160/170, 197/220
+}
+_LARGE = {  # sm_90 and newer: at most 160 KB
+    32: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 164/254, 116/168, 170/215
+    64: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 166/255, 124/172, 210/248
+    128: (_tile(128, 64, 8, 3), _tile(128, 64, 8, 2), _tile(32, 128, 8, 2)),  # 180/242, 172/214, 231/253
+}
+# Three-fold TF32 holds two halves of every operand in registers: beyond these tiles it spills by kilobytes.
+_FLOAT32 = {
+    32: (_tile(64, 32, 4, 2, "tf32x3"), _tile(64, 32, 4, 2, "tf32x3"), _tile(32, 64, 8, 2, "tf32x3")),
+    64: (_tile(32, 32, 4, 2, "tf32x3"), _tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee")),
+    128: (_tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee")),
+}
+
+
+def plan(dtype: str, head_dim: int, target: Target) -> AttentionPlan:
+    """Tiles of the Triton kernels."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"the Triton kernels serve head dimensions up to {MAX_HEAD_DIM}, not {head_dim}")
+    rows = _LARGE if target.sm >= 90 and target.smem_bytes >= 160 * 1024 else _SMALL
+    if dtype == "float32":
+        rows = _FLOAT32
+    widest = min(width for width in rows if width >= head_dim)
+    return AttentionPlan(max(16, 1 << (head_dim - 1).bit_length()), *rows[widest])
+
+
+@dataclass(frozen=True)
+class TorchPlan:
+    """Attributes
+    ----------
     route
-        ``"sdpa"``: torch's scaled_dot_product_attention, one call per cell. ``"blocked"``: two batched matrix products
-        around a softmax, a block of query rows at a time.
+        ``"varlen"``: torch's flash attention over packed sequences. ``"efficient"``: the memory-efficient kernel that
+        nested tensors use. ``"cells"``: scaled_dot_product_attention, one call per cell. ``"blocked"``: two batched
+        matrix products around a softmax, a block of query rows at a time.
+    reason
+        Why this one.
     block_rows
         Query rows per block of the blocked route.
     """
 
     route: str
+    reason: str
     block_rows: int = 0
 
 
-def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
-    """Implementations for a dtype on a target, best first."""
-    if target.kind == "cpu":
-        torch_reason = f"torch per cell on the CPU, {plan(dtype, target, is_inference=True).route} for inference"
-    else:
-        torch_reason = "torch scaled_dot_product_attention per cell"
-    return (
-        Candidate(Impl.TORCH, True, torch_reason),
-        Candidate(
-            Impl.REFERENCE, True, "plain torch, any device and dtype, memory grows with the square of the length"
-        ),
-    )
-
-
-def plan(dtype: str, target: Target, *, is_inference: bool) -> AttentionPlan:
-    """The route through torch.
+def torch_plan(
+    dtype: str,
+    target: Target,
+    *,
+    is_inference: bool,
+    has_dropout: bool = False,
+    torch: tuple[int, int] | None = None,
+) -> TorchPlan:
+    """The route through torch, of version (major, minor) ``torch`` (None: the installed one).
 
     Torch's fused CPU attention multiplies bfloat16 through MKL, which without AMX runs no faster than float32, while
     oneDNN's batched product uses avx512_bf16: 100 against 340 GFLOP/s on 2 cores of an EPYC with avx512_bf16
     (4 heads of 64, 1,024 tokens, 2026-11-21). It keeps no statistics for a backward pass, so it serves inference.
     """
-    if target.kind == "cpu" and dtype == "bfloat16" and is_inference and "amx_bf16" not in target.features:
-        return AttentionPlan("blocked", block_rows=512)
-    return AttentionPlan("sdpa")
+    torch = torch_version() if torch is None else torch
+    if target.kind == "cpu":
+        if dtype == "bfloat16" and is_inference and "amx_bf16" not in target.features:
+            return TorchPlan("blocked", "torch per cell on the CPU, blocked for inference", block_rows=256)
+        return TorchPlan("cells", "torch per cell on the CPU, sdpa for inference")
+    is_ampere = target.kind == "cuda" and target.sm >= 80
+    # varlen_attn came with 2.10 and learned of scale in 2.11; it has no dropout.
+    if is_ampere and dtype in ("float16", "bfloat16") and not has_dropout and torch >= (2, 11):
+        return TorchPlan("varlen", "torch's flash attention over packed sequences")
+    if (is_ampere and dtype == "bfloat16") or (target.kind == "cuda" and dtype in ("float16", "float32")):
+        return TorchPlan("efficient", "torch's memory-efficient attention over packed sequences, from Volta on")
+    return TorchPlan("cells", "torch scaled_dot_product_attention per cell")
+
+
+@functools.cache
+def torch_version() -> tuple[int, int]:
+    """(major, minor) of the installed torch, from its metadata; (0, 0) where there is none."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
+    """Implementations for a dtype on a target, best first."""
+    reason = torch_plan(dtype, target, is_inference=True).reason
+    reference = "plain torch, any device and dtype, memory grows with the square of the length"
+    by_torch = Candidate(Impl.TORCH, True, reason)
+    by_reference = Candidate(Impl.REFERENCE, True, reference)
+    by_triton = triton_candidate(OP, dtype, target, "Triton flash attention over packed cells")
+    if target.kind == "cpu":
+        return by_torch, by_reference, by_triton
+    if dtype == "float32":
+        # Both halves of every operand of three-fold TF32 in registers: the kernels spill, CUTLASS's do not.
+        return by_torch, by_triton, by_reference
+    return by_triton, by_torch, by_reference
+
+
+def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
+    """Every kernel under every plan that this target could launch."""
+    if target.sm < 80:
+        # No tensor cores come out below sm_80, so these are never launched: one row shows it.
+        return (_case("fwd", "float16", 64, False, target, is_default=False), _tiles_case(target))
+    cases = [_tiles_case(target)]
+    for dtype, head_dims in (
+        ("bfloat16", (32, 48, 64, 96, 128)),
+        ("float16", (32, 64, 128)),
+        ("float32", (32, 64, 128)),
+    ):
+        for head_dim in head_dims:
+            for has_dropout in (False, True):
+                for kernel in ("fwd", "dq", "dkdv"):
+                    cases.append(_case(kernel, dtype, head_dim, has_dropout, target, is_default=dtype != "float32"))
+    return tuple(cases)
+
+
+def _tiles_case(target: Target) -> KernelCase:
+    block_rows = plan("float16", 64, target).fwd.block_m
+    return KernelCase(
+        op=OP,
+        kernel="varlen_attention_tiles_kernel",
+        problem="list of tiles",
+        dtype="int32",
+        signature=dict(cu_seqlens_ptr="*i32", tiles_ptr="*i32", n_cells="i32", n_tokens="i32", n_slots="i32"),
+        constexprs=dict(BLOCK_ROWS=block_rows, BLOCK_CELLS=BLOCK_CELLS),
+        launch=TILES_LAUNCH,
+        divisible=frozenset({"cu_seqlens_ptr", "tiles_ptr"}),
+    )
+
+
+TILES_LAUNCH = Launch(num_warps=4, num_stages=1, enable_fp_fusion=True)
+
+# Pointers of the kernels, in order; those not named here point to values of the compute dtype.
+_POINTERS = {
+    "fwd": ("q", "k", "v", "out", "lse", "tiles", "seed"),
+    "dq": ("q", "k", "v", "out", "d_out", "dq", "lse", "delta", "tiles", "seed"),
+    "dkdv": ("q", "k", "v", "d_out", "dk", "dv", "lse", "delta", "tiles", "seed"),
+}
+_POINTER_TYPES = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "seed": "*i64"}
+_KERNELS = {
+    "fwd": "varlen_attention_fwd_kernel",
+    "dq": "varlen_attention_bwd_dq_kernel",
+    "dkdv": "varlen_attention_bwd_dkdv_kernel",
+}
+
+
+def _case(kernel: str, dtype: str, head_dim: int, has_dropout: bool, target: Target, *, is_default: bool) -> KernelCase:
+    whole = plan(dtype, head_dim, target)
+    tile: TilePlan = getattr(whole, kernel)
+    signature, constexprs = {}, constants(whole, tile, head_dim, has_dropout)
+    for name in _POINTERS[kernel]:
+        if name == "seed" and not has_dropout:
+            constexprs["seed_ptr"] = None
+        else:
+            signature[f"{name}_ptr"] = _POINTER_TYPES.get(name, pointer(dtype))
+    strided = [name for name in _POINTERS[kernel] if name not in _POINTER_TYPES]
+    strides = [f"stride_{name}_{axis}" for name in strided for axis in "th"]
+    signature |= dict.fromkeys([*strides, "n_tokens"], "i32")
+    floats = ("scale_log2", "dropout_p") if kernel == "fwd" else ("scale", "scale_log2", "dropout_p")
+    signature |= dict.fromkeys(floats, "fp32")
+    pointers = {name for name in signature if name.endswith("_ptr")}
+    return KernelCase(
+        op=OP,
+        kernel=_KERNELS[kernel],
+        problem=f"D={head_dim}{' dropout' if has_dropout else ''}",
+        dtype=dtype,
+        signature=signature,
+        constexprs=constexprs,
+        launch=tile.launch,
+        divisible=frozenset(pointers | set(strides if head_dim % 16 == 0 else ())),
+        has_dot=tile.precision != "ieee",
+        is_default=is_default,
+    )
+
+
+def constants(
+    whole: AttentionPlan, tile: TilePlan, head_dim: int, has_dropout: bool
+) -> dict[str, int | float | bool | str | None]:
+    """Compile-time arguments of a kernel."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": whole.block_d,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PRECISION": tile.precision,
+        "HAS_DROPOUT": has_dropout,
+    }

@@ -1,0 +1,1 @@
+"""The embedding front: table lookups, layer normalisation and dropout in one pass."""

@@ -1,0 +1,1 @@
+"""A linear layer with int8 weights."""

@@ -1,0 +1,1 @@
+"""The decoder and the loss of masked gene prediction, without the logits."""

@@ -1,0 +1,207 @@
+"""Attention over packed cells by torch's own kernels."""
+
+from __future__ import annotations
+
+import itertools
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from geneformer_kernels.on_device import DTYPE_NAMES, draw_seed
+from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
+from geneformer_kernels.target import target_of
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of [T, H, D] by the route that :func:`plan.torch_plan` gives; a seed counts on the CPU only."""
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    is_inference = not needs_grad and dropout_p == 0
+    route = _route(DTYPE_NAMES[q.dtype], q.device.type, q.device.index, is_inference, dropout_p > 0)
+    if q.device.type == "cpu" and (torch.compiler.is_compiling() or (seed is not None and dropout_p > 0)):
+        if dropout_p > 0 and seed is None:
+            seed = draw_seed(q.device)
+        return attend_cells(q, k, v, cu_seqlens, scale, dropout_p, seed, is_inference)
+    if q.shape[0] == 0:
+        return q.clone()
+    if route.route in ("varlen", "efficient"):
+        return _attend_packed(route.route, q, k, v, cu_seqlens, scale, dropout_p, needs_grad)
+    bounds = cu_seqlens.tolist()
+    if route.route == "blocked":
+        # Numba is needed on this branch only.
+        from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+
+        return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
+    return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
+
+
+# Constant for the compiler: versions and instruction sets are no part of a graph.
+@torch.compiler.assume_constant_result
+def _route(dtype: str, device_type: str, device_index: int | None, is_inference: bool, has_dropout: bool) -> TorchPlan:
+    target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
+    return torch_plan(dtype, target, is_inference=is_inference, has_dropout=has_dropout)
+
+
+def _sdpa_per_cell(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float, dropout_p: float
+) -> torch.Tensor:
+    def attend(cell_q: torch.Tensor, cell_k: torch.Tensor, cell_v: torch.Tensor) -> torch.Tensor:
+        if not len(cell_q):
+            return cell_q
+        cell_q, cell_k, cell_v = (x.transpose(0, 1).unsqueeze(0) for x in (cell_q, cell_k, cell_v))
+        out = F.scaled_dot_product_attention(cell_q, cell_k, cell_v, dropout_p=dropout_p, scale=scale)
+        return out.squeeze(0).transpose(0, 1)
+
+    # Split, not sliced: the backward of a slice fills a gradient of all tokens, once per cell.
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    cells = [attend(*cell) for cell in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)]
+    return torch.cat(cells) if cells else torch.zeros_like(q)
+
+
+def _attend_packed(
+    route: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    needs_grad: bool,
+) -> torch.Tensor:
+    """One call for all cells on a CUDA device. Both kernels want heads of a multiple of 8 elements."""
+    head_dim = q.shape[-1]
+    if head_dim % 8:
+        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
+    longest = longest_of(cu_seqlens, len(q))
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    if route == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+    else:
+        # What nested tensors call; torch differentiates it. No mask; sums are kept only where a gradient needs them.
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        out = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, dropout_p, 0, needs_grad, scale=scale
+        )[0].squeeze(0)
+    return cast(torch.Tensor, out)[..., :head_dim]
+
+
+_longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+    """Tokens of the longest cell, or an upper bound.
+
+    The device is asked once for a batch, not once per layer. While a graph is compiled or captured nothing can be
+    asked: then the bound is all tokens, which is right but starts programs that find no work.
+    """
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return n_tokens
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known = _longest.get(cu_seqlens)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    longest = int(cu_seqlens.diff().max().item())
+    _longest[cu_seqlens] = (version, longest)
+    return longest
+
+
+@torch.library.custom_op("geneformer_kernels::varlen_attention_cells", mutates_args=())
+def attend_cells(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    is_inference: bool,
+) -> torch.Tensor:
+    """The CPU's attention per cell, opaque to a compiler, which could not loop over cells of unknown lengths.
+
+    Dropout draws from a generator with a seed of its own, so that the backward pass sees the same mask.
+    """
+    bounds = cu_seqlens.tolist()
+    if dropout_p == 0:
+        route = _route(DTYPE_NAMES[q.dtype], "cpu", None, is_inference, False)
+        if route.route == "blocked":
+            from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+
+            return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
+        return _sdpa_per_cell(q, k, v, bounds, scale, 0.0).contiguous()
+    out = q.new_empty(q.shape)
+    for start, stop, _, kept in _weights_of(q, k, bounds, scale, dropout_p, seed):
+        out[start:stop] = (kept @ v[start:stop].transpose(0, 1).to(kept.dtype)).transpose(0, 1)
+    return out
+
+
+@torch.library.custom_op("geneformer_kernels::varlen_attention_cells_bwd", mutates_args=())
+def attend_cells_bwd(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v; weights are computed again, in float32 or wider."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    for start, stop, weights, kept in _weights_of(q, k, cu_seqlens.tolist(), scale, dropout_p, seed):
+        cell_q, cell_k, cell_v, d_cell = (x[start:stop].transpose(0, 1).to(weights.dtype) for x in (q, k, v, d_out))
+        dv[start:stop] = (kept.transpose(1, 2) @ d_cell).transpose(0, 1)
+        d_kept = (d_cell @ cell_v.transpose(1, 2)) * kept
+        d_scores = (d_kept - weights * d_kept.sum(-1, keepdim=True)) * scale
+        dq[start:stop] = (d_scores @ cell_k).transpose(0, 1)
+        dk[start:stop] = (d_scores.transpose(1, 2) @ cell_q).transpose(0, 1)
+    return dq, dk, dv
+
+
+def _weights_of(q, k, bounds, scale, dropout_p, seed):
+    """Of every cell that is not empty: start, stop, weights [H, L, L], and the weights after dropout."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(int(seed)) if dropout_p > 0 else None
+    for start, stop in itertools.pairwise(bounds):
+        if start == stop:
+            continue
+        cell_q, cell_k = (x[start:stop].transpose(0, 1).to(dtype) for x in (q, k))
+        weights = torch.softmax(cell_q @ cell_k.transpose(1, 2) * scale, dim=-1)
+        kept = weights
+        if generator is not None:
+            kept = weights * (torch.rand(weights.shape, generator=generator) >= dropout_p) / (1 - dropout_p)
+        yield start, stop, weights, kept
+
+
+@attend_cells.register_fake
+def _(q, k, v, cu_seqlens, scale, dropout_p, seed, is_inference):
+    return q.new_empty(q.shape)
+
+
+@attend_cells_bwd.register_fake
+def _(d_out, q, k, v, cu_seqlens, scale, dropout_p, seed):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.scale, ctx.dropout_p, seed, _ = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, seed)
+
+
+def _backward(ctx, d_out):
+    q, k, v, cu_seqlens, seed = ctx.saved_tensors
+    dq, dk, dv = attend_cells_bwd(d_out, q, k, v, cu_seqlens, ctx.scale, ctx.dropout_p, seed)
+    return dq, dk, dv, None, None, None, None, None
+
+
+attend_cells.register_autograd(_backward, setup_context=_save)

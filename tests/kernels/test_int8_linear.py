@@ -1,0 +1,401 @@
+"""int8_linear and quantize_rows: integers exactly, the rest by its signal-to-noise ratio against float64."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from geneformer_kernels import int8_linear, quantize_rows, quantize_weight
+from geneformer_kernels.dispatch import Impl, candidates
+from geneformer_kernels.ops.int8_linear import op as operators
+from geneformer_kernels.ops.int8_linear import plan, reference
+from geneformer_kernels.target import CARDS, Target
+from tolerance import assert_as_good_as
+
+IMPLS = ["triton", "torch", "reference"]
+ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh"]
+# Nothing is a multiple of anything; a multiple of every block; one of everything; less than a block.
+SHAPES = [(37, 131, 70), (64, 256, 128), (1, 1, 1), (3, 17, 5)]
+
+
+def dtypes_on(device: str) -> list[torch.dtype]:
+    return [torch.float16, torch.float32] if device == "cpu" else [torch.float16, torch.float32, torch.bfloat16]
+
+
+def inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, shift: float = 0.3
+) -> tuple[torch.Tensor, ...]:
+    n_rows, width, n_columns = shape
+    generator = torch.Generator().manual_seed(width)
+    x = (torch.randn(n_rows, width, generator=generator) + shift).to(dtype)
+    weight = torch.randn(n_columns, width, generator=generator) * width**-0.5 + 0.01
+    bias = torch.randn(n_columns, generator=generator) + 0.5
+    return x.to(device), *(each.to(device) for each in quantize_weight(weight)), bias.to(device)
+
+
+def sqnr_db(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Signal over noise in decibel: 20 log10 of the ratio of root mean squares."""
+    noise = (value.double() - truth.double()).square().mean()
+    return (10 * torch.log10(truth.double().square().mean() / noise)).item()
+
+
+# Quantising
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(5, 33), (64, 128), (3, 4100), (1, 1), (0, 8), (2, 9000)], ids=str)
+def test_quantize_rows(device: str, impl: str, shape: tuple[int, int], poisoned: None) -> None:
+    for dtype in dtypes_on(device):
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 1).to(dtype).to(device)
+        q, scale = quantize_rows(x, impl=impl)
+        assert (q.dtype, scale.dtype, q.shape, scale.shape) == (torch.int8, torch.float32, x.shape, x.shape[:1])
+        expected_q, expected_scale = reference.quantize_rows(x)
+        assert torch.equal(q, expected_q)
+        assert torch.equal(scale, expected_scale)
+        if x.numel():
+            largest = x.double().abs().amax(1, keepdim=True)
+            assert ((q * scale.double()[:, None] - x.double()).abs() <= largest / 254 * (1 + 1e-5)).all()
+            assert (q.abs().amax(1) == 127).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_go_to_even(device: str, impl: str) -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0, 126.5, 0.49999997]], device=device)
+    q, scale = quantize_rows(x, impl=impl)
+    assert q.tolist() == [[127, 0, 2, 2, 0, -2, -2, -127, 126, 0]]
+    assert scale.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_zeros_and_rows_that_are_not_finite(device: str, impl: str) -> None:
+    x = torch.ones(6, 40, device=device)
+    x[0] = 0
+    x[1, 3] = float("nan")
+    x[2, 39] = float("inf")
+    x[3] = 1e-38
+    x[4, 0] = -float("inf")
+    q, scale = quantize_rows(x, impl=impl)
+    assert scale.isnan().tolist() == [False, True, True, False, True, False]
+    assert (q[[0, 3]] == 0).all()
+    assert scale[[0, 3]].tolist() == [1.0, 1.0]
+    assert (q[5] == 127).all()
+    wide = torch.ones(2, 4200, device=device)
+    wide[1, 4150] = float("nan")
+    assert quantize_rows(wide, impl=impl)[1].isnan().tolist() == [False, True]
+    _, weight_q, weight_scale, bias = inputs((1, 40, 3), torch.float32, device)
+    out = int8_linear(x, weight_q, weight_scale, bias, activation="relu", mode="dynamic", impl=impl)
+    assert out.isnan().all(1).tolist() == [False, True, True, False, True, False]
+    torch.testing.assert_close(out[0], bias.relu())
+
+
+def test_quantize_weight() -> None:
+    weight = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    q, scale = quantize_weight(weight.requires_grad_())
+    assert not q.requires_grad
+    assert not scale.requires_grad
+    assert sqnr_db(q * scale[:, None], weight.detach()) > 40
+    weight.data[2, 2] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_weight(weight)
+    with pytest.raises(ValueError, match=r"must be \[N, K\]"):
+        quantize_weight(weight[0])
+
+
+# Products
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 1030, 9)], ids=str)
+def test_integers_are_exact(device: str, impl: str, shape: tuple[int, int, int], poisoned: None) -> None:
+    """Rows that contain 127 quantise to themselves; with scales of one the output is the integer sum."""
+    n_rows, width, n_columns = shape
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-127, 128, (n_rows, width), generator=generator)
+    x[:, 0] = 127
+    weight_q = torch.randint(-127, 128, (n_columns, width), generator=generator, dtype=torch.int8)
+    exact = x @ weight_q.long().T
+    one = torch.ones(n_columns, device=device)
+    out = int8_linear(x.float().to(device), weight_q.to(device), one, mode="dynamic", impl=impl)
+    assert exact.abs().max() < 2**24
+    assert torch.equal(out.long().cpu(), exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_sums_do_not_overflow(device: str, impl: str) -> None:
+    """The largest sum at a width of 2**16 is 2**30: it fits int32 exactly, and float32 after one rounding."""
+    x = torch.full((1, 1 << 16), 127.0, device=device)
+    weight_q = torch.full((2, 1 << 16), 127, dtype=torch.int8, device=device)
+    weight_q[1] = -127
+    weight_q[1, 0] = -126
+    out = int8_linear(x, weight_q, torch.ones(2, device=device), mode="dynamic", impl=impl)
+    exact = 127 * 127 * 65536
+    assert out.tolist() == [torch.tensor([exact, -exact + 127], dtype=torch.int64).float().tolist()]
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("mode", plan.MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_reference(device: str, impl: str, mode: str, shape: tuple[int, int, int], poisoned: None) -> None:
+    for dtype in dtypes_on(device):
+        x, weight_q, weight_scale, bias = inputs(shape, dtype, device)
+        if mode == "dynamic":  # the rounded x is exact in float64
+            q, row_scale = reference.quantize_rows(x)
+            wide = q.double() * row_scale.double()[:, None]
+        else:
+            wide = x.double()
+        for activation in ACTIVATIONS if shape == SHAPES[0] else ["gelu"]:
+            for each in (bias, None):
+                out = int8_linear(x, weight_q, weight_scale, each, activation=activation, mode=mode, impl=impl)
+                weight = weight_q.double() * weight_scale.double()[:, None]
+                exact = torch.nn.functional.linear(wide, weight, None if each is None else each.double())
+                exact = reference.activate(exact, activation)
+                witness = torch.nn.functional.linear(wide.to(dtype), weight.to(dtype))
+                witness = witness if each is None else witness + each.to(dtype)
+                witness = reference.activate(witness, activation)
+                if mode == "dynamic":  # which must not depend on a narrow dtype at all but for the last rounding
+                    witness = exact.to(dtype)
+                    error = 1e-6 * exact.abs().max().item()
+                    assert (out.double() - witness.double()).abs().max() <= error + 2 * torch.finfo(
+                        dtype
+                    ).eps * exact.abs().max()
+                else:
+                    assert_as_good_as(out, witness, exact)
+                assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", plan.MODES)
+def test_signal_to_noise(device: str, impl: str, mode: str) -> None:
+    """Against the layer before quantisation, on Gaussian data.
+
+    Rounding to steps of m / 127, m the largest of K Gaussian numbers (3.0 deviations at K = 512), makes noise of
+    (m / 127)**2 / 12: 43.3 dB below the signal, for each operand; both together 40.3 dB. The whole must come within
+    1 dB of that, and above 35 dB.
+    """
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(64, 512, generator=generator)
+    weight = torch.randn(128, 512, generator=generator)
+    exact = x.double() @ weight.double().T
+    weight_q, weight_scale = quantize_weight(weight)
+    largest = [each.abs().amax(1).square().mean().item() for each in (x, weight)]
+    noises = [each / 127**2 / 12 for each in largest]
+    expected = -10 * torch.log10(torch.tensor(sum(noises) if mode == "dynamic" else noises[1])).item()
+    values = [each.to(device) for each in (x, weight_q, weight_scale)]
+    out = int8_linear(*values, mode=mode, impl=impl)
+    found = sqnr_db(out.cpu(), exact)
+    assert found > 35
+    assert abs(found - expected) < 1.0, (found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_output_dtypes_and_leading_axes(device: str, impl: str) -> None:
+    x, weight_q, weight_scale, bias = inputs((12, 33, 7), torch.float16, device)
+    whole = int8_linear(x, weight_q, weight_scale, bias, mode="dynamic", out_dtype=torch.float32, impl=impl)
+    parts = int8_linear(x.view(3, 4, 33), weight_q, weight_scale, bias, mode="dynamic", impl=impl)
+    assert parts.shape == (3, 4, 7)
+    torch.testing.assert_close(parts.view(12, 7), whole.half(), rtol=1e-3, atol=1e-3)
+    strided = int8_linear(x.T.contiguous().T, weight_q, weight_scale, bias, mode="dynamic", impl=impl)
+    assert torch.equal(strided, parts.view(12, 7))
+    vector = int8_linear(x[0], weight_q, weight_scale, bias, mode="dynamic", impl=impl)
+    assert torch.equal(vector, parts.view(12, 7)[0])
+    for mode in plan.MODES:
+        assert int8_linear(x[:0], weight_q, weight_scale, bias, mode=mode, impl=impl).shape == (0, 7)
+
+
+@pytest.mark.parametrize("mode", plan.MODES)
+def test_nothing_is_written_past_the_end(device: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    real = torch.empty
+
+    def empty(size, **options):
+        count = torch.Size(size).numel()
+        buffer = real(count + 20_000, **options).fill_(7)
+        kept.append((buffer, count))
+        return buffer[:count].view(size)
+
+    values = inputs((5, 131, 70), torch.float16, device)
+    monkeypatch.setattr(torch, "empty", empty)
+    int8_linear(*values, mode=mode, impl="triton")
+    assert len(kept) == (3 if mode == "dynamic" else 1)
+    assert all((buffer[count:] == 7).all() for buffer, count in kept)
+
+
+@pytest.mark.parametrize("n_rows", [9, 21, 70])
+def test_every_tile(device: str, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles for few and many rows, and more than one group of blocks of rows."""
+    cards = [Target.cuda(80, n_sms=n) for n in (1, 1000)]
+    for card in cards:
+        monkeypatch.setattr(operators, "target_of", lambda _, card=card: card)
+        if n_rows == 70:  # blocks small enough that groups end in a short one
+            small = plan.ProductPlan(16, 16, 32, 2, plan.Launch(4, 2))
+            monkeypatch.setattr(operators, "dynamic_plan", lambda *_, small=small: small)
+        for mode in plan.MODES:
+            for width in (70,) if n_rows == 70 else (70, 80, 128):
+                x, weight_q, weight_scale, bias = inputs((n_rows, width, 150), torch.float32, device)
+                out = int8_linear(x, weight_q, weight_scale, bias, mode=mode, impl="triton")
+                true = reference.int8_linear(x, weight_q, weight_scale, bias, None, mode, torch.float32)
+                torch.testing.assert_close(out, true, rtol=1e-5, atol=1e-5)
+
+
+def test_volta_multiplies_integers_exactly_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "target_of", lambda _: CARDS["V100"])
+    q = torch.full((3, 2500), 127, dtype=torch.int8)
+    weight_q = torch.full((2, 2500), -127, dtype=torch.int8)
+    weight_q[0, 7] = 5
+    assert torch.equal(operators._int8_product(q, weight_q), reference.int8_product(q, weight_q))
+
+
+def test_padding_for_cublas_changes_nothing() -> None:
+    x, weight_q, *_ = inputs((3, 13, 5), torch.float32, "cpu")
+    q, _ = quantize_rows(x)
+    padded = operators._padded(q, 17, 16), operators._padded(weight_q, 8, 16)
+    assert [[*each.shape] for each in padded] == [[17, 16], [8, 16]]
+    assert torch.equal(reference.int8_product(*padded)[:3, :5], reference.int8_product(q, weight_q))
+    assert operators._padded(q, 3, 13) is q
+
+
+def test_mode_by_rows(device: str) -> None:
+    for n_rows, mode in ((32, "weight_only"), (33, "dynamic")):
+        values = inputs((n_rows, 40, 6), torch.float32, device)
+        for impl in IMPLS:
+            assert torch.equal(int8_linear(*values, impl=impl), int8_linear(*values, mode=mode, impl=impl))
+    assert plan.mode_for(10_000, has_product=False) == "weight_only"
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", plan.MODES)
+def test_gradients(device: str, impl: str, activation: str | None, mode: str) -> None:
+    x, weight_q, weight_scale, bias = inputs((37, 131, 70), torch.float32, device)
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    out = int8_linear(x, weight_q, weight_scale, bias, activation=activation, mode=mode, impl=impl)
+    slopes = torch.linspace(-1, 2, out.numel(), device=device).view(out.shape)
+    (out * slopes).sum().backward()
+    true_x, true_bias = (each.detach().double().requires_grad_() for each in (x, bias))
+    seen = true_x
+    if mode == "dynamic":  # rounded forward, passed through backward
+        q, row_scale = reference.quantize_rows(x.detach())
+        seen = true_x + (q.double() * row_scale.double()[:, None] - true_x).detach()
+    weight = weight_q.double() * weight_scale.double()[:, None]
+    pre = seen @ weight.T + true_bias
+    (reference.activate(pre, activation) * slopes).sum().backward()
+    torch.testing.assert_close(x.grad.double(), true_x.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(bias.grad.double(), true_bias.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_gradient_of_a_half_keeps_its_dtype(device: str) -> None:
+    x, weight_q, weight_scale, _ = inputs((37, 131, 70), torch.float16, device)
+    x, weight_scale = x.requires_grad_(), weight_scale * 1e-3
+    int8_linear(x, weight_q, weight_scale, None, activation="relu", impl="triton").sum().backward()
+    assert x.grad.dtype == torch.float16
+    assert (x.grad != 0).any()
+
+
+# The house of torch
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("n_rows", [3, 40])
+def test_compiles_without_a_graph_break(device: str, impl: str, n_rows: int) -> None:
+    x, weight_q, weight_scale, bias = inputs((n_rows, 33, 7), torch.float32, device)
+
+    def step(x):
+        return (
+            int8_linear(x, weight_q, weight_scale, bias, activation="gelu", impl=impl)
+            * quantize_rows(x, impl=impl)[1][:, None]
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), step(x))
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_operators_are_registered_properly(device: str) -> None:
+    x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operators.quantize_rows_op, (x, "triton"), test_utils=tests)
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    for mode in plan.MODES:
+        for impl in IMPLS:
+            arguments = (x, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl)
+            torch.library.opcheck(operators.int8_linear_fwd, arguments, test_utils=tests)
+
+
+def test_bad_arguments() -> None:
+    x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="activation must be"):
+        int8_linear(x, weight_q, weight_scale, bias, activation="swiglu")
+    with pytest.raises(ValueError, match="mode must be"):
+        int8_linear(x, weight_q, weight_scale, bias, mode="static")
+    with pytest.raises(ValueError, match="do not fit"):
+        int8_linear(x[:, :5], weight_q, weight_scale, bias)
+    with pytest.raises(ValueError, match="do not fit"):
+        int8_linear(x, weight_q.float(), weight_scale, bias)
+    with pytest.raises(ValueError, match="bias"):
+        int8_linear(x, weight_q, weight_scale, bias[:2])
+    with pytest.raises(ValueError, match="weight_scale"):
+        int8_linear(x, weight_q, weight_scale[:2], bias)
+
+
+# Plans
+
+KERNELS = importlib.import_module("geneformer_kernels.ops.int8_linear.kernel")
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_cases_name_the_kernels_arguments(card: Target) -> None:
+    cases = plan.kernel_cases(card)
+    assert len({(case.kernel, case.problem, case.dtype) for case in cases}) == len(cases)
+    for case in cases:
+        assert sorted([*case.signature, *case.constexprs]) == sorted(getattr(KERNELS, case.kernel).arg_names)
+        assert case.divisible <= set(case.signature)
+        assert case.is_default == (card.sm >= 80)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_plans(card: Target) -> None:
+    small, large = (plan.dynamic_plan(n, 256, 768, card) for n in (1, 1 << 20))
+    assert small.block_rows < large.block_rows
+    for planned in (small, large, *(plan.weight_only_plan("float16", n, 768) for n in (1, 32, 33))):
+        one_stage = (planned.block_rows + planned.block_n) * planned.block_k
+        assert card.sm < 80 or one_stage * planned.launch.num_stages <= card.smem_bytes
+    tiles = [plan.weight_only_plan("float16", n, 768).block_rows for n in (1, 16, 17, 32, 33)]
+    assert tiles == [16, 16, 32, 32, 128]
+    assert plan.dynamic_plan(1 << 20, 256, 769, card).block_rows == 64
+    assert [plan.weight_only_plan("float16", n, 769).block_rows for n in (16, 33)] == [16, 32]
+    assert not plan.quantize_plan(768).launch.enable_fp_fusion
+    assert [plan.quantize_plan(width).is_one_block for width in (1, 4096, 4097)] == [True, True, False]
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_choice(card: Target) -> None:
+    able = [option.impl for option in candidates("int8_linear", "float16", card) if option.can_run]
+    assert able[0] == (Impl.TRITON if card.sm >= 80 else Impl.TORCH)
+    doubles = candidates("int8_linear", "float64", card)
+    assert not next(option for option in doubles if option.impl == Impl.TRITON).can_run
+    assert plan.has_int8_product(card) == (card.sm >= 75)
+
+
+# On a card, at full size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(16389, 768, 3072), (4099, 3072, 768), (7, 1024, 4096), (32, 769, 1001)], ids=str)
+def test_full_size(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    values = inputs(shape, dtype, "cuda")
+    for mode in plan.MODES:
+        out = int8_linear(*values, activation="gelu", mode=mode, impl="triton")
+        true = reference.int8_linear(*values, "gelu", mode, torch.float64)
+        assert sqnr_db(out, true) > {torch.float16: 60, torch.bfloat16: 45, torch.float32: 90}[dtype]
+    for got, expected in zip(quantize_rows(values[0], impl="triton"), reference.quantize_rows(values[0]), strict=True):
+        assert torch.equal(got, expected)

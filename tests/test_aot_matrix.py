@@ -1,0 +1,515 @@
+"""The committed table of compiled kernels is true and complete, and tools/aot_matrix.py notices all it should."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import aot_compile
+import aot_matrix
+import aot_tables
+import kernel_source
+import pytest
+from aot_tables import ARCHITECTURES, NO_CODE, Row, Table
+from geneformer_kernels.capability import CAPABILITY
+from geneformer_kernels.dispatch import OPERATIONS, Impl, ImplUnavailableError, candidates, choose
+from geneformer_kernels.target import CARDS, Target
+
+has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+N_WORKERS = min(os.cpu_count() or 1, 4)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPILED_OPS = [op for op in OPERATIONS if aot_matrix.plan_of(op) is not None]
+
+
+@pytest.fixture(scope="module")
+def committed() -> Table:
+    table = aot_matrix.committed_table()
+    if not table.rows:
+        pytest.skip(
+            "nothing is compiled yet: python tools/aot_matrix.py makes the table, choices refuse Triton until then"
+        )
+    return table
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[aot_matrix.Task]:
+    return aot_matrix.collect(OPERATIONS, ARCHITECTURES)
+
+
+def triton_of(table: Table) -> str:
+    """The installed Triton, if it is the one that compiled a table."""
+    installed = importlib.metadata.version("triton")
+    if installed != table.triton:
+        pytest.skip(f"the table was compiled by Triton {table.triton}; another version, {installed}, is another code")
+    return installed
+
+
+# The committed table
+
+
+def test_the_table_holds_the_cases_that_the_plans_give_now(committed, tasks):
+    now = {(*task.label, task.digits) for task in tasks}
+    then = {(row.op, row.kernel, row.problem, row.dtype, row.sm, row.case) for row in committed.rows}
+    assert sorted(now - then) == [], "run python tools/aot_matrix.py"
+    assert sorted(then - now) == [], "run python tools/aot_matrix.py"
+
+
+def test_the_table_is_of_the_kernels_as_they_are_now(committed, tasks):
+    assert committed.sources == aot_matrix.sources_of(tasks), "run python tools/aot_matrix.py"
+
+
+def test_every_generated_file_is_what_the_table_gives(committed):
+    assert aot_matrix.differences(committed) == []
+
+
+def test_every_kernel_is_in_the_table(committed):
+    folder = aot_matrix.ROOT / "kernels" / "geneformer_kernels" / "ops"
+    for path in folder.glob("*/kernel.py"):
+        assert set(kernel_source.kernel_functions(path)) == set(committed.sources[path.parent.name]), path
+
+
+def test_no_row_of_a_default_plan_breaks_a_limit(committed, tasks):
+    rows = {(row.op, row.kernel, row.problem, row.dtype, row.sm): row for row in committed.rows}
+    results = [(task, result_of(rows[task.label])) for task in tasks if task.label in rows]
+    assert aot_matrix.breaches(results) == []
+
+
+def result_of(row: Row) -> dict:
+    if row.matrix == NO_CODE:
+        return {"error": NO_CODE}
+    return {name: getattr(row, name) for name in ("registers", "spill_bytes", "smem_bytes", "matrix")}
+
+
+@pytest.mark.parametrize("op", COMPILED_OPS)
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_cases_depend_on_the_architecture_only(op, card):
+    plan = aot_matrix.plan_of(op)
+    assert plan.kernel_cases(card) == plan.kernel_cases(Target.cuda(card.sm))
+
+
+@pytest.mark.parametrize("op", COMPILED_OPS)
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_choices_and_compiled_rows_agree(committed, op, card):
+    """What would be launched has been compiled, and what is compiled as a default can be launched."""
+    compiled = {row.dtype for row in committed.rows if (row.op, row.sm) == (op, card.sm) and row.is_default}
+    if op != "rank_genes":  # which is float64 arithmetic everywhere
+        assert (op, card.sm, card.fastest_dtype) in CAPABILITY
+    for dtype in DTYPES:
+        can_run = any(option.impl == Impl.TRITON and option.can_run for option in candidates(op, dtype, card))
+        try:
+            chosen = choose(op, dtype, card).impl
+        except ImplUnavailableError:
+            chosen = None
+        assert chosen != Impl.TRITON or dtype in compiled, f"{dtype} would be launched without having been compiled"
+        assert can_run or dtype not in compiled, f"{dtype} is compiled as a default but cannot run"
+
+
+def representative(table: Table) -> list[Row]:
+    """The lightest row without and with a matrix product of each operation, each on another architecture."""
+    chosen = []
+    for i, op in enumerate(table.sources):
+        for has_dot, sms in ((False, list(ARCHITECTURES)), (True, [80, 86, 89, 90])):
+            sm = sms[i % len(sms)]
+            rows = [row for row in table.rows if (row.op, row.sm, bool(row.matrix)) == (op, sm, has_dot)]
+            rows = [row for row in rows if row.matrix != NO_CODE]
+            chosen += sorted(rows, key=lambda row: (row.registers * row.warps, row))[:1]
+    return chosen
+
+
+@has_triton
+def test_a_fresh_table_equals_the_committed_one_in_a_sample(committed, tasks):
+    triton = triton_of(committed)
+    rows = representative(committed)
+    labels = {(row.op, row.kernel, row.problem, row.dtype, row.sm) for row in rows}
+    chosen = [task for task in tasks if task.label in labels]
+    results = aot_matrix.compile_tasks(chosen, triton, n_workers=N_WORKERS, cache=None)
+    assert sorted(task.row(result) for task, result in results) == sorted(rows)
+
+
+@pytest.mark.slow
+@has_triton
+def test_a_fresh_table_equals_the_committed_one(committed, tasks):
+    triton = triton_of(committed)
+    results = aot_matrix.compile_tasks(tasks, triton, n_workers=N_WORKERS, cache=None)
+    assert aot_matrix.breaches(results) == []
+    assert aot_matrix.differences(aot_matrix.table_of(results, triton)) == []
+
+
+# The tool, on kernels that are wrong on purpose
+
+TOY_KERNELS = {
+    "good": '''
+        @triton.jit
+        def good_kernel(x_ptr, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+            """One program = BLOCK numbers."""
+            o = tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + o, mask=o < n, other=0.0)
+            if SCALE is not None:
+                x = x * SCALE
+            tl.store(x_ptr + o, x, mask=o < n)
+        ''',
+    "spilling": '''
+        @triton.jit
+        def spilling_kernel(x_ptr, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+            """All numbers are needed twice: 512 of them per thread in 255 registers."""
+            o = tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + o)
+            tl.store(x_ptr + o, x - tl.sum(x, 0) * SCALE)
+        ''',
+    "product": '''
+        @triton.jit
+        def product_kernel(x_ptr, n, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+            """Sum of n products of [M, K] by its transpose."""
+            o_m, o_k = tl.arange(0, M), tl.arange(0, K)
+            b_sum = tl.zeros((M, M), tl.float32)
+            for i in range(n):
+                b_x = tl.load(x_ptr + i * M * K + o_m[:, None] * K + o_k[None, :])
+                b_y = tl.load(x_ptr + i * M * K + o_m[None, :] * K + o_k[:, None])
+                b_sum += tl.dot(b_x, b_y, input_precision=PRECISION)
+            tl.store(x_ptr + o_m[:, None] * M + o_m[None, :], b_sum.to(x_ptr.dtype.element_ty))
+        ''',
+    "refused": """
+        @triton.jit
+        def refused_kernel(x_ptr, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+            tl.static_assert(BLOCK == 1, "no such block")
+        """,
+    "endless": """
+        import time
+
+        time.sleep(60)
+
+
+        @triton.jit
+        def endless_kernel(x_ptr, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+            pass
+        """,
+    "deadly": """
+        import os
+
+        os.abort()
+
+
+        @triton.jit
+        def deadly_kernel(x_ptr, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+            pass
+        """,
+}
+TOY_PLAN = """
+from dataclasses import replace
+
+from geneformer_kernels.launch import KernelCase, Launch, pointer
+
+
+def kernel_cases(target):
+    plain = KernelCase(
+        "{op}", "{op}_kernel", "", "float32", {{"x_ptr": pointer("float32"), "n": "i32"}},
+        {{"SCALE": 2.0, "BLOCK": 128}}, Launch(num_warps=1), frozenset({{"x_ptr"}}),
+    )
+    product = replace(
+        plain, constexprs={{"M": 32, "K": 32, "PRECISION": "tf32x3"}}, launch=Launch(num_warps=4), has_dot=True
+    )
+    half = replace(product, dtype="float16", signature={{"x_ptr": pointer("float16"), "n": "i32"}})
+    return {cases}
+"""
+TOY_CASES = {
+    "good": '(plain, replace(plain, problem="no scale", constexprs={"SCALE": None, "BLOCK": 128}))',
+    "spilling": '(replace(plain, constexprs={"SCALE": 2.0, "BLOCK": 16384}),)',
+    "product": """(
+        product, half, replace(product, problem="scalar", constexprs={"M": 16, "K": 16, "PRECISION": "ieee"}),
+        replace(product, problem="scalar, never launched", is_default=False,
+                constexprs={"M": 16, "K": 16, "PRECISION": "ieee"}),
+        replace(half, problem="large", constexprs={"M": 128, "K": 64, "PRECISION": "tf32"},
+                launch=Launch(num_warps=8, num_stages=5)),
+        replace(half, problem="not announced", has_dot=False),
+    )""",
+    "refused": '(plain, replace(plain, problem="never launched", is_default=False))',
+    "deadly": "(plain,)",
+    "endless": "(plain,)",
+    "absent": "(plain,)",
+    "twice": "(plain, replace(plain, constexprs={}))",
+    "stray": '(replace(plain, op="good"),)',
+    "misnamed": '(replace(plain, signature={"y_ptr": "*fp32", "n": "i32"}),)',
+}
+
+
+@pytest.fixture(scope="module")
+def toy_package(tmp_path_factory: pytest.TempPathFactory):
+    """A package ``toyops`` of operations as kernels/geneformer_kernels/ops is one."""
+    root = tmp_path_factory.mktemp("toys")
+    (root / "toyops").mkdir()
+    (root / "toyops" / "__init__.py").write_text("")
+    for op, cases in TOY_CASES.items():
+        folder = root / "toyops" / op
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+        (folder / "plan.py").write_text(TOY_PLAN.format(op=op, cases=cases))
+        kernel = TOY_KERNELS.get(op, TOY_KERNELS["good"].replace("good", op if op != "absent" else "good"))
+        head = "import triton\nimport triton.language as tl\n\n\n"
+        (folder / "kernel.py").write_text(head + textwrap.dedent(kernel))
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toyops"]:
+        del sys.modules[name]
+
+
+def toy_tasks(*ops: str, sms: tuple[int, ...] = (86,)) -> list[aot_matrix.Task]:
+    return aot_matrix.collect(ops, sms, package="toyops")
+
+
+@pytest.fixture(scope="module")
+def toy_results(toy_package, tmp_path_factory):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    cache = tmp_path_factory.mktemp("cache")
+    tasks = [
+        *toy_tasks("good", "spilling", "product", "refused", "deadly", "misnamed"),
+        *(task for task in toy_tasks("product", sms=(70, 80, 90)) if task.case.problem == ""),
+        *(task for task in toy_tasks("product", sms=(90,)) if task.case.problem == "large"),
+    ]
+    results = aot_matrix.compile_tasks(tasks, "3", n_workers=N_WORKERS, cache=cache)
+    return SimpleNamespace(tasks=tasks, results=results, cache=cache)
+
+
+def row_of(toy_results, op: str, problem: str = "", dtype: str = "float32", sm: int = 86) -> Row:
+    (row,) = (
+        task.row(result)
+        for task, result in toy_results.results
+        if task.label == (op, f"{op}_kernel", problem, dtype, sm)
+    )
+    return row
+
+
+def test_what_is_wrong_is_named_and_nothing_else(toy_results):
+    found = aot_matrix.breaches(toy_results.results)
+    spilled = row_of(toy_results, "spilling").spill_bytes
+    needed = row_of(toy_results, "product", "large", "float16").smem_bytes
+    expected = [
+        f"spilling: spilling_kernel, float32, sm_86: spills {spilled} bytes, allowed are 64",
+        "product: product_kernel, float32, scalar, sm_86: a matrix product became scalar arithmetic",
+        f"product: product_kernel, float16, large, sm_86: {needed} bytes of shared memory, the card has 101376",
+        "product: product_kernel, float16, not announced, sm_86: has_dot is False but the code has HMMA",
+        "refused: refused_kernel, float32, sm_86: does not compile: ",
+        "deadly: deadly_kernel, float32, sm_86: does not compile: the compiler died (SIGABRT)",
+        "misnamed: misnamed_kernel, float32, sm_86: does not compile: ValueError: the case names ['y_ptr'] that",
+        "product: product_kernel, float32, sm_70: a matrix product became scalar arithmetic",
+        "product: product_kernel, float16, sm_70: a matrix product became scalar arithmetic",
+    ]
+    assert len(found) == len(expected), found
+    for line, start in zip(found, expected, strict=True):
+        assert line.startswith(start)
+    assert "no such block" in found[4]
+
+
+def test_what_is_read_of_the_code(toy_results):
+    good = row_of(toy_results, "good")
+    assert (good.spill_bytes, good.matrix) == (0, "")
+    assert 0 < good.registers <= 64
+    # 512 numbers per thread do not fit into 255 registers: at least the difference is stored.
+    assert 4 * (512 - 255) <= row_of(toy_results, "spilling").spill_bytes < 4 * 2 * 512
+    assert row_of(toy_results, "product").matrix == "HMMA"
+    assert row_of(toy_results, "product", dtype="float16").matrix == "HMMA"
+    assert row_of(toy_results, "product", "scalar").matrix == "FMA"
+    assert row_of(toy_results, "product", "large", "float16", 90).matrix == "HGMMA"
+    assert row_of(toy_results, "product", dtype="float16", sm=70).matrix == "FMA"
+    assert row_of(toy_results, "product", "large", "float16").smem_bytes > 101_376
+    refused = row_of(toy_results, "refused")
+    assert (refused.matrix, refused.registers, refused.smem_bytes) == (NO_CODE, None, None)
+
+
+def test_results_are_remembered_until_the_kernel_or_the_case_changes(toy_results, toy_package, monkeypatch):
+    compiled = []
+
+    class Recording:
+        def __init__(self, n_workers, limit_s):
+            pass
+
+        __enter__ = __exit__ = lambda self, *exc: self
+
+        def run(self, jobs):
+            compiled.extend(job["kernel"] for job in jobs.values())
+            return ((key, {"registers": 1, "spill_bytes": 0, "smem_bytes": 0, "matrix": ""}) for key in jobs)
+
+    monkeypatch.setattr(aot_matrix, "Compilers", Recording)
+
+    def compile_again(tasks, triton="3"):
+        compiled.clear()
+        return aot_matrix.compile_tasks(tasks, triton, n_workers=1, cache=toy_results.cache)
+
+    again = compile_again(toy_results.tasks)
+    assert compiled == ["deadly_kernel"]  # that a compiler died says nothing of the next time
+    for (task, new), (_, old) in zip(again, toy_results.results, strict=True):
+        assert new == old or task.case.op == "deadly"
+
+    good = toy_tasks("good")
+    compile_again([replace(task, case=replace(task.case, problem="another name")) for task in good])
+    assert compiled == []
+    compile_again([replace(good[0], case=replace(good[0].case, constexprs={"SCALE": 3.0, "BLOCK": 128}))])
+    assert len(compiled) == 1
+    compile_again(good, triton="4")
+    assert len(compiled) == 2
+    path = toy_package / "toyops" / "good" / "kernel.py"
+    path.write_text(path.read_text().replace("x * SCALE", "x * SCALE + 1"))
+    kernel_source.read_module.cache_clear()
+    compile_again(toy_tasks("good"))
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        ("absent", r"toyops\.absent\.kernel defines no absent_kernel"),
+        ("twice", "two cases are called"),
+        ("stray", "gives a case of good"),
+    ],
+)
+def test_contradictory_cases_are_refused(toy_package, op, message):
+    with pytest.raises(aot_matrix.CaseError, match=message):
+        toy_tasks(op)
+
+
+@has_triton
+def test_a_compiler_that_never_ends_is_given_up(toy_package):
+    (task,) = toy_tasks("endless")
+    with aot_compile.Compilers(1, limit_s=0.3) as compilers:
+        ((key, result),) = compilers.run({"key": task.job})
+    assert (key, result) == ("key", {"error": "took longer than 0.3 s", "is_final": False})
+
+
+def test_what_became_of_products_is_read_from_text():
+    ttgir = "%0 = tt.dot %a, %b, %c : tensor<16x16xf16, #A> * tensor<16x16xf16, #B> -> tensor<16x16xf32, #{}> loc(#loc)"
+    product, scalar = "HMMA.16816.F32 R4, R8, R12, R4 ;", "FFMA R4, R8, R12, R4 ;"
+    ptx = "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}"
+    read = aot_compile.matrix_instructions
+    assert read("", scalar) == ""
+    assert read(ttgir.format("mma"), product) == read(ttgir.format("ttg.nvidia_mma<{x}"), product) == "HMMA"
+    assert read(ttgir.format("mma1"), ptx) == "HMMA"
+    assert read(ttgir.format("mma"), "HGMMA.64x64x16.F32 R24, gdesc[UR8], !UPT ;") == "HGMMA"
+    assert read(ttgir.format("blocked"), scalar) == "FMA"
+    assert read(ttgir.format("mma"), scalar) == "FMA"  # whatever Triton intended
+    assert read("ttng.warp_group_dot %a, %b, %c", scalar) == "FMA"
+    # One product of two that became scalar shows, although the other runs on tensor cores.
+    assert read(ttgir.format("mma") + "\n" + ttgir.format("blocked1"), product) == "HMMA+FMA"
+    with pytest.raises(ValueError, match="ptxas says nothing"):
+        aot_compile.resources("")
+
+
+# The files
+
+ROW = Row("feed_forward", "a_kernel", "", "float16", 80, True, 4, 2, 100, 0, 1024, "HMMA", "00000000")
+
+
+def kinds(*rows: Row) -> str:
+    (kind,) = aot_tables.capability(rows).values()
+    return kind
+
+
+def test_capability_is_the_worst_of_what_may_be_launched():
+    plain = replace(ROW, kernel="b_kernel", matrix="")
+    scalar, refused = replace(ROW, matrix="FMA"), replace(ROW, matrix=NO_CODE)
+    assert kinds(plain) == "plain"
+    assert kinds(plain, ROW) == "tensor cores"
+    assert kinds(plain, ROW, replace(ROW, problem="x", matrix="HMMA+FMA")) == "fma"
+    assert kinds(plain, scalar) == "fma"
+    assert kinds(scalar, refused) == "none"
+    # Evidence: a product that is never launched decides where no other product runs, and only there.
+    evidence = replace(refused, is_default=False)
+    assert kinds(plain, evidence) == "none"
+    assert kinds(plain, replace(scalar, is_default=False)) == "fma"
+    assert kinds(plain, ROW, replace(evidence, kernel="c_kernel")) == "tensor cores"
+    assert kinds(plain, replace(plain, problem="another plan", matrix=NO_CODE, is_default=False)) == "plain"
+    assert list(aot_tables.capability([replace(ROW, sm=90), ROW, replace(ROW, op="rank_genes")])) == [
+        ("rank_genes", 80, "float16"),
+        ("feed_forward", 80, "float16"),
+        ("feed_forward", 90, "float16"),
+    ]
+
+
+def test_a_table_is_read_as_it_was_written():
+    sources = {"feed_forward": {"a_kernel": "1", "b_kernel": "2"}, "rank_genes": {"c_kernel": "3"}}
+    lost = replace(ROW, op="rank_genes", kernel="c_kernel", registers=None, spill_bytes=None, smem_bytes=None)
+    table = Table("3.7.1", sources, [replace(ROW, kernel="b_kernel", problem='D=64 "x"'), ROW, lost])
+    text = aot_tables.table_text(table)
+    again = aot_tables.read_table(text)
+    assert again == replace(table, rows=[lost, *sorted(table.rows[:2])])
+    assert aot_tables.table_text(again) == text
+    assert max(map(len, text.splitlines())) < 200
+    assert aot_tables.read_table(aot_tables.table_text(Table(""))) == Table("")
+    assert "`feed_forward` |  |  | HMMA |" in aot_tables.readme_text(table)
+
+    other = Table("3.7.1", {"rank_genes": {"d_kernel": "4"}}, [replace(lost, kernel="d_kernel")])
+    merged = table.with_ops(other, ["rank_genes"])
+    assert merged.sources == {"feed_forward": sources["feed_forward"], "rank_genes": {"d_kernel": "4"}}
+    assert {row.kernel for row in merged.rows} == {"a_kernel", "b_kernel", "d_kernel"}
+
+
+def test_a_section_of_a_document():
+    text = f"before\n{aot_tables.BEGIN}\nold\n{aot_tables.END}\nafter\n"
+    assert aot_tables.with_section(text, "new\n") == (f"before\n{aot_tables.BEGIN}\n\nnew\n\n{aot_tables.END}\nafter\n")
+    for wrong in ("", aot_tables.BEGIN, aot_tables.END + aot_tables.BEGIN, text + text):
+        with pytest.raises(ValueError, match="once each"):
+            aot_tables.with_section(wrong, "new\n")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The generated files of a repository without rows, and a tool that works on them."""
+    (tmp_path / "README.md").write_text(f"# Kernels\n{aot_tables.BEGIN}\n{aot_tables.END}\n")
+    for name in ("ROWS_FILE", "CAPABILITY_FILE", "README_FILE"):
+        path = tmp_path / {"ROWS_FILE": "rows.json", "CAPABILITY_FILE": "capability.py"}.get(name, "README.md")
+        monkeypatch.setattr(aot_tables, name, path)
+    monkeypatch.setattr(aot_matrix, "ROWS_FILE", tmp_path / "rows.json")
+    monkeypatch.setattr(aot_matrix, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_the_command_writes_checks_and_refuses(files, toy_results, monkeypatch, capsys):
+    good = [(task, result) for task, result in toy_results.results if task.case.op == "good"]
+    bad = [(task, result) for task, result in toy_results.results if task.case.op == "spilling"]
+    given = list(good)
+    monkeypatch.setattr(aot_matrix, "collect", lambda ops, sms: [task for task, _ in given])
+    monkeypatch.setattr(aot_matrix, "compile_tasks", lambda *args, **kwargs: given)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        return aot_matrix.main(arguments), capsys.readouterr().out
+
+    assert run("--check")[0] == 1
+    assert not (files / "rows.json").exists()
+    assert run()[0] == 0
+    assert "2 rows, 0 breaches" in run("--check")[1]
+    assert run("--check")[0] == 0
+    written = {path: path.read_text() for path in files.iterdir()}
+    assert len(written) == 3
+    assert '("good", 86, "float32"): "plain"' in written[files / "capability.py"]
+    assert "| `good` |" in written[files / "README.md"]
+
+    code, text = run("--sm", "86")
+    assert code == 0
+    assert "good_kernel" in text
+    (files / "rows.json").write_text(written[files / "rows.json"].replace("no scale", "no scales"))
+    code, text = run("--check")
+    assert code == 1
+    assert '-      ["no scales"' in text
+    assert "no scales" in text
+    (files / "rows.json").write_text(written[files / "rows.json"])
+
+    given += bad
+    code, text = run()
+    assert code == 1
+    assert "allowed are 64" in text
+    assert {path: path.read_text() for path in files.iterdir()} == written  # nothing is written beside a breach
+
+
+def test_without_triton_the_command_says_so(files, monkeypatch, capsys):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(aot_matrix, "version", absent)
+    assert aot_matrix.main([]) == 2
+    assert "Triton is not installed" in capsys.readouterr().out

@@ -1,0 +1,173 @@
+"""Deliberate faults in the kernels: they apply, every kernel has one, and tools/mutations.py judges right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mutations
+import pytest
+from kernel_source import kernel_functions
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "kernels" / "geneformer_kernels" / "ops").glob("*/kernel.py"))
+
+
+def test_every_fault_applies_as_written():
+    wrong = []
+    for fault in mutations.read_faults():
+        try:
+            mutations.mutated(fault, ROOT)
+        except mutations.FaultError as error:
+            wrong.append(str(error))
+    assert wrong == []
+
+
+def test_every_kernel_has_a_fault():
+    places: dict[Path, list[int]] = {}
+    for fault in mutations.read_faults():
+        places.setdefault(ROOT / fault.file, []).append(mutations.place_of(fault, ROOT))
+    bare = [
+        f"{path.parent.name}: {name}"
+        for path in KERNELS
+        for name, lines in kernel_functions(path).items()
+        if not any(place in lines for place in places.get(path, []))
+    ]
+    assert bare == []
+
+
+@pytest.mark.slow
+def test_every_fault_is_caught():
+    assert mutations.run(ROOT, mutations.read_faults(), n_workers=2, limit_s=900) == []
+
+
+ROWS = """
+[[fault]]
+file = "kernels/toy.py"
+find = "x + 1"
+replace = "x + 2"
+tests = "tests/test_toy.py -k adds"
+why = "adds too much"
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A repository with one function, two tests of it and one fault; gives a function that writes other faults."""
+    for name, text in {
+        "kernels/toy.py": "def add(x):\n    return x + 1\n\n\ndef unseen(x):\n    return x * 2\n",
+        "tests/test_toy.py": (
+            "import os\nimport toy\n\n\ndef test_adds():\n    assert toy.add(1) == 2\n\n\n"
+            "def test_is_interpreted():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n"
+        ),
+        "tests/test_red.py": "def test_red():\n    assert False\n",
+        "tools/mutations/toy.toml": ROWS,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def write(*rows: dict[str, str]) -> Path:
+        texts = []
+        for changes in rows:
+            text = ROWS
+            for key, value in changes.items():
+                (line,) = (line for line in ROWS.splitlines() if line.startswith(f"{key} ="))
+                text = text.replace(line, f"{key} = '''{value}'''")
+            texts.append(text)
+        (tmp_path / "tools/mutations/toy.toml").write_text("".join(texts))
+        return tmp_path
+
+    return write
+
+
+def test_caught_and_surviving_faults_are_told_apart(toy, capsys):
+    root = toy(
+        {},
+        {"find": "x * 2", "replace": "x * 3", "why": "nobody looks"},
+        {"tests": "tests/test_toy.py -k interpreted", "why": "the wrong test"},
+        {"tests": "tests/test_red.py::test_red", "why": "red before"},
+        {"tests": "tests/test_toy.py -k nothing", "why": "no test"},
+        {"replace": "__import__('os').abort()", "why": "a crash is red"},
+    )
+    before = {path: path.read_bytes() for path in root.rglob("*.py")}
+    assert mutations.main(["--jobs", "2"], root) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "SURVIVED" in line] == [
+        "toy.toml fault 2 (nobody looks): SURVIVED tests/test_toy.py -k adds",
+        "toy.toml fault 3 (the wrong test): SURVIVED tests/test_toy.py -k interpreted",
+    ]
+    assert "without any fault, red or broken: tests/test_red.py" in lines
+    assert "toy.toml fault 5 (no test): no test is selected by tests/test_toy.py -k nothing" in lines
+    assert lines[-1] == "6 faults, 4 not proven to be caught"
+    assert {path: path.read_bytes() for path in root.rglob("*.py")} == before  # nothing was left behind
+
+    assert mutations.main(["--op", "toy", "--jobs", "1"], toy({})) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 faults, 0 not proven to be caught"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"find": "return"}, "occurs 2 times"),
+        ({"find": "x - 1"}, "occurs 0 times"),
+        ({"find": ""}, "occurs 0 times"),
+        ({"replace": "x + 1"}, "by itself"),
+        ({"replace": "x +"}, "leaves no Python behind, line 2"),
+        ({"file": "kernels/absent.py"}, "there is no kernels/absent.py"),
+        ({"tests": "tests/absent.py"}, "tests/absent.py is none"),
+        ({"tests": ""}, "nothing is none"),
+    ],
+)
+def test_a_fault_that_does_not_apply_is_an_error(toy, capsys, changes, message):
+    assert mutations.main([], toy({}, changes)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("toy.toml fault 2 (")
+    assert message in lines[0]
+
+
+def test_files_of_another_form_are_refused(toy, capsys):
+    root = toy({})
+    path = root / "tools/mutations/toy.toml"
+    for text, message in {
+        "[[fault": "toy.toml: ",
+        ROWS.replace("why =", "because ="): "must hold exactly the texts file, find, replace, tests, why",
+        ROWS.replace('"x + 1"', "1"): "must hold exactly the texts",
+    }.items():
+        path.write_text(text)
+        assert mutations.main([], root) == 1
+        assert message in capsys.readouterr().out
+    path.write_text(ROWS)
+    assert mutations.main(["--op", "other"], root) == 1
+    assert "there is no tools/mutations/other.toml" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_end_proves_nothing(toy):
+    root = toy({"replace": "add(x)"}, {})
+    (root / "tests/test_toy.py").write_text("import time\n\n\ndef test_adds():\n    time.sleep(60)\n")
+    (reason,) = mutations.run(root, mutations.read_faults(root), n_workers=1, limit_s=0.2)
+    assert "red or broken" in reason
+    assert "not done after" in reason
+    (fault, _) = mutations.read_faults(root)
+    assert "neither passed nor failed" in (mutations.check_fault(fault, root, 0.2) or "")
+
+
+@pytest.mark.parametrize(
+    ("tests", "files"),
+    [
+        ("tests/test_a.py", "tests/test_a.py"),
+        ("tests/test_a.py -k 'one and not two'", "tests/test_a.py"),
+        ("tests/test_a.py::test_b tests/test_a.py::test_c -m slow", "tests/test_a.py -m slow"),
+    ],
+)
+def test_a_selection_is_taken_from_files_that_run_once(tests, files):
+    assert mutations.unselected(tests) == files
+
+
+def test_the_tool_explains_itself():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "mutations.py", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tools/mutations/<op>.toml" in done.stdout
