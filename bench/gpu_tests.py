@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 BESIDE, AFTER = "wrapped", "sanitizer"
 FILE = "tests.json"
 # A mark, or one of the fixtures that bring it.
-_FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card)\b", re.MULTILINE)
+_FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
 # With this many at once the card is shared well, and compiling, which takes most of the time, is spread over cores.
 MOST_AT_ONCE = 6
 

@@ -35,11 +35,12 @@ class Batch:
     mask: torch.Tensor
 
 
-def batch(config: EncoderConfig, device: torch.device, *, seed: int = 1) -> Batch:
-    """Cells of length 1, of odd lengths, at and around multiples of a tile."""
-    lengths = [65, 1, 130, 2, 64, 33, 160]
+def batch(config: EncoderConfig, where: str, *, seed: int = 1) -> Batch:
+    """Cells of length 1, of odd lengths, at and around multiples of a tile; few and short where it takes long."""
+    lengths = [17, 1, 40] if where == "interpreted" else [65, 1, 130, 2, 64, 33, 160]
     if config.max_len > 1000:
-        lengths = [2048, 1, 700, 333] if device.type == "cuda" else [70, 1, 9]
+        lengths = [2048, 1, 700, 333] if where == "cuda" else [70, 1, 9]
+    device = torch.device("cuda" if where == "cuda" else "cpu")
     generator = torch.Generator().manual_seed(seed)
     cells = [torch.randint(2, config.vocab_size, (n,), generator=generator) for n in lengths]
     tokens = Ragged.from_cells(cells)
@@ -47,6 +48,11 @@ def batch(config: EncoderConfig, device: torch.device, *, seed: int = 1) -> Batc
     targets = torch.randint(2, config.vocab_size, (len(rows),), generator=generator)
     tokens = tokens.to(device)
     return Batch(tokens, rows.to(device), targets.to(device), tokens.to_padded(0), tokens.mask())
+
+
+def config_of(name: str, where: str) -> EncoderConfig:
+    """One of :data:`CONFIGS`, with two layers where kernels are interpreted."""
+    return replace(CONFIGS[name], n_layers=2) if where == "interpreted" else CONFIGS[name]
 
 
 def stock_of(encoder: Encoder) -> Stock:

@@ -1,16 +1,18 @@
 """The whole encoder beside transformers, in every dtype: hidden states, logits, loss and every gradient.
 
-The same checks run small on the CPU, where the encoder runs on torch operations: that tests the checks.
+The same checks run small on the CPU, on torch operations, which tests the checks, and through all the kernels in
+Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import copy
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
-from sample_encoders import CONFIGS, SMALL, Batch, batch, gradients_of, loss_of, relative, stock_hidden, stock_of
+from sample_encoders import Batch, batch, config_of, gradients_of, loss_of, relative, stock_hidden, stock_of
 from tolerance import ROUNDING, max_error
 from torch import nn
 
@@ -37,21 +39,28 @@ CASES = [
 ]
 
 
+def skip_what_cannot_be(name: str, kind: str, place: Any) -> None:
+    if place.name == "interpreted" and (name == "v1-10m" or kind == "bfloat16"):
+        pytest.skip("the interpreter is slow, and has no bfloat16 products")
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_hidden_states_and_logits_are_as_good_as_transformers(name: str, kind: str, device: torch.device) -> None:
-    config, dtype = CONFIGS[name], DTYPES[kind]
-    encoder = random_encoder(config, device)
-    cells = batch(config, device)
+def test_hidden_states_and_logits_are_as_good_as_transformers(name: str, kind: str, place: Any) -> None:
+    skip_what_cannot_be(name, kind, place)
+    config, dtype = config_of(name, place.name), DTYPES[kind]
+    encoder = random_encoder(config, place.device)
+    cells = batch(config, place.name)
     stock = stock_of(encoder)
     ours = copy.deepcopy(encoder).cast(dtype)
     with torch.no_grad():
-        hidden = ours(cells.tokens)
+        with place.ours():
+            hidden = ours(cells.tokens)
+            logits = ours.logits(hidden, cells.rows)
         low = copy.deepcopy(stock).to(dtype)
         witness, witness_logits = stock_hidden(low, cells), low.head(stock_hidden(low, cells)[cells.rows])
         exact = stock.double()
         truth = stock_hidden(exact, cells)
         truth_logits = exact.head(truth[cells.rows])
-        logits = ours.logits(hidden, cells.rows)
     assert hidden.values.dtype == torch.float32
     for value, other, expected in ((hidden.values, witness, truth), (logits, witness_logits, truth_logits)):
         allowed = 2 * max_error(other, expected) + ROUNDING[dtype] * expected.abs().max().item()
@@ -61,24 +70,30 @@ def test_hidden_states_and_logits_are_as_good_as_transformers(name: str, kind: s
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_loss_and_every_gradient_are_as_good_as_stock(name: str, kind: str, device: torch.device) -> None:
-    config, dtype = CONFIGS[name], DTYPES[kind]
-    if kind == "float16" and device.type == "cpu":
-        pytest.skip("autocast to float16 is for cards")
-    encoder = random_encoder(config, device)
-    cells = batch(config, device)
+def test_loss_and_every_gradient_are_as_good_as_stock(name: str, kind: str, place: Any) -> None:
+    skip_what_cannot_be(name, kind, place)
+    config, dtype = config_of(name, place.name), DTYPES[kind]
+    encoder = random_encoder(config, place.device)
+    cells = batch(config, place.name)
     truth_loss, truth = _truth(encoder, cells)
     witness_loss, witness = _witness(encoder, cells, dtype)
-    with autocast(device, dtype):
-        loss = loss_of(encoder, cells)
-    loss.backward()
+    with place.ours():
+        with autocast(place.device, dtype):
+            loss = loss_of(encoder, cells)
+        loss.backward()
     assert abs(loss.item() - truth_loss) <= 2 * abs(witness_loss - truth_loss) + 4 * ROUNDING[dtype] * truth_loss
-    for parameter, gradient in gradients_of(encoder).items():
-        assert gradient.dtype == torch.float32
-        allowed = 2 * relative(witness[parameter], truth[parameter]) + ROUNDING[dtype]
-        if dtype == torch.float32:
-            allowed = max(allowed, FLOAT32)
-        assert relative(gradient, truth[parameter]) <= allowed, parameter
+    gradients = gradients_of(encoder)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    errors = {key: relative(gradient, truth[key]) for key, gradient in gradients.items()}
+    others = {key: relative(witness[key], truth[key]) for key in errors}
+    # A ReLU whose input is rounded over zero passes or loses a whole gradient: by chance, to us and to the witness.
+    has_kinks = config.activation == "relu"
+    slack = 2 if has_kinks and dtype != torch.float32 else 1
+    floor = (3e-3 if has_kinks else FLOAT32) if dtype == torch.float32 else ROUNDING[dtype]
+    typical = mean(others.values())
+    assert mean(errors.values()) <= max(2 * slack * typical, floor)
+    for key, error in errors.items():
+        assert error <= max(3 * slack * max(others[key], typical), floor), key
 
 
 def _truth(encoder: Encoder, cells: Batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -121,15 +136,16 @@ def _stock_gradients(encoder: Encoder, cells: Batch, dtype: torch.dtype) -> tupl
 
 
 @pytest.mark.parametrize("name", ["small", "pre-norm"])
-def test_training_with_dropout_repeats_itself_for_a_seed(name: str, device: torch.device) -> None:
-    encoder = random_encoder(CONFIGS[name], device).train()
-    cells = batch(encoder.config, device)
+def test_training_with_dropout_repeats_itself_for_a_seed(name: str, place: Any) -> None:
+    encoder = random_encoder(config_of(name, place.name), place.device).train()
+    cells = batch(encoder.config, place.name)
 
     def step(seed: int) -> tuple[float, dict[str, torch.Tensor]]:
         encoder.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
-        loss = loss_of(encoder, cells)
-        loss.backward()
+        with place.ours():
+            loss = loss_of(encoder, cells)
+            loss.backward()
         return loss.item(), gradients_of(encoder)
 
     (first, gradients), (again, same), (other, _) = step(3), step(3), step(4)
@@ -143,14 +159,16 @@ def test_training_with_dropout_repeats_itself_for_a_seed(name: str, device: torc
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
-def test_autocast_is_as_exact_as_casting(kind: str, device: torch.device) -> None:
+def test_autocast_is_as_exact_as_casting(kind: str, place: Any) -> None:
+    skip_what_cannot_be("small", kind, place)
     dtype = DTYPES[kind]
-    encoder = random_encoder(SMALL, device)
-    cells = batch(SMALL, device)
+    encoder = random_encoder(config_of("small", place.name), place.device)
+    cells = batch(encoder.config, place.name)
     with torch.no_grad():
         truth = stock_hidden(stock_of(encoder).double(), cells)
-        with torch.autocast(device.type, dtype):
-            inside = encoder(cells.tokens).values
-        cast = copy.deepcopy(encoder).cast(dtype)(cells.tokens).values
+        with place.ours():
+            with torch.autocast(place.device.type, dtype):
+                inside = encoder(cells.tokens).values
+            cast = copy.deepcopy(encoder).cast(dtype)(cells.tokens).values
     assert inside.dtype == torch.float32
     assert max_error(inside, truth) <= 2 * max_error(cast, truth) + ROUNDING[dtype] * truth.abs().max().item()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_encoders import CONFIGS, SMALL, Batch, batch, gradients_of, loss_of, relative
+from sample_encoders import CONFIGS, SMALL, Batch, batch, config_of, gradients_of, loss_of, relative
 from torch import nn
 
 from bench.gpu_models import random_encoder
@@ -30,12 +30,12 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["small", "pre-norm"])
-def test_recomputed_activations_give_the_same_gradients(name: str, device: torch.device) -> None:
+def test_recomputed_activations_give_the_same_gradients(name: str, place: Any) -> None:
     """torch's checkpointing around every block, dropout on: the second forward draws the same masks."""
     from torch.utils.checkpoint import checkpoint
 
-    encoder = random_encoder(CONFIGS[name], device).train()
-    cells = batch(encoder.config, device)
+    encoder = random_encoder(config_of(name, place.name), place.device).train()
+    cells = batch(encoder.config, place.name)
     found = []
     for is_recomputed in (False, True):
         if is_recomputed:
@@ -44,8 +44,9 @@ def test_recomputed_activations_give_the_same_gradients(name: str, device: torch
                 block.forward = lambda *args, plain=plain: checkpoint(plain, *args, use_reentrant=False)  # type: ignore[method-assign]
         encoder.zero_grad(set_to_none=True)
         torch.manual_seed(5)
-        loss = loss_of(encoder, cells)
-        loss.backward()
+        with place.ours():
+            loss = loss_of(encoder, cells)
+            loss.backward()
         found.append((loss.item(), gradients_of(encoder)))
     (loss_plain, plain_gradients), (loss_again, again) = found
     assert loss_plain == loss_again
@@ -58,7 +59,7 @@ def test_recomputed_activations_give_the_same_gradients(name: str, device: torch
 def test_inference_waits_for_nothing_and_replays_as_a_graph(name: str, card: torch.device) -> None:
     config = CONFIGS[name]
     encoder = random_encoder(config, card).cast("bfloat16" if torch.cuda.is_bf16_supported(False) else "float16")
-    cells, others = batch(config, card), batch(config, card, seed=2)
+    cells, others = batch(config, "cuda"), batch(config, "cuda", seed=2)
     static = cells.tokens.with_values(cells.tokens.values.clone())
     with torch.inference_mode():
         stream = torch.cuda.Stream()
@@ -83,7 +84,7 @@ def test_inference_waits_for_nothing_and_replays_as_a_graph(name: str, card: tor
 @GPU
 def test_a_training_step_waits_for_nothing(card: torch.device) -> None:
     encoder = random_encoder(SMALL, card).train()
-    cells = batch(SMALL, card)
+    cells = batch(SMALL, "cuda")
     loss_of(encoder, cells).backward()
     with no_waiting():
         loss = loss_of(encoder, cells)
@@ -96,7 +97,7 @@ def test_a_training_step_waits_for_nothing(card: torch.device) -> None:
 def test_compiled_whole_it_is_the_same(name: str, card: torch.device) -> None:
     """``fullgraph``: no graph break between tokens and loss; forward, and every gradient."""
     encoder = random_encoder(CONFIGS[name], card)
-    cells = batch(encoder.config, card)
+    cells = batch(encoder.config, "cuda")
     compiled = torch.compile(encoder, fullgraph=True)
     with torch.no_grad():
         expected = encoder(cells.tokens).values
@@ -124,14 +125,14 @@ class Step(nn.Module):
 
 
 @pytest.fixture
-def one_process(device: torch.device, tmp_path: Any) -> Iterator[None]:
+def one_process(place: Any, tmp_path: Any) -> Iterator[None]:
     """A process group of this process alone."""
     import torch.distributed as dist
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if place.name == "cuda" else "gloo"
     if not dist.is_available() or (backend == "nccl" and not dist.is_nccl_available()):
         pytest.skip(f"torch has no {backend}")
-    if device.type == "cuda":
+    if place.name == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
@@ -139,13 +140,15 @@ def one_process(device: torch.device, tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=GPU)], indirect=True)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_wrapped_for_many_cards_it_is_the_same(wrapper: str, device: torch.device) -> None:
-    encoder = random_encoder(SMALL, device)
-    cells = batch(SMALL, device)
+def test_wrapped_for_many_cards_it_is_the_same(wrapper: str, place: Any) -> None:
+    encoder = random_encoder(config_of("small", place.name), place.device)
+    cells = batch(encoder.config, place.name)
     plain = copy.deepcopy(encoder)
-    expected = loss_of(plain, cells)
-    expected.backward()
+    with place.ours():
+        expected = loss_of(plain, cells)
+        expected.backward()
     step: nn.Module = Step(encoder)
     if wrapper == "ddp":
         step = nn.parallel.DistributedDataParallel(step)
@@ -153,10 +156,11 @@ def test_wrapped_for_many_cards_it_is_the_same(wrapper: str, device: torch.devic
         fsdp = pytest.importorskip("torch.distributed.fsdp")
         if not hasattr(fsdp, "fully_shard"):
             pytest.skip(f"torch {torch.__version__} has no fully_shard")
-        mesh = torch.distributed.init_device_mesh(device.type, (1,))
+        mesh = torch.distributed.init_device_mesh(place.device.type, (1,))
         fsdp.fully_shard(step, mesh=mesh)
-    loss = step(cells)
-    loss.backward()
+    with place.ours():
+        loss = step(cells)
+        loss.backward()
     torch.testing.assert_close(loss, expected)
     for (name, parameter), other in zip(encoder.named_parameters(), plain.parameters(), strict=True):
         gradient = parameter.grad
