@@ -1,11 +1,18 @@
-"""Fixtures every test may use."""
+"""What must be settled before any test is loaded, and fixtures every test may use."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads this when it is imported, and transformers imports it, so it is settled before the first test file is
+# loaded. On a machine with a card the kernels are compiled for it, and the tests marked gpu run.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 # A mark, or one of the fixtures that bring it.

@@ -10,10 +10,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-# Before any kernel is imported. On a machine with a card kernels are compiled for it.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 @dataclass(frozen=True)
 class Place:

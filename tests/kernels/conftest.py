@@ -8,10 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Before any kernel is imported. On a machine with a card the kernels are compiled for it, and the tests marked gpu run.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
