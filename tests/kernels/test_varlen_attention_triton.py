@@ -20,7 +20,7 @@ from geneformer_kernels.ops.varlen_attention.plan import (
     torch_plan,
 )
 from geneformer_kernels.target import CARDS, Target
-from tolerance import assert_as_good_as
+from tolerance import assert_as_good_as, max_error
 
 LENGTHS = [5, 0, 1, 70, 33]
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
@@ -66,13 +66,34 @@ def by_reference(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
+def by_formula(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
+    """Gradient of qkv as FlashAttention writes it (Dao et al., arXiv:2205.14135, appendix B), in the dtype of qkv.
+
+    A row's sum of weights times their gradients is there ``sum(d_out * out)``. Short rows lose digits to the difference
+    of the two, which autograd of the reference does not: in a cell of one token its gradients are exactly 0.
+    """
+    d_qkv = torch.zeros_like(qkv)
+    for i_cell, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        q, k, v = qkv[start:stop].permute(1, 2, 0, 3)
+        d_cell = d_out[start:stop].transpose(0, 1)
+        kept = 1.0 if keep is None else (keep[i_cell] / (1 - dropout_p)).to(qkv.dtype)
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, -1)
+        out = (weights * kept) @ v
+        d_scores = weights * (d_cell @ v.transpose(1, 2) * kept - (d_cell * out).sum(-1, keepdim=True)) * scale
+        gradients = d_scores @ k, d_scores.transpose(1, 2) @ q, (weights * kept).transpose(1, 2) @ d_cell
+        d_qkv[start:stop] = torch.stack(gradients).permute(2, 0, 1, 3)
+    return d_qkv
+
+
 def assert_right(out, d_qkv, qkv, d_out, cu_seqlens, scale, **dropout) -> None:
-    """Outputs and all three gradients are as good as the reference in their own dtype."""
+    """Outputs and gradients are as good as plain torch in their own dtype: gradients as the worse of two ways."""
     exact = by_reference(qkv.double(), d_out.double(), cu_seqlens, scale, **dropout)
     witness = by_reference(qkv, d_out, cu_seqlens, scale, **dropout)
+    other = by_formula(qkv, d_out, cu_seqlens, scale, **dropout)
     assert_as_good_as(out, witness[0], exact[0])
     for i in range(3):
-        assert_as_good_as(d_qkv[:, i], witness[1][:, i], exact[1][:, i])
+        worse = max(witness[1], other, key=lambda gradient: max_error(gradient[:, i], exact[1][:, i]))
+        assert_as_good_as(d_qkv[:, i], worse[:, i], exact[1][:, i])
 
 
 def run(qkv, d_out, cu_seqlens, **arguments):
@@ -82,9 +103,6 @@ def run(qkv, d_out, cu_seqlens, **arguments):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
 @pytest.mark.usefixtures("small_tiles", "poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 7, 48])
@@ -95,13 +113,10 @@ def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int) -
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5)
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
 @pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """Full blocks have no tail, and one key more makes one; the plan is the interpreter's own, or the card's."""
-    qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device, n_heads=1)
+    qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device)
     out, d_qkv = run(qkv, d_out, cu_seqlens, scale=0.4)
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, 0.4)
 
