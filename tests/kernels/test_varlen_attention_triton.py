@@ -176,6 +176,22 @@ def test_cells_do_not_see_each_other(device: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("lengths", [[70], [16, 64, 32]])
+def test_nothing_is_read_outside(device: str, lengths: list[int]) -> None:
+    """NaN lies behind every head, between the halves of the projection, and behind the last token."""
+
+    def among_nans(x):
+        whole = torch.full((len(x) + 64, *x.shape[1:-1], 16), float("nan"), dtype=x.dtype, device=device)
+        whole[: len(x), ..., : x.shape[-1]] = x
+        return whole[: len(x), ..., : x.shape[-1]]
+
+    qkv, d_out, cu_seqlens = inputs(torch.float16, 7, lengths, device)
+    expected = run(qkv, d_out, cu_seqlens)
+    for x, again in zip(expected, run(among_nans(qkv), among_nans(d_out), cu_seqlens), strict=True):
+        assert torch.equal(again, x)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_views(device: str) -> None:
     """Any strides: a fused projection, head first, elements apart, an expanded gradient."""
     qkv, _, cu_seqlens = inputs(torch.float32, 16, [40, 3], device)
@@ -198,14 +214,15 @@ def test_views(device: str) -> None:
         torch.testing.assert_close(gradient, expected[1], atol=1e-5, rtol=1e-4)
 
 
-def test_more_elements_than_int32_counts(device: str) -> None:
-    """Rows 2**30 elements apart; most of the storage is never touched."""
+@pytest.mark.parametrize(("n_heads", "strides"), [(1, (2**30, 16, 1)), (3, (16, 2**30, 1))], ids=["rows", "heads"])
+def test_more_elements_than_int32_counts(device: str, n_heads: int, strides: tuple[int, ...]) -> None:
+    """Rows, or heads, 2**30 elements apart; most of the storage is never touched."""
     try:
         storage = torch.empty(2**31 + 2**30 + 64, dtype=torch.float16, device=device)
     except RuntimeError:
         pytest.skip("not that much memory")
-    far = storage.as_strided((3, 1, 16), (2**30, 16, 1))
-    near, _, _ = inputs(torch.float16, 16, [1, 1, 1], device, n_heads=1)
+    far = storage.as_strided((3, n_heads, 16), strides)
+    near, _, _ = inputs(torch.float16, 16, [1, 1, 1], device, n_heads=n_heads)
     cu_seqlens = cumulative([1, 1, 1], device)
     far.copy_(near[:, 0])
     for q, k, v in (
@@ -241,6 +258,7 @@ def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.Monk
     assert found[1 : 1 + n_tiles, :3].tolist() == expected
 
 
+@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("bounds", [[0, 50, 20, 40], [-9, 99], [7, 3, 1 << 30], [0, 30, 0, 30, 0, 30, 0, 30]])
 def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) -> None:
     """On a card nobody checks them: numbers may be wrong, but tiles lie within the tokens, and within their list."""

@@ -70,13 +70,13 @@ _LARGE = {  # sm_90 and newer: at most 160 KB
     64: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 166/255, 124/172, 210/248
     128: (_tile(128, 64, 8, 3), _tile(128, 64, 8, 2), _tile(32, 128, 8, 2)),  # 180/242, 172/214, 231/253
 }
-# Three-fold TF32 holds two halves of every operand in registers, so these tiles are small, and the backward spills all
-# the same (bytes per thread with dropout on sm_80 beside each; of tiles of 32 x 64 it is 19 KB). torch's kernel is what
-# float32 gets unless somebody asks for Triton.
+# Three-fold TF32 holds two halves of every operand in registers, so these tiles are small, and wide heads spill all the
+# same: with dropout on sm_80 0, 0 and 564 bytes per thread at 64, and 284, 776 and 5,456 at 128 (tiles of 32 x 64 spill
+# 19 KB). torch's kernel is what float32 gets unless somebody asks for Triton.
 _FLOAT32 = {
     32: (_tile(64, 32, 4, 2, "tf32x3"), _tile(64, 32, 4, 2, "tf32x3"), _tile(32, 64, 8, 2, "tf32x3")),
-    64: (_tile(32, 32, 4, 2, "tf32x3"), _tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3")),  # 0, 0, 564
-    128: (_tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3"), _tile(32, 32, 8, 2, "tf32x3")),  # 284, 776, 5456
+    64: (_tile(32, 32, 4, 2, "tf32x3"), _tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3")),
+    128: (_tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3"), _tile(32, 32, 8, 2, "tf32x3")),
 }
 
 
