@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import choose, use_impl
 from geneformer_kernels.launch import Launch
@@ -20,7 +21,7 @@ from geneformer_kernels.ops.varlen_attention.plan import (
     torch_plan,
 )
 from geneformer_kernels.target import CARDS, Target
-from tolerance import assert_as_good_as
+from tolerance import ROUNDING, assert_as_good_as
 
 LENGTHS = [5, 0, 1, 70, 33]
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
@@ -66,13 +67,31 @@ def by_reference(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
+def by_sdpa(qkv, d_out, cu_seqlens, scale):
+    """The same by torch's own fused attention on the CPU, which recomputes weights in the backward pass as ours does."""
+    qkv, d_out = qkv.detach().cpu().requires_grad_(), d_out.cpu()
+    cells = [cell for cell in qkv.split(cu_seqlens.diff().tolist()) if len(cell)]
+    q_k_v = [[x.transpose(0, 1)[None] for x in cell.unbind(1)] for cell in cells]
+    outs = [F.scaled_dot_product_attention(*cell, scale=scale)[0].transpose(0, 1) for cell in q_k_v]
+    out = torch.cat(outs)
+    return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
+
+
 def assert_right(out, d_qkv, qkv, d_out, cu_seqlens, scale, **dropout) -> None:
-    """Outputs and all three gradients are as good as the reference in their own dtype."""
+    """Outputs and all three gradients are as good as torch's in their own dtype, plain and (without dropout) fused."""
     exact = by_reference(qkv.double(), d_out.double(), cu_seqlens, scale, **dropout)
-    witness = by_reference(qkv, d_out, cu_seqlens, scale, **dropout)
-    assert_as_good_as(out, witness[0], exact[0])
+    witnesses = [by_reference(qkv, d_out, cu_seqlens, scale, **dropout)]
+    if not dropout:
+        witnesses.append(tuple(x.to(out.device) for x in by_sdpa(qkv, d_out, cu_seqlens, scale)))
+    assert_as_good_as(out, [witness[0] for witness in witnesses], exact[0])
     for i in range(3):
-        assert_as_good_as(d_qkv[:, i], witness[1][:, i], exact[1][:, i])
+        value, truth = d_qkv[:, i], exact[1][:, i]
+        if not truth.any():
+            # A token alone in its cell: two equal numbers are subtracted, which float32 rounds each in its own order.
+            terms = scale * (d_out.double().abs() * qkv[:, 2].double().abs()).sum(-1).max() * qkv.abs().max()
+            assert value.abs().max() <= 2 * ROUNDING[torch.float32] * terms
+            continue
+        assert_as_good_as(value, [witness[1][:, i] for witness in witnesses], truth)
 
 
 def run(qkv, d_out, cu_seqlens, **arguments):
@@ -82,9 +101,6 @@ def run(qkv, d_out, cu_seqlens, **arguments):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
 @pytest.mark.usefixtures("small_tiles", "poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 7, 48])
@@ -95,10 +111,7 @@ def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int) -
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5)
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
-@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2]])
+@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2], [3, 0, 400, 1]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """Full blocks have no tail, and one key more makes one; the plan is the interpreter's own, or the card's."""
     qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device, n_heads=1)
