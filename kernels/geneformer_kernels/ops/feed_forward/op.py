@@ -87,6 +87,31 @@ def feed_forward(
     return F.linear(hidden, down_weight, down_bias)
 
 
+def has_layernorm_inside(
+    x: torch.Tensor, ff_width: int, *, activation: str, impl: Impl | str | None = None
+) -> bool:
+    """Whether :func:`feed_forward_layernorm` would be one kernel for rows such as ``x``.
+
+    Where it is not, :func:`feed_forward` followed by :func:`geneformer_kernels.residual_layernorm` is the better way: the
+    second has a kernel of its own on every card, of which this operation, that imports no other one, knows nothing.
+
+    Parameters
+    ----------
+    x
+        [..., C], on the device and in the dtype of the rows.
+    ff_width
+        Hidden units.
+    activation, impl
+        As in :func:`feed_forward_layernorm`.
+    """
+    return _is_fused(_computed_in(x), ff_width, activation, choose_for("feed_forward", _computed_in(x), impl))
+
+
+def _is_fused(x: torch.Tensor, ff_width: int, activation: str, chosen: str) -> bool:
+    place = x.device.type, x.device.index
+    return chosen == Impl.TRITON and is_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, *place)
+
+
 def feed_forward_layernorm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -145,8 +170,8 @@ def feed_forward_layernorm(
 
     Notes
     -----
-    One kernel for C = 128 and 256 in float16 and bfloat16, if Triton is chosen. Otherwise the Triton implementation of
-    :func:`feed_forward` followed by torch's dropout, addition and LayerNorm.
+    One kernel for C = 128 and 256 in float16 and bfloat16, if Triton is chosen (:func:`has_layernorm_inside` tells).
+    Otherwise :func:`feed_forward` followed by torch's dropout, addition and LayerNorm.
 
     References
     ----------
@@ -159,9 +184,7 @@ def feed_forward_layernorm(
     x = _computed_in(x)
     chosen = choose_for("feed_forward", x, impl)
     width, ff_width = x.shape[-1], down_weight.shape[1]
-    if chosen == Impl.TRITON and is_fused(
-        DTYPE_NAMES[x.dtype], width, ff_width, activation, x.device.type, x.device.index
-    ):
+    if _is_fused(x, ff_width, activation, chosen):
         seed = None if not dropout_p else draw_seed(x.device) if seed is None else seed
         inputs = (x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias)
         needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
