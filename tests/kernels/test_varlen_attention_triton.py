@@ -68,7 +68,7 @@ def by_reference(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
 
 
 def by_sdpa(qkv, d_out, cu_seqlens, scale):
-    """The same by torch's own fused attention on the CPU, which recomputes weights in the backward pass as ours does."""
+    """The same by torch's fused attention on the CPU, which like ours computes weights again in the backward pass."""
     qkv, d_out = qkv.detach().cpu().requires_grad_(), d_out.cpu()
     cells = [cell for cell in qkv.split(cu_seqlens.diff().tolist()) if len(cell)]
     q_k_v = [[x.transpose(0, 1)[None] for x in cell.unbind(1)] for cell in cells]
