@@ -1,8 +1,8 @@
 """Attention and its gradients on the CPU: oneDNN's bfloat16 products, whole cells handed to threads.
 
 Torch's fused CPU attention multiplies bfloat16 no faster than float32 (``plan.torch_plan``), and has no dropout: with
-it, torch falls back to float32 weights of all pairs, each kept for the backward pass. Here a block of scores lives in the
-cache, and what the backward pass needs of them is one number per token and head.
+it, torch falls back to float32 weights of all pairs, each kept for the backward pass. Here a block of scores lives in
+the cache, and what the backward pass needs of them is one number per token and head.
 """
 
 from __future__ import annotations
