@@ -21,6 +21,8 @@ _HOME = {
     "EncoderConfig": "geneformer_fast.config",
     "Ragged": "geneformer_fast.ragged",
     "embed": "geneformer_fast.extract",
+    "pretrain": "geneformer_fast.training.pretrain",
+    "Recipe": "geneformer_fast.training.recipe",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from geneformer_fast.tokenization.medians import medians
     from geneformer_fast.tokenization.run import tokenize
     from geneformer_fast.tokenization.vocabulary import Vocabulary
+    from geneformer_fast.training.pretrain import pretrain
+    from geneformer_fast.training.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

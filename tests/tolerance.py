@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 # One rounding band per dtype: the half distance between neighbours, relative.
@@ -18,18 +16,11 @@ def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def assert_as_good_as(
-    value: torch.Tensor, witness: torch.Tensor | Sequence[torch.Tensor], truth: torch.Tensor, *, factor: float = 2.0
-) -> None:
-    """The error against float64 is at most ``factor`` times a witness's in the same dtype, plus one rounding band.
-
-    Of several witnesses, which compute the same in different orders, the one that is farther off counts: on a handful
-    of numbers one of them is exact by chance.
-    """
-    witnesses = [witness] if isinstance(witness, torch.Tensor) else witness
+def assert_as_good_as(value: torch.Tensor, witness: torch.Tensor, truth: torch.Tensor, *, factor: float = 2.0) -> None:
+    """The error against float64 is at most ``factor`` times a witness's in the same dtype, plus one rounding band."""
     assert value.shape == truth.shape, f"{[*value.shape]} is not {[*truth.shape]}"
     band = ROUNDING[value.dtype] * max(truth.abs().max().item(), 1e-6) if truth.numel() else 0.0
-    error, allowed = max_error(value, truth), factor * max(max_error(each, truth) for each in witnesses) + band
+    error, allowed = max_error(value, truth), factor * max_error(witness, truth) + band
     assert error <= allowed, f"error {error:.3e} against float64, allowed {allowed:.3e}"
 
 
