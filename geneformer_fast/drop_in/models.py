@@ -76,13 +76,13 @@ def packed_masked_lm(call: Call, *, has_training_logits: bool) -> Any:
     hidden = outputs.last_hidden_state
     loss = None if labels is None else _masked_loss(model.cls, hidden, labels)
     states = dict(hidden_states=outputs.hidden_states, attentions=outputs.attentions)
-    if not _returns_dict(model, arguments):
-        return MaskedLMOutput(loss=loss, logits=model.cls(hidden), **states).to_tuple()
-    is_step = loss is not None and model.training
+    is_step, is_dict = loss is not None and model.training, _returns_dict(model, arguments)
     # Replicas of nn.DataParallel gather every tensor of their outputs on one card.
-    if is_step and (not has_training_logits or getattr(model, "_is_replica", False)):
-        return MaskedLMOutput(loss=loss, **states)
-    return _on_demand(model, hidden, loss, is_step, states)
+    has_logits = not is_step or (has_training_logits and not getattr(model, "_is_replica", False))
+    if has_logits and is_dict:
+        return _on_demand(model, hidden, loss, is_step, states)
+    output = MaskedLMOutput(loss=loss, logits=model.cls(hidden) if has_logits else None, **states)
+    return output if is_dict else output.to_tuple()
 
 
 # An output that computes when asked is no business of a compiler's.

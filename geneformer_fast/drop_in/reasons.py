@@ -113,9 +113,10 @@ def why_not_packed(bert: Any, arguments: dict[str, Any]) -> str | None:
 
 def _why_not_shapes(arguments: dict[str, Any]) -> str | None:
     ids, embedded, mask = arguments.get("input_ids"), arguments.get("inputs_embeds"), arguments.get("attention_mask")
-    if (ids is None) == (embedded is None):
+    shapes = [*([] if ids is None else [ids.shape]), *([] if embedded is None else [embedded.shape[:2]])]
+    if len(shapes) != 1:
         return "exactly one of input_ids and inputs_embeds is needed"
-    shape = embedded.shape[:2] if ids is None else ids.shape
+    (shape,) = shapes
     if len(shape) != 2 or (mask is not None and mask.shape != shape):
         return "input and attention_mask are not [B, L] both"
     return None
