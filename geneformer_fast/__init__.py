@@ -23,6 +23,8 @@ _HOME = {
     "embed": "geneformer_fast.extract",
     "accelerate": "geneformer_fast.drop_in",
     "register_attention": "geneformer_fast.drop_in",
+    "pretrain": "geneformer_fast.training.pretrain",
+    "Recipe": "geneformer_fast.training.recipe",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from geneformer_fast.tokenization.medians import medians
     from geneformer_fast.tokenization.run import tokenize
     from geneformer_fast.tokenization.vocabulary import Vocabulary
+    from geneformer_fast.training.pretrain import pretrain
+    from geneformer_fast.training.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

@@ -111,9 +111,17 @@ class Ragged:
         """Apply a function that keeps the first axis to the values."""
         return self.with_values(function(self.values))
 
-    def to(self, device: str | torch.device) -> Ragged:
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Ragged:
         """The same batch on another device."""
-        return replace(self, values=self.values.to(device), cu_seqlens=self.cu_seqlens.to(device))
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Ragged:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,6 @@ class Padding:
         [B + 1] int32, cumulative cell lengths from 0 to T.
     n_cells, length
         B and L.
-    is_right
-        Every cell stands at the beginning of its row.
     has_first
         Every row holds a value in its first column.
     """
@@ -140,7 +146,6 @@ class Padding:
     cu_seqlens: torch.Tensor
     n_cells: int
     length: int
-    is_right: bool
     has_first: bool
 
     @classmethod
@@ -149,17 +154,14 @@ class Padding:
         if mask is not None:
             keep = mask.to(device) != 0
             counts = keep.sum(1)
-            # One question to the device for all answers.
-            answers = (counts.sum(), (keep[:, 1:] <= keep[:, :-1]).all(), keep[:, :1].all())
-            n_tokens, is_right, has_first = torch.stack(answers).tolist()
+            # One question to the device for both answers.
+            n_tokens, has_first = torch.stack((counts.sum(), keep[:, :1].all())).tolist()
             if n_tokens < n_cells * length:
                 cu_seqlens = torch.zeros(n_cells + 1, dtype=torch.int32, device=device)
                 torch.cumsum(counts, 0, out=cu_seqlens[1:])
-                return cls(
-                    keep.flatten().nonzero().squeeze(1), cu_seqlens, n_cells, length, bool(is_right), bool(has_first)
-                )
+                return cls(keep.flatten().nonzero().squeeze(1), cu_seqlens, n_cells, length, bool(has_first))
         starts = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
-        return cls(None, starts, n_cells, length, True, True)
+        return cls(None, starts, n_cells, length, True)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [T, ...]."""

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.__main__",),
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
-    tuple(f"{FAST}.{name}" for name in ("extract", "train", "drop_in", "profile")),
+    tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),
@@ -75,11 +75,11 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "tiles"}
+PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "shares", "tiles"}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
     "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
-    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
+    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
     "reference": (set(), set()),
@@ -91,6 +91,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
+    "shares": set(),
     "tiles": set(),
 }
 

@@ -139,9 +139,11 @@ def embed_tokens_bwd(
     n_partials = _n_partials(type_row, weight)
     n_rows, width, device = len(token_ids), token_table.shape[1], token_table.device
     chosen = plan(n_rows, width, target_for(token_table))
-    d_total = torch.empty(n_rows, width, device=device)
+    d_total = torch.empty(n_rows, width, dtype=torch.float32, device=device)
     n_programs = chosen.n_programs if n_rows else 0
-    partial = torch.empty(n_programs, n_partials, width, device=device) if n_partials else None
+    partial = None
+    if n_partials:
+        partial = torch.empty(n_programs, n_partials, width, dtype=torch.float32, device=device)
     with launching_on(token_table):
         if n_rows:
             embed_tokens_bwd_rows_kernel[(n_programs,)](
@@ -218,8 +220,8 @@ def _table_gradient(d_total: torch.Tensor, keys: torch.Tensor, n_keys: int, chos
     every_key = torch.arange(n_keys + 1, dtype=sorted_keys.dtype, device=keys.device)
     bounds = torch.searchsorted(sorted_keys, every_key, out_int32=True)
     n_chunks, n_columns = -(-n_rows // chosen.chunk), -(-width // chosen.table_block_c)
-    partial = torch.empty(n_chunks, 2, width, device=d_total.device)
-    d_table = torch.empty(n_keys, width, device=d_total.device)
+    partial = torch.empty(n_chunks, 2, width, dtype=torch.float32, device=d_total.device)
+    d_table = torch.empty(n_keys, width, dtype=torch.float32, device=d_total.device)
     shared = {
         "d_total_ptr": d_total,
         "order_ptr": order,

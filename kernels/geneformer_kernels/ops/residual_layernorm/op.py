@@ -121,7 +121,9 @@ def residual_layernorm_bwd(
         return dx, d_residual, d_parameters.zero_()
     n_rows, width = total.shape
     chosen = plan(n_rows, width, target_for(total))
-    partial = torch.empty(chosen.n_programs, 2, width, device=total.device) if needs_parameters else None
+    partial = None
+    if needs_parameters:
+        partial = torch.empty(chosen.n_programs, 2, width, dtype=torch.float32, device=total.device)
     with launching_on(total):
         residual_layernorm_bwd_kernel[(chosen.n_programs,)](
             d_stream_ptr=None if d_stream is None else d_stream.contiguous(),

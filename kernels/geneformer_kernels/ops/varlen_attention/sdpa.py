@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, draw_seed
+from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
 
@@ -27,6 +28,12 @@ def attend(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     is_inference = not needs_grad and dropout_p == 0
     route = _route(DTYPE_NAMES[q.dtype], q.device.type, q.device.index, is_inference, dropout_p > 0)
+    if route.route == "blocked" and not is_inference:
+        if dropout_p == 0:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(q.device)
+        return attend_blocked(q, k, v, cu_seqlens, scale, dropout_p, seed, route.block_rows)[0]
     if q.device.type == "cpu" and (torch.compiler.is_compiling() or (seed is not None and dropout_p > 0)):
         if dropout_p > 0 and seed is None:
             seed = draw_seed(q.device)
