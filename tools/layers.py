@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.__main__",),
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
-    tuple(f"{FAST}.{name}" for name in ("extract", "training", "accelerate", "profile")),
+    tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),
@@ -52,8 +52,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 # Libraries that may appear only below these names.
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
-    "transformers": (f"{FAST}.accelerate", f"{FAST}.checkpoints.hf"),
-    "datasets": (f"{FAST}.accelerate",),
+    "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf"),
+    "datasets": (f"{FAST}.drop_in",),
     "anndata": (f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.cli.embed", f"{FAST}.quickstart"),
     "matplotlib": (f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot"),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot"),
