@@ -157,7 +157,7 @@ class BatchPlan:
     ) -> None:
         if (batch_cells is None) == (batch_tokens is None):
             raise UnsupportedError("give the size of a batch either in cells or in tokens")
-        if min(batch_cells or 1, batch_tokens or 1, token_budget) < 1:
+        if any(size is not None and size < 1 for size in (batch_cells, batch_tokens, token_budget)):
             raise UnsupportedError("batch sizes and the token budget must be at least 1")
         self.lengths = np.asarray(lengths)
         self.cells = np.sort(np.asarray(cells, dtype=np.int64))
@@ -296,7 +296,7 @@ def evaluation_pieces(
     if world_size > 1:
         if len(cells) < world_size:
             raise InputError(f"{len(cells)} cells to evaluate on cannot be shared among {world_size} processes")
-        n_pieces = -(-(len(bounds) - 1) // world_size) * world_size
+        n_pieces = min(-(-(len(bounds) - 1) // world_size), len(cells) // world_size) * world_size
         # Equal numbers of tokens; of cells, where cells are so few and unequal that a piece would be left empty.
         bounds = _shares(lengths, n_pieces)
         if min(np.diff(bounds)) == 0:

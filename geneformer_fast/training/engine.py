@@ -72,7 +72,7 @@ class Engine:
             with distributed.accumulating(self._step, piece.index + 1 == piece.n_pieces), self.autocast():
                 loss, weight = self._step(batch)
                 if piece.is_filler:
-                    loss, weight = loss * 0.0, torch.zeros(())
+                    loss, weight = loss * 0.0, torch.zeros((), device=self.device)
                 # The number of tokens is known before the weights are: it keeps sums small enough for float16
                 # gradients. The mean over ranks, which wrappers make of gradients, is undone.
                 scaled = loss * (self.ranks.world_size / max(1, piece.n_step_tokens))

@@ -35,6 +35,7 @@ from geneformer_fast.training.objective import Objective
 from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import RunFolder, identity_of_run
 
+SAVE_EVERY = 1000  # where a recipe leaves it open, so that an epoch of days does not hang on one process
 _CELLS_NAMED = 8  # cells that an error lists
 
 
@@ -185,6 +186,7 @@ class _Run:
             state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
             self.step, self.n_worse = state["step"], state["n_worse"]
             self.history.evaluations, self.history.best = state["evaluations"], state["best"]
+            self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
             self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
             self.logs.append(Bar(self.n_steps, self.step, recipe.is_showing_progress))
@@ -231,26 +233,32 @@ class _Run:
         totals = engine.gradients(own())
         grad_norm = engine.normalize(pieces[0].n_step_tokens, totals)
         learning_rate = self.recipe.learning_rate * self.schedule(self.step)
-        pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
         # A GPU is not waited for: its numbers are looked at when the next step has been handed to it.
         self._settle()
-        self._pending = pending
+        self._pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
         if engine.device.type == "cpu":
-            self._settle()
+            self._numbers(self._pending)  # nobody waits here, so that weights are never spoilt
         engine.update(learning_rate)
         self.step += 1
+        if engine.device.type == "cpu":
+            self._settle()
         return pieces
 
-    def _settle(self) -> None:
-        """Look at the numbers of the last step: stop if they are not finite, else tell everybody."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+    def _numbers(self, pending: _Pending) -> tuple[float, float, float]:
+        """(loss, weight, norm of the gradient) of a step; an error if they are not finite."""
         (total, weight), norm = pending.totals.tolist(), float(pending.grad_norm)
         loss = total / weight if weight else 0.0
         is_scaled = self.engine.scaler.is_enabled()  # overflown gradients are part of float16, an infinite loss is not
         if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm)):
             raise TrainingError(self._not_finite(pending, loss, norm))
+        return loss, weight, norm
+
+    def _settle(self) -> None:
+        """Look at the numbers of the last step, and tell everybody."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss, weight, norm = self._numbers(pending)
         now = time.perf_counter()
         first = pending.pieces[0]
         record = StepRecord(
@@ -307,7 +315,7 @@ class _Run:
         if len(self.eval_cells) and (is_due or is_last):
             self._settle()
             self._evaluate()
-        is_due = is_epoch_end if recipe.save_every is None else self.step % recipe.save_every == 0
+        is_due = self.step % (recipe.save_every or SAVE_EVERY) == 0 or (is_epoch_end and recipe.save_every is None)
         if self.folder is not None and (is_due or is_last or self.history.is_stopped_early):
             self._settle()
             self._save(self.folder)
@@ -360,17 +368,19 @@ class _Run:
         save_checkpoint(
             folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks, keep=self.recipe.keep
         )
+        if self.ranks.is_first:
+            folder.forget_all_but(self.history.best)
         self._begin = time.perf_counter()
 
     def _keep_best(self) -> None:
         if self.folder is not None:
-            save_weights(self.folder.best, self.model, self.ranks)
+            save_weights(self.folder.weights_of(self.history.best), self.model, self.ranks)
         else:
             self._best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def _restore_best(self) -> None:
         if self.folder is not None:
-            load_weights(self.folder.best, self.model)
+            load_weights(self.folder.weights_of(self.history.best), self.model)
         elif self._best_weights is not None:
             self.model.load_state_dict(self._best_weights)
 

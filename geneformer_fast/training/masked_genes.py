@@ -41,7 +41,7 @@ class MaskedGenes:
         """(sum of the cross entropies in nats, number of masked genes)."""
         encoder = cast(Encoder, model)
         loss = encoder.mlm_loss(encoder(batch.tokens), batch.rows, batch.targets, reduction="sum")
-        return loss, torch.tensor(len(batch.rows), device=loss.device)
+        return loss, torch.full((), len(batch.rows), device=loss.device)  # filled there, not sent
 
     def metrics(self, model: nn.Module, batches: Iterable[MaskedBatch]) -> dict[str, float]:
         """``loss``: the mean cross entropy in nats; ``perplexity``: its exponential."""

@@ -48,7 +48,8 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of the loss over its terms, a differentiable scalar; their number or weight, a scalar).
 
-        Under autocast, in training mode. The loop divides by the weights of the whole step.
+        Under autocast, in training mode. The loop divides by the weights of the whole step. Both are on the model's
+        device: make what is counted there with ``torch.full``, for a number that is sent makes a GPU wait.
         """
 
     def metrics(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:

@@ -52,7 +52,8 @@ class Recipe:
     seed
         Of orders, masks, dropout, and where `pretrain` makes the model of its weights.
     eval_every, save_every
-        Steps between evaluations and between checkpoints; None: at the end of every epoch.
+        Steps between evaluations and between checkpoints; None: at the end of every epoch, and checkpoints every 1,000
+        steps too.
     keep
         Checkpoints kept; older ones are removed.
     monitor, is_greater_better, patience

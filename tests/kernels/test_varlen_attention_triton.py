@@ -113,7 +113,7 @@ def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int) -
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5)
 
 
-@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2]])
+@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2], [3, 0, 400, 1]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """Full blocks have no tail, and one key more makes one; the plan is the interpreter's own, or the card's."""
     qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device)
