@@ -75,10 +75,10 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "tiles"}
+PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "norm_rows", "tiles"}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
+    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed", "norm_rows"}),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
@@ -91,6 +91,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
+    "norm_rows": {"compiled"},
     "tiles": set(),
 }
 

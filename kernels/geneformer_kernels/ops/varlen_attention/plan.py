@@ -102,7 +102,7 @@ class TorchPlan:
     reason
         Why this one.
     block_rows
-        Query rows per block of the blocked route.
+        Most query rows per block of the blocked route.
     """
 
     route: str
@@ -127,7 +127,7 @@ def torch_plan(
     torch = torch_version() if torch is None else torch
     if target.kind == "cpu":
         if dtype == "bfloat16" and is_inference and "amx_bf16" not in target.features:
-            return TorchPlan("blocked", "torch per cell on the CPU, blocked for inference", block_rows=256)
+            return TorchPlan("blocked", "torch per cell on the CPU, blocked for inference", block_rows=384)
         return TorchPlan("cells", "torch per cell on the CPU, sdpa for inference")
     is_ampere = target.kind == "cuda" and target.sm >= 80
     # varlen_attn came with 2.10 and learned of scale in 2.11; it has no dropout.
