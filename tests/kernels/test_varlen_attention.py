@@ -116,7 +116,11 @@ def test_routes() -> None:
         Target.cpu({"avx2"}),
     )
     assert torch_plan("bfloat16", zen, is_inference=True).route == "blocked"
-    assert torch_plan("bfloat16", zen, is_inference=False).route == "cells"
+    assert torch_plan("bfloat16", zen, is_inference=False).route == "blocked"
+    assert torch_plan("bfloat16", zen, is_inference=False, has_dropout=True).route == "blocked"
+    assert torch_plan("bfloat16", xeon, is_inference=False).route == "cells"
+    assert torch_plan("bfloat16", xeon, is_inference=False, has_dropout=True).route == "blocked"
+    assert torch_plan("float32", zen, is_inference=False, has_dropout=True).route == "cells"
     assert torch_plan("float32", zen, is_inference=True).route == "cells"
     assert torch_plan("bfloat16", xeon, is_inference=True).route == "cells"
     assert torch_plan("float32", old, is_inference=True).route == "cells"

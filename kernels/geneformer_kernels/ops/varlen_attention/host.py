@@ -10,7 +10,7 @@ import torch
 
 from geneformer_kernels.compiled import LOOP, add_in_any_order, as_bits, as_float, from_bfloat16, to_bfloat16
 
-_LOG2_E = np.float32(1.4426950408889634)
+LOG2_E = np.float32(1.4426950408889634)
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
 _ROUND = np.float32(12582912.0)
 # 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
@@ -33,8 +33,8 @@ def varlen_attention_blocked(
     """
     n_tokens, n_heads, head_dim = q.shape
     out = q.new_empty(n_tokens, n_heads, head_dim)
-    longest = _whole_steps(max((stop - start for start, stop in itertools.pairwise(bounds)), default=0))
-    rows = min(_whole_steps(block_rows), longest)
+    longest = whole_steps(max((stop - start for start, stop in itertools.pairwise(bounds)), default=0))
+    rows = min(whole_steps(block_rows), longest)
     places = {"keys": longest * head_dim, "values": longest * head_dim, "queries": rows * head_dim}
     buffers = {name: q.new_zeros(n_heads * size) for name, size in places.items()}
     context, scores = torch.empty_like(buffers["queries"]), q.new_empty(n_heads * rows * longest)
@@ -42,12 +42,12 @@ def varlen_attention_blocked(
         length = stop - start
         if not length:
             continue
-        padded = _whole_steps(length)
+        padded = whole_steps(length)
         keys, values = (_heads_first(x[start:stop], buffers[name], padded) for x, name in ((k, "keys"), (v, "values")))
-        _centre(keys.view(torch.uint16).numpy(), length, scale)
+        centre(keys.view(torch.uint16).numpy(), length, scale)
         # Blocks of about one height: a short one at the end would hardly pay for its calls.
         n_blocks = -(-padded // rows)
-        most = _whole_steps(-(-padded // n_blocks))
+        most = whole_steps(-(-padded // n_blocks))
         for low in range(0, padded, most):
             height = min(most, padded - low)
             end = min(low + height, length)
@@ -64,7 +64,7 @@ def varlen_attention_blocked(
 _STEP = 32
 
 
-def _whole_steps(length: int) -> int:
+def whole_steps(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
@@ -95,7 +95,7 @@ def softmax_(scores: torch.Tensor, length: int | None = None) -> None:
 
 
 @numba.njit(**LOOP)
-def _centre(heads, length, scale):
+def centre(heads, length, scale):
     for head in range(heads.shape[0]):
         _centre_head(heads[head], length, np.float32(scale), np.zeros(heads.shape[2], np.float32))
 
@@ -120,16 +120,16 @@ def _softmax_rows(rows, weights):
         row = rows[i, :length]
         # Scores need no shift as long as their powers and the sum of these are float32 numbers: with keys centred a
         # row's mean is 0, so only rows with a score near 69 or beyond need a second try with the largest taken away.
-        total = _exp2(row, np.float32(0), weights)
+        total = exp2_of(row, np.float32(0), weights)
         if not _LEAST_TOTAL < total < _MOST_TOTAL:
-            largest = as_float(np.uint32(np.uint16(_largest(signed[i, :length]))) << np.uint32(16))
-            total = _exp2(row, largest * _LOG2_E, weights)
-        _narrow(weights, np.float32(1) / total, row)
+            largest = as_float(np.uint32(np.uint16(largest_of(signed[i, :length]))) << np.uint32(16))
+            total = exp2_of(row, largest * LOG2_E, weights)
+        narrow(weights, np.float32(1) / total, row)
         rows[i, length:] = 0
 
 
 @numba.njit(**LOOP)
-def _largest(row):
+def largest_of(row):
     # Flipping the lower bits of negative numbers makes bfloat16 sort as integers do, whose maximum becomes vector code.
     largest = np.int16(-32768)
     for j in range(len(row)):
@@ -138,27 +138,32 @@ def _largest(row):
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
 
 
-# No licence to reorder here: it would simplify the rounding away.
+@numba.njit(inline="always", **LOOP)
+def power_of_two(power):
+    """2**power; its caller must not let the compiler reorder, which would simplify the rounding away."""
+    # Written so that NaN stays NaN: it must not come out as a weight.
+    power = np.float32(-126) if power < np.float32(-126) else power
+    # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
+    shifted = power + _ROUND
+    rest = power - (shifted - _ROUND)
+    fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
+    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
+
+
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
-def _exp2(row, shift, weights):
-    """Fills weights with ``2**(row * log2(e) - shift)``, exponents held within float32's; returns their sum."""
+def exp2_of(row, shift, weights):
+    """Fills weights with ``2**(row * log2(e) - shift)``, at most 2**127; returns their sum."""
     total = np.float32(0)
     for j in range(len(row)):
-        power = from_bfloat16(row[j]) * _LOG2_E - shift
-        # Written so that NaN stays NaN: it must not come out as a weight.
-        power = np.float32(-126) if power < np.float32(-126) else power
+        power = from_bfloat16(row[j]) * LOG2_E - shift
         power = np.float32(127) if power > np.float32(127) else power
-        # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
-        shifted = power + _ROUND
-        rest = power - (shifted - _ROUND)
-        fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
-        weights[j] = as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
+        weights[j] = power_of_two(power)
         total = add_in_any_order(total, weights[j])
     return total
 
 
 # Ties round up here, not to even: half the instructions, and no weight is negative.
 @numba.njit(**LOOP)
-def _narrow(weights, factor, row):
+def narrow(weights, factor, row):
     for j in range(len(row)):
         row[j] = np.uint16((as_bits(weights[j] * factor) + np.uint32(0x8000)) >> np.uint32(16))
