@@ -16,11 +16,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Any:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each != "BertForMaskedLM")) for each in ARCHITECTURES],
+)
 def test_step_of_a_compiled_model(architecture: str) -> None:
     model, given = bert(architecture).train(), inputs()
     labels = labels_for(model, given)
@@ -35,6 +39,7 @@ def test_step_of_a_compiled_model(architecture: str) -> None:
     assert_same_step({name.removeprefix("_orig_mod."): value for name, value in again.items()}, stock)
 
 
+@pytest.mark.slow
 def test_other_lengths_and_evaluation_after_training() -> None:
     model = bert("BertForMaskedLM").train()
     gf.accelerate(model)
@@ -69,6 +74,7 @@ def test_the_graph_breaks_where_padding_goes_and_nowhere_else() -> None:
     assert all("Padding.of" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_a_compiled_function_may_read_logits() -> None:
     model, given = bert("BertForMaskedLM").train(), inputs()
     labels = labels_for(model, given)
@@ -81,6 +87,7 @@ def test_a_compiled_function_may_read_logits() -> None:
     torch.testing.assert_close(torch.compile(total, backend="aot_eager")(given, labels), total(given, labels))
 
 
+@pytest.mark.slow
 def test_recomputing_in_a_compiled_model() -> None:
     from small_berts import recompute
 
