@@ -75,7 +75,18 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "shares", "tiles"}
+PACKAGE_FILES = {
+    "dispatch",
+    "target",
+    "capability",
+    "measured",
+    "launch",
+    "on_device",
+    "compiled",
+    "packed",
+    "shares",
+    "tiles",
+}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
     "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
@@ -85,9 +96,10 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "reference": (set(), set()),
 }
 PACKAGE_DIRECTIONS: dict[str, set[str]] = {
-    "dispatch": {"target", "capability"},
+    "dispatch": {"target", "capability", "measured"},
     "target": set(),
     "capability": set(),
+    "measured": set(),
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},

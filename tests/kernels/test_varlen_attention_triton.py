@@ -113,7 +113,7 @@ def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int) -
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5)
 
 
-@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2]])
+@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2], [3, 0, 400, 1]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """Full blocks have no tail, and one key more makes one; the plan is the interpreter's own, or the card's."""
     qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device)
@@ -240,6 +240,14 @@ def test_no_tokens(device: str) -> None:
         out = varlen_attention_qkv(qkv, cu_seqlens=cumulative(lengths, device), impl="triton")
         assert out.shape == (0, 2, 16)
         assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the values of cu_seqlens cannot be looked at."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    qkv = torch.zeros(2, 3, 1, 16, device=device)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        varlen_attention_qkv(qkv, cu_seqlens=cumulative([], device), impl="triton")
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [3] * 20, [0, 100, 0, 100, 1], [16, 32, 17, 15], [7]])

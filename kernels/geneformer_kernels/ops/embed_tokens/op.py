@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, target_for
+from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.plan import EmbedTokensPlan, check_width, plan
 
@@ -332,16 +332,17 @@ def embed_tokens(
     _check(token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias, dropout_p)
     wide = torch.float64 if token_table.dtype == torch.float64 else torch.float32
     out_dtype = out_dtype or wide
-    chosen = choose_for("embed_tokens", token_table, impl, dtype=wide if wide == torch.float64 else out_dtype)
     inputs = (token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
+    shape = {"width": token_table.shape[1], "needs_grad": needs_gradient(*inputs[2:])}
+    narrow = wide if wide == torch.float64 else out_dtype
+    chosen = choose_for("embed_tokens", token_table, impl, dtype=narrow, shape=shape)
     if chosen == "triton":
         check_width(token_table.shape[1])
         if not dropout_p:
             seed = None
         elif seed is None:
             seed = draw_seed(token_table.device)
-        needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs[2:])
-        stream, out, *_ = embed_tokens_fwd(*inputs, seed, eps, dropout_p, out_dtype, needs_grad)
+        stream, out, *_ = embed_tokens_fwd(*inputs, seed, eps, dropout_p, out_dtype, needs_gradient(*inputs[2:]))
         return stream, out if out.ndim == 2 else stream
     if chosen == "reference":
         stream, _ = reference.embed_tokens(*inputs, eps, wide)

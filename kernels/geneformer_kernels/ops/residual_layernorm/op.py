@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, target_for
+from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
 
@@ -293,7 +293,8 @@ def residual_layernorm(
     out_dtype = out_dtype or x.dtype
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
-    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow)
+    shape = {"width": x.shape[-1], "needs_grad": needs_gradient(x, residual, weight, bias)}
+    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow, shape=shape)
     if chosen == "triton":
         return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
     if dropout_p:
@@ -323,8 +324,7 @@ def _residual_layernorm_triton(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    inputs = (x, residual, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+    needs_grad = needs_gradient(x, residual, weight, bias)
     stream, out, *_ = residual_layernorm_fwd(
         x.reshape(-1, width),
         None if residual is None else residual.reshape(-1, width),

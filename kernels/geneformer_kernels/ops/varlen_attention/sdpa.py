@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, draw_seed
+from geneformer_kernels.ops.varlen_attention import library
 from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
@@ -87,20 +87,11 @@ def _attend_packed(
     """One call for all cells on a CUDA device. Both kernels want heads of a multiple of 8 elements."""
     head_dim = q.shape[-1]
     if head_dim % 8:
-        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))  # torch differentiates it
     longest = longest_of(cu_seqlens, len(q))
     cu_seqlens = cu_seqlens.to(torch.int32)
-    if route == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
-    else:
-        # What nested tensors call; torch differentiates it. No mask; sums are kept only where a gradient needs them.
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        out = torch.ops.aten._efficient_attention_forward(
-            q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, dropout_p, 0, needs_grad, scale=scale
-        )[0].squeeze(0)
-    return cast(torch.Tensor, out)[..., :head_dim]
+    out = library.attend(route, q, k, v, cu_seqlens, longest, scale, dropout_p, needs_grad)
+    return out[..., :head_dim]
 
 
 _longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
