@@ -8,13 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, as_bits, as_float, from_bfloat16, to_bfloat16
-
-LOG2_E = np.float32(1.4426950408889634)
-# Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
-_ROUND = np.float32(12582912.0)
-# 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
-_C3, _C2, _C1, _C0 = (np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
+from geneformer_kernels.compiled import LOG2_E, LOOP, as_bits, as_float, from_bfloat16, power_of_two, to_bfloat16
 
 
 def varlen_attention_blocked(
@@ -125,18 +119,6 @@ def largest_of(row):
         key = row[j] ^ ((row[j] >> np.int16(15)) & np.int16(0x7FFF))
         largest = max(largest, key)
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
-
-
-@numba.njit(inline="always", **LOOP)
-def power_of_two(power):
-    """2**power; its caller must not let the compiler reorder, which would simplify the rounding away."""
-    # Written so that NaN stays NaN: it must not come out as a weight.
-    power = np.float32(-126) if power < np.float32(-126) else power
-    # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
-    shifted = power + _ROUND
-    rest = power - (shifted - _ROUND)
-    fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
-    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
 
 
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
