@@ -204,8 +204,7 @@ def _soften(scores, length, lse, row_keys, threshold, keep_scale):
             row = scores[head, i]
             largest = as_float(np.uint32(np.uint16(host.largest_of(row[:length].view(np.int16)))) << np.uint32(16))
             largest = largest * host.LOG2_E
-            host.exp2_of(row[:length], largest, weights)
-            total = host.sum_of(weights)
+            total = host.exp2_of(row[:length], largest, weights)
             lse[head, i] = largest + np.log2(total)
             if threshold:
                 _drop(weights, row_keys[head, i], threshold)
