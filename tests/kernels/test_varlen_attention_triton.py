@@ -242,6 +242,14 @@ def test_no_tokens(device: str) -> None:
         assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
 
 
+def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the values of cu_seqlens cannot be looked at."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    qkv = torch.zeros(2, 3, 1, 16, device=device)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        varlen_attention_qkv(qkv, cu_seqlens=cumulative([], device), impl="triton")
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, [3] * 20, [0, 100, 0, 100, 1], [16, 32, 17, 15], [7]])
 def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Longest cells first, ties in order, every tile once; more cells, and more tiles, than one block holds."""

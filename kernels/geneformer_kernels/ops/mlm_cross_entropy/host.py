@@ -13,6 +13,7 @@ import torch
 from geneformer_kernels.compiled import (
     LOG2_E,
     LOOP,
+    add_in_any_order,
     as_bits,
     as_float,
     from_bfloat16,
@@ -125,8 +126,7 @@ def _reduce(logits, bias, column, largest, total, picked):
         largest[i] = _largest(row)
         if 0 <= column[i] < len(row):
             picked[i] = row[column[i]]
-        _exponentials(row, largest[i], np.float32(1))
-        total[i] = _sum(row)
+        total[i] = _exponentials(row, largest[i], np.float32(1))
 
 
 @numba.njit(**LOOP)
@@ -161,13 +161,9 @@ def _largest(row):
 
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _exponentials(row, largest, factor):
-    for j in range(len(row)):
-        row[j] = power_of_two_float32((row[j] - largest) * LOG2_E) * factor
-
-
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
-def _sum(row):
+    """``factor * exp(row - largest)`` in place; returns the sum."""
     total = np.float32(0)
     for j in range(len(row)):
-        total += row[j]
+        row[j] = power_of_two_float32((row[j] - largest) * LOG2_E) * factor
+        total = add_in_any_order(total, row[j])
     return total

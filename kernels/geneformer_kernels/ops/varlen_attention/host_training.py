@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOG2_E, LOOP, as_float, from_bfloat16, power_of_two, to_bfloat16
+from geneformer_kernels.compiled import LOG2_E, LOOP, from_bfloat16, power_of_two, to_bfloat16
 from geneformer_kernels.ops.varlen_attention import host
 from geneformer_kernels.shares import in_shares
 
@@ -202,11 +202,8 @@ def _soften(scores, length, lse, row_keys, threshold, keep_scale):
     for head in range(scores.shape[0]):
         for i in range(lse.shape[1]):
             row = scores[head, i]
-            largest = as_float(np.uint32(np.uint16(host.largest_of(row[:length].view(np.int16)))) << np.uint32(16))
-            largest = largest * LOG2_E
-            host.exp2_of(row[:length], largest, weights)
-            total = host.sum_of(weights)
-            lse[head, i] = largest + np.log2(total)
+            shift, total = host.weigh(row[:length], weights)
+            lse[head, i] = shift + np.log2(total)
             if threshold:
                 _drop(weights, row_keys[head, i], threshold)
                 total = total / keep_scale

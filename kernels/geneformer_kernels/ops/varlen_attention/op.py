@@ -21,6 +21,8 @@ def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropo
         raise ValueError(f"scale must be positive and finite, not {scale}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
+    if len(cu_seqlens) == 1 and len(q) > 0:  # on a card no program would run, and the result be whatever was there
+        raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), and has one number")
     # By value on the CPU only: on a card that would wait for the device, and it would break a compiled graph.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
