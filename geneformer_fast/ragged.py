@@ -158,7 +158,7 @@ class Padding:
             n_tokens, has_first = torch.stack((counts.sum(), keep[:, :1].all())).tolist()
             if n_tokens < n_cells * length:
                 cu_seqlens = torch.zeros(n_cells + 1, dtype=torch.int32, device=device)
-                torch.cumsum(counts, 0, out=cu_seqlens[1:])
+                cu_seqlens[1:] = counts.cumsum(0)
                 return cls(keep.flatten().nonzero().squeeze(1), cu_seqlens, n_cells, length, bool(has_first))
         starts = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
         return cls(None, starts, n_cells, length, True)

@@ -84,12 +84,13 @@ PACKAGE_FILES = {
     "on_device",
     "compiled",
     "packed",
+    "norm_rows",
     "shares",
     "tiles",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
+    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed", "norm_rows"}),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
@@ -103,6 +104,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
+    "norm_rows": {"compiled"},
     "shares": set(),
     "tiles": set(),
 }

@@ -21,6 +21,7 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training import distributed, speed
+from geneformer_fast.training.cells import check_lengths, checked_cells
 from geneformer_fast.training.checkpoint import (
     checkpoints_in,
     load_checkpoint,
@@ -139,10 +140,10 @@ class _Run:
         self.model, self.tokens, self.objective, self.recipe = model, tokens, objective, recipe
         self.ranks = distributed.Ranks.current()
         self.eval_tokens = tokens if eval_tokens is None else eval_tokens
-        self.train_cells = _checked_cells(train_cells, tokens)
+        self.train_cells = checked_cells(train_cells, tokens)
         if eval_cells is None:
             eval_cells = np.arange(0 if eval_tokens is None else eval_tokens.n_cells)
-        self.eval_cells = _checked_cells(eval_cells, self.eval_tokens)
+        self.eval_cells = checked_cells(eval_cells, self.eval_tokens)
         if eval_tokens is None and (shared := np.intersect1d(self.train_cells, self.eval_cells)).size:
             raise InputError(f"cell {shared[0]} is both in the training and in the evaluation cells; choose one")
         if recipe.patience is not None and not len(self.eval_cells):
@@ -169,7 +170,8 @@ class _Run:
         self.logs: list[Log] = []
         self._best_weights: dict[str, torch.Tensor] | None = None
         self._pending: _Pending | None = None
-        self._begin = 0.0
+        self._begin = self._start = self._seconds_before = 0.0
+        self._saved_step = 0
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.is_recomputing = recipe.is_recomputing
@@ -184,7 +186,8 @@ class _Run:
         self.engine = Engine(self.model, self.objective.loss, recipe, ranks)
         if self.folder is not None and self.folder.last is not None:
             state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
-            self.step, self.n_worse = state["step"], state["n_worse"]
+            self.step = self._saved_step = state["step"]
+            self.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
             self.history.evaluations, self.history.best = state["evaluations"], state["best"]
             self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
             self.engine.scaler.load_state_dict(state["scaler"])
@@ -209,17 +212,29 @@ class _Run:
             is_pinned=device.type == "cuda",
         )
         self.model.train()
-        self._begin = time.perf_counter()
+        self._begin = self._start = time.perf_counter()
         with closing(batches):
-            while self.step < self.n_steps and not self.history.is_stopped_early:
-                pieces = self._one_step(batches)
+            while (position := self._position()) < self.n_steps and not self.history.is_stopped_early:
+                pieces = self._one_step(batches, self.recipe.learning_rate * self.schedule(position))
                 self._after_step(pieces[-1])
         self._settle()
+        self._finish()
         if recipe.is_best_restored and self.history.best is not None:
             self._restore_best()
         self.model.eval()
 
-    def _one_step(self, batches: Iterator[tuple[Piece, Any]]) -> list[Piece]:
+    def _position(self) -> float:
+        """Steps done, or the same share of them as of the time, whichever is more."""
+        if self.recipe.max_seconds is None:
+            return self.step
+        seconds = self.ranks.first(self._seconds(), self.engine.device)
+        return max(self.step, self.n_steps * seconds / self.recipe.max_seconds)
+
+    def _seconds(self) -> float:
+        """Time spent on this run, with what was spent before a checkpoint."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _one_step(self, batches: Iterator[tuple[Piece, Any]], learning_rate: float) -> list[Piece]:
         """Compute and apply one step."""
         engine, pieces = self.engine, []
 
@@ -232,7 +247,6 @@ class _Run:
 
         totals = engine.gradients(own())
         grad_norm = engine.normalize(pieces[0].n_step_tokens, totals)
-        learning_rate = self.recipe.learning_rate * self.schedule(self.step)
         # A GPU is not waited for: its numbers are looked at when the next step has been handed to it.
         self._settle()
         self._pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
@@ -309,15 +323,22 @@ class _Run:
     def _after_step(self, piece: Piece) -> None:
         """Evaluate and save where it is time to."""
         recipe = self.recipe
-        is_last = self.step == self.n_steps
         is_epoch_end = piece.step + 1 == self.plan.n_steps(piece.epoch)
         is_due = is_epoch_end if recipe.eval_every is None else self.step % recipe.eval_every == 0
-        if len(self.eval_cells) and (is_due or is_last):
+        if is_due and len(self.eval_cells):
             self._settle()
             self._evaluate()
         is_due = self.step % (recipe.save_every or SAVE_EVERY) == 0 or (is_epoch_end and recipe.save_every is None)
-        if self.folder is not None and (is_due or is_last or self.history.is_stopped_early):
+        if is_due and self.folder is not None:
             self._settle()
+            self._save(self.folder)
+
+    def _finish(self) -> None:
+        """Evaluate and save the end, where that has not just been done."""
+        evaluations = self.history.evaluations
+        if len(self.eval_cells) and not (evaluations and evaluations[-1]["step"] == self.step):
+            self._evaluate()
+        if self.folder is not None and self._saved_step != self.step:
             self._save(self.folder)
 
     def _evaluate(self) -> None:
@@ -363,11 +384,13 @@ class _Run:
             "evaluations": self.history.evaluations,
             "best": self.history.best,
             "n_worse": self.n_worse,
+            "seconds": self._seconds(),
             "scaler": self.engine.scaler.state_dict(),
         }
         save_checkpoint(
             folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks, keep=self.recipe.keep
         )
+        self._saved_step = self.step
         if self.ranks.is_first:
             folder.forget_all_but(self.history.best)
         self._begin = time.perf_counter()
@@ -383,27 +406,3 @@ class _Run:
             load_weights(self.folder.weights_of(self.history.best), self.model)
         elif self._best_weights is not None:
             self.model.load_state_dict(self._best_weights)
-
-
-def _checked_cells(cells: np.ndarray, tokens: TokenFolder) -> np.ndarray:
-    """[N] int64, ascending, each once."""
-    cells = np.asarray(cells)
-    cells = np.flatnonzero(cells) if cells.dtype == bool else cells.astype(np.int64)
-    if len(cells) and not 0 <= cells.min() <= cells.max() < tokens.n_cells:
-        raise InputError(
-            f"cells {cells.min()} to {cells.max()} are not all among the {tokens.n_cells} of {tokens.path}"
-        )
-    unique = np.unique(cells)
-    if len(unique) != len(cells):
-        raise InputError("cells to train or evaluate on are named more than once; repeat them with a sampler")
-    return unique
-
-
-def check_lengths(model: nn.Module, tokens: TokenFolder, lengths: np.ndarray) -> None:
-    """Refuse cells that are longer than a model has positions, before anything is computed."""
-    for module in model.modules():
-        if isinstance(module, Encoder) and (n_long := int((lengths > module.config.max_len).sum())):
-            raise InputError(
-                f"{tokens.path}: {n_long:,} cells are longer than the model's {module.config.max_len:,} positions "
-                f"(the longest has {lengths.max():,}); tokenize with that maximal length, or take a longer model"
-            )

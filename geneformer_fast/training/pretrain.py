@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from geneformer_fast.checkpoints import hf, load, save
@@ -18,9 +17,10 @@ from geneformer_fast.checkpoints.native import MODEL_TYPE
 from geneformer_fast.config import PRESETS, EncoderConfig
 from geneformer_fast.data.identity import TokenKinds, identity_of
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
+from geneformer_fast.errors import UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
+from geneformer_fast.training.cells import split_cells
 from geneformer_fast.training.checkpoint import replace_folder, whole_weights
 from geneformer_fast.training.distributed import Ranks, local_device, process_group
 from geneformer_fast.training.history import StepRecord
@@ -29,8 +29,6 @@ from geneformer_fast.training.masked_genes import MaskedGenes
 from geneformer_fast.training.recipe import RECIPES, Recipe
 
 FINAL = "final"
-# Held out by default: this share, but not more cells than tell a loss to the third digit.
-_EVAL_SHARE, _MOST_EVAL_CELLS = 0.01, 10_000
 
 
 def pretrain(
@@ -149,42 +147,6 @@ def recipe_of(
         if changes.get(name) is not None and rival not in changes:
             changes[rival] = None
     return Recipe.from_dict({**recipe.to_dict(), **changes})
-
-
-def split_cells(
-    tokens: TokenFolder,
-    seed: int,
-    eval_share: float | None = None,
-    eval_tokens: TokenFolder | None = None,
-    eval_column: tuple[str, Sequence[Any]] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(training cells, evaluation cells), ascending; None for all cells of ``eval_tokens``.
-
-    The same folder and seed give the same cells.
-    """
-    if sum(option is not None for option in (eval_share, eval_tokens, eval_column)) > 1:
-        raise UnsupportedError("hold cells out by a share, by a folder, or by a column: choose one of them")
-    if not tokens.n_cells:
-        raise InputError(f"{tokens.path}: holds no cells")
-    everything = np.arange(tokens.n_cells)
-    if eval_tokens is not None:
-        return everything, None
-    if eval_column is not None:
-        name, values = eval_column
-        found = np.asarray(tokens.column(name).to_pylist(), dtype=object).astype(str)
-        is_held_out = np.isin(found, [str(value) for value in values])
-        if missing := [str(value) for value in values if str(value) not in set(found)]:
-            raise InputError(f"{tokens.path}: no cell has {name} {missing[0]!r}, which was to be held out")
-        if is_held_out.all():
-            raise InputError(f"{tokens.path}: every cell has such a {name}; none is left to train on")
-        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    if eval_share is not None and not 0 <= eval_share < 1:
-        raise UnsupportedError(f"the share of held-out cells must be from 0 to below 1, not {eval_share}")
-    n_held_out = round((_EVAL_SHARE if eval_share is None else eval_share) * tokens.n_cells)
-    if eval_share is None:
-        n_held_out = min(n_held_out, _MOST_EVAL_CELLS)
-    held_out = np.random.default_rng(seed).choice(everything, min(n_held_out, tokens.n_cells - 1), replace=False)
-    return np.setdiff1d(everything, held_out), np.sort(held_out)
 
 
 def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:

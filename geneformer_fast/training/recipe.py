@@ -28,6 +28,9 @@ class Recipe:
     ----------
     epochs, steps
         How long: passes over the training cells (fractions are fine), or optimizer steps where ``steps`` is given.
+    max_seconds
+        End after this time at the latest. The learning rate follows time or steps, whichever is further along, so that
+        it has fallen by then; what comes out depends on the machine.
     batch_cells, batch_tokens
         Size of one optimizer step, over all ranks: cells, as papers state it, or tokens. Exactly one is given.
     token_budget
@@ -75,6 +78,7 @@ class Recipe:
 
     epochs: float = 3.0
     steps: int | None = None
+    max_seconds: float | None = None
     batch_cells: int | None = 144
     batch_tokens: int | None = None
     token_budget: int = 16_384
@@ -122,9 +126,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name} must be at least 1, not {value}")
-        for name in ("epochs", "learning_rate", "eps", "power"):
+        for name in ("epochs", "learning_rate", "eps", "power", "max_seconds"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UnsupportedError(f"{name} must be above 0 and finite, not {value}")
         for name in ("warmup_steps", "weight_decay", "workers", "seed"):
             value = getattr(self, name)

@@ -61,6 +61,21 @@ def _choice(
     return str(choose(op, dtype, target, impl, dict(sizes)).impl)
 
 
+def is_one_pass(x: torch.Tensor, out_dtype: torch.dtype, *others: torch.Tensor | None) -> bool:
+    """Whether ``norm_rows.add_layer_norm`` computes this: bfloat16 on a CPU with float32 ``others``, no gradient.
+
+    It stays in the calling thread, so torch's passes are left where they may take many cores.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == out_dtype == torch.bfloat16
+        and all(t is None or t.dtype == torch.float32 for t in others)
+        and not torch.compiler.is_compiling()
+        and not needs_gradient(x, *others)
+        and torch.get_num_threads() <= 2
+    )
+
+
 def target_for(x: torch.Tensor) -> Target:
     """The target a tensor lives on, for plans made inside a custom operator (where nothing is traced)."""
     return target_of(x.device)

@@ -240,3 +240,16 @@ def test_folders_of_other_things_are_refused(ground: Ground, tmp_path: Path) -> 
         with pytest.raises(OutputError, match=message):
             ground.fit(options.pop("model"), options.pop("recipe"), out=tmp_path / "run", **options)
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").exists()
+
+
+def test_time_ends_training(ground: Ground, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, steps=100_000, max_seconds=1.0, save_every=10**6)
+    history = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run")
+    assert 0 < len(history.steps) < 100_000
+    # The rate has fallen with the time, though hardly any of the steps are done.
+    assert history.steps[-1].learning_rate < 0.5 * recipe.learning_rate
+    assert history.evaluations[-1]["step"] == len(history.steps)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{len(history.steps):08d}"]
+    again = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run", resume=True)
+    assert again.steps == []
+    assert again.evaluations == history.evaluations

@@ -22,7 +22,8 @@ from geneformer_fast.errors import (
     UnsupportedError,
     VocabularyError,
 )
-from geneformer_fast.training.pretrain import config_of, split_cells
+from geneformer_fast.training.cells import split_cells
+from geneformer_fast.training.pretrain import config_of
 
 QUICK = dict(recipe=dataclasses.replace(SHORT, epochs=1, is_showing_progress=False), device="cpu")
 

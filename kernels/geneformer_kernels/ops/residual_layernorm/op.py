@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
+from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
 
@@ -301,6 +301,11 @@ def residual_layernorm(
         x = F.dropout(x, dropout_p)
     if chosen == "reference":
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
+    if is_one_pass(x, out_dtype, residual, weight, bias):
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.norm_rows import add_layer_norm
+
+        return add_layer_norm(x, residual, weight, bias, eps, norm)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide) if residual is None else residual.to(wide) + x
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
