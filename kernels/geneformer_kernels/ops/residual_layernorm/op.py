@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
@@ -298,7 +299,7 @@ def residual_layernorm(
     if chosen == "triton":
         return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
     if dropout_p:
-        x = F.dropout(x, dropout_p)
+        x = dropout(x, dropout_p)
     if chosen == "reference":
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
     if is_one_pass(x, out_dtype, residual, weight, bias):
