@@ -159,3 +159,24 @@ def test_volta_refuses_bfloat16_with_advice() -> None:
         for impl in (None, "triton", "torch", "reference"):
             with pytest.raises(ImplUnavailableError, match=r"V100 has no bfloat16.*use float16"):
                 choose(op, "bfloat16", CARDS["V100"], impl)
+
+
+@pytest.mark.parametrize("card", ["V100", "T4"])
+def test_volta_and_turing_run_on_triton_what_has_no_matrix_product(card: str) -> None:
+    """Their products would become scalar arithmetic, or not compile; cuBLAS and torch's attention run them."""
+    choices = {choice.op: choice for choice in explain(CARDS[card])}
+    on_triton = {op for op, choice in choices.items() if choice.impl == Impl.TRITON}
+    assert on_triton == {"rank_genes", "embed_tokens", "residual_layernorm"}
+    for op in ("varlen_attention", "feed_forward", "mlm_cross_entropy", "int8_linear"):
+        assert choices[op].impl == Impl.TORCH
+        with pytest.raises(ImplUnavailableError, match=r"not tensor cores|does not compile"):
+            choose(op, "float16", CARDS[card], "triton")
+    assert "memory-efficient attention over packed sequences" in choices["varlen_attention"].reason
+    assert "cuBLAS" in choices["linear"].reason
+
+
+@pytest.mark.parametrize("card", ["A100", "A10", "L4", "H100"])
+def test_from_ampere_on_everything_with_a_kernel_runs_on_it(card: str) -> None:
+    for dtype in ("bfloat16", "float16"):
+        for choice in explain(CARDS[card], dtype):
+            assert choice.impl == (Impl.TORCH if choice.op == "linear" else Impl.TRITON), choice
