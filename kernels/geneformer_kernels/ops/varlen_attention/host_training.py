@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, as_float, from_bfloat16, to_bfloat16
+from geneformer_kernels.compiled import LOG2_E, LOOP, from_bfloat16, power_of_two, to_bfloat16
 from geneformer_kernels.ops.varlen_attention import host
 from geneformer_kernels.shares import in_shares
 
@@ -202,10 +202,8 @@ def _soften(scores, length, lse, row_keys, threshold, keep_scale):
     for head in range(scores.shape[0]):
         for i in range(lse.shape[1]):
             row = scores[head, i]
-            largest = as_float(np.uint32(np.uint16(host.largest_of(row[:length].view(np.int16)))) << np.uint32(16))
-            largest = largest * host.LOG2_E
-            total = host.exp2_of(row[:length], largest, weights)
-            lse[head, i] = largest + np.log2(total)
+            shift, total = host.weigh(row[:length], weights)
+            lse[head, i] = shift + np.log2(total)
             if threshold:
                 _drop(weights, row_keys[head, i], threshold)
                 total = total / keep_scale
@@ -243,7 +241,7 @@ def _differentiate(scores, d_weights, n_rows, low, lse, delta, row_keys, thresho
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _differentiate_row(row, d_row, lse, delta):
     for j in range(len(row)):
-        weight = host.power_of_two(from_bfloat16(row[j]) * host.LOG2_E - lse[j])
+        weight = power_of_two(from_bfloat16(row[j]) * LOG2_E - lse[j])
         row[j] = to_bfloat16(weight)
         d_row[j] = to_bfloat16(weight * (from_bfloat16(d_row[j]) - delta[j]))
 
@@ -251,7 +249,7 @@ def _differentiate_row(row, d_row, lse, delta):
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _differentiate_dropped(row, d_row, lse, delta, row_keys, column, threshold, keep_scale):
     for j in range(len(row)):
-        weight = host.power_of_two(from_bfloat16(row[j]) * host.LOG2_E - lse[j])
+        weight = power_of_two(from_bfloat16(row[j]) * LOG2_E - lse[j])
         kept = keep_scale if _hashed(row_keys[j] + column) >= threshold else np.float32(0)
         row[j] = to_bfloat16(weight * kept)
         d_row[j] = to_bfloat16(weight * (from_bfloat16(d_row[j]) * kept - delta[j]))

@@ -154,7 +154,9 @@ def varlen_attention_qkv(
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
     q, k, v = qkv.unbind(1)
-    if _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) != Impl.TRITON:
+    # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
+    is_triton = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) == Impl.TRITON
+    if not is_triton:
         return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     scale = _check(q, cu_seqlens, scale, dropout_p)
     from geneformer_kernels.ops.varlen_attention import launches
