@@ -152,6 +152,11 @@ def test_other_makers_devices_are_told_once(
 def test_a_fallback_says_what_could_not_run() -> None:
     without = Target.cuda(80, triton=None, name="A100")
     assert "triton cannot: Triton is not installed" in choose("feed_forward", "float16", without).reason
+    old = Target.cuda(80, triton=(3, 2), name="A100")
+    assert "triton cannot: these kernels compile with Triton 3.6 and newer, not with 3.2" in (
+        choose("feed_forward", "float16", old).reason
+    )
+    assert choose("feed_forward", "float16", Target.cuda(80, triton=(3, 6), name="A100")).impl == Impl.TRITON
 
 
 def test_volta_refuses_bfloat16_with_advice() -> None:

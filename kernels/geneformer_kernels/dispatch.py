@@ -37,6 +37,8 @@ OPERATIONS = (
     "mlm_cross_entropy",
 )
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
+#: The oldest version that all kernels were compiled with (sm_80 and sm_90, 2026-11-26).
+OLDEST_TRITON = (3, 6)
 #: Two implementations whose times differ by less are equally fast: the order of the plan stands.
 LEAST_GAIN = 1.03
 #: Sizes of a problem that are flags: they agree or the row says nothing. Others may differ up to a factor of two.
@@ -105,6 +107,9 @@ def triton_candidate(op: str, dtype: str, target: Target, reason: str = "Triton 
         return cannot(NOT_NVIDIA)
     if target.triton is None:
         return cannot("Triton is not installed")
+    if target.triton < OLDEST_TRITON:
+        needed, installed = (".".join(map(str, version)) for version in (OLDEST_TRITON, target.triton))
+        return cannot(f"these kernels compile with Triton {needed} and newer, not with {installed}")
     found = capability(op, dtype, target)
     if found == "none":
         return cannot(f"Triton does not compile it for sm_{target.sm}")
