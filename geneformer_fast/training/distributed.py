@@ -164,6 +164,9 @@ def shard(model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedError("a model on the meta device has no weights to shard")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, 0)  # as DDP does: all start from the first process's weights
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         if encoder.config.norm == "post":
             for block in encoder.blocks:
