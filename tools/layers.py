@@ -84,12 +84,18 @@ PACKAGE_FILES = {
     "on_device",
     "compiled",
     "packed",
+    "norm_rows",
+    "dropout",
+    "dropout_loops",
     "shares",
     "tiles",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
+    "op": (
+        {"reference", "plan", "host", "kernel"},
+        {"dispatch", "target", "on_device", "packed", "norm_rows", "dropout"},
+    ),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
@@ -103,6 +109,9 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
+    "norm_rows": {"compiled"},
+    "dropout": {"on_device", "dropout_loops", "shares"},
+    "dropout_loops": {"compiled"},
     "shares": set(),
     "tiles": set(),
 }

@@ -365,10 +365,10 @@ def head_name(encoder: Encoder) -> str | None:
 def is_bert(encoder: Encoder) -> bool:
     """Whether BERT can express an encoder: post-norm over tokens, one activation, relu or gelu, token types."""
     config = encoder.config
-    bert = dataclasses.replace(
-        config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens", head_activation=config.activation
-    )
-    return config == bert and config.activation in ACTIVATIONS.values() and config.n_token_types > 0
+    if config.activation not in ACTIVATIONS.values() or config.head_activation != config.activation:
+        return False
+    bert = dataclasses.replace(config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens")
+    return config == bert and config.n_token_types > 0
 
 
 def _fresh_source(encoder: Encoder) -> Source:

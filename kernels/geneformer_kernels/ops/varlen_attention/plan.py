@@ -102,7 +102,7 @@ class TorchPlan:
     reason
         Why this one.
     block_rows
-        Rows of scores per block of the blocked route.
+        Most rows of scores per block of the blocked route.
     """
 
     route: str
@@ -128,7 +128,9 @@ def torch_plan(
     torch = torch_version() if torch is None else torch
     if target.kind == "cpu":
         if dtype == "bfloat16" and (has_dropout or "amx_bf16" not in target.features):
-            return TorchPlan("blocked", "oneDNN's products by blocks of rows, cell by cell", block_rows=256)
+            return TorchPlan(
+                "blocked", "oneDNN's products by blocks of rows, cell by cell", block_rows=384 if is_inference else 256
+            )
         return TorchPlan("cells", "torch per cell on the CPU, sdpa for inference")
     is_ampere = target.kind == "cuda" and target.sm >= 80
     # varlen_attn came with 2.10 and learned of scale in 2.11; it has no dropout.
