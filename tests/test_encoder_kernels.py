@@ -61,7 +61,7 @@ def loss_of(encoder: Encoder, tokens: Ragged) -> torch.Tensor:
 def test_one_graph_serves_batches_of_any_size(kind: str) -> None:
     """``fullgraph``: no break between tokens and loss. One compilation, though cells and tokens change in number."""
     torch._dynamo.reset()
-    encoder = model(kind, dropout=0.0, attention_dropout=0.0).train()
+    encoder = model(kind, n_layers=1, dropout=0.0, attention_dropout=0.0).train()
     graphs, n_graphs = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

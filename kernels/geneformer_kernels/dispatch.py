@@ -164,7 +164,12 @@ def _distance(row: Mapping[str, int], shape: Mapping[str, int]) -> float | None:
 
 
 def choose(
-    op: str, dtype: str, target: Target, impl: Impl | str | None = None, shape: Mapping[str, int] | None = None
+    op: str,
+    dtype: str,
+    target: Target,
+    impl: Impl | str | None = None,
+    shape: Mapping[str, int] | None = None,
+    triton_cannot: str = "",
 ) -> Choice:
     """The implementation to run.
 
@@ -182,6 +187,8 @@ def choose(
     shape
         Sizes and flags of the problem, as rows of :data:`geneformer_kernels.measured.MEASURED` name them: ``width``,
         ``head_dim``, ``length``, ``needs_grad``, ... What is left out counts as unknown.
+    triton_cannot
+        Why the Triton kernels cannot serve a problem of this size, if they cannot.
 
     Raises
     ------
@@ -189,6 +196,11 @@ def choose(
         The implementation asked for by name cannot run for this dtype on this target.
     """
     options = candidates(op, dtype, target)
+    if triton_cannot:
+        options = tuple(
+            Candidate(option.impl, False, triton_cannot) if option.impl == Impl.TRITON and option.can_run else option
+            for option in options
+        )
     wanted, source = _wanted(op, impl)
     if wanted is not None:
         match = next((option for option in options if option.impl == wanted), None)
