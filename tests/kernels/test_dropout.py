@@ -1,4 +1,4 @@
-"""Dropout of bfloat16 on the CPU: chance, the same mask in both passes, on any number of threads, seeded by torch's generator."""
+"""Dropout of bfloat16 on the CPU: chance, one mask for both passes, on any number of threads, seeded by torch."""
 
 from __future__ import annotations
 
