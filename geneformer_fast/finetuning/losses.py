@@ -80,8 +80,8 @@ def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, weight:
     logits
         [N, K].
     targets
-        [N] int64 classes (the class is yes, all others no), or [N, K] zeros and ones of cells that may belong to several
-        classes; -100 leaves a row, or one answer of a row, out.
+        [N] int64 classes (the class is yes, all others no), or [N, K] zeros and ones of cells that may belong to
+        several classes; -100 leaves a row, or one answer of a row, out.
     weight
         [K], a factor on the terms whose answer is yes.
     """

@@ -1,4 +1,4 @@
-"""Every loss against loops of plain Python in double precision, on cases made by hand; gradients against differences."""
+"""Every loss against loops of plain Python in double precision, on hand-made cases; gradients against differences."""
 
 from __future__ import annotations
 
