@@ -286,6 +286,11 @@ def make_loss(name: str, class_counts: torch.Tensor | Sequence[int]) -> Loss:
     return LOSSES[kind](counts, **options)
 
 
+def logit_scale(loss: Loss) -> float:
+    """By how much a model trained with a loss has to multiply its logits for their softmax to mean what was learned."""
+    return float(loss.keywords["s"]) if isinstance(loss, partial) and loss.func is ldam else 1.0
+
+
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -62,27 +62,22 @@ def under_sample(codes: np.ndarray, rng: np.random.Generator, *, cap: int | None
 
 @dataclass(frozen=True)
 class ClassSampler:
-    """Which cells an epoch shows, and in which order.
+    """Which cells an epoch shows, and in which order: a ``sampler`` for :func:`geneformer_fast.training.loop.fit`.
 
     Attributes
     ----------
-    cells
-        [n] numbers of the training cells.
     codes
-        [n] their classes; -100 (no label in the task that is sampled by) is a class of its own that is never repeated.
+        [n_cells of the token folder] classes; -100 (no label in the task that is sampled by) is a class of its own that
+        is never repeated nor left out.
     kind
         ``"none"``, ``"over"`` or ``"under"``.
     cap
         Most cells per class and epoch.
-    seed
-        Of all draws; an epoch depends on it and on its number alone.
     """
 
-    cells: np.ndarray
     codes: np.ndarray
     kind: str = "none"
     cap: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in SAMPLERS:
@@ -90,17 +85,25 @@ class ClassSampler:
         if self.cap is not None:
             _checked(self.cap)
 
-    def epoch(self, number: int) -> np.ndarray:
-        """Cell numbers of one epoch, int64, in the order to show them."""
-        rng = np.random.default_rng((self.seed, number))
-        labelled, rest = np.flatnonzero(self.codes >= 0), np.flatnonzero(self.codes < 0)
+    def order(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The cells of one epoch, int64, in the order to show them.
+
+        Parameters
+        ----------
+        cells
+            [n] the training cells, as indices into the token folder.
+        rng
+            Depends on the run's seed and the epoch alone.
+        """
+        codes = self.codes[cells]
+        labelled, rest = np.flatnonzero(codes >= 0), np.flatnonzero(codes < 0)
         if self.kind == "over":
-            chosen = labelled[over_sample(self.codes[labelled], rng, cap=self.cap)]
+            chosen = labelled[over_sample(codes[labelled], rng, cap=self.cap)]
         elif self.kind == "under" or self.cap is not None:
-            chosen = labelled[under_sample(self.codes[labelled], rng, cap=self.cap)]
+            chosen = labelled[under_sample(codes[labelled], rng, cap=self.cap)]
         else:
             chosen = labelled
-        return self.cells[rng.permutation(np.concatenate([chosen, rest]))]
+        return cells[rng.permutation(np.concatenate([chosen, rest]))]
 
 
 def _checked(cap: int) -> int:
