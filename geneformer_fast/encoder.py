@@ -219,8 +219,10 @@ class Encoder(nn.Module):
             return self.head(wanted, self.token_table if self.config.tied_decoder else None)
         return self.head(wanted)
 
-    def mlm_loss(self, hidden: Ragged, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of the masked genes; the logits are never written.
+    def mlm_loss(
+        self, hidden: Ragged, rows: torch.Tensor, targets: torch.Tensor, *, reduction: str = "mean"
+    ) -> torch.Tensor:
+        """Cross entropy of the masked genes; the logits are never written.
 
         Parameters
         ----------
@@ -230,15 +232,18 @@ class Encoder(nn.Module):
             [R] indices of the masked positions in the packed batch.
         targets
             [R] token ids that stood there; -100 leaves a row out.
+        reduction
+            ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
 
         Returns
         -------
         torch.Tensor
-            Float32 scalar.
+            Float32 scalar, or [R].
         """
         if not isinstance(self.head, MLMHead):
             raise ValueError('this encoder predicts no masked genes; make it with head="mlm"')
-        return self.head.loss(hidden.values[rows], targets, self.token_table if self.config.tied_decoder else None)
+        table = self.token_table if self.config.tied_decoder else None
+        return self.head.loss(hidden.values[rows], targets, table, reduction=reduction)
 
     def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) before the first block."""

@@ -25,3 +25,7 @@ class OutputError(GeneformerFastError):
 
 class UnsupportedError(GeneformerFastError):
     """What was asked for explicitly cannot run here; the message says what to use instead."""
+
+
+class TrainingError(GeneformerFastError):
+    """Training cannot go on: the loss is not finite."""

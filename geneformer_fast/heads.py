@@ -35,9 +35,20 @@ class MLMHead(nn.Module):
         hidden, weight = self.transform(rows), self._decoder_weight(token_table)
         return F.linear(hidden, weight.to(hidden.dtype), self.bias.to(hidden.dtype))
 
-    def loss(self, rows: torch.Tensor, targets: torch.Tensor, token_table: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, C] hidden rows and [R] token ids -> mean cross entropy (a scalar); rows of target -100 do not count."""
-        return mlm_cross_entropy(self.transform(rows), self._decoder_weight(token_table), self.bias, targets)
+    def loss(
+        self,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        token_table: torch.Tensor | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """[R, C] hidden rows and [R] token ids -> cross entropy, a scalar unless ``reduction`` is ``"none"``.
+
+        Rows of target -100 do not count.
+        """
+        hidden, weight = self.transform(rows), self._decoder_weight(token_table)
+        return mlm_cross_entropy(hidden, weight, self.bias, targets, reduction=reduction)
 
     def transform(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, C] -> [R, C], what the decoder reads."""

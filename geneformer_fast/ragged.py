@@ -111,6 +111,14 @@ class Ragged:
         """Apply a function that keeps the first axis to the values."""
         return self.with_values(function(self.values))
 
-    def to(self, device: str | torch.device) -> Ragged:
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Ragged:
         """The same batch on another device."""
-        return replace(self, values=self.values.to(device), cu_seqlens=self.cu_seqlens.to(device))
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Ragged:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())

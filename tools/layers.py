@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.__main__",),
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
-    tuple(f"{FAST}.{name}" for name in ("extract", "train", "accelerate", "profile")),
+    tuple(f"{FAST}.{name}" for name in ("extract", "training", "accelerate", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import tempfile
@@ -16,17 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.data.identity import identity_of
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.manifest import STATE, UNFINISHED
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
 from geneformer_fast.tokenization.sources import expand_inputs
-from geneformer_fast.tokenization.vocabulary import SPECIAL, Vocabulary
-
-#: Published vocabularies and their families.
-FAMILIES = {"geneformer-v1": "v1", "geneformer-v2": "v2", "bionemo": "bionemo"}
-# Enough to see whether the cells of a folder begin with CLS and end with EOS.
-_CELLS_LOOKED_AT = 64
+from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -79,9 +74,7 @@ def open_cells(
         raise UnsupportedError("this encoder reads values, not ranked tokens; embed() serves encoders over tokens")
     if _is_token_folder(data):
         with open_tokens(data) as folder:
-            identity = folder.vocabulary or _assumed_identity(config, folder)
-            config.check_vocabulary(dict(identity))
-            yield _folder_cells(folder, identity)
+            yield _folder_cells(folder, identity_of(folder, config))
         return
     if isinstance(data, str | os.PathLike):
         expand_inputs(os.fspath(data))  # what is not there is said before what is missing to read it
@@ -126,33 +119,6 @@ def _memory_cells(tokenized: TokenizedCells, n_rows: int, vocabulary: Vocabulary
     rows = tokenized.kept_rows
     columns = {"source_row": pa.chunked_array([pa.array(rows, pa.int64())])}
     return Cells(np.diff(cu_seqlens), read, rows, n_rows, vocabulary.identity(), list(columns), columns.__getitem__)
-
-
-def _assumed_identity(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
-    """For a folder that does not name its vocabulary (the official tokenizer's): the model's, if it is published."""
-    if config.vocabulary not in FAMILIES:
-        raise VocabularyError(
-            f"{folder.path} does not say which vocabulary made its tokens, and the model's is no published one; "
-            "tokenize with geneformer-fast, which writes that down"
-        )
-    family = FAMILIES[config.vocabulary]
-    is_framed = _begins_with_cls(folder)
-    if family in ("v1", "v2") and is_framed != (family == "v2"):
-        found = "CLS first and EOS last, as geneformer-v2 has them" if is_framed else "no CLS first and EOS last"
-        raise VocabularyError(
-            f"{folder.path} does not say which vocabulary made its tokens; its cells have {found}, but the model reads "
-            f"{config.vocabulary}. Tokenize again with the dictionary that belongs to the model."
-        )
-    special = SPECIAL[family]
-    return {"name": config.vocabulary, "family": family, "special": special, "n_tokens": None, "fingerprint": None}
-
-
-def _begins_with_cls(folder: TokenFolder) -> bool:
-    """Whether the first cells lie between CLS and EOS of Geneformer V2."""
-    values, bounds = folder.read(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
-    cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
-    special = SPECIAL["v2"]
-    return bool(cells) and all(cell[0] == special["cls"] and cell[-1] == special["eos"] for cell in cells)
 
 
 def labels_of(data: Any, cells: Cells, color: str | None) -> np.ndarray | None:

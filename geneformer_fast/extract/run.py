@@ -14,9 +14,10 @@ import torch
 
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.data.identity import FAMILIES
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
-from geneformer_fast.extract.cells import FAMILIES, Cells, is_anndata, labels_of, open_cells
+from geneformer_fast.extract.cells import Cells, is_anndata, labels_of, open_cells
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.extract.files import (
     ArrowWriter,

@@ -1,0 +1,1 @@
+"""From token folders to batches: who is in a batch, what is masked, and reading ahead."""

@@ -1,0 +1,98 @@
+"""Which vocabulary the tokens of a folder belong to, and which of its ids are genes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.errors import VocabularyError
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.tokenization.vocabulary import SPECIAL
+
+#: Published vocabularies and their families.
+FAMILIES = {"geneformer-v1": "v1", "geneformer-v2": "v2", "bionemo": "bionemo"}
+# Enough to see whether the cells of a folder begin with CLS and end with EOS.
+_CELLS_LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class TokenKinds:
+    """What the ids of a vocabulary are.
+
+    Attributes
+    ----------
+    mask_id
+        The token that hides a gene.
+    special
+        Name to id of every special token.
+    n_tokens
+        Ids run from 0 to this, exclusive.
+    """
+
+    mask_id: int
+    special: Mapping[str, int]
+    n_tokens: int
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any], config: EncoderConfig) -> TokenKinds:
+        """From a vocabulary's identity; a size it does not name is the model's."""
+        special = {str(name): int(token) for name, token in identity["special"].items()}
+        return cls(special["mask"], special, int(identity.get("n_tokens") or config.vocab_size))
+
+    @cached_property
+    def gene_ids(self) -> np.ndarray:
+        """Every id that is no special token, ascending."""
+        return np.setdiff1d(np.arange(self.n_tokens), list(self.special.values()))
+
+
+def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
+    """The vocabulary of a folder's tokens, after making sure that a model reads it.
+
+    Parameters
+    ----------
+    folder
+        The tokens. Where their folder does not say which vocabulary made them (the official tokenizer's does not), they
+        are taken for the model's, if that is a published one and its special tokens are where they should be.
+    config
+        The model's.
+
+    Raises
+    ------
+    VocabularyError
+        The tokens belong to another vocabulary, or nobody knows to which.
+    """
+    identity = dict(folder.vocabulary or _assumed(config, folder))
+    config.check_vocabulary(identity)
+    return identity
+
+
+def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
+    if config.vocabulary not in FAMILIES:
+        raise VocabularyError(
+            f"{folder.path} does not say which vocabulary made its tokens, and the model's is no published one; "
+            "tokenize with geneformer-fast, which writes that down"
+        )
+    family = FAMILIES[config.vocabulary]
+    is_framed = _begins_with_cls(folder)
+    if family in ("v1", "v2") and is_framed != (family == "v2"):
+        found = "CLS first and EOS last, as geneformer-v2 has them" if is_framed else "no CLS first and EOS last"
+        raise VocabularyError(
+            f"{folder.path} does not say which vocabulary made its tokens; its cells have {found}, but the model reads "
+            f"{config.vocabulary}. Tokenize again with the dictionary that belongs to the model."
+        )
+    special = SPECIAL[family]
+    return {"name": config.vocabulary, "family": family, "special": special, "n_tokens": None, "fingerprint": None}
+
+
+def _begins_with_cls(folder: TokenFolder) -> bool:
+    """Whether the first cells lie between CLS and EOS of Geneformer V2."""
+    values, bounds = folder.read(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
+    cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
+    special = SPECIAL["v2"]
+    return bool(cells) and all(cell[0] == special["cls"] and cell[-1] == special["eos"] for cell in cells)

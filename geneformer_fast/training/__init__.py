@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, checkpoints, several processes, and pretraining on masked genes."""

@@ -1,0 +1,236 @@
+"""Checkpoints of a run: written under a hidden name and renamed, so that each is there whole or not at all.
+
+``model.safetensors`` and ``optimizer.safetensors`` hold whole tensors under their names, however they are sharded in
+memory, so that a run may continue on another number of processes; ``random.safetensors`` holds every process's random
+states; ``state.json`` the rest. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.tokenization.manifest import read_json, sync_folder, write_json
+from geneformer_fast.training.distributed import Ranks
+
+MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the last ``keep``. Every process calls this; the first one writes.
+
+    Parameters
+    ----------
+    folder
+        Where the checkpoints of a run are.
+    step
+        Steps done.
+    model, optimizer
+        Sharded or not.
+    state
+        Plain values to find again.
+    ranks
+        Of this process.
+    keep
+        How many checkpoints stay.
+
+    Returns
+    -------
+    Path
+        The checkpoint's folder.
+    """
+    path = folder / f"step-{step:08d}"
+    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    moments = _flat(get_optimizer_state_dict(model, optimizer, options=_WHOLE))
+    randomness = _random_states(ranks)
+    if ranks.is_first:
+        partial = _fresh(folder / f".{path.name}.partial")
+        write_tensors(partial / MODEL, weights)
+        write_tensors(partial / OPTIMIZER, moments)
+        write_tensors(partial / RANDOM, randomness)
+        write_json(partial / STATE, {"step": step, "world_size": ranks.world_size, **state})
+        replace_folder(partial, path)
+        for old in checkpoints_in(folder)[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return path
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
+    """Put model, optimizer and random states where a checkpoint left them.
+
+    Returns
+    -------
+    dict
+        What ``save_checkpoint`` was given as ``state``, and ``step``.
+
+    Raises
+    ------
+    CheckpointError
+        Files are damaged, or belong to another model.
+    """
+    state = _read_state(path)
+    load_weights(path / MODEL, model)
+    moments = read_tensors(path / OPTIMIZER)
+    content: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, tensor in moments.items():
+        name, _, kind = key.rpartition(".")
+        by_name.setdefault(name, {})[kind] = tensor
+    expected = {name for group in content["param_groups"] for name in group["params"]}
+    if by_name.keys() != expected:
+        odd = sorted(by_name.keys() ^ expected)[0]
+        raise CheckpointError(f"{path / OPTIMIZER}: belongs to another model or other frozen layers (see {odd!r})")
+    content["state"] = by_name
+    set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
+    _restore_random(read_tensors(path / RANDOM), ranks, state["world_size"])
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a file of :func:`write_tensors` into a model, sharded or not."""
+    weights: dict[str, Any] = dict(read_tensors(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != shapes.get(name):
+            raise CheckpointError(f"{path}: {name!r} has shape {found}, but in the model it is {shapes.get(name)}")
+    set_model_state_dict(model, weights, options=_WHOLE)
+
+
+def save_weights(path: Path, model: nn.Module, ranks: Ranks) -> None:
+    """Write a model's weights to one file, whole or not at all. Every process calls this; the first one writes."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    if ranks.is_first:
+        write_tensors(path, weights)
+    ranks.barrier()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file that is there whole or not at all, and on the disk."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); remove this checkpoint's folder to continue from the one before"
+        ) from None
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Give a finished folder its name, in place of one that has it already."""
+    sync_folder(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _fresh(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / STATE)
+    except OutputError as error:
+        raise CheckpointError(f"{error}; remove this checkpoint's folder to continue from the one before") from None
+
+
+def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """``{parameter}.{moment}`` to tensor; the groups' settings come from the recipe and are not kept."""
+    return {
+        f"{name}.{kind}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for name, moments in optimizer_state["state"].items()
+        for kind, value in moments.items()
+    }
+
+
+def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The random states of every process."""
+    python = random.getstate()
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - whoever uses it goes on where it was
+    _, keys, position, has_gauss, gauss = numpy
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python[1], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if python[2] is None else python[2]], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.append(keys.astype(np.int64), [position, has_gauss])),
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    device = "cuda" if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl" else "cpu"
+    return {
+        f"{name}.{rank}": tensor.cpu()
+        for name, state in states.items()
+        for rank, tensor in enumerate(ranks.gather(state.to(device)))
+    }
+
+
+def _restore_random(states: Mapping[str, torch.Tensor], ranks: Ranks, world_size: int) -> None:
+    """Random states of this process; of another number of processes they mean nothing, and the fresh ones stay."""
+    if ranks.world_size != world_size:
+        return
+    own = {name.rpartition(".")[0]: state for name, state in states.items() if name.endswith(f".{ranks.rank}")}
+    torch.set_rng_state(own["torch"])
+    gauss = float(own["python_gauss"])
+    random.setstate((3, tuple(own["python"].tolist()), None if np.isnan(gauss) else gauss))
+    *keys, position, has_gauss = own["numpy"].tolist()
+    legacy = ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(own["numpy_gauss"]))
+    np.random.set_state(legacy)  # noqa: NPY002
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])

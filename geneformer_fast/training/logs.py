@@ -1,0 +1,133 @@
+"""What a run says while it goes: JSON lines, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from geneformer_fast.errors import UnsupportedError
+
+LOG = "log.jsonl"
+
+
+class Log(Protocol):
+    """Receives what is known after steps and evaluations."""
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Values of one step; ``step`` says which."""
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        """Metrics of one evaluation; ``step`` says after which step."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+
+class JsonLines:
+    """``log.jsonl``: one JSON object per line, written at once. Numbers that are not finite are null.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    first_step
+        Lines of later steps are removed: a run that continues from a checkpoint makes them again.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        path = folder / LOG
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        partial = path.with_name(f".{LOG}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the whole run
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._write({"kind": "step", **values})
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._write({"kind": "evaluation", **values})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log; the last one may have been cut off by a kill."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/``."""
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UnsupportedError(
+                "TensorBoard is not installed here: pip install 'geneformer-fast[train]', or leave it off"
+            ) from None
+        # Events of steps that are made again are taken out of the charts.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Scalars under ``train/``."""
+        self._add("train", values)
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        """Scalars under ``evaluation/``."""
+        self._add("evaluation", values)
+
+    def _add(self, group: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"{group}/{name}", value, values["step"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class Bar:
+    """A progress bar with loss, tokens per second and, where it is known, the share of the peak (MFU)."""
+
+    def __init__(self, n_steps: int, first_step: int, is_showing: bool | None) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=n_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if is_showing is None else not is_showing,
+        )
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Move on."""
+        self._bar.update(values["step"] - self._bar.n)
+        shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_s']:,.0f}"}
+        if values.get("mfu") is not None:
+            shown["MFU"] = f"{values['mfu']:.0%}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def evaluation(self, values: Mapping[str, Any]) -> None:
+        """A line above the bar."""
+        if not self._bar.disable:
+            known = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "step" and isinstance(v, float))
+            self._bar.write(f"step {values['step']:,}: {known}")
+
+    def close(self) -> None:
+        """End of the bar."""
+        self._bar.close()

@@ -1,0 +1,488 @@
+"""The training loop, for any objective on packed cells."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from geneformer_fast.data.batches import BatchPlan, Piece, Sampler, evaluation_pieces
+from geneformer_fast.data.loader import load_pieces
+from geneformer_fast.data.random import CellRandom
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
+from geneformer_fast.ragged import Ragged
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.training import distributed
+from geneformer_fast.training.checkpoint import (
+    checkpoints_in,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
+from geneformer_fast.training.engine import Engine
+from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
+from geneformer_fast.training.recipe import Recipe
+from geneformer_fast.training.run_folder import RunFolder, identity_of_run
+
+_CELLS_NAMED = 8  # cells that an error lists
+
+
+class Batch(Protocol):
+    """What an objective makes of cells; may have ``pin_memory()``, and ``non_blocking=`` in ``to``."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in it."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same on another device."""
+
+
+class Objective(Protocol):
+    """What is learned. One object serves training and evaluation."""
+
+    def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> Any:
+        """Packed int64 tokens of some cells -> a :class:`Batch`; called in loader threads.
+
+        Parameters
+        ----------
+        tokens
+            On the CPU.
+        cells
+            [B] indices into the token folder, to look labels up.
+        rng
+            The only randomness to use (``rng.uniform``, ``rng.generator()``): it makes runs reproducible for any number
+            of workers, and evaluations equal to each other.
+        """
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the loss over its terms, a differentiable scalar; their number or weight, a scalar).
+
+        Under autocast, in training mode. The loop divides by the weights of the whole step.
+        """
+
+    def metrics(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Metrics over all evaluation batches (on the model's device, in order); ``"loss"`` is always there.
+
+        In evaluation mode, without gradients, under autocast; every process sees all batches.
+        """
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Attributes
+    ----------
+    step
+        Counted from 1.
+    epoch
+        Epochs done after this step, a fraction.
+    loss
+        Mean over the step's terms; 0 where there were none.
+    grad_norm
+        Of the mean loss, before clipping.
+    learning_rate
+        Of this step.
+    n_cells, n_tokens
+        Over all ranks.
+    seconds
+        Since the previous step ended.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    n_cells: int
+    n_tokens: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """What happened in a call of :func:`fit`.
+
+    Attributes
+    ----------
+    steps
+        Every step of this call; one that continued a run begins after the checkpoint's.
+    evaluations
+        Metrics with ``"step"``, of the whole run.
+    best
+        The evaluation with the best monitored metric, or None.
+    is_stopped_early
+        Whether patience ran out.
+    """
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] | None = None
+    is_stopped_early: bool = False
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps."""
+        return [record.loss for record in self.steps]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all ranks, evaluations and checkpoints left out."""
+        seconds = sum(record.seconds for record in self.steps)
+        return sum(record.n_tokens for record in self.steps) / seconds if seconds else 0.0
+
+
+def fit(
+    model: nn.Module,
+    tokens: TokenFolder,
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    train_cells: np.ndarray,
+    eval_cells: np.ndarray | None = None,
+    eval_tokens: TokenFolder | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    sampler: Sampler | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_eval: Callable[[dict[str, float]], None] | None = None,
+) -> History:
+    """Train a model in place.
+
+    A step's gradient is that of the mean loss over all its terms, whatever pieces and ranks they are in: losses of the
+    pieces are summed, and divided by the summed weights. Seeds torch's generators with ``recipe.seed``.
+
+    Parameters
+    ----------
+    model
+        An :class:`Encoder`, or a module that holds one, with float32 parameters, on its device. Frozen parameters stay
+        as they are. Left in evaluation mode.
+    tokens
+        The cells.
+    objective
+        What is learned.
+    recipe
+        How.
+    train_cells, eval_cells
+        [N] indices into ``tokens``. ``eval_cells`` None or empty: no evaluation.
+    eval_tokens
+        The folder of ``eval_cells``, where it is another one; None for ``eval_cells`` then means all of its cells.
+    out
+        Folder for checkpoints and logs; None keeps everything in memory.
+    resume
+        Continue from the last checkpoint in ``out``, if there is one.
+    sampler
+        Chooses the cells of every epoch; None shows each once, shuffled.
+    on_step, on_eval
+        Called on the first rank after every step (on a GPU one step later, so that nobody waits) and evaluation; an
+        exception ends the run, the last checkpoint stays.
+
+    Returns
+    -------
+    History
+        Losses and metrics.
+
+    Raises
+    ------
+    InputError
+        No cells, fewer than ranks, cells longer than the model has positions, or cells both in training and evaluation.
+    OutputError
+        ``out`` holds another run, or the same one and ``resume`` is False.
+    TrainingError
+        The loss is not finite. The last checkpoint stays.
+    UnsupportedError
+        The recipe cannot run here.
+    """
+    run = _Run(model, tokens, objective, recipe, train_cells, eval_cells, eval_tokens, sampler)
+    run.on_step, run.on_eval = on_step, on_eval
+    with ExitStack() as stack:
+        run.open(None if out is None else Path(out), resume, stack)
+        run.train()
+    return run.history
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    totals: torch.Tensor
+    grad_norm: torch.Tensor
+    learning_rate: float
+    pieces: list[Piece]
+
+
+class _Run:
+    """The state of one call of :func:`fit`."""
+
+    on_step: Callable[[StepRecord], None] | None = None
+    on_eval: Callable[[dict[str, float]], None] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: TokenFolder,
+        objective: Objective,
+        recipe: Recipe,
+        train_cells: np.ndarray,
+        eval_cells: np.ndarray | None,
+        eval_tokens: TokenFolder | None,
+        sampler: Sampler | None,
+    ) -> None:
+        self.model, self.tokens, self.objective, self.recipe = model, tokens, objective, recipe
+        self.ranks = distributed.Ranks.current()
+        self.eval_tokens = tokens if eval_tokens is None else eval_tokens
+        self.train_cells = _checked_cells(train_cells, tokens)
+        if eval_cells is None:
+            eval_cells = np.arange(0 if eval_tokens is None else eval_tokens.n_cells)
+        self.eval_cells = _checked_cells(eval_cells, self.eval_tokens)
+        if eval_tokens is None and (shared := np.intersect1d(self.train_cells, self.eval_cells)).size:
+            raise InputError(f"cell {shared[0]} is both in the training and in the evaluation cells; choose one")
+        if recipe.patience is not None and not len(self.eval_cells):
+            raise InputError("patience needs cells to evaluate on")
+        lengths = tokens.lengths()
+        self.plan = BatchPlan(
+            lengths,
+            self.train_cells,
+            batch_cells=recipe.batch_cells,
+            batch_tokens=recipe.batch_tokens,
+            token_budget=recipe.token_budget,
+            seed=recipe.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            sampler=sampler,
+        )
+        check_lengths(model, tokens, lengths[self.train_cells])
+        check_lengths(model, self.eval_tokens, self.eval_tokens.lengths()[self.eval_cells])
+        self.n_steps = recipe.steps or self.plan.total_steps(recipe.epochs)
+        self.schedule = recipe.schedule_for(self.n_steps)
+        self.history = History()
+        self.step = self.n_worse = 0
+        self.folder: RunFolder | None = None
+        self.logs: list[Log] = []
+        self._best_weights: dict[str, torch.Tensor] | None = None
+        self._pending: _Pending | None = None
+        self._begin = 0.0
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.is_recomputing = recipe.is_recomputing
+
+    def open(self, out: Path | None, resume: bool, stack: ExitStack) -> None:
+        """Make or find the run's folder, wrap the model, and go to the last checkpoint."""
+        recipe, ranks = self.recipe, self.ranks
+        if out is not None:
+            identity = identity_of_run(self.model, recipe, self.tokens, self.train_cells, self.eval_cells)
+            self.folder = RunFolder(out, identity, is_resuming=resume, ranks=ranks)
+        torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
+        self.engine = Engine(self.model, self.objective.loss, recipe, ranks)
+        if self.folder is not None and self.folder.last is not None:
+            state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
+            self.step, self.n_worse = state["step"], state["n_worse"]
+            self.history.evaluations, self.history.best = state["evaluations"], state["best"]
+            self.engine.scaler.load_state_dict(state["scaler"])
+        if ranks.is_first:
+            self.logs.append(Bar(self.n_steps, self.step, recipe.is_showing_progress))
+            if self.folder is not None:
+                self.logs.append(JsonLines(self.folder.path, self.step))
+                if recipe.tensorboard:
+                    self.logs.append(TensorBoard(self.folder.path, self.step))
+        for log in self.logs:
+            stack.callback(log.close)
+
+    def train(self) -> None:
+        """All steps from here on."""
+        recipe, device = self.recipe, self.engine.device
+        batches = load_pieces(
+            self.tokens,
+            self.plan.pieces(self.step, self.n_steps),
+            self.objective.collate,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            is_pinned=device.type == "cuda",
+        )
+        self.model.train()
+        self._begin = time.perf_counter()
+        with closing(batches):
+            while self.step < self.n_steps and not self.history.is_stopped_early:
+                pieces = self._one_step(batches)
+                self._after_step(pieces[-1])
+        self._settle()
+        if recipe.is_best_restored and self.history.best is not None:
+            self._restore_best()
+        self.model.eval()
+
+    def _one_step(self, batches: Iterator[tuple[Piece, Any]]) -> list[Piece]:
+        """Compute and apply one step."""
+        engine, pieces = self.engine, []
+
+        def own() -> Iterator[tuple[Piece, Any]]:
+            for piece, batch in batches:
+                pieces.append(piece)
+                yield piece, batch
+                if piece.index + 1 == piece.n_pieces:
+                    return
+
+        totals = engine.gradients(own())
+        grad_norm = engine.normalize(pieces[0].n_step_tokens, totals)
+        learning_rate = self.recipe.learning_rate * self.schedule(self.step)
+        pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
+        # A GPU is not waited for: its numbers are looked at when the next step has been handed to it.
+        self._settle()
+        self._pending = pending
+        if engine.device.type == "cpu":
+            self._settle()
+        engine.update(learning_rate)
+        self.step += 1
+        return pieces
+
+    def _settle(self) -> None:
+        """Look at the numbers of the last step: stop if they are not finite, else tell everybody."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        (total, weight), norm = pending.totals.tolist(), float(pending.grad_norm)
+        loss = total / weight if weight else 0.0
+        is_scaled = self.engine.scaler.is_enabled()  # overflown gradients are part of float16, an infinite loss is not
+        if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm)):
+            raise TrainingError(self._not_finite(pending, loss, norm))
+        now = time.perf_counter()
+        first = pending.pieces[0]
+        record = StepRecord(
+            step=pending.step,
+            epoch=first.epoch + (first.step + 1) / self.plan.n_steps(first.epoch),
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=pending.learning_rate,
+            n_cells=first.n_step_cells,
+            n_tokens=first.n_step_tokens,
+            seconds=now - self._begin,
+        )
+        self._begin = now
+        self.history.steps.append(record)
+        if self.ranks.is_first:
+            if record.step % self.recipe.log_every == 0 or record.step == self.n_steps:
+                values = asdict(record) | {"tokens_per_s": record.n_tokens / record.seconds}
+                for log in self.logs:
+                    log.step(values)
+            if self.on_step is not None:
+                self.on_step(record)
+
+    def _not_finite(self, pending: _Pending, loss: float, norm: float) -> str:
+        cells = np.concatenate([piece.cells for piece in pending.pieces if not piece.is_filler] or [np.zeros(0, int)])
+        named = ", ".join(map(str, cells[:_CELLS_NAMED])) + (" ..." if len(cells) > _CELLS_NAMED else "")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        kept = "no checkpoint was written yet"
+        if self.folder is not None and (there := checkpoints_in(self.folder.checkpoints)):
+            kept = f"the last checkpoint, {there[-1]}, is untouched"
+        return (
+            f"step {pending.step}: {what}, with cells {named} of {self.tokens.path}; {kept}. Try a lower learning "
+            "rate, a longer warm-up, or precision 'float32'"
+        )
+
+    def _after_step(self, piece: Piece) -> None:
+        """Evaluate and save where it is time to."""
+        recipe = self.recipe
+        is_last = self.step == self.n_steps
+        is_epoch_end = piece.step + 1 == self.plan.n_steps(piece.epoch)
+        is_due = is_epoch_end if recipe.eval_every is None else self.step % recipe.eval_every == 0
+        if len(self.eval_cells) and (is_due or is_last):
+            self._settle()
+            self._evaluate()
+        is_due = is_epoch_end if recipe.save_every is None else self.step % recipe.save_every == 0
+        if self.folder is not None and (is_due or is_last or self.history.is_stopped_early):
+            self._settle()
+            self._save(self.folder)
+
+    def _evaluate(self) -> None:
+        """Metrics of the evaluation cells, the best so far, and whether to stop."""
+        metrics = {"step": float(self.step), **self.evaluate()}
+        self.history.evaluations.append(metrics)
+        if self.recipe.monitor not in metrics:
+            known = ", ".join(name for name in metrics if name != "step")
+            raise UnsupportedError(f"there is no metric {self.recipe.monitor!r} to monitor; there are {known}")
+        value, best = metrics[self.recipe.monitor], self.history.best
+        sign = 1 if self.recipe.is_greater_better else -1
+        if best is None or sign * value > sign * best[self.recipe.monitor]:
+            self.history.best, self.n_worse = metrics, 0
+            if self.recipe.is_best_restored:
+                self._keep_best()
+        else:
+            self.n_worse += 1
+        self.history.is_stopped_early = self.recipe.patience is not None and self.n_worse >= self.recipe.patience
+        for log in self.logs:
+            log.evaluation({**metrics, "step": self.step})
+        if self.ranks.is_first and self.on_eval is not None:
+            self.on_eval(metrics)
+        self._begin = time.perf_counter()
+
+    def evaluate(self) -> dict[str, float]:
+        """What the objective measures on the evaluation cells."""
+        pieces = evaluation_pieces(self.eval_tokens.lengths(), self.eval_cells, self.recipe.token_budget)
+        batches = load_pieces(
+            self.eval_tokens, pieces, self.objective.collate, seed=self.recipe.seed, workers=self.recipe.workers
+        )
+        self.model.eval()
+        try:
+            with closing(batches), torch.no_grad(), self.engine.autocast():
+                return self.objective.metrics(self.model, (batch.to(self.engine.device) for _, batch in batches))
+        finally:
+            self.model.train()
+
+    def _save(self, folder: RunFolder) -> None:
+        state = {
+            "evaluations": self.history.evaluations,
+            "best": self.history.best,
+            "n_worse": self.n_worse,
+            "scaler": self.engine.scaler.state_dict(),
+        }
+        save_checkpoint(
+            folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks, keep=self.recipe.keep
+        )
+        self._begin = time.perf_counter()
+
+    def _keep_best(self) -> None:
+        if self.folder is not None:
+            save_weights(self.folder.best, self.model, self.ranks)
+        else:
+            self._best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def _restore_best(self) -> None:
+        if self.folder is not None:
+            load_weights(self.folder.best, self.model)
+        elif self._best_weights is not None:
+            self.model.load_state_dict(self._best_weights)
+
+
+def _checked_cells(cells: np.ndarray, tokens: TokenFolder) -> np.ndarray:
+    """[N] int64, ascending, each once."""
+    cells = np.asarray(cells)
+    cells = np.flatnonzero(cells) if cells.dtype == bool else cells.astype(np.int64)
+    if len(cells) and not 0 <= cells.min() <= cells.max() < tokens.n_cells:
+        raise InputError(
+            f"cells {cells.min()} to {cells.max()} are not all among the {tokens.n_cells} of {tokens.path}"
+        )
+    unique = np.unique(cells)
+    if len(unique) != len(cells):
+        raise InputError("cells to train or evaluate on are named more than once; repeat them with a sampler")
+    return unique
+
+
+def check_lengths(model: nn.Module, tokens: TokenFolder, lengths: np.ndarray) -> None:
+    """Refuse cells that are longer than a model has positions, before anything is computed."""
+    for module in model.modules():
+        if isinstance(module, Encoder) and (n_long := int((lengths > module.config.max_len).sum())):
+            raise InputError(
+                f"{tokens.path}: {n_long:,} cells are longer than the model's {module.config.max_len:,} positions "
+                f"(the longest has {lengths.max():,}); tokenize with that maximal length, or take a longer model"
+            )

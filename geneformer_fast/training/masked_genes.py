@@ -1,0 +1,51 @@
+"""The objective of pretraining: name the genes that are hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from geneformer_fast.data.identity import TokenKinds
+from geneformer_fast.data.masking import MaskedBatch, Masking, mask_genes
+from geneformer_fast.data.random import CellRandom
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.ragged import Ragged
+
+
+class MaskedGenes:
+    """Cross entropy of masked genes, computed for the masked rows only (an :class:`Objective`).
+
+    Parameters
+    ----------
+    kinds
+        What the token ids are.
+    masking
+        How much is masked, and how.
+    """
+
+    def __init__(self, kinds: TokenKinds, masking: Masking) -> None:
+        self.kinds, self.masking = kinds, masking
+
+    def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> MaskedBatch:
+        """Mask a batch."""
+        return mask_genes(tokens, self.kinds, self.masking, rng)
+
+    def loss(self, model: nn.Module, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the cross entropies in nats, number of masked genes)."""
+        encoder = cast(Encoder, model)
+        loss = encoder.mlm_loss(encoder(batch.tokens), batch.rows, batch.targets, reduction="sum")
+        return loss, torch.tensor(len(batch.rows), device=loss.device)
+
+    def metrics(self, model: nn.Module, batches: Iterable[MaskedBatch]) -> dict[str, float]:
+        """``loss``: the mean cross entropy in nats; ``perplexity``: its exponential."""
+        total, n_masked = torch.zeros((), dtype=torch.float64), 0
+        for batch in batches:
+            loss, _ = self.loss(model, batch)
+            total = total.to(loss.device) + loss.double()
+            n_masked += len(batch.rows)
+        mean = float(total) / max(1, n_masked)
+        return {"loss": mean, "perplexity": float(np.exp(mean))}

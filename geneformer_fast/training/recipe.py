@@ -1,0 +1,215 @@
+"""How to train: one frozen record of every choice, and the published recipes by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from geneformer_fast.data.masking import Masking
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.training.schedule import SCHEDULES, Schedule
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+PARALLEL = ("ddp", "fsdp")
+#: What may differ when a run continues: where and how it is computed and watched, not what is computed.
+MACHINE = (
+    *("token_budget", "precision", "is_recomputing", "workers", "parallel"),
+    *("log_every", "save_every", "keep", "is_showing_progress", "tensorboard"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes
+    ----------
+    epochs, steps
+        How long: passes over the training cells (fractions are fine), or optimizer steps where ``steps`` is given.
+    batch_cells, batch_tokens
+        Size of one optimizer step, over all ranks: cells, as papers state it, or tokens. Exactly one is given.
+    token_budget
+        Most tokens that go through the model at once on one device. Larger steps are accumulated, each masked gene
+        counting once, whatever piece it is in.
+    learning_rate
+        The peak.
+    schedule, warmup_steps, warmup_ratio, floor, floor_ratio, power
+        See :class:`Schedule`. The rise takes ``warmup_steps``, or where that is None this share of all steps; ``floor``
+        is the final learning rate over the peak, ``floor_ratio`` the share of steps at the end spent there.
+    betas, eps, weight_decay, decays_all
+        AdamW; ``decays_all`` decays biases and LayerNorm too.
+    clip
+        Largest norm of the gradient of the mean loss; None does not clip.
+    precision
+        Of matrix products: ``"float32"``, or by autocast ``"bfloat16"`` or ``"float16"`` (the latter with loss
+        scaling). Parameters, optimizer and residual stream are float32 in any case.
+    is_recomputing
+        Keep only the inputs of blocks, and compute their insides again in the backward pass.
+    masking
+        For pretraining.
+    seed
+        Of orders, masks, dropout, and where `pretrain` makes the model of its weights.
+    eval_every, save_every
+        Steps between evaluations and between checkpoints; None: at the end of every epoch.
+    keep
+        Checkpoints kept; older ones are removed.
+    monitor, is_greater_better, patience
+        The metric that decides which evaluation was best, and after how many evaluations without a better one training
+        stops; None never stops early.
+    is_best_restored
+        Whether the model ends with the weights of the best evaluation rather than the last.
+    workers
+        Threads that read and mask ahead; 0 none.
+    parallel
+        Under torchrun: ``"ddp"`` replicates the model, ``"fsdp"`` shards parameters, gradients and optimizer.
+    log_every
+        Steps between lines of the log.
+    tensorboard
+        Whether to write TensorBoard files too.
+    is_showing_progress
+        Whether to show a progress bar; None shows one on a terminal.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_cells: int | None = 144
+    batch_tokens: int | None = None
+    token_budget: int = 16_384
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    warmup_steps: int | None = None
+    warmup_ratio: float = 0.05
+    floor: float = 0.0
+    floor_ratio: float = 0.0
+    power: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.001
+    decays_all: bool = False
+    clip: float | None = 1.0
+    precision: str = "float32"
+    is_recomputing: bool = False
+    masking: Masking = field(default_factory=Masking)
+    seed: int = 42
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    monitor: str = "loss"
+    is_greater_better: bool = False
+    patience: int | None = None
+    is_best_restored: bool = False
+    workers: int = 1
+    parallel: str = "ddp"
+    log_every: int = 1
+    tensorboard: bool = False
+    is_showing_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UnsupportedError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if (self.batch_cells is None) == (self.batch_tokens is None):
+            raise UnsupportedError("give either batch_cells or batch_tokens, and set the other one to None")
+        at_least_one = (
+            *("steps", "batch_cells", "batch_tokens", "token_budget", "eval_every", "save_every"),
+            *("keep", "patience", "log_every"),
+        )
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UnsupportedError(f"{name} must be at least 1, not {value}")
+        for name in ("epochs", "learning_rate", "eps", "power"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UnsupportedError(f"{name} must be above 0 and finite, not {value}")
+        for name in ("warmup_steps", "weight_decay", "workers", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UnsupportedError(f"{name} must not be negative, but is {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UnsupportedError(f"betas must be from 0 to below 1, not {self.betas}")
+        if self.clip is not None and not self.clip > 0:
+            raise UnsupportedError(f"clip must be above 0, or None, not {self.clip}")
+        shares = (self.warmup_ratio, self.floor, self.floor_ratio)
+        if not all(0 <= share <= 1 for share in shares):
+            raise UnsupportedError("warmup_ratio, floor and floor_ratio must be from 0 to 1")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Recipe:
+        """A published recipe by name (see :data:`RECIPES`), with fields changed by keyword."""
+        if name not in RECIPES:
+            raise UnsupportedError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
+        return dataclasses.replace(RECIPES[name], **changes)
+
+    def schedule_for(self, n_steps: int) -> Schedule:
+        """The learning rate over a run of ``n_steps``."""
+        warmup = self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * n_steps)
+        floor_steps = math.floor(self.floor_ratio * n_steps)
+        return Schedule(self.schedule, n_steps, warmup, self.floor, floor_steps, self.power)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; what is left out has its default, unknown fields are refused by name."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UnsupportedError(f"a recipe has no field {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        values = dict(values)
+        try:
+            if isinstance(values.get("masking"), dict):
+                values["masking"] = Masking(**values["masking"])
+            if "betas" in values:
+                first, second = values["betas"]
+                values["betas"] = (float(first), float(second))
+            return cls(**values)
+        except TypeError as error:
+            raise UnsupportedError(f"the recipe cannot be read: {error}") from None
+
+
+# Geneformer: MODELS of the public code and the training_args.bin of its runs. Batches are those of all their GPUs.
+_GENEFORMER = Recipe(epochs=3.0, weight_decay=0.001, clip=1.0, precision="float16", seed=42)
+_BIONEMO = Recipe(
+    batch_cells=2048,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup_ratio=0.01,
+    floor=0.02,  # 2e-5
+    floor_ratio=0.05,
+    weight_decay=0.1,
+    precision="bfloat16",
+    masking=Masking(mask=0.8, random=0.02),
+)
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def _publish() -> None:
+    def geneformer(**changes: Any) -> Recipe:
+        return dataclasses.replace(_GENEFORMER, **changes)
+
+    v2 = Masking(masks_specials=True)
+    RECIPES.update(
+        {
+            "geneformer-v1-10m": geneformer(batch_cells=12 * 12, learning_rate=1e-3, warmup_steps=10_000),
+            "geneformer-v1-12l": geneformer(batch_cells=4 * 12, learning_rate=5e-4, warmup_steps=10_000),
+            "geneformer-12l-95m": geneformer(
+                batch_cells=4 * 8, learning_rate=5e-4, schedule="cosine", warmup_steps=5_000, masking=v2
+            ),
+            # 18 cells per device are known, the number of devices is not: eight are assumed.
+            "geneformer-v2-104m": geneformer(
+                batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_ratio=0.007, masking=v2
+            ),
+            "bionemo-10m": dataclasses.replace(_BIONEMO, steps=81_485),
+            "bionemo-106m": dataclasses.replace(_BIONEMO, steps=35_650),
+        }
+    )
+
+
+_publish()
