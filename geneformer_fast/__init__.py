@@ -21,6 +21,9 @@ _HOME = {
     "EncoderConfig": "geneformer_fast.config",
     "Ragged": "geneformer_fast.ragged",
     "embed": "geneformer_fast.extract",
+    "finetune_cells": "geneformer_fast.finetuning.cells",
+    "finetune_genes": "geneformer_fast.finetuning.genes",
+    "predict": "geneformer_fast.finetuning.predict",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from geneformer_fast.config import EncoderConfig
     from geneformer_fast.encoder import Encoder
     from geneformer_fast.extract import embed
+    from geneformer_fast.finetuning.cells import finetune_cells
+    from geneformer_fast.finetuning.genes import finetune_genes
+    from geneformer_fast.finetuning.predict import predict
     from geneformer_fast.ragged import Ragged
     from geneformer_fast.tokenization.arrow import open_tokens
     from geneformer_fast.tokenization.medians import medians

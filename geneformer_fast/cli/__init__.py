@@ -20,6 +20,8 @@ COMMANDS = {
     "tokenize": "geneformer_fast.cli.tokenize",
     "medians": "geneformer_fast.cli.medians",
     "embed": "geneformer_fast.cli.embed",
+    "finetune": "geneformer_fast.cli.finetune",
+    "predict": "geneformer_fast.cli.predict",
     "doctor": "geneformer_fast.cli.doctor",
     "quickstart": "geneformer_fast.cli.quickstart",
 }

@@ -25,7 +25,8 @@ from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, p
 from geneformer_fast.finetuning.recipes import CELLS
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.search import Search, check_search
-from geneformer_fast.finetuning.splits import Split, folds as make_folds, hold_out
+from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.training.loop import Objective
 from geneformer_fast.training.recipe import Recipe

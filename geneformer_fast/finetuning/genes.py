@@ -28,7 +28,8 @@ from geneformer_fast.finetuning.pictures import check_pictures
 from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
 from geneformer_fast.finetuning.recipes import GENES
 from geneformer_fast.finetuning.search import Search, check_search
-from geneformer_fast.finetuning.splits import Split, folds as make_folds, hold_out
+from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.genes import map_genes
 from geneformer_fast.tokenization.vocabulary import Vocabulary

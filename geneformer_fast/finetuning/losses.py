@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -243,7 +244,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 }
 
 
-def make_loss(name: str, class_counts: torch.Tensor | Sequence[int]) -> Loss:
+def make_loss(name: str, class_counts: torch.Tensor | np.ndarray | Sequence[int]) -> Loss:
     """A loss by name, with options behind a colon: ``"focal"``, ``"focal:gamma=1.5"``, ``"ldam:max_m=0.3,s=10"``.
 
     Parameters

@@ -109,7 +109,7 @@ def freeze(encoder: Encoder, n_layers: int, *, embeddings: bool = False) -> None
 
 
 def scale_classifier(encoder: Encoder, factors: np.ndarray) -> None:
-    """Multiply logits by [n_classes] factors, so that a loss with a scale leaves a model whose softmax means something."""
+    """Multiply logits by [n_classes] factors: a loss with a scale then leaves a model whose softmax means something."""
     assert isinstance(encoder.head, CellClassifier | GeneClassifier)
     classifier = encoder.head.classifier
     with torch.no_grad():

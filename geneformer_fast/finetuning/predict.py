@@ -97,7 +97,7 @@ def predict(
     is_genes = card["kind"] == "genes"
     if target is not None and target.path.suffix == ".h5ad":
         _check_h5ad(data, is_genes)
-    options = {"layer": counts_layer, "gene_column": gene_column, "allow_float": allow_float, "obs": {}}
+    options: dict[str, Any] = {"layer": counts_layer, "gene_column": gene_column, "allow_float": allow_float, "obs": {}}
     vocabulary = find_vocabulary(dictionary, model, encoder.config)
     with open_cells(data, vocabulary, encoder.config, options, progress) as cells:
         run = ClassifyingRun(encoder, cells, token_budget, progress)

@@ -17,6 +17,7 @@ from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.finetuning.labels import Task
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.objectives import GeneMeans
+from geneformer_fast.heads import CellClassifier, GeneClassifier
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
 
@@ -26,7 +27,8 @@ class ClassifyingRun(EncodingRun):
 
     def __init__(self, encoder: Encoder, cells: Cells, token_budget: int | None, progress: bool | None) -> None:
         super().__init__(encoder, cells, "mean", "last", token_budget, progress)
-        self.width = encoder.head.classifier.out_features  # type: ignore[union-attr]
+        assert isinstance(encoder.head, CellClassifier | GeneClassifier)
+        self.width = encoder.head.classifier.out_features
 
     def _pooled(self, hidden: Ragged, tokens: Ragged) -> np.ndarray:
         return self.encoder.logits(hidden).float().cpu().numpy()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.training.recipe import Recipe
@@ -108,7 +108,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     backend = optuna.storages.RDBStorage(f"sqlite:///{storage}")
-    direction = "maximize" if recipe.is_greater_better else "minimize"
+    direction: Literal["maximize", "minimize"] = "maximize" if recipe.is_greater_better else "minimize"
     study = optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # of a sitting that was killed
