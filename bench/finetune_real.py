@@ -93,9 +93,9 @@ class Size:
     max_len: int = 64
     n_layers: int = 2
     width: int = 96
-    pretraining_steps: int = 800
+    pretraining_steps: int = 1600
     pretraining_cells: int = 32
-    steps: int = 300
+    steps: int = 600
     batch_cells: int = 16
 
 
