@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def done(place: Path) -> Finetuned:
     """Three folds by donor, and a final model."""
-    recipe = dataclasses.replace(SHORT, epochs=30)
     return gf.finetune_cells(
-        place / "tokens", place / "model", "kind", place / "done", group="donor", folds=3, recipe=recipe
+        place / "tokens", place / "model", "kind", place / "done", group="donor", folds=3, recipe=SHORT
     )
