@@ -15,6 +15,7 @@ _EMBED, _TOKENIZE = "bench/test_bench_embed.py::test_bench_embed", "bench/test_b
 SUITES = {
     "cpu": {
         "embed_v1-10m_all-threads": f"{_EMBED}[embed_v1-10m_all-threads]",
+        "train_v1-10m_all-threads": "bench/test_bench_train.py::test_bench_train[train_v1-10m_all-threads]",
         "tokenize_v2": f"{_TOKENIZE}_tokenize[v2]",
         "tokenize_v1": f"{_TOKENIZE}_tokenize[v1]",
         "memory_tokenize": f"{_TOKENIZE}_peak_memory[tokenize]",

@@ -162,7 +162,7 @@ CASES: tuple[Case, ...] = (
     _encoder("v2-316m", "geneformer-v2-316m", "training", (_real(64, 65_536),), 90, (
         Goal("real", "cells_per_s", 130, 170, "8.2 fine-tuning (third party)"),
     )),
-    _attention(64, "both", length_sets(_TOKENS, _SOME), 45, (
+    _attention(64, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 70, (
         Goal("2048", "time_against:ours-no-dropout", 1.25, 1.10),
         Goal("4096", "time_against:ours-no-dropout", 1.25, 1.10),
     ), dropout_p=0.1, name="attention_d64_dropout"),
@@ -188,8 +188,12 @@ CASES: tuple[Case, ...] = (
     _attention(128, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 45),
     _attention(128, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 50),
     _encoder("v2-104m", "geneformer-v2-104m", "training", (_real(64, 65_536),), 60, ()),
+    *(_attention(d, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 70, dropout_p=0.1,
+                 name=f"attention_d{d}_dropout") for d in (32, 128)),
     *(_attention(d, mode, length_sets(_TOKENS, _ALL), 60, name=f"attention_d{d}_{mode}_other-lengths")
       for d in (64, 32, 128) for mode in ("forward", "backward")),
+    *(_attention(d, "both", length_sets(_TOKENS, _ALL), 60, dropout_p=0.1,
+                 name=f"attention_d{d}_dropout_other-lengths") for d in (64, 32, 128)),
 )  # fmt: skip
 
 

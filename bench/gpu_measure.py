@@ -116,6 +116,8 @@ class Variant:
         Largest relative error (Frobenius norm) per name in ``truth``.
     has_lead
         Whether short work is timed with the device busy beforehand, see ``EventClock``.
+    question
+        What ``choose`` is asked here (:class:`bench.gpu_impls.Question`), as JSON values; None for encoders.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Variant:
     truth: Callable[[], Mapping[str, torch.Tensor]]
     tolerance: Mapping[str, float]
     has_lead: bool = True
+    question: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]
         rows[name] |= {**found, **variant.work.rates(found["ms"]["p50"], place.at_most)}
     work = {"flops": variant.work.flops, "n_bytes": variant.work.n_bytes, **variant.work.counts}
     floor = {"floor_ms": float(f"{variant.work.floor_ms(place.at_most):.5g}")}
-    return {"what": variant.what, "work": work | floor, "rows": rows, "left_out": left_out}
+    asked = {} if variant.question is None else {"question": dict(variant.question)}
+    return {"what": variant.what, "work": work | floor, **asked, "rows": rows, "left_out": left_out}
 
 
 def _prepare(

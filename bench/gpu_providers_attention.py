@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from geneformer_kernels.on_device import DTYPE_NAMES
 
 from bench.gpu_card import half_dtype
+from bench.gpu_impls import Question, with_impls
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.lengths import real_lengths, uniform_lengths
 from geneformer_fast.ragged import Ragged
@@ -61,6 +63,9 @@ class _Problem:
         self.case, self.name, self.lengths, self.n_heads, self.place = case, name, lengths, n_heads, place
         self.device, self.dtype = place.device, half_dtype(place.device)
         self.needs_grad = case.mode != "forward"
+        flags = {"needs_grad": self.needs_grad, "has_dropout": case.dropout_p > 0}
+        shape = {"head_dim": case.head_dim, "length": sum(lengths) // len(lengths), **flags}
+        self.question = Question("varlen_attention", DTYPE_NAMES[self.dtype], shape)
 
     def variant(self) -> Variant:
         """Work: 4 L² H D forward, 2.5 times that backward (five products instead of two), as papers count."""
@@ -78,6 +83,7 @@ class _Problem:
             truth=self.truth,
             # A few rows say nothing of a variance.
             tolerance=TOLERANCE | ({"variance": 5.0, "mean_weight": 0.5} if self.place.is_tiny else {}),
+            question=self.question.as_json(),
         )
 
     def build(self) -> Sequence[Candidate]:
@@ -183,8 +189,9 @@ def candidates(problem: _Problem) -> list[Candidate]:
     """All ways to attend."""
     p = problem.case.dropout_p
     packed = lambda function: lambda: problem.prepared(function(), lambda x: x, lambda x: x)  # noqa: E731
+    ours = Candidate("ours", "this project", packed(lambda: _ours(problem, p)), is_ours=True)
     chosen = [
-        Candidate("ours", "this project", packed(lambda: _ours(problem, p)), is_ours=True),
+        *with_impls(ours, problem.question, problem.device),
         *(
             Candidate(f"sdpa-{name}", f"torch SDPA, {what}", lambda backend=backend: _sdpa(problem, backend, p))
             for name, backend, what in (

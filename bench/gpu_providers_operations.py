@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from geneformer_kernels.on_device import DTYPE_NAMES
 
 from bench.gpu_card import half_dtype
+from bench.gpu_impls import Question, with_impls
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.lengths import real_lengths
 
@@ -41,7 +43,7 @@ class Problem:
     plain
         The torch expression: of inputs in any dtype.
     ours
-        This project's function, by candidate name; looked up late, because it may not be there.
+        This project's function; looked up late, because it may not be there.
     rivals
         Other ways than the plain expression, eager and compiled.
     work
@@ -54,13 +56,17 @@ class Problem:
         Relative error allowed.
     has_plain
         Whether the plain expression itself, eager and compiled, is a rival.
+    op, shape
+        What ``choose`` is asked: the operation, and the problem's sizes and flags.
     """
 
     name: str
     what: str
+    op: str
+    shape: Mapping[str, int]
     make: Callable[[torch.device, torch.dtype], Tensors]
     plain: Function
-    ours: Mapping[str, Callable[[Tensors], Function]]
+    ours: Callable[[Tensors], Function]
     work: Work
     rivals: Mapping[str, tuple[str, Callable[[Tensors], Function]]] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
@@ -89,6 +95,7 @@ def variant_of(problem: Problem, place: Place) -> Variant:
         build=state.build,
         truth=state.truth,
         tolerance=dict.fromkeys(("out", *problem.gradients), problem.tolerance),
+        question=state.question.as_json(),
     )
 
 
@@ -98,15 +105,15 @@ class _State:
     def __init__(self, problem: Problem, place: Place) -> None:
         self.problem, self.place = problem, place
         self.inputs: Tensors = {}
+        dtype = DTYPE_NAMES[half_dtype(place.device)]
+        self.question = Question(problem.op, dtype, {**problem.shape, "needs_grad": bool(problem.gradients)})
 
     def build(self) -> Sequence[Candidate]:
         """Makes the inputs; gives all candidates."""
         problem = self.problem
         self.inputs = problem.make(self.place.device, half_dtype(self.place.device))
-        chosen = [
-            Candidate(name, f"this project, {name}", lambda make=make: self._prepared(make(self.inputs)), is_ours=True)
-            for name, make in problem.ours.items()
-        ]
+        ours = Candidate("ours", "this project", lambda: self._prepared(problem.ours(self.inputs)), is_ours=True)
+        chosen = with_impls(ours, self.question, self.place.device)
         named = {"eager": ("torch, eager", lambda inputs: problem.plain)} if problem.has_plain else {}
         for name, (what, make) in {**named, **problem.rivals}.items():
             chosen.append(Candidate(name, what, lambda make=make: self._prepared(make(self.inputs))))
@@ -221,7 +228,8 @@ def _norm_problem(n_tokens: int, width: int, has_gradients: bool) -> Problem:
     return Problem(
         name=f"{width}" + ("_backward" if has_gradients else ""),
         what=f"{n_tokens:,} rows of {width}" + (", forward and backward" if has_gradients else ""),
-        make=make, plain=plain, ours={"ours": ours}, work=Work(n_bytes=n_tokens * width * per_element),
+        op="residual_layernorm", shape={"width": width},
+        make=make, plain=plain, ours=ours, work=Work(n_bytes=n_tokens * width * per_element),
         gradients=("x", "residual", "weight", "bias") if has_gradients else (), row_inputs=("x", "residual"),
     )  # fmt: skip
 
@@ -272,6 +280,7 @@ def _embed_problem(name: str, n_tokens: int, width: int, n_vocab: int, max_len: 
         name=name + ("_backward" if has_gradients else ""),
         what=f"{total:,} tokens of {len(lengths)} cells, width {width}"
         + (", forward and backward" if has_gradients else ""),
-        make=make, plain=plain, ours={"ours": ours}, work=Work(n_bytes=n_bytes * (2 if has_gradients else 1)),
+        op="embed_tokens", shape={"width": width},
+        make=make, plain=plain, ours=ours, work=Work(n_bytes=n_bytes * (2 if has_gradients else 1)),
         gradients=("token", "position", "weight", "bias") if has_gradients else (),
     )  # fmt: skip

@@ -59,9 +59,18 @@ def _feed_forward(
         if not has_norm:
             alone = operation("feed_forward")
             return lambda t: alone(*(t[name] for name in names), activation=activation)
-        function = operation("feed_forward_layernorm", "feed_forward")
+        is_one_kernel = operation("has_layernorm_inside", "feed_forward")
+        one_kernel = operation("feed_forward_layernorm", "feed_forward")
+        alone, norm = operation("feed_forward"), operation("residual_layernorm")
         order = ("x", "residual", *names[1:], *norm_names)
-        return lambda t: function(*(t[name] for name in order), activation=activation, eps=EPS, norm="post")
+
+        def as_in_the_encoder(t: Tensors) -> Any:
+            if is_one_kernel(t["x"], inner, activation=activation):
+                return one_kernel(*(t[name] for name in order), activation=activation, eps=EPS, norm="post")
+            hidden = alone(*(t[name] for name in names), activation=activation)
+            return norm(hidden, t["residual"], t["weight"], t["bias"], eps=EPS, norm="post")
+
+        return as_in_the_encoder
 
     # Bytes: x (and the residual) read, the result written; weights are small beside them.
     per_element = (2 + 4 + 4 + 2) if has_norm else (2 + 2)
@@ -71,7 +80,8 @@ def _feed_forward(
         what=f"{n_tokens:,} rows, {width} to {inner} and back, {activation}"
         + (", residual and LayerNorm" if has_norm else "")
         + (", forward and backward" if has_gradients else ""),
-        make=make, plain=plain, ours={"ours": ours},
+        op="feed_forward", shape={"width": width, "ff_width": inner, "has_layernorm": has_norm},
+        make=make, plain=plain, ours=ours,
         work=Work(flops=factor * 4 * n_tokens * width * inner, n_bytes=factor * n_tokens * width * per_element),
         gradients=(*names, *(("residual",) if has_norm else ()), *norm_names) if has_gradients else (),
         row_inputs=("x", "residual"), tolerance=0.03,
@@ -125,7 +135,8 @@ def _int8(n_rows: int, k: int, n: int, mode: str) -> Problem:
         name=f"{n_rows}x{k}x{n}",
         what=f"{n_rows:,} rows, {k} to {n}, "
         + ("activations quantised on the way" if mode == "dynamic" else "int8 weights, 16-bit activations"),
-        make=make, plain=plain, ours={"ours": ours}, work=Work(flops=2 * n_rows * k * n, n_bytes=n_bytes, unit=unit),
+        op="int8_linear", shape={"width": k, "n_columns": n, "is_dynamic": mode == "dynamic"},
+        make=make, plain=plain, ours=ours, work=Work(flops=2 * n_rows * k * n, n_bytes=n_bytes, unit=unit),
         rivals={"int8-by-hand": ("torch._int_mm with quantising in torch", by_hand)} if mode == "dynamic" else {},
         row_inputs=("x",), tolerance=0.03,
     )  # fmt: skip
@@ -160,7 +171,8 @@ def _loss(n_rows: int, width: int, n_vocab: int, has_gradients: bool) -> Problem
         name=f"{width}" + ("_backward" if has_gradients else ""),
         what=f"{n_rows:,} masked rows of {width}, vocabulary {n_vocab:,}"
         + (", forward and backward" if has_gradients else ""),
-        make=make, plain=plain, ours={"ours": ours}, work=Work(flops=factor * 2 * n_rows * width * n_vocab),
+        op="mlm_cross_entropy", shape={"width": width, "n_vocab": n_vocab},
+        make=make, plain=plain, ours=ours, work=Work(flops=factor * 2 * n_rows * width * n_vocab),
         gradients=("hidden", "weight", "bias") if has_gradients else (),
         row_inputs=("hidden", "targets"), tolerance=0.03,
     )  # fmt: skip

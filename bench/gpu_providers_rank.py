@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.gpu_impls import Question, with_impls
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.gpu_providers_operations import operation
 
@@ -32,6 +33,7 @@ class _Ranking:
     def __init__(self, place: Place, n_cells: int, n_expressed: int, n_genes: int, keep: int) -> None:
         self.place, self.keep = place, keep
         self.n_cells, self.n_expressed, self.n_genes = n_cells, n_expressed, n_genes
+        self.question = Question("rank_genes", "float64", {"keep": keep, "n_expressed": n_expressed})
 
     def variant(self) -> Variant:
         """Least bytes: counts and columns read, tokens written."""
@@ -43,6 +45,7 @@ class _Ranking:
             build=self.build,
             truth=self.truth,
             tolerance={"tokens": 0.0, "cu_seqlens": 0.0},  # exact or wrong
+            question=self.question.as_json(),
         )
 
     def build(self) -> Sequence[Candidate]:
@@ -68,8 +71,9 @@ class _Ranking:
         self.token_ids = torch.arange(self.n_genes, device=device) + FIRST_TOKEN
         self.medians = torch.rand(self.n_genes, device=device, generator=generator, dtype=torch.float64) * 5 + 0.1
         self.columns = torch.arange(self.n_genes, device=device)
+        ours = Candidate("ours", "this project, CSR on the device to packed tokens", self._ours, is_ours=True)
         return [
-            Candidate("ours", "this project, CSR on the device to packed tokens", self._ours, is_ours=True),
+            *with_impls(ours, self.question, device),
             Candidate(
                 "ours-prepared", "the same, genes prepared once, waiting for nothing", self._prepared, is_ours=True
             ),

@@ -57,6 +57,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks = [f"### {at['machine']}, {at['n_cores']} cores, {at['memory_gib']:.0f} GiB{features}"]
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
     blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
+    blocks += [_training(result) for result in of_case("train_")]
     for prefix, table in (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)):
         if found := of_case(prefix):
             blocks.append(table(found))
@@ -93,6 +94,45 @@ def _embedding(result: Result) -> str:
              for pair, goal in result["goals"].items()]  # fmt: skip
     header = ("", "cells/s (p10 to p90)", "ours is faster", "ours, last layer, is faster", "peak memory")
     return _block(title, header, rows, [result], f"Goals: {', '.join(goals)}." if goals else "")
+
+
+def _training(result: Result) -> str:
+    rows = []
+    candidates, ratios = result["candidates"], result["ratios"]
+    for name, row in candidates.items():
+        speed = row["cells_per_s"]
+        at_once = f", {row['batch_size']} cells at once" if row["batch_size"] else ""
+        compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-float32 / {name}")]
+        rows.append(
+            (
+                f"**{row['what']}**" if row["is_ours"] else row["what"] + at_once,
+                f"{_number(speed['p50'])} ({_number(speed['p10'])} to {_number(speed['p90'])})",
+                _number(row["tokens_per_s"]["p50"]),
+                *("" if ratio is None else f"{ratio:.1f}x" for ratio in compared),
+                _megabytes(row["peak_bytes"]),
+            )
+        )
+    lengths, curve = result["lengths"], result["curve"]
+    title = (
+        f"Pretraining, {NAMES[result['geometry']]} geometry, dropout {result['dropout']:g}, steps of "
+        f"{result['cells_per_step']} real cells of {lengths['p10']:.0f} / {lengths['p50']:.0f} / {lengths['p90']:.0f} "
+        f"tokens (10th, 50th, 90th percentile) in length-grouped order ({result['padded_share']:.0%} of a padded batch "
+        f"is padding), {_threads(result['threads'])}, medians of {result['rounds']} runs of {result['n_steps']} steps "
+        "in turns, optimizer included."
+    )
+    goals = [f"{goal:g}x against {candidates[pair.split(' / ')[1]]['what'].split(':')[0]}"
+             for pair, goal in result["goals"].items()]  # fmt: skip
+    differences = [
+        f"{difference:.4f} ({candidates[name]['what']})"
+        for name, difference in curve["largest_difference_from_trainer"].items()
+        if candidates[name]["is_ours"]
+    ]
+    note = (
+        f"Goals: {', '.join(goals)}. Over {curve['n_steps']} steps without dropout, no step's loss differs from the "
+        f"Trainer's in float32 by more than {' or '.join(differences)} nats."
+    )
+    header = ("", "cells/s (p10 to p90)", "tokens/s", "ours is faster", "ours in float32 is faster", "peak memory")
+    return _block(title, header, rows, [result], note)
 
 
 def _tokenizing(results: Sequence[Result]) -> str:

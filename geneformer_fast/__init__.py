@@ -21,6 +21,10 @@ _HOME = {
     "EncoderConfig": "geneformer_fast.config",
     "Ragged": "geneformer_fast.ragged",
     "embed": "geneformer_fast.extract",
+    "accelerate": "geneformer_fast.drop_in",
+    "register_attention": "geneformer_fast.drop_in",
+    "pretrain": "geneformer_fast.training.pretrain",
+    "Recipe": "geneformer_fast.training.recipe",
     "finetune_cells": "geneformer_fast.finetuning.cells",
     "finetune_genes": "geneformer_fast.finetuning.genes",
     "predict": "geneformer_fast.finetuning.predict",
@@ -31,6 +35,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from geneformer_fast.checkpoints import load, save
     from geneformer_fast.config import EncoderConfig
+    from geneformer_fast.drop_in import accelerate, register_attention
     from geneformer_fast.encoder import Encoder
     from geneformer_fast.extract import embed
     from geneformer_fast.finetuning.cells import finetune_cells
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from geneformer_fast.tokenization.medians import medians
     from geneformer_fast.tokenization.run import tokenize
     from geneformer_fast.tokenization.vocabulary import Vocabulary
+    from geneformer_fast.training.pretrain import pretrain
+    from geneformer_fast.training.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

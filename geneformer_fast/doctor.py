@@ -35,7 +35,7 @@ OPTIONAL = {
     "matplotlib": ("plot", "pictures, quickstart"),
     "umap-learn": ("plot", "embed --plot"),
     "scikit-learn": ("plot", "baselines and classifiers of quickstart"),
-    "pandas": ("dev", "tests"),
+    "pandas": ("train", "tables of training runs"),
     "pytest": ("dev", "tests"),
 }
 ENVIRONMENT = (

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import feed_forward, feed_forward_layernorm, linear, residual_layernorm, varlen_attention_qkv
+from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,14 +61,17 @@ class Block(nn.Module):
         )
         stream, x = add_norm(self.attend(x, cu_seqlens), stream, first_norm, self.config.norm, x.dtype, dropout_p)
         weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        activation = self.config.activation
+        if second_norm is not None and has_layernorm_inside(x, self.config.ff_width, activation=activation):
+            return feed_forward_layernorm(
+                x, stream, *weights, second_norm.weight, second_norm.bias, activation=activation, eps=second_norm.eps,
+                norm=self.config.norm, out_dtype=x.dtype, dropout_p=dropout_p,
+            )  # fmt: skip
+        out = feed_forward(x, *weights, activation=activation)
         if second_norm is None:
-            out = F.dropout(feed_forward(x, *weights, activation=self.config.activation), dropout_p)
+            out = F.dropout(out, dropout_p)
             return stream + out, out
-        return feed_forward_layernorm(
-            x, stream, *weights, second_norm.weight, second_norm.bias,
-            activation=self.config.activation, eps=second_norm.eps, norm=self.config.norm, out_dtype=x.dtype,
-            dropout_p=dropout_p,
-        )  # fmt: skip
+        return add_norm(out, stream, second_norm, self.config.norm, x.dtype, dropout_p)
 
 
 class Encoder(nn.Module):

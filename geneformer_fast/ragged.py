@@ -122,3 +122,62 @@ class Ragged:
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which places of a padded batch [B, L] hold values: takes padding out, and puts values back where they were.
+
+    Unlike :class:`Ragged`, it keeps the places, so padding may lie on either side or between values.
+
+    Attributes
+    ----------
+    index
+        [T] int64, places in the flattened batch; None where every place holds a value, so that nothing is copied.
+    cu_seqlens
+        [B + 1] int32, cumulative cell lengths from 0 to T.
+    n_cells, length
+        B and L.
+    has_first
+        Every row holds a value in its first column.
+    """
+
+    index: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+    n_cells: int
+    length: int
+    has_first: bool
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None, n_cells: int, length: int, device: torch.device) -> Padding:
+        """From a mask [B, L], non-zero where there is a value; None means everywhere."""
+        if mask is not None:
+            keep = mask.to(device) != 0
+            counts = keep.sum(1)
+            # One question to the device for both answers.
+            n_tokens, has_first = torch.stack((counts.sum(), keep[:, :1].all())).tolist()
+            if n_tokens < n_cells * length:
+                cu_seqlens = torch.zeros(n_cells + 1, dtype=torch.int32, device=device)
+                cu_seqlens[1:] = counts.cumsum(0)
+                return cls(keep.flatten().nonzero().squeeze(1), cu_seqlens, n_cells, length, bool(has_first))
+        starts = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
+        return cls(None, starts, n_cells, length, True)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] -> [T, ...]."""
+        flat = padded.flatten(0, 1)
+        # Not flat[index]: places are unique, which only index_select makes use of in the backward pass.
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [B, L, ...], zeros in the other places."""
+        if self.index is not None:
+            flat = values.new_zeros((self.n_cells * self.length, *values.shape[1:]))
+            values = flat.index_copy(0, self.index, values)
+        return values.view(self.n_cells, self.length, *values.shape[1:])
+
+    def columns(self) -> torch.Tensor:
+        """[T] int64, the column each value stands in."""
+        if self.index is None:
+            return torch.arange(self.length, device=self.cu_seqlens.device).repeat(self.n_cells)
+        return self.index % self.length

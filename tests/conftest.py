@@ -26,6 +26,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return not _FOR_CARDS.search(collection_path.read_text(encoding="utf-8")) or None
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """``-m gpu`` on a machine without a card skips."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real cells, official dictionaries and numeric references that lies beside a checkout."""

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_report, gpu_suite, gpu_tests
+from bench import gpu_report, gpu_suite, gpu_tests, measured
 from bench.gpu_case import run_case
 from bench.gpu_cases import CASES, H200, Case, Goal, case_named, floors
+from bench.gpu_impls import Question, with_impls
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work, measure, relative_error
 from bench.gpu_timer import WallClock, percentiles, time_in_turns
 from bench.lengths import BLOOD, DEEP, real_lengths, uniform_lengths
@@ -30,6 +31,11 @@ DRY = (
     *("encoder_10m_inference", "encoder_106m_inference", "encoder_10m_training", "encoder_106m_training"),
     *("encoder_aido-100m_inference", "mlm_cross_entropy", "residual_layernorm", "feed_forward", "int8_linear"),
     *("embed_tokens", "rank_genes"),
+)
+# Why candidates may be absent on a CPU.
+LEFT_OUT = (
+    *("needs CUDA", "installed", "ours runs it already", "CUDA graphs", "no dropout", "compiled for minutes"),
+    *("takes no mask", "no stock encoder"),
 )
 PLACE = Place(CPU, WallClock(), H200, deadline=float("inf"), is_tiny=True, backend="")
 
@@ -51,10 +57,7 @@ def test_every_kind_of_case_runs_small_on_a_cpu(name: str) -> None:
             assert 0 < row["ms"]["p10"] <= row["ms"]["p50"] <= row["ms"]["p90"]
             assert row["relative_error"] or not row["is_same"]
         for reason in found["left_out"].values():
-            assert "needs CUDA" in reason or "installed" in reason or any(
-                known in reason
-                for known in ("CUDA graphs", "no dropout", "compiled for minutes", "takes no mask", "no stock encoder")
-            ), reason  # fmt: skip
+            assert any(known in reason for known in LEFT_OUT), reason
     json.dumps(result)
 
 
@@ -265,28 +268,45 @@ def test_every_group_has_patterns_for_its_tests() -> None:
 
 
 BARE = """
-import sys
-ABSENT = ("anndata", "numba", "h5py", "zarr", "pytest_benchmark")  # not what transformers looks for
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"{name} is not here", name=name)
-sys.meta_path.insert(0, Absent())
-import bench.gpu_suite, bench.gpu_tests, torch
+import bare, sys, torch
+import bench.gpu_suite, bench.gpu_tests
 from bench.gpu_case import run_case
 from bench.gpu_cases import case_named
-result = run_case(case_named("encoder_10m_inference"), torch.device("cpu"), seconds=1, is_tiny=True)
-assert not result["failed"], result
+for name in ("encoder_10m_inference", "rank_genes"):
+    result = run_case(case_named(name), torch.device("cpu"), seconds=1, is_tiny=True)
+    # On a CPU counts are ranked by numba; on a card nothing is.
+    assert not result["failed"] or name == "rank_genes", result
+hidden = {name.partition(".")[0] for name in sys.modules} & bare.ABSENT
+assert not hidden, hidden
 """
 
 
-def test_torch_triton_numpy_and_transformers_are_enough() -> None:
-    pytest.importorskip("transformers")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BARE], cwd=ROOT, env=gpu_tests.environment(), capture_output=True,
-        text=True, timeout=240,
+def run_bare(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = gpu_tests.environment()
+    environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "gpu")
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis, zarr and others bring plugins
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=400,
     )  # fmt: skip
+
+
+def test_torch_triton_numpy_and_transformers_are_enough_to_measure() -> None:
+    pytest.importorskip("transformers")
+    done = run_bare("-c", BARE)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_and_with_pytest_to_test() -> None:
+    """Every test for cards is collected, and set up until it finds no card, with nothing else installed."""
+    plugins = ("-p", "bare", "-p", "no:cacheprovider")
+    done = run_bare("-m", "pytest", "-m", "gpu", "-v", *plugins)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(tests) > 500
+    assert all("SKIPPED" in line for line in tests), "something marked gpu runs without a card"
+    files = {line.partition("::")[0] for line in tests}
+    assert files >= {file for group in gpu_tests.GROUPS for file in gpu_tests.files_of(group)}
 
 
 def arguments(**changes: object) -> SimpleNamespace:
@@ -417,3 +437,67 @@ def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.Monk
     found = gpu_tests.environment()
     assert "TRITON_INTERPRET" not in found
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(ROOT / "kernels")]
+
+
+def test_implementations_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen, and what is not, each with its name; a card would run both."""
+    from geneformer_kernels import feed_forward
+    from geneformer_kernels.dispatch import choose
+    from geneformer_kernels.target import target_of
+
+    generator = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (16, 8), (8, 16)))
+    seen = []
+
+    def run() -> torch.Tensor:
+        seen.append(choose("feed_forward", "float32", target_of("cpu")).impl)
+        return feed_forward(x, up, None, down, None, activation="relu")
+
+    ours = Candidate("ours", "this project", lambda: Prepared(run, lambda: {"out": run()}), is_ours=True)
+    question = Question("feed_forward", "float32", {"width": 8, "ff_width": 16, "needs_grad": False})
+    first, triton, torch_ = with_impls(ours, question, CPU)
+    assert (first.name, triton.name, torch_.name) == ("ours", "ours-triton", "ours-torch")
+    assert first.make().notes == {"impl": "torch"}
+    for other, reason in ((triton, "needs CUDA"), (torch_, "ours runs it already")):
+        with pytest.raises(Unavailable, match=reason):
+            other.make()
+    # As on a card, with the interpreter in its place.
+    monkeypatch.setattr("bench.gpu_impls.target_of", lambda device: target_of("cpu"))
+    _, triton, _ = with_impls(ours, question, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    seen.clear()
+    prepared = triton.make()
+    torch.testing.assert_close(prepared.result()["out"], first.make().result()["out"])
+    prepared.run()
+    assert prepared.notes == {"impl": "triton"}
+    assert seen.count("triton") == 3
+    assert not triton.is_ours
+
+
+def test_rows_of_a_card_become_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a result to the generated module, and from there to what runs."""
+    from geneformer_kernels import dispatch
+    from geneformer_kernels.target import Target
+
+    question = Question("feed_forward", "bfloat16", {"width": 768, "ff_width": 3072, "needs_grad": True})
+    rows = {
+        "ours": {**row_of(2.0, is_ours=True), "impl": "triton"},
+        "ours-torch": {**row_of(1.0), "impl": "torch"},
+        "eager": row_of(0.1),
+    }
+    result = gpu_result("feed_forward", "feed_forward", rows, [])
+    result["variants"]["full"]["question"] = question.as_json()
+    text = measured.render([result, {**result, "is_measurement": False}, {"case": "tokenize_v1"}])
+    namespace: dict = {}
+    exec(text, namespace)
+    (key,) = namespace["MEASURED"]
+    assert key == ("feed_forward", "Imaginary X1", "bfloat16")
+    assert len(namespace["MEASURED"][key]) == 1
+    monkeypatch.setattr(dispatch, "MEASURED", namespace["MEASURED"])
+    card = Target.cuda(90, name="Imaginary X1")
+    choice = dispatch.choose("feed_forward", "bfloat16", card, shape=question.shape)
+    assert choice.impl == "torch"
+    assert "2.00 times as fast as triton on Imaginary X1, measured 2030-01-02 at 0123456789ab" in choice.reason
+
+
+def test_committed_rows_are_those_of_the_committed_results() -> None:
+    assert measured.render(measured.committed()) == measured.TARGET.read_text(), "run python -m bench.measured"

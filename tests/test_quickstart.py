@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 import geneformer_fast
 from geneformer_fast import cli
 from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.quickstart import evaluate, synthetic, train
 from geneformer_fast.quickstart.run import quickstart
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.training.loop import fit
 
 pytest.importorskip("sklearn")
 
@@ -105,60 +110,45 @@ class TestHoldingOut:
         assert evaluate.score_features(features, labels, is_held_out).accuracy < 0.7
 
 
-def token_set(n_cells: int = 60, *, seed: int = 0) -> train.TokenSet:
-    """Two kinds of cells over 40 genes: the first kind has genes 4..23, the second 24..43."""
-    rng = np.random.default_rng(seed)
-    cells = [np.concatenate([[2], 4 + 20 * (i % 2) + rng.permutation(20)[:12], [3]]) for i in range(n_cells)]
-    cu_seqlens = np.concatenate([[0], np.cumsum([len(cell) for cell in cells])])
-    return train.TokenSet(torch.from_numpy(np.concatenate(cells)), cu_seqlens, (0, 1, 2, 3), 1, 44)
+@pytest.fixture(scope="module")
+def two_kinds(tmp_path_factory) -> TokenFolder:
+    """Cells of two kinds over 40 genes: the first kind expresses half of them, the second the other half."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros((200, 40), dtype=np.float32)
+    for i, row in enumerate(counts):
+        row[20 * (i % 2) + rng.permutation(20)[:12]] = rng.permutation(12) + 1
+    genes = [f"ENSG{90_000_000_000 + i:011d}" for i in range(40)]
+    words = geneformer_fast.Vocabulary.from_medians(dict.fromkeys(genes, 1.0), name="two-kinds")
+    adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=genes))
+    return geneformer_fast.tokenize(adata, tmp_path_factory.mktemp("kinds") / "t", vocabulary=words, progress=False)
 
 
 class TestTraining:
-    def test_masking_hides_what_it_asks_for_and_leaves_specials_alone(self):
-        tokens = token_set()
-        shown, labels = train.mask_genes(tokens.values, tokens, 0.5, torch.Generator().manual_seed(0))
-        is_special = tokens.values < 4
-        is_asked = labels != train.IGNORED
-        assert not (is_asked & is_special).any()
-        torch.testing.assert_close(labels[is_asked], tokens.values[is_asked])
-        torch.testing.assert_close(shown[~is_asked], tokens.values[~is_asked])
-        assert 0.4 < is_asked[~is_special].float().mean() < 0.6
-        assert 0.7 < (shown[is_asked] == tokens.mask_id).float().mean() < 0.9
-        assert (shown[is_asked] != 0).all()
-        assert not torch.isin(shown[is_asked], torch.tensor([2, 3])).any()
-
-    def test_a_batch_with_nothing_drawn_still_asks_for_a_gene(self):
-        tokens = token_set(2)
-        _, labels = train.mask_genes(tokens.values, tokens, 0.0, torch.Generator().manual_seed(0))
-        assert (labels != train.IGNORED).sum() == 1
-
-    def test_schedule_rises_then_falls_to_nothing(self):
-        factors = [train.schedule(done, 0.1) for done in np.linspace(0, 1, 101)]
-        assert factors[0] < 0.02
-        assert np.argmax(factors) in (10, 11)
-        assert factors[-1] == pytest.approx(0, abs=1e-3)
-
-    def test_the_loss_falls_below_guessing_by_frequency_when_genes_go_together(self):
-        tokens = token_set(200)
-        recipe = train.Recipe(n_steps=150, cells_per_batch=20, learning_rate=5e-3, masked=0.3)
-        config = geneformer_fast.EncoderConfig(2, 32, 2, 64, 44, 16, dropout=0.0, attention_dropout=0.0)
+    def test_the_loss_falls_below_guessing_by_frequency_when_genes_go_together(self, two_kinds):
+        recipe = dataclasses.replace(train.RECIPE, steps=150, batch_cells=20, learning_rate=5e-3)
+        config = geneformer_fast.EncoderConfig(
+            2, 32, 2, 64, 44, 16, dropout=0.0, attention_dropout=0.0, vocabulary="two-kinds"
+        )
         torch.manual_seed(0)
         model = geneformer_fast.Encoder(config, head="mlm")
         seen, unseen = np.arange(160), np.arange(160, 200)
-        progress = train.train(model, tokens, seen, recipe)
-        assert len(progress.losses) == 150
-        assert not model.training
         # Frequency knows 40 genes, log 40 = 3.7 nats; who has understood a cell's kind is left with its 20, 3.0.
-        by_frequency = train.frequency_loss(tokens, seen, unseen, recipe)
+        by_frequency = train.frequency_loss(model, two_kinds, seen, unseen)
         assert by_frequency == pytest.approx(np.log(40), abs=0.1)
-        assert train.held_out_loss(model, tokens, unseen, recipe) < by_frequency - 0.3
+        assert train.held_out_loss(model, two_kinds, unseen, recipe) > by_frequency - 0.1
+        objective = train.objective_of(model, two_kinds, recipe)
+        fit(model, two_kinds, objective, recipe, train_cells=seen)
+        assert train.held_out_loss(model, two_kinds, unseen, recipe) < by_frequency - 0.3
 
-    def test_time_ends_training(self):
-        config = geneformer_fast.EncoderConfig(1, 16, 1, 16, 44, 16)
-        recipe = train.Recipe(n_steps=100_000, max_seconds=0.3, cells_per_batch=4)
-        progress = train.train(geneformer_fast.Encoder(config, head="mlm"), token_set(), np.arange(60), recipe)
-        assert 0 < len(progress.losses) < 100_000
-        assert progress.seconds < 10
+    def test_the_thread_count_comes_back(self, two_kinds):
+        model = geneformer_fast.Encoder(
+            geneformer_fast.EncoderConfig(1, 16, 1, 16, 44, 16, vocabulary="two-kinds"), "mlm"
+        )
+        before = torch.get_num_threads()
+        with train.best_threads(model, two_kinds, np.arange(60), train.RECIPE) as n_threads:
+            assert torch.get_num_threads() == n_threads
+        assert torch.get_num_threads() == before
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geneformer_fast import Ragged
+from geneformer_fast.ragged import Padding
 
 lengths = st.lists(st.integers(0, 9), min_size=0, max_size=8)
 
@@ -60,3 +61,42 @@ def test_what_does_not_fit_is_refused() -> None:
         Ragged.from_lengths(torch.zeros(3), [4])
     with pytest.raises(ValueError, match="do not agree"):
         Ragged.from_padded(torch.zeros(2, 3), torch.ones(2, 4))
+
+
+masks = st.integers(0, 4).flatmap(
+    lambda n_rows: st.integers(1, 6).flatmap(
+        lambda length: st.lists(
+            st.lists(st.booleans(), min_size=length, max_size=length), min_size=n_rows, max_size=n_rows
+        ).map(lambda rows: torch.tensor(rows, dtype=torch.bool).reshape(n_rows, length))
+    )
+)
+
+
+@settings(deadline=None)
+@given(masks)
+def test_padding_goes_out_and_comes_back_wherever_it_is(mask: torch.Tensor) -> None:
+    padding = Padding.of(mask, *mask.shape, torch.device("cpu"))
+    values = torch.arange(1, mask.numel() + 1).view(mask.shape)[..., None] * torch.tensor([1, 1000])
+    packed = padding.pack(values)
+    assert torch.equal(packed, values[mask])
+    assert torch.equal(padding.unpack(packed), values * mask[..., None])
+    assert padding.cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert padding.cu_seqlens.dtype == torch.int32
+    assert torch.equal(padding.columns(), mask.nonzero()[:, 1])
+    assert padding.has_first == all(row[0] for row in mask.tolist())
+
+
+def test_a_batch_without_padding_is_not_copied() -> None:
+    values = torch.randn(3, 4, 2)
+    for mask in (None, torch.ones(3, 4)):
+        padding = Padding.of(mask, 3, 4, torch.device("cpu"))
+        assert padding.pack(values).data_ptr() == values.data_ptr() == padding.unpack(padding.pack(values)).data_ptr()
+
+
+def test_gradients_of_packing_and_padding() -> None:
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
+    padding = Padding.of(mask, 3, 3, torch.device("cpu"))
+    padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    packed = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(padding.pack, padded)
+    assert torch.autograd.gradcheck(padding.unpack, packed)

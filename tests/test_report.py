@@ -35,6 +35,16 @@ EMBED = {
     },
     "ratios": {"ours / extractor": 12.5}, "goals": {"ours / extractor": 10},
 }  # fmt: skip
+TRAIN = {
+    "case": "train_v1-10m_all-threads", "provenance": PROVENANCE, "geometry": "v1-10m", "lengths": EMBED["lengths"],
+    "padded_share": 0.123, "threads": 4, "rounds": 5, "n_steps": 8, "cells_per_step": 12, "dropout": 0.02,
+    "candidates": {
+        "ours": candidate("this project, bfloat16", 24.6, is_ours=True),
+        "trainer": candidate("transformers' Trainer: padded", 1.234),
+    },
+    "ratios": {"ours / trainer": 19.9}, "goals": {"ours / trainer": 4},
+    "curve": {"n_steps": 40, "largest_difference_from_trainer": {"ours": 0.00123, "trainer": 0.0}},
+}  # fmt: skip
 TOKENIZE = {
     "case": "tokenize_v2", "provenance": {**PROVENANCE, "is_dirty": True}, "what": "a file to a folder",
     "n_cells": 100_000, "n_tokens": 7, "goal": 200, "ratio": 314.15,
@@ -55,7 +65,7 @@ MEMORY = {
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "imaginary-9000-4-cores"
     folder.mkdir(parents=True)
-    for result in (EMBED, TOKENIZE, RANK, MEMORY):
+    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY):
         (folder / f"{result['case']}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
@@ -70,6 +80,10 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["**this project**"] == ["123 (111 to 136)", "", "", "512 MB"]
     assert rows["as the extractor does: padded, batches of 8"] == ["9.9 (8.9 to 10.9)", "12.5x", "", "512 MB"]
+    assert rows["**this project, bfloat16**"] == ["24.6 (22.1 to 27.1)", "24.6", "", "", "512 MB"]
+    assert rows["transformers' Trainer: padded, 8 cells at once"] == ["1.2 (1.1 to 1.4)", "1.2", "19.9x", "", "512 MB"]
+    assert "by more than 0.0012 (this project, bfloat16) nats" in text
+    assert "12% of a padded batch" in text
     assert rows["Geneformer V2"] == ["100,000", "54,321", "250", "314x", "200x", "345 MB"]
     assert rows["pbmc_facs, Geneformer V1"] == ["82", "99", "60"]
     assert rows["`geneformer-fast tokenize`"] == ["1,000,000", "516 MB", "1,000 MB", "27"]
@@ -87,7 +101,7 @@ def test_tables_are_well_formed(results: Path) -> None:
         widths = {len(row) for row in rows_of(block)}
         assert len(widths) <= 1, f"rows of different width:\n{block}"
     heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
-    assert len(heads) == 4
+    assert len(heads) == 5
 
 
 def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

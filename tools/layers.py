@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
     (f"{FAST}.finetuning",),
-    tuple(f"{FAST}.{name}" for name in ("extract", "training", "accelerate", "profile")),
+    tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),
@@ -53,8 +53,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 # Libraries that may appear only below these names.
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
-    "transformers": (f"{FAST}.accelerate", f"{FAST}.checkpoints.hf"),
-    "datasets": (f"{FAST}.accelerate",),
+    "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf"),
+    "datasets": (f"{FAST}.drop_in",),
     "anndata": (
         *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
         *(f"{FAST}.cli.embed", f"{FAST}.quickstart"),
@@ -93,22 +93,37 @@ LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
-PACKAGE_FILES = {"dispatch", "target", "capability", "launch", "on_device", "compiled", "packed", "tiles"}
+PACKAGE_FILES = {
+    "dispatch",
+    "target",
+    "capability",
+    "measured",
+    "launch",
+    "on_device",
+    "compiled",
+    "packed",
+    "norm_rows",
+    "shares",
+    "tiles",
+}
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed"}),
-    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled"}),
+    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed", "norm_rows"}),
+    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
     "reference": (set(), set()),
 }
 PACKAGE_DIRECTIONS: dict[str, set[str]] = {
-    "dispatch": {"target", "capability"},
+    "dispatch": {"target", "capability", "measured"},
     "target": set(),
     "capability": set(),
+    "measured": set(),
     "launch": set(),
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
+    "norm_rows": {"compiled"},
+    "shares": set(),
     "tiles": set(),
 }
 

@@ -98,8 +98,7 @@ def place_of(fault: Fault, root: Path) -> int:
     FaultError
         See :func:`mutated`.
     """
-    mutated(fault, root)
-    text = (root / fault.file).read_text(encoding="utf-8")
+    text = _text_of(fault, root)
     return text[: text.index(fault.find)].count("\n") + 1
 
 
@@ -111,6 +110,16 @@ def mutated(fault: Fault, root: Path) -> str:
     FaultError
         The file or the tests are absent, the text to find does not occur exactly once, or the result is no Python.
     """
+    changed = _text_of(fault, root).replace(fault.find, fault.replace)
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        raise FaultError(f"{fault}: leaves no Python behind, line {error.lineno}") from None
+    return changed
+
+
+def _text_of(fault: Fault, root: Path) -> str:
+    """The text of the fault's file, in which the text to find occurs once."""
     path = root / fault.file
     if not path.is_file():
         raise FaultError(f"{fault}: there is no {fault.file}")
@@ -123,12 +132,7 @@ def mutated(fault: Fault, root: Path) -> str:
         raise FaultError(f"{fault}: the text to find occurs {n_found} times in {fault.file}, not once")
     if fault.find == fault.replace:
         raise FaultError(f"{fault}: replaces a text by itself")
-    changed = text.replace(fault.find, fault.replace)
-    try:
-        ast.parse(changed)
-    except SyntaxError as error:
-        raise FaultError(f"{fault}: leaves no Python behind, line {error.lineno}") from None
-    return changed
+    return text
 
 
 def copy_tree(root: Path, folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from geneformer_fast.checkpoints.hf import load, save
+from geneformer_fast.checkpoints.folders import load, save
 
 __all__ = ["load", "save"]

@@ -146,7 +146,7 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
     if (folder / "config.json").exists() and not overwrite:
         raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
     source = encoder.source or _fresh_source(encoder)
-    head = _head_name(encoder)
+    head = head_name(encoder)
     state = encoder.state_dict()
     tensors = to_theirs(state, bert_entries(encoder.config, head, source.prefix))
     if DECODER_WEIGHT in source.aliases:
@@ -356,19 +356,25 @@ def _sort_leftovers(
     source.aliases = tuple(aliases)
 
 
-def _head_name(encoder: Encoder) -> str | None:
+def head_name(encoder: Encoder) -> str | None:
+    """Name of an encoder's head, as :class:`Encoder` takes it."""
     names = {MLMHead: "mlm", CellClassifier: "cells", GeneClassifier: "genes", Pooler: "pooler"}
     return names[type(encoder.head)] if encoder.head is not None else None
 
 
-def _fresh_source(encoder: Encoder) -> Source:
+def is_bert(encoder: Encoder) -> bool:
+    """Whether BERT can express an encoder: post-norm over tokens, one activation, relu or gelu, token types."""
     config = encoder.config
-    bert = dataclasses.replace(
-        config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens", head_activation=config.activation
-    )
-    if config != bert or config.activation not in ACTIVATIONS.values() or config.n_token_types < 1:
+    if config.activation not in ACTIVATIONS.values() or config.head_activation != config.activation:
+        return False
+    bert = dataclasses.replace(config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens")
+    return config == bert and config.n_token_types > 0
+
+
+def _fresh_source(encoder: Encoder) -> Source:
+    if not is_bert(encoder):
         raise CheckpointError("BERT cannot express this encoder: it is post-norm over tokens with relu or gelu")
-    head = _head_name(encoder)
+    head = head_name(encoder)
     architecture = next((name for name, kind in ARCHITECTURES.items() if kind == head), "BertModel")
     return Source(architecture, {}, "" if architecture == "BertModel" else "bert.")
 

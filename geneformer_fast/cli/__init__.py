@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenize": "geneformer_fast.cli.tokenize",
     "medians": "geneformer_fast.cli.medians",
     "embed": "geneformer_fast.cli.embed",
+    "pretrain": "geneformer_fast.cli.pretrain",
     "finetune": "geneformer_fast.cli.finetune",
     "predict": "geneformer_fast.cli.predict",
     "doctor": "geneformer_fast.cli.doctor",

@@ -157,7 +157,7 @@ class BatchPlan:
     ) -> None:
         if (batch_cells is None) == (batch_tokens is None):
             raise UnsupportedError("give the size of a batch either in cells or in tokens")
-        if min(batch_cells or 1, batch_tokens or 1, token_budget) < 1:
+        if any(size is not None and size < 1 for size in (batch_cells, batch_tokens, token_budget)):
             raise UnsupportedError("batch sizes and the token budget must be at least 1")
         self.lengths = np.asarray(lengths)
         self.cells = np.sort(np.asarray(cells, dtype=np.int64))
@@ -277,11 +277,31 @@ def budget_cuts(lengths: np.ndarray, token_budget: int) -> list[int]:
     return cuts
 
 
-def evaluation_pieces(lengths: np.ndarray, cells: np.ndarray, token_budget: int) -> list[Piece]:
-    """All cells once, in the order given, in pieces of at most ``token_budget`` tokens."""
+def evaluation_pieces(
+    lengths: np.ndarray, cells: np.ndarray, token_budget: int, *, rank: int = 0, world_size: int = 1
+) -> list[Piece]:
+    """This rank's pieces of all cells, each once, in the order given.
+
+    A piece has at most ``token_budget`` tokens, and where there are several ranks about as many; all ranks have equally
+    many pieces.
+
+    Raises
+    ------
+    InputError
+        There are fewer cells than ranks.
+    """
     cells = np.asarray(cells, dtype=np.int64)
     lengths = np.asarray(lengths)[cells]
-    cuts = list(itertools.pairwise(budget_cuts(lengths, token_budget)))
+    bounds = budget_cuts(lengths, token_budget)
+    if world_size > 1:
+        if len(cells) < world_size:
+            raise InputError(f"{len(cells)} cells to evaluate on cannot be shared among {world_size} processes")
+        n_pieces = min(-(-(len(bounds) - 1) // world_size), len(cells) // world_size) * world_size
+        # Equal numbers of tokens; of cells, where cells are so few and unequal that a piece would be left empty.
+        bounds = _shares(lengths, n_pieces)
+        if min(np.diff(bounds)) == 0:
+            bounds = [len(cells) * i // n_pieces for i in range(n_pieces + 1)]
+    cuts = list(itertools.pairwise(bounds))[rank::world_size]
     n_tokens = int(lengths.sum())
     return [
         Piece(EVALUATION, 0, index, len(cuts), cells[start:stop], np.arange(start, stop), False, len(cells), n_tokens)

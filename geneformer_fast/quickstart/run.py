@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import anndata
 
     from geneformer_fast import Encoder, Vocabulary
-    from geneformer_fast.quickstart.train import Progress, Recipe, TokenSet
     from geneformer_fast.tokenization.arrow import TokenFolder
+    from geneformer_fast.training.history import History, StepRecord
+    from geneformer_fast.training.recipe import Recipe
 
 SUMMARY = "summary.json"
 MADE_BY = "geneformer-fast quickstart"
@@ -100,7 +101,7 @@ def quickstart(
     is_held_out = evaluate.hold_out(adata.obs["donor"].astype(str).to_numpy()[rows], HELD_OUT_DONORS, seed=seed)
     model = _untrained(vocabulary, seed)
     before = _mean_states(tokens, model)
-    progress, losses = _train(tour, model, vocabulary, tokens, is_held_out, max_seconds, seed)
+    history, losses = _train(tour, model, vocabulary, tokens, is_held_out, max_seconds, seed)
     embeddings = _embed(tour, tokens)
     # Problems this small gain nothing from threads, which on shared cores wait for each other.
     with threadpool_limits(1):
@@ -108,9 +109,9 @@ def quickstart(
         scores = _classify(tour, features, adata.X[rows], labels, is_held_out)
         with tour.step("picture", f"Picture: {out / 'quickstart.png'}"):
             shown = np.flatnonzero(is_held_out)
-            panels = picture.Panels(embeddings[shown], labels[shown], progress.losses, losses, scores)
+            panels = picture.Panels(embeddings[shown], labels[shown], history.losses, losses, scores)
             picture.draw(panels, out / "quickstart.png")
-    summary = _summary(tour, adata, tokens, model, progress, losses, scores, is_held_out)
+    summary = _summary(tour, adata, tokens, model, history, losses, scores, is_held_out)
     _write_summary(out, summary)
     _say_what_next(tour, summary)
     return summary
@@ -221,48 +222,32 @@ def _train(
     is_held_out: np.ndarray,
     max_seconds: float,
     seed: int,
-) -> tuple[Progress, Losses]:
+) -> tuple[History, Losses]:
     with tour.step("train", "Training: a small encoder learns to name masked genes"):
         from geneformer_fast.quickstart import train as training
+        from geneformer_fast.training.loop import fit
 
-        recipe = training.Recipe(max_seconds=max_seconds, tokens_per_cell=MAX_LEN, seed=seed)
-        token_set = _in_memory(tokens, vocabulary)
+        recipe = replace(training.RECIPE, max_seconds=max_seconds, seed=seed)
         seen, unseen = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        by_frequency = training.frequency_loss(token_set, seen, unseen, recipe)
-        with training.best_threads(model, token_set, seen, recipe) as n_threads:
+        by_frequency = training.frequency_loss(model, tokens, seen, unseen)
+        with training.best_threads(model, tokens, seen, recipe) as n_threads:
             tour.tell(
                 f"{model.config.n_layers} layers, width {model.config.width}, {n_parameters / 1e6:.2f} M parameters, "
                 f"{n_threads} thread{'s' if n_threads > 1 else ''}"
             )
-            untrained = training.held_out_loss(model, token_set, unseen, recipe)
-            progress = training.train(model, token_set, seen, recipe, _teller(tour, recipe))
-            losses = Losses(by_frequency, untrained, training.held_out_loss(model, token_set, unseen, recipe))
+            untrained = training.held_out_loss(model, tokens, unseen, recipe)
+            objective = training.objective_of(model, tokens, recipe)
+            history = fit(model, tokens, objective, recipe, train_cells=seen, on_step=_teller(tour, recipe))
+            losses = Losses(by_frequency, untrained, training.held_out_loss(model, tokens, unseen, recipe))
         geneformer_fast.save(model, tour.out / "model")
         vocabulary.save(tour.out / "model")
-    tour.tell(
-        f"{len(progress.losses)} steps, {progress.n_tokens / progress.seconds:,.0f} tokens/s -> {tour.out / 'model'}"
-    )
+    tour.tell(f"{len(history.steps)} steps, {history.tokens_per_s:,.0f} tokens/s -> {tour.out / 'model'}")
     tour.tell(
         f"loss on cells of unseen donors: {losses.untrained:.2f} before, {losses.trained:.2f} after; "
         f"guessing by gene frequency gives {losses.by_frequency:.2f}"
     )
-    return progress, losses
-
-
-def _in_memory(tokens: TokenFolder, vocabulary: Vocabulary) -> TokenSet:
-    import torch
-
-    from geneformer_fast.quickstart.train import TokenSet
-
-    values, cu_seqlens = tokens.read(range(tokens.n_cells))
-    return TokenSet(
-        torch.from_numpy(values.astype(np.int64)),
-        cu_seqlens,
-        tuple(vocabulary.special.values()),
-        vocabulary.mask_id,
-        vocabulary.n_tokens,
-    )
+    return history, losses
 
 
 def _config(vocabulary: Vocabulary) -> geneformer_fast.EncoderConfig:
@@ -280,17 +265,20 @@ def _config(vocabulary: Vocabulary) -> geneformer_fast.EncoderConfig:
     )
 
 
-def _teller(tour: Tour, recipe: Recipe) -> Callable[[Progress], None]:
+def _teller(tour: Tour, recipe: Recipe) -> Callable[[StepRecord], None]:
     """Says how the loss falls, about eight times."""
-    told = 0
+    told, losses = 0, []
+    begin = time.perf_counter()
 
-    def on_step(progress: Progress) -> None:
+    def on_step(record: StepRecord) -> None:
         nonlocal told
-        done = max(len(progress.losses) / recipe.n_steps, progress.seconds / recipe.max_seconds)
+        losses.append(record.loss)
+        seconds = time.perf_counter() - begin
+        done = max(record.step / (recipe.steps or 1), seconds / (recipe.max_seconds or 1))
         if int(done * 8) > told:
             told = int(done * 8)
-            recent = float(np.mean(progress.losses[-25:]))
-            tour.tell(f"step {len(progress.losses):>4}  loss {recent:.3f}  {progress.seconds:4.0f} s")
+            recent = float(np.mean(losses[-25:]))
+            tour.tell(f"step {record.step:>4}  loss {recent:.3f}  {seconds:4.0f} s")
 
     return on_step
 
@@ -330,7 +318,7 @@ def _summary(
     adata: anndata.AnnData,
     tokens: TokenFolder,
     model: Encoder,
-    progress: Progress,
+    history: History,
     losses: Losses,
     scores: dict[str, evaluate.Score],
     is_held_out: np.ndarray,
@@ -350,11 +338,15 @@ def _summary(
         "seconds": seconds | {"total": round(sum(tour.seconds.values()), 2)},
         "speed": {
             "tokenize_cells_per_s": round(tokens.n_cells / tour.seconds["tokenize"]),
-            "train_tokens_per_s": round(progress.n_tokens / progress.seconds),
+            "train_tokens_per_s": round(history.tokens_per_s),
             "embed_cells_per_s": round(tokens.n_cells / tour.seconds["embed"]),
             "embed_tokens_per_s": round(tokens.n_tokens / tour.seconds["embed"]),
         },
-        "training": {"n_steps": len(progress.losses), "n_cells": progress.n_cells, "n_tokens": progress.n_tokens},
+        "training": {
+            "n_steps": len(history.steps),
+            "n_cells": sum(record.n_cells for record in history.steps),
+            "n_tokens": sum(record.n_tokens for record in history.steps),
+        },
         "losses_nats": {name: round(value, 4) for name, value in asdict(losses).items()},
         "scores": {name: asdict(score) for name, score in scores.items()},
     }

@@ -74,7 +74,7 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     path = folder / f"step-{step:08d}"
-    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    weights = whole_weights(model)
     moments = _flat(get_optimizer_state_dict(model, optimizer, options=_WHOLE))
     randomness = _random_states(ranks)
     if ranks.is_first:
@@ -106,7 +106,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = _read_state(path)
     load_weights(path / MODEL, model)
     moments = read_tensors(path / OPTIMIZER)
-    content: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    content: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # for its groups, named as the file's state
     by_name: dict[str, dict[str, Any]] = {}
     for key, tensor in moments.items():
         name, _, kind = key.rpartition(".")
@@ -134,10 +134,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def save_weights(path: Path, model: nn.Module, ranks: Ranks) -> None:
     """Write a model's weights to one file, whole or not at all. Every process calls this; the first one writes."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+    weights = whole_weights(model)
     if ranks.is_first:
         write_tensors(path, weights)
     ranks.barrier()
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights on the CPU, gathered; every process calls this, the first one gets them."""
+    weights: Any = get_model_state_dict(model, options=_WHOLE)
+    return weights
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -194,7 +200,7 @@ def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """``{parameter}.{moment}`` to tensor; the groups' settings come from the recipe and are not kept."""
     return {
         f"{name}.{kind}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        for name, moments in optimizer_state["state"].items()
+        for name, moments in optimizer_state.get("state", {}).items()  # all but the first process get nothing
         for kind, value in moments.items()
     }
 

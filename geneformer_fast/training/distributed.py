@@ -62,6 +62,14 @@ class Ranks:
         dist.all_gather(gathered, tensor)
         return gathered
 
+    def first(self, value: float, device: torch.device) -> float:
+        """The first process's value."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.broadcast(tensor, 0)
+        return float(tensor)
+
     def barrier(self) -> None:
         """Wait for everybody."""
         if self.world_size > 1:

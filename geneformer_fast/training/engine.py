@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geneformer_fast.config import matmul_dtype
 from geneformer_fast.data.batches import Piece
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.training import distributed
@@ -41,7 +42,7 @@ class Engine:
     ) -> None:
         self.model, self.recipe, self.ranks = model, recipe, ranks
         self.device = next(model.parameters()).device
-        self.dtype = getattr(torch, recipe.precision)
+        self.dtype = matmul_dtype(recipe.precision, self.device) or torch.float32
         if self.dtype != torch.float32 and not torch.amp.is_autocast_available(self.device.type):
             raise UnsupportedError(f"{self.device.type} has no autocast: use precision 'float32'")
         self._step = distributed.wrapped(model, loss, recipe.parallel, ranks)
@@ -71,7 +72,7 @@ class Engine:
             with distributed.accumulating(self._step, piece.index + 1 == piece.n_pieces), self.autocast():
                 loss, weight = self._step(batch)
                 if piece.is_filler:
-                    loss, weight = loss * 0.0, torch.zeros(())
+                    loss, weight = loss * 0.0, torch.zeros((), device=self.device)
                 # The number of tokens is known before the weights are: it keeps sums small enough for float16
                 # gradients. The mean over ranks, which wrappers make of gradients, is undone.
                 scaled = loss * (self.ranks.world_size / max(1, piece.n_step_tokens))
@@ -95,6 +96,14 @@ class Engine:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def reshard(self) -> None:
+        """Let go of what a forward pass without a backward pass gathered of a sharded model."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _moved(self, batch: Any) -> Any:
         if self.device.type == "cuda" and hasattr(batch, "pin_memory"):

@@ -16,6 +16,10 @@ LOG = "log.jsonl"
 class Log(Protocol):
     """Receives what is known after steps and evaluations."""
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anybody looks."""
+
     def step(self, values: Mapping[str, Any]) -> None:
         """Values of one step; ``step`` says which."""
 
@@ -36,6 +40,8 @@ class JsonLines:
     first_step
         Lines of later steps are removed: a run that continues from a checkpoint makes them again.
     """
+
+    is_active = True
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         path = folder / LOG
@@ -71,6 +77,8 @@ def _lines(path: Path) -> list[str]:
 
 class TensorBoard:
     """Event files in ``tensorboard/``."""
+
+    is_active = True
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         try:
@@ -113,6 +121,7 @@ class Bar:
             dynamic_ncols=True,
             disable=None if is_showing is None else not is_showing,
         )
+        self.is_active = not self._bar.disable
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Move on."""
@@ -124,7 +133,7 @@ class Bar:
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
         """A line above the bar."""
-        if not self._bar.disable:
+        if self.is_active:
             known = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "step" and isinstance(v, float))
             self._bar.write(f"step {values['step']:,}: {known}")
 

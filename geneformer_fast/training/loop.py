@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,11 @@ from torch import nn
 
 from geneformer_fast.data.batches import BatchPlan, Piece, Sampler, evaluation_pieces
 from geneformer_fast.data.loader import load_pieces
-from geneformer_fast.data.random import CellRandom
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
-from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.training import distributed
+from geneformer_fast.training import distributed, speed
+from geneformer_fast.training.cells import check_lengths, checked_cells
 from geneformer_fast.training.checkpoint import (
     checkpoints_in,
     load_checkpoint,
@@ -30,117 +30,14 @@ from geneformer_fast.training.checkpoint import (
     save_weights,
 )
 from geneformer_fast.training.engine import Engine
+from geneformer_fast.training.history import History, StepRecord
 from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
+from geneformer_fast.training.objective import Objective
 from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import RunFolder, identity_of_run
 
+SAVE_EVERY = 1000  # where a recipe leaves it open, so that an epoch of days does not hang on one process
 _CELLS_NAMED = 8  # cells that an error lists
-
-
-class Batch(Protocol):
-    """What an objective makes of cells; may have ``pin_memory()``, and ``non_blocking=`` in ``to``."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in it."""
-
-    def to(self, device: torch.device) -> Any:
-        """The same on another device."""
-
-
-class Objective(Protocol):
-    """What is learned. One object serves training and evaluation."""
-
-    def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> Any:
-        """Packed int64 tokens of some cells -> a :class:`Batch`; called in loader threads.
-
-        Parameters
-        ----------
-        tokens
-            On the CPU.
-        cells
-            [B] indices into the token folder, to look labels up.
-        rng
-            The only randomness to use (``rng.uniform``, ``rng.generator()``): it makes runs reproducible for any number
-            of workers, and evaluations equal to each other.
-        """
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of the loss over its terms, a differentiable scalar; their number or weight, a scalar).
-
-        Under autocast, in training mode. The loop divides by the weights of the whole step.
-        """
-
-    def metrics(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        """Metrics over all evaluation batches (on the model's device, in order); ``"loss"`` is always there.
-
-        In evaluation mode, without gradients, under autocast; every process sees all batches.
-        """
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step.
-
-    Attributes
-    ----------
-    step
-        Counted from 1.
-    epoch
-        Epochs done after this step, a fraction.
-    loss
-        Mean over the step's terms; 0 where there were none.
-    grad_norm
-        Of the mean loss, before clipping.
-    learning_rate
-        Of this step.
-    n_cells, n_tokens
-        Over all ranks.
-    seconds
-        Since the previous step ended.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    n_cells: int
-    n_tokens: int
-    seconds: float
-
-
-@dataclass
-class History:
-    """What happened in a call of :func:`fit`.
-
-    Attributes
-    ----------
-    steps
-        Every step of this call; one that continued a run begins after the checkpoint's.
-    evaluations
-        Metrics with ``"step"``, of the whole run.
-    best
-        The evaluation with the best monitored metric, or None.
-    is_stopped_early
-        Whether patience ran out.
-    """
-
-    steps: list[StepRecord] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] | None = None
-    is_stopped_early: bool = False
-
-    @property
-    def losses(self) -> list[float]:
-        """Of the steps."""
-        return [record.loss for record in self.steps]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Over all ranks, evaluations and checkpoints left out."""
-        seconds = sum(record.seconds for record in self.steps)
-        return sum(record.n_tokens for record in self.steps) / seconds if seconds else 0.0
 
 
 def fit(
@@ -152,7 +49,7 @@ def fit(
     train_cells: np.ndarray,
     eval_cells: np.ndarray | None = None,
     eval_tokens: TokenFolder | None = None,
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     sampler: Sampler | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -243,10 +140,10 @@ class _Run:
         self.model, self.tokens, self.objective, self.recipe = model, tokens, objective, recipe
         self.ranks = distributed.Ranks.current()
         self.eval_tokens = tokens if eval_tokens is None else eval_tokens
-        self.train_cells = _checked_cells(train_cells, tokens)
+        self.train_cells = checked_cells(train_cells, tokens)
         if eval_cells is None:
             eval_cells = np.arange(0 if eval_tokens is None else eval_tokens.n_cells)
-        self.eval_cells = _checked_cells(eval_cells, self.eval_tokens)
+        self.eval_cells = checked_cells(eval_cells, self.eval_tokens)
         if eval_tokens is None and (shared := np.intersect1d(self.train_cells, self.eval_cells)).size:
             raise InputError(f"cell {shared[0]} is both in the training and in the evaluation cells; choose one")
         if recipe.patience is not None and not len(self.eval_cells):
@@ -273,7 +170,8 @@ class _Run:
         self.logs: list[Log] = []
         self._best_weights: dict[str, torch.Tensor] | None = None
         self._pending: _Pending | None = None
-        self._begin = 0.0
+        self._begin = self._start = self._seconds_before = 0.0
+        self._saved_step = 0
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.is_recomputing = recipe.is_recomputing
@@ -288,8 +186,10 @@ class _Run:
         self.engine = Engine(self.model, self.objective.loss, recipe, ranks)
         if self.folder is not None and self.folder.last is not None:
             state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
-            self.step, self.n_worse = state["step"], state["n_worse"]
+            self.step = self._saved_step = state["step"]
+            self.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
             self.history.evaluations, self.history.best = state["evaluations"], state["best"]
+            self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
             self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
             self.logs.append(Bar(self.n_steps, self.step, recipe.is_showing_progress))
@@ -312,17 +212,29 @@ class _Run:
             is_pinned=device.type == "cuda",
         )
         self.model.train()
-        self._begin = time.perf_counter()
+        self._begin = self._start = time.perf_counter()
         with closing(batches):
-            while self.step < self.n_steps and not self.history.is_stopped_early:
-                pieces = self._one_step(batches)
+            while (position := self._position()) < self.n_steps and not self.history.is_stopped_early:
+                pieces = self._one_step(batches, self.recipe.learning_rate * self.schedule(position))
                 self._after_step(pieces[-1])
         self._settle()
+        self._finish()
         if recipe.is_best_restored and self.history.best is not None:
             self._restore_best()
         self.model.eval()
 
-    def _one_step(self, batches: Iterator[tuple[Piece, Any]]) -> list[Piece]:
+    def _position(self) -> float:
+        """Steps done, or the same share of them as of the time, whichever is more."""
+        if self.recipe.max_seconds is None:
+            return self.step
+        seconds = self.ranks.first(self._seconds(), self.engine.device)
+        return max(self.step, self.n_steps * seconds / self.recipe.max_seconds)
+
+    def _seconds(self) -> float:
+        """Time spent on this run, with what was spent before a checkpoint."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _one_step(self, batches: Iterator[tuple[Piece, Any]], learning_rate: float) -> list[Piece]:
         """Compute and apply one step."""
         engine, pieces = self.engine, []
 
@@ -335,33 +247,39 @@ class _Run:
 
         totals = engine.gradients(own())
         grad_norm = engine.normalize(pieces[0].n_step_tokens, totals)
-        learning_rate = self.recipe.learning_rate * self.schedule(self.step)
-        pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
         # A GPU is not waited for: its numbers are looked at when the next step has been handed to it.
         self._settle()
-        self._pending = pending
+        self._pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
         if engine.device.type == "cpu":
-            self._settle()
+            self._numbers(self._pending)  # nobody waits here, so that weights are never spoilt
         engine.update(learning_rate)
         self.step += 1
+        if engine.device.type == "cpu":
+            self._settle()
         return pieces
 
-    def _settle(self) -> None:
-        """Look at the numbers of the last step: stop if they are not finite, else tell everybody."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+    def _numbers(self, pending: _Pending) -> tuple[float, float, float]:
+        """(loss, weight, norm of the gradient) of a step; an error if they are not finite."""
         (total, weight), norm = pending.totals.tolist(), float(pending.grad_norm)
         loss = total / weight if weight else 0.0
         is_scaled = self.engine.scaler.is_enabled()  # overflown gradients are part of float16, an infinite loss is not
         if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm)):
             raise TrainingError(self._not_finite(pending, loss, norm))
+        return loss, weight, norm
+
+    def _settle(self) -> None:
+        """Look at the numbers of the last step, and tell everybody."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss, weight, norm = self._numbers(pending)
         now = time.perf_counter()
         first = pending.pieces[0]
         record = StepRecord(
             step=pending.step,
             epoch=first.epoch + (first.step + 1) / self.plan.n_steps(first.epoch),
             loss=loss,
+            weight=weight,
             grad_norm=norm,
             learning_rate=pending.learning_rate,
             n_cells=first.n_step_cells,
@@ -371,12 +289,24 @@ class _Run:
         self._begin = now
         self.history.steps.append(record)
         if self.ranks.is_first:
-            if record.step % self.recipe.log_every == 0 or record.step == self.n_steps:
+            if any(log.is_active for log in self.logs) and (
+                record.step % self.recipe.log_every == 0 or record.step == self.n_steps
+            ):
                 values = asdict(record) | {"tokens_per_s": record.n_tokens / record.seconds}
+                values["mfu"] = self._utilisation(pending, record)
                 for log in self.logs:
                     log.step(values)
             if self.on_step is not None:
                 self.on_step(record)
+
+    def _utilisation(self, pending: _Pending, record: StepRecord) -> float | None:
+        """MFU of this device in one step; None where the work is not known."""
+        lengths = self.plan.lengths[np.concatenate([piece.cells for piece in pending.pieces])]
+        n_rows = record.weight / self.ranks.world_size
+        flops = speed.training_flops(self.model, int(lengths.sum()), int((lengths**2).sum()), n_rows)
+        if flops is None:
+            return None
+        return flops / record.seconds / speed.peak_flops(self.engine.device, self.engine.dtype)
 
     def _not_finite(self, pending: _Pending, loss: float, norm: float) -> str:
         cells = np.concatenate([piece.cells for piece in pending.pieces if not piece.is_filler] or [np.zeros(0, int)])
@@ -393,15 +323,22 @@ class _Run:
     def _after_step(self, piece: Piece) -> None:
         """Evaluate and save where it is time to."""
         recipe = self.recipe
-        is_last = self.step == self.n_steps
         is_epoch_end = piece.step + 1 == self.plan.n_steps(piece.epoch)
         is_due = is_epoch_end if recipe.eval_every is None else self.step % recipe.eval_every == 0
-        if len(self.eval_cells) and (is_due or is_last):
+        if is_due and len(self.eval_cells):
             self._settle()
             self._evaluate()
-        is_due = is_epoch_end if recipe.save_every is None else self.step % recipe.save_every == 0
-        if self.folder is not None and (is_due or is_last or self.history.is_stopped_early):
+        is_due = self.step % (recipe.save_every or SAVE_EVERY) == 0 or (is_epoch_end and recipe.save_every is None)
+        if is_due and self.folder is not None:
             self._settle()
+            self._save(self.folder)
+
+    def _finish(self) -> None:
+        """Evaluate and save the end, where that has not just been done."""
+        evaluations = self.history.evaluations
+        if len(self.eval_cells) and not (evaluations and evaluations[-1]["step"] == self.step):
+            self._evaluate()
+        if self.folder is not None and self._saved_step != self.step:
             self._save(self.folder)
 
     def _evaluate(self) -> None:
@@ -428,7 +365,9 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         """What the objective measures on the evaluation cells."""
-        pieces = evaluation_pieces(self.eval_tokens.lengths(), self.eval_cells, self.recipe.token_budget)
+        lengths, budget = self.eval_tokens.lengths(), self.recipe.token_budget
+        ranks = self.ranks if getattr(self.objective, "is_sharing_evaluation", False) else distributed.Ranks()
+        pieces = evaluation_pieces(lengths, self.eval_cells, budget, rank=ranks.rank, world_size=ranks.world_size)
         batches = load_pieces(
             self.eval_tokens, pieces, self.objective.collate, seed=self.recipe.seed, workers=self.recipe.workers
         )
@@ -437,6 +376,7 @@ class _Run:
             with closing(batches), torch.no_grad(), self.engine.autocast():
                 return self.objective.metrics(self.model, (batch.to(self.engine.device) for _, batch in batches))
         finally:
+            self.engine.reshard()
             self.model.train()
 
     def _save(self, folder: RunFolder) -> None:
@@ -444,45 +384,25 @@ class _Run:
             "evaluations": self.history.evaluations,
             "best": self.history.best,
             "n_worse": self.n_worse,
+            "seconds": self._seconds(),
             "scaler": self.engine.scaler.state_dict(),
         }
         save_checkpoint(
             folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks, keep=self.recipe.keep
         )
+        self._saved_step = self.step
+        if self.ranks.is_first:
+            folder.forget_all_but(self.history.best)
         self._begin = time.perf_counter()
 
     def _keep_best(self) -> None:
         if self.folder is not None:
-            save_weights(self.folder.best, self.model, self.ranks)
+            save_weights(self.folder.weights_of(self.history.best), self.model, self.ranks)
         else:
             self._best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def _restore_best(self) -> None:
         if self.folder is not None:
-            load_weights(self.folder.best, self.model)
+            load_weights(self.folder.weights_of(self.history.best), self.model)
         elif self._best_weights is not None:
             self.model.load_state_dict(self._best_weights)
-
-
-def _checked_cells(cells: np.ndarray, tokens: TokenFolder) -> np.ndarray:
-    """[N] int64, ascending, each once."""
-    cells = np.asarray(cells)
-    cells = np.flatnonzero(cells) if cells.dtype == bool else cells.astype(np.int64)
-    if len(cells) and not 0 <= cells.min() <= cells.max() < tokens.n_cells:
-        raise InputError(
-            f"cells {cells.min()} to {cells.max()} are not all among the {tokens.n_cells} of {tokens.path}"
-        )
-    unique = np.unique(cells)
-    if len(unique) != len(cells):
-        raise InputError("cells to train or evaluate on are named more than once; repeat them with a sampler")
-    return unique
-
-
-def check_lengths(model: nn.Module, tokens: TokenFolder, lengths: np.ndarray) -> None:
-    """Refuse cells that are longer than a model has positions, before anything is computed."""
-    for module in model.modules():
-        if isinstance(module, Encoder) and (n_long := int((lengths > module.config.max_len).sum())):
-            raise InputError(
-                f"{tokens.path}: {n_long:,} cells are longer than the model's {module.config.max_len:,} positions "
-                f"(the longest has {lengths.max():,}); tokenize with that maximal length, or take a longer model"
-            )

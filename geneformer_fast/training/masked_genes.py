@@ -14,6 +14,7 @@ from geneformer_fast.data.masking import MaskedBatch, Masking, mask_genes
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.ragged import Ragged
+from geneformer_fast.training.distributed import Ranks
 
 
 class MaskedGenes:
@@ -27,6 +28,8 @@ class MaskedGenes:
         How much is masked, and how.
     """
 
+    is_sharing_evaluation = True
+
     def __init__(self, kinds: TokenKinds, masking: Masking) -> None:
         self.kinds, self.masking = kinds, masking
 
@@ -38,14 +41,13 @@ class MaskedGenes:
         """(sum of the cross entropies in nats, number of masked genes)."""
         encoder = cast(Encoder, model)
         loss = encoder.mlm_loss(encoder(batch.tokens), batch.rows, batch.targets, reduction="sum")
-        return loss, torch.tensor(len(batch.rows), device=loss.device)
+        return loss, torch.full((), len(batch.rows), device=loss.device)  # filled there, not sent
 
     def metrics(self, model: nn.Module, batches: Iterable[MaskedBatch]) -> dict[str, float]:
         """``loss``: the mean cross entropy in nats; ``perplexity``: its exponential."""
-        total, n_masked = torch.zeros((), dtype=torch.float64), 0
+        totals = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
         for batch in batches:
-            loss, _ = self.loss(model, batch)
-            total = total.to(loss.device) + loss.double()
-            n_masked += len(batch.rows)
-        mean = float(total) / max(1, n_masked)
+            totals += torch.stack([value.double() for value in self.loss(model, batch)])
+        total, n_masked = Ranks.current().sum(totals).tolist()
+        mean = total / max(1.0, n_masked)
         return {"loss": mean, "perplexity": float(np.exp(mean))}

@@ -11,7 +11,7 @@ from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.training.schedule import SCHEDULES, Schedule
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
 #: What may differ when a run continues: where and how it is computed and watched, not what is computed.
 MACHINE = (
@@ -28,6 +28,9 @@ class Recipe:
     ----------
     epochs, steps
         How long: passes over the training cells (fractions are fine), or optimizer steps where ``steps`` is given.
+    max_seconds
+        End after this time at the latest. The learning rate follows time or steps, whichever is further along, so that
+        it has fallen by then; what comes out depends on the machine.
     batch_cells, batch_tokens
         Size of one optimizer step, over all ranks: cells, as papers state it, or tokens. Exactly one is given.
     token_budget
@@ -43,8 +46,8 @@ class Recipe:
     clip
         Largest norm of the gradient of the mean loss; None does not clip.
     precision
-        Of matrix products: ``"float32"``, or by autocast ``"bfloat16"`` or ``"float16"`` (the latter with loss
-        scaling). Parameters, optimizer and residual stream are float32 in any case.
+        Of matrix products: ``"float32"``, by autocast ``"bfloat16"`` or ``"float16"`` (the latter with loss scaling),
+        or ``"auto"``, the fastest on the device. Parameters, optimizer and residual stream are float32 in any case.
     is_recomputing
         Keep only the inputs of blocks, and compute their insides again in the backward pass.
     masking
@@ -52,7 +55,8 @@ class Recipe:
     seed
         Of orders, masks, dropout, and where `pretrain` makes the model of its weights.
     eval_every, save_every
-        Steps between evaluations and between checkpoints; None: at the end of every epoch.
+        Steps between evaluations and between checkpoints; None: at the end of every epoch, and checkpoints every 1,000
+        steps too.
     keep
         Checkpoints kept; older ones are removed.
     monitor, is_greater_better, patience
@@ -74,6 +78,7 @@ class Recipe:
 
     epochs: float = 3.0
     steps: int | None = None
+    max_seconds: float | None = None
     batch_cells: int | None = 144
     batch_tokens: int | None = None
     token_budget: int = 16_384
@@ -121,9 +126,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name} must be at least 1, not {value}")
-        for name in ("epochs", "learning_rate", "eps", "power"):
+        for name in ("epochs", "learning_rate", "eps", "power", "max_seconds"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UnsupportedError(f"{name} must be above 0 and finite, not {value}")
         for name in ("warmup_steps", "weight_decay", "workers", "seed"):
             value = getattr(self, name)
@@ -173,43 +178,34 @@ class Recipe:
             raise UnsupportedError(f"the recipe cannot be read: {error}") from None
 
 
-# Geneformer: MODELS of the public code and the training_args.bin of its runs. Batches are those of all their GPUs.
-_GENEFORMER = Recipe(epochs=3.0, weight_decay=0.001, clip=1.0, precision="float16", seed=42)
-_BIONEMO = Recipe(
-    batch_cells=2048,
-    learning_rate=1e-3,
-    schedule="cosine",
-    warmup_ratio=0.01,
-    floor=0.02,  # 2e-5
-    floor_ratio=0.05,
-    weight_decay=0.1,
-    precision="bfloat16",
-    masking=Masking(mask=0.8, random=0.02),
-)
+# The code of Geneformer's collator takes <cls> and <eos> for genes.
+_GENEFORMER_V2 = Masking(masks_specials=True)
 
-RECIPES: dict[str, Recipe] = {}
-
-
-def _publish() -> None:
-    def geneformer(**changes: Any) -> Recipe:
-        return dataclasses.replace(_GENEFORMER, **changes)
-
-    v2 = Masking(masks_specials=True)
-    RECIPES.update(
-        {
-            "geneformer-v1-10m": geneformer(batch_cells=12 * 12, learning_rate=1e-3, warmup_steps=10_000),
-            "geneformer-v1-12l": geneformer(batch_cells=4 * 12, learning_rate=5e-4, warmup_steps=10_000),
-            "geneformer-12l-95m": geneformer(
-                batch_cells=4 * 8, learning_rate=5e-4, schedule="cosine", warmup_steps=5_000, masking=v2
-            ),
-            # 18 cells per device are known, the number of devices is not: eight are assumed.
-            "geneformer-v2-104m": geneformer(
-                batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_ratio=0.007, masking=v2
-            ),
-            "bionemo-10m": dataclasses.replace(_BIONEMO, steps=81_485),
-            "bionemo-106m": dataclasses.replace(_BIONEMO, steps=35_650),
-        }
-    )
-
-
-_publish()
+#: Published recipes. Batches are those of all GPUs together; Geneformer's are from the arguments saved with its runs,
+#: BioNeMo's from its documentation. Precision is not known of Geneformer's.
+RECIPES: dict[str, Recipe] = {
+    "geneformer-v1-10m": Recipe(batch_cells=12 * 12, learning_rate=1e-3, warmup_steps=10_000),
+    "geneformer-v1-12l": Recipe(batch_cells=4 * 12, learning_rate=5e-4, warmup_steps=10_000),
+    "geneformer-12l-95m": Recipe(
+        batch_cells=4 * 8, learning_rate=5e-4, schedule="cosine", warmup_steps=5_000, masking=_GENEFORMER_V2
+    ),
+    # 18 cells per device are known, the number of devices is not: eight are assumed.
+    "geneformer-v2-104m": Recipe(
+        batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_ratio=0.007, masking=_GENEFORMER_V2
+    ),
+    **{
+        name: Recipe(
+            steps=steps,
+            batch_cells=2048,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_ratio=0.01,
+            floor=0.02,  # a rate of 2e-5
+            floor_ratio=0.05,
+            weight_decay=0.1,
+            precision="bfloat16",
+            masking=Masking(mask=0.8, random=0.02),
+        )
+        for name, steps in (("bionemo-10m", 81_485), ("bionemo-106m", 35_650))
+    },
+}

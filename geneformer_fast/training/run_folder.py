@@ -6,12 +6,13 @@
     What it said.
 ``checkpoints/step-00001000/``
     Where it can be continued.
-``best.safetensors``
+``best-00001000.safetensors``
     Weights of the best evaluation, where the recipe asks for them.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -59,7 +60,6 @@ class RunFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, is_resuming: bool, ranks: Ranks) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.best = path / "best.safetensors"
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; name a folder for the run")
         if (path / RUN).exists():
@@ -73,9 +73,20 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / RUN, identity)
             for leftover in self.checkpoints.glob(".step-*.partial"):
-                _remove(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         ranks.barrier()
         self.last = next(reversed(checkpoints_in(self.checkpoints)), None)
+
+    def weights_of(self, evaluation: Mapping[str, float] | None) -> Path:
+        """The file with the weights of an evaluation. It goes by the step, since a checkpoint may be older than it."""
+        assert evaluation is not None
+        return self.path / f"best-{int(evaluation['step']):08d}.safetensors"
+
+    def forget_all_but(self, best: Mapping[str, float] | None) -> None:
+        """Remove weights of evaluations that the last checkpoint does not call the best."""
+        for path in self.path.glob("best-*.safetensors"):
+            if best is None or path != self.weights_of(best):
+                path.unlink()
 
 
 def identity_of_run(
@@ -119,9 +130,3 @@ def _compare(path: Path, identity: Mapping[str, Any]) -> None:
                 f"{path.parent} holds a run of other {key.replace('_', ' ')}: continue it with the same ones, or name "
                 "another folder"
             )
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
+from geneformer_fast.heads import MLMHead
 
 # Forward, and twice that backward: gradients of inputs and of weights. Recomputation is not credited.
 _TRAINING = 3
@@ -36,18 +37,35 @@ def encoder_flops(config: EncoderConfig, n_tokens: int, sum_of_squares: int) -> 
     return config.n_layers * (2.0 * products * n_tokens + 4.0 * config.width * sum_of_squares)
 
 
-def head_flops(config: EncoderConfig, n_rows: int) -> float:
+def head_flops(config: EncoderConfig, n_rows: float) -> float:
     """Operations of the masked-gene head for so many rows."""
     return 2.0 * n_rows * config.width * (config.width + config.vocab_size)
 
 
-def training_flops(model: nn.Module, n_tokens: int, sum_of_squares: int, n_rows: int) -> float | None:
-    """Operations of one training step; None for a model without an :class:`Encoder`."""
-    for module in model.modules():
-        if isinstance(module, Encoder):
-            forward = encoder_flops(module.config, n_tokens, sum_of_squares)
-            return _TRAINING * (forward + head_flops(module.config, n_rows))
-    return None
+def training_flops(model: nn.Module, n_tokens: int, sum_of_squares: int, n_rows: float) -> float | None:
+    """Operations of one training step on this device.
+
+    Parameters
+    ----------
+    model
+        Holds an :class:`Encoder`.
+    n_tokens, sum_of_squares
+        Tokens of all cells, and the sum of their squared lengths.
+    n_rows
+        Rows that a masked-gene head computes; other heads cost next to nothing.
+
+    Returns
+    -------
+    float or None
+        None where the work is not known: no encoder, or frozen layers, which have no backward pass of their own.
+    """
+    encoder = next((module for module in model.modules() if isinstance(module, Encoder)), None)
+    if encoder is None or not all(parameter.requires_grad for parameter in encoder.parameters()):
+        return None
+    flops = encoder_flops(encoder.config, n_tokens, sum_of_squares)
+    if isinstance(encoder.head, MLMHead):
+        flops += head_flops(encoder.config, n_rows)
+    return _TRAINING * flops
 
 
 @functools.cache

@@ -31,10 +31,20 @@ def _bits_of_float(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+def _addition_in_any_order(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc", "nsz"))
+
+    return types.float32(types.float32, types.float32), generate
+
+
 #: The float32 whose bits are the low 32 of an integer.
 as_float: Any = intrinsic(_float_of_bits)
 #: The bits of a float32, as uint32.
 as_bits: Any = intrinsic(_bits_of_float)
+#: ``a + b`` that may be reordered with others of its kind: a sum over a loop becomes vector code, while the rest of the
+#: loop keeps its rounding.
+add_in_any_order: Any = intrinsic(_addition_in_any_order)
 
 
 @numba.njit(inline="always", **LOOP)

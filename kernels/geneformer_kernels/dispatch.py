@@ -1,7 +1,9 @@
 """Which implementation of an operation runs, and why.
 
-Every operation's ``plan.py`` lists its candidates for a target and dtype in order of preference, each with a reason.
-:func:`choose` takes the first that can run, unless the caller, a :func:`use_impl` block or the environment variable
+Every operation's ``plan.py`` lists its candidates for a target and dtype in order of preference, each with a reason;
+what a kernel compiles to on a card is read from the generated table of architectures. Where a card has measured two
+implementations (``measured.py``, generated too), the faster one for a problem of this shape goes first. :func:`choose`
+takes the first that can run, unless the caller, a :func:`use_impl` block or the environment variable
 ``GENEFORMER_KERNELS_IMPL`` asks for one by name; what is asked for by name runs or raises, it never falls back.
 """
 
@@ -11,13 +13,15 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
 from geneformer_kernels.capability import CAPABILITY
+from geneformer_kernels.measured import MEASURED
 from geneformer_kernels.target import Target
 
 logger = logging.getLogger("geneformer_kernels")
@@ -33,6 +37,11 @@ OPERATIONS = (
     "mlm_cross_entropy",
 )
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
+#: Two implementations whose times differ by less are equally fast: the order of the plan stands.
+LEAST_GAIN = 1.03
+#: Sizes of a problem that are flags: they agree or the row says nothing. Others may differ up to a factor of two.
+FLAGS = ("needs_grad", "has_dropout", "has_layernorm", "is_dynamic")
+NOT_NVIDIA = "AMD and Apple devices take the torch path: these kernels are tested on NVIDIA cards only"
 
 
 class Impl(StrEnum):
@@ -93,7 +102,7 @@ def triton_candidate(op: str, dtype: str, target: Target, reason: str = "Triton 
             return Candidate(Impl.TRITON, True, "Triton's interpreter, for tests")
         return cannot("Triton kernels run on the CPU in its interpreter only (TRITON_INTERPRET=1)")
     if target.kind != "cuda":
-        return cannot("AMD and Apple devices take the torch path: these kernels are tested on NVIDIA cards only")
+        return cannot(NOT_NVIDIA)
     if target.triton is None:
         return cannot("Triton is not installed")
     found = capability(op, dtype, target)
@@ -112,7 +121,46 @@ def capability(op: str, dtype: str, target: Target) -> str:
     return CAPABILITY[op, max(known), dtype] if known else "unknown"
 
 
-def choose(op: str, dtype: str, target: Target, impl: Impl | str | None = None) -> Choice:
+def faster_here(op: str, dtype: str, target: Target, shape: Mapping[str, int]) -> tuple[Impl, str] | None:
+    """The implementation that was faster on this very card for the nearest problem measured, and how much.
+
+    None where nothing near was measured, where the difference is noise, or where rows that are equally near disagree
+    (because ``shape`` leaves out what tells them apart).
+    """
+    near: dict[float, list[tuple[dict[str, float], str]]] = {}
+    for row, times, source in MEASURED.get((op, target.name, dtype), ()):
+        distance = _distance(row, shape)
+        if distance is not None and len(times) > 1:
+            near.setdefault(distance, []).append((times, source))
+    found = set()
+    for times, source in near[min(near)] if near else ():
+        first, second = sorted(times, key=times.__getitem__)[:2]
+        gain = times[second] / times[first]
+        found.add((first, f"{gain:.2f} times as fast as {second} on {target.name}, measured {source}", gain))
+    if len({first for first, _, _ in found}) != 1 or min(gain for *_, gain in found) < LEAST_GAIN:
+        return None
+    first, reason, _ = min(found, key=lambda each: each[2])
+    return Impl(first), reason
+
+
+def _distance(row: Mapping[str, int], shape: Mapping[str, int]) -> float | None:
+    """Powers of two between two problems, over the sizes both name; None where a flag or a size is too different."""
+    distance = 0.0
+    for name in row.keys() & shape.keys():
+        if name in FLAGS:
+            if row[name] != shape[name]:
+                return None
+            continue
+        apart = abs(math.log2(max(row[name], 1) / max(shape[name], 1)))
+        if apart > 1:
+            return None
+        distance += apart
+    return round(distance, 6)
+
+
+def choose(
+    op: str, dtype: str, target: Target, impl: Impl | str | None = None, shape: Mapping[str, int] | None = None
+) -> Choice:
     """The implementation to run.
 
     Parameters
@@ -126,6 +174,9 @@ def choose(op: str, dtype: str, target: Target, impl: Impl | str | None = None) 
     impl
         An implementation by name. None asks :func:`use_impl`, then the environment variable, then picks the first
         candidate that can run, and logs the reason once per operation, dtype and target.
+    shape
+        Sizes and flags of the problem, as rows of :data:`geneformer_kernels.measured.MEASURED` name them: ``width``,
+        ``head_dim``, ``length``, ``needs_grad``, ... What is left out counts as unknown.
 
     Raises
     ------
@@ -144,9 +195,19 @@ def choose(op: str, dtype: str, target: Target, impl: Impl | str | None = None) 
             f"{op}: {wanted} was asked for by {source} but cannot run in {dtype} on {target.name or target.kind}: "
             f"{why}. What can run: {able or 'nothing'}."
         )
-    for option in options:
+    faster = faster_here(op, dtype, target, shape or {})
+    if faster is not None:
+        options = tuple(
+            Candidate(option.impl, option.can_run, faster[1]) if option.impl == faster[0] else option
+            for option in sorted(options, key=lambda option: option.impl != faster[0])
+        )
+    for i, option in enumerate(options):
         if option.can_run:
-            choice = Choice(op, option.impl, option.reason)
+            # What would have been better, had it been able to run, is half of the reason.
+            missed = "".join(f"; {other.impl} cannot: {other.reason}" for other in options[:i])
+            if target.kind not in ("cpu", "cuda"):
+                missed = f"; {NOT_NVIDIA}"
+            choice = Choice(op, option.impl, option.reason + missed)
             _tell_once(choice, dtype, target)
             return choice
     raise ImplUnavailableError(
@@ -199,4 +260,6 @@ def _tell_once(choice: Choice, dtype: str, target: Target) -> None:
     key = (choice.op, dtype, target.name or target.kind, choice.impl)
     if key not in _told:
         _told.add(key)
-        logger.info("%s in %s on %s: %s, because %s", choice.op, dtype, key[2], choice.impl, choice.reason)
+        # Somebody who bought a card of another kind should hear of it without asking.
+        level = logging.INFO if target.kind in ("cpu", "cuda") else logging.WARNING
+        logger.log(level, "%s in %s on %s: %s, because %s", choice.op, dtype, key[2], choice.impl, choice.reason)

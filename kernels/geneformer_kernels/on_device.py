@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 
@@ -23,22 +24,55 @@ DTYPE_NAMES = {
 }
 
 
-def choose_for(op: str, x: torch.Tensor, impl: Impl | str | None = None, *, dtype: torch.dtype | None = None) -> str:
+def choose_for(
+    op: str,
+    x: torch.Tensor,
+    impl: Impl | str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    shape: Mapping[str, int] | None = None,
+) -> str:
     """Name of the implementation that runs ``op`` where ``x`` is, in ``dtype`` (default: that of ``x``).
 
-    A compiled function (``torch.compile``) keeps the choice that was made when it was compiled.
+    ``shape`` is what the host knows of the problem's sizes (:func:`geneformer_kernels.dispatch.choose`). A compiled
+    function (``torch.compile``) keeps the choice that was made when it was compiled.
     """
     name = DTYPE_NAMES[x.dtype if dtype is None else dtype]
-    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl))
+    sizes = tuple((key, int(value)) for key, value in shape.items()) if shape is not None else ()
+    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl), sizes)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch will want a gradient of any of them."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 # Constant for the compiler: the choice looks at versions, environment and context, which would break graphs.
 @torch.compiler.assume_constant_result
-def _choice(op: str, dtype: str, device_type: str, device_index: int | None, impl: str | None) -> str:
-    return str(
-        choose(
-            op, dtype, target_of(device_type if device_index is None else f"{device_type}:{device_index}"), impl
-        ).impl
+def _choice(
+    op: str,
+    dtype: str,
+    device_type: str,
+    device_index: int | None,
+    impl: str | None,
+    sizes: tuple[tuple[str, int], ...],
+) -> str:
+    target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
+    return str(choose(op, dtype, target, impl, dict(sizes)).impl)
+
+
+def is_one_pass(x: torch.Tensor, out_dtype: torch.dtype, *others: torch.Tensor | None) -> bool:
+    """Whether ``norm_rows.add_layer_norm`` computes this: bfloat16 on a CPU with float32 ``others``, no gradient.
+
+    It stays in the calling thread, so torch's passes are left where they may take many cores.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == out_dtype == torch.bfloat16
+        and all(t is None or t.dtype == torch.float32 for t in others)
+        and not torch.compiler.is_compiling()
+        and not needs_gradient(x, *others)
+        and torch.get_num_threads() <= 2
     )
 
 

@@ -53,19 +53,3 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for tail in tails:
         is_whole = tail.isnan() if tail.is_floating_point() else tail == torch.iinfo(tail.dtype).min
         assert bool(is_whole.all()), "something was written behind the end of a tensor"
-
-
-# Tests of what is chosen on a card read the generated table of architectures.
-_OF_CHOICES = {"test_plans", "test_choice", "test_candidates", "test_choice_on_every_card"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of choices on cards while the table they are made from is empty."""
-    from geneformer_kernels.capability import CAPABILITY
-
-    if CAPABILITY:
-        return
-    mark = pytest.mark.skip(reason="the table of architectures is empty: python tools/aot_matrix.py makes it")
-    for item in items:
-        if "tests/kernels" in str(item.path) and getattr(item, "originalname", "") in _OF_CHOICES:
-            item.add_marker(mark)

@@ -34,6 +34,29 @@ def test_forward(impl: str, norm: str, dtype: torch.dtype, n: int, width: int, h
     assert_as_good_as(out, witness.to(dtype), exact)
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("width", [1, 21, 256])
+def test_one_pass_on_the_cpu(norm: str, has_residual: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few threads take one pass of our own, many torch's three: both are as good as torch, and NaN stays in its row."""
+    x, residual, weight, bias = inputs(9, width, torch.bfloat16)
+    x[4, 0] = float("nan")
+    strided = torch.stack([x, x], dim=1)[:, 0]
+    residual = residual if has_residual else None
+    total = x.double() + (residual.double() if has_residual else 0)
+    exact = torch.nn.functional.layer_norm(total, (width,), weight.double(), bias.double(), 1e-5)
+    results = []
+    for n_threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        results.append(residual_layernorm(strided, residual, weight, bias, eps=1e-5, norm=norm, impl="torch"))
+    good = torch.arange(9) != 4
+    for ours, theirs, true in zip(*results, (exact if norm == "post" else total, exact), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.is_contiguous()
+        assert_as_good_as(ours[good], theirs[good], true[good])
+        assert torch.equal(ours[4].isnan(), theirs[4].isnan())
+
+
 def test_eps_matters() -> None:
     x = torch.full((1, 8), 2.0)
     x[0, 0] += 1e-3

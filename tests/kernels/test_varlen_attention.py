@@ -116,7 +116,11 @@ def test_routes() -> None:
         Target.cpu({"avx2"}),
     )
     assert torch_plan("bfloat16", zen, is_inference=True).route == "blocked"
-    assert torch_plan("bfloat16", zen, is_inference=False).route == "cells"
+    assert torch_plan("bfloat16", zen, is_inference=False).route == "blocked"
+    assert torch_plan("bfloat16", zen, is_inference=False, has_dropout=True).route == "blocked"
+    assert torch_plan("bfloat16", xeon, is_inference=False).route == "cells"
+    assert torch_plan("bfloat16", xeon, is_inference=False, has_dropout=True).route == "blocked"
+    assert torch_plan("float32", zen, is_inference=False, has_dropout=True).route == "cells"
     assert torch_plan("float32", zen, is_inference=True).route == "cells"
     assert torch_plan("bfloat16", xeon, is_inference=True).route == "cells"
     assert torch_plan("float32", old, is_inference=True).route == "cells"
@@ -134,6 +138,17 @@ def test_softmax_of_blocks(n_threads: int, length: int, spread: float, monkeypat
     weights = scores.clone()
     softmax_(weights)
     assert_as_good_as(weights, witness, exact)
+
+
+def test_softmax_of_blocks_far_from_zero() -> None:
+    """Rows whose powers leave float32, upwards, downwards or both, beside one that needs no second try."""
+    spread = torch.linspace(-3, 3, 70)
+    rows = [spread, spread + 200, spread - 200, spread * 60, torch.cat([spread[:69], torch.tensor([89.0])])]
+    scores = torch.stack(rows).bfloat16()
+    exact, witness = torch.softmax(scores.double(), -1), torch.softmax(scores, -1)
+    softmax_(scores)
+    for weights, near, true in zip(scores, witness, exact, strict=True):
+        assert_as_good_as(weights, near, true)
 
 
 def test_softmax_of_blocks_keeps_nan_in_its_row() -> None:

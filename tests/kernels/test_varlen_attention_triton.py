@@ -20,7 +20,7 @@ from geneformer_kernels.ops.varlen_attention.plan import (
     torch_plan,
 )
 from geneformer_kernels.target import CARDS, Target
-from tolerance import assert_as_good_as
+from tolerance import assert_as_good_as, max_error
 
 LENGTHS = [5, 0, 1, 70, 33]
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
@@ -66,13 +66,34 @@ def by_reference(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
+def by_formula(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
+    """Gradient of qkv as FlashAttention writes it (Dao et al., arXiv:2205.14135, appendix B), in the dtype of qkv.
+
+    A row's sum of weights times their gradients is there ``sum(d_out * out)``. Short rows lose digits to the difference
+    of the two, which autograd of the reference does not: in a cell of one token its gradients are exactly 0.
+    """
+    d_qkv = torch.zeros_like(qkv)
+    for i_cell, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        q, k, v = qkv[start:stop].permute(1, 2, 0, 3)
+        d_cell = d_out[start:stop].transpose(0, 1)
+        kept = 1.0 if keep is None else (keep[i_cell] / (1 - dropout_p)).to(qkv.dtype)
+        weights = torch.softmax(q @ k.transpose(1, 2) * scale, -1)
+        out = (weights * kept) @ v
+        d_scores = weights * (d_cell @ v.transpose(1, 2) * kept - (d_cell * out).sum(-1, keepdim=True)) * scale
+        gradients = d_scores @ k, d_scores.transpose(1, 2) @ q, (weights * kept).transpose(1, 2) @ d_cell
+        d_qkv[start:stop] = torch.stack(gradients).permute(2, 0, 1, 3)
+    return d_qkv
+
+
 def assert_right(out, d_qkv, qkv, d_out, cu_seqlens, scale, **dropout) -> None:
-    """Outputs and all three gradients are as good as the reference in their own dtype."""
+    """Outputs and gradients are as good as plain torch in their own dtype: gradients as the worse of two ways."""
     exact = by_reference(qkv.double(), d_out.double(), cu_seqlens, scale, **dropout)
     witness = by_reference(qkv, d_out, cu_seqlens, scale, **dropout)
+    other = by_formula(qkv, d_out, cu_seqlens, scale, **dropout)
     assert_as_good_as(out, witness[0], exact[0])
     for i in range(3):
-        assert_as_good_as(d_qkv[:, i], witness[1][:, i], exact[1][:, i])
+        worse = max(witness[1], other, key=lambda gradient: max_error(gradient[:, i], exact[1][:, i]))
+        assert_as_good_as(d_qkv[:, i], worse[:, i], exact[1][:, i])
 
 
 def run(qkv, d_out, cu_seqlens, **arguments):
@@ -82,9 +103,6 @@ def run(qkv, d_out, cu_seqlens, **arguments):
     return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
 @pytest.mark.usefixtures("small_tiles", "poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 7, 48])
@@ -95,13 +113,10 @@ def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int) -
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5)
 
 
-@pytest.mark.xfail(
-    reason="some lengths miss the witness's tolerance by a rounding, where the witness itself is exact", strict=False
-)
-@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2]])
+@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [200, 2], [3, 0, 400, 1]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """Full blocks have no tail, and one key more makes one; the plan is the interpreter's own, or the card's."""
-    qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device, n_heads=1)
+    qkv, d_out, cu_seqlens = inputs(torch.float16, 16, lengths, device)
     out, d_qkv = run(qkv, d_out, cu_seqlens, scale=0.4)
     assert_right(out, d_qkv, qkv, d_out, cu_seqlens, 0.4)
 
@@ -161,6 +176,22 @@ def test_cells_do_not_see_each_other(device: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("lengths", [[70], [16, 64, 32]])
+def test_nothing_is_read_outside(device: str, lengths: list[int]) -> None:
+    """NaN lies behind every head, between the halves of the projection, and behind the last token."""
+
+    def among_nans(x):
+        whole = torch.full((len(x) + 64, *x.shape[1:-1], 16), float("nan"), dtype=x.dtype, device=device)
+        whole[: len(x), ..., : x.shape[-1]] = x
+        return whole[: len(x), ..., : x.shape[-1]]
+
+    qkv, d_out, cu_seqlens = inputs(torch.float16, 7, lengths, device)
+    expected = run(qkv, d_out, cu_seqlens)
+    for x, again in zip(expected, run(among_nans(qkv), among_nans(d_out), cu_seqlens), strict=True):
+        assert torch.equal(again, x)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_views(device: str) -> None:
     """Any strides: a fused projection, head first, elements apart, an expanded gradient."""
     qkv, _, cu_seqlens = inputs(torch.float32, 16, [40, 3], device)
@@ -183,14 +214,15 @@ def test_views(device: str) -> None:
         torch.testing.assert_close(gradient, expected[1], atol=1e-5, rtol=1e-4)
 
 
-def test_more_elements_than_int32_counts(device: str) -> None:
-    """Rows 2**30 elements apart; most of the storage is never touched."""
+@pytest.mark.parametrize(("n_heads", "strides"), [(1, (2**30, 16, 1)), (3, (16, 2**30, 1))], ids=["rows", "heads"])
+def test_more_elements_than_int32_counts(device: str, n_heads: int, strides: tuple[int, ...]) -> None:
+    """Rows, or heads, 2**30 elements apart; most of the storage is never touched."""
     try:
         storage = torch.empty(2**31 + 2**30 + 64, dtype=torch.float16, device=device)
     except RuntimeError:
         pytest.skip("not that much memory")
-    far = storage.as_strided((3, 1, 16), (2**30, 16, 1))
-    near, _, _ = inputs(torch.float16, 16, [1, 1, 1], device, n_heads=1)
+    far = storage.as_strided((3, n_heads, 16), strides)
+    near, _, _ = inputs(torch.float16, 16, [1, 1, 1], device, n_heads=n_heads)
     cu_seqlens = cumulative([1, 1, 1], device)
     far.copy_(near[:, 0])
     for q, k, v in (
@@ -210,6 +242,14 @@ def test_no_tokens(device: str) -> None:
         assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
 
 
+def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the values of cu_seqlens cannot be looked at."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    qkv = torch.zeros(2, 3, 1, 16, device=device)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        varlen_attention_qkv(qkv, cu_seqlens=cumulative([], device), impl="triton")
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, [3] * 20, [0, 100, 0, 100, 1], [16, 32, 17, 15], [7]])
 def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Longest cells first, ties in order, every tile once; more cells, and more tiles, than one block holds."""
@@ -226,6 +266,7 @@ def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.Monk
     assert found[1 : 1 + n_tiles, :3].tolist() == expected
 
 
+@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("bounds", [[0, 50, 20, 40], [-9, 99], [7, 3, 1 << 30], [0, 30, 0, 30, 0, 30, 0, 30]])
 def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) -> None:
     """On a card nobody checks them: numbers may be wrong, but tiles lie within the tokens, and within their list."""

@@ -196,10 +196,14 @@ def test_really_killed_at_random_moments(large, tmp_path):
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(large, tmp_path):
     out = tmp_path / "out"
-    process = _command(large / "corpus", out, large / "vocabulary")
-    _wait_for_shards(process, out, 2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    for _ in range(5):
+        process = _command(large / "corpus", out, large / "vocabulary")
+        _wait_for_shards(process, out, 1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)  # on a busy machine it may be done before this process is woken up to interrupt it
     assert process.returncode == 130, error
     assert "interrupted" in error
     assert "--resume" in error

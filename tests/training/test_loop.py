@@ -64,6 +64,115 @@ def test_the_token_budget_changes_roundings_only(ground: Ground) -> None:
             torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("precision", "band"), [("bfloat16", 0.01), ("float16", 0.003)])
+def test_lower_precision_learns_the_same(ground: Ground, precision: str, band: float) -> None:
+    """Autocast over float32 weights; float16 with its losses scaled, so that small gradients survive."""
+    recipe = dataclasses.replace(SHORT, epochs=4)
+    models = {name: ground.model(dropout=0.0, attention_dropout=0.0) for name in ("float32", precision)}
+    histories = {
+        name: ground.fit(model, dataclasses.replace(recipe, precision=name), eval_cells=ground.eval_cells)
+        for name, model in models.items()
+    }
+    exact, found = histories["float32"], histories[precision]
+    assert found.losses != exact.losses
+    np.testing.assert_allclose(found.losses, exact.losses, rtol=band)
+    assert found.evaluations[-1]["loss"] == pytest.approx(exact.evaluations[-1]["loss"], rel=band)
+    norms = [[record.grad_norm for record in history.steps] for history in (found, exact)]
+    np.testing.assert_allclose(*norms, rtol=0.1)  # of the mean loss: not scaled any more
+    assert all(parameter.dtype == torch.float32 for parameter in models[precision].parameters())
+
+
+def test_steps_that_overflow_float16_are_left_out(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaling begins with a factor that is too large here and halves it until gradients are finite."""
+    model = ground.model(dropout=0.0, attention_dropout=0.0)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**40))
+    start, ends = weights(model), []
+    history = ground.fit(
+        model,
+        dataclasses.replace(SHORT, epochs=8, precision="float16", warmup_ratio=0.0),
+        on_step=lambda record: ends.append(weights(model)),
+    )
+    assert same(ends[0], start)
+    assert not np.isfinite(history.steps[0].grad_norm)
+    assert np.isfinite(history.losses).all()
+    assert np.isfinite(history.steps[-1].grad_norm)
+    assert not same(ends[-1], start)
+
+
+def test_recomputation_changes_memory_only(ground: Ground) -> None:
+    models = [ground.model(), ground.model()]
+    histories = [
+        ground.fit(model, dataclasses.replace(SHORT, is_recomputing=is_recomputing))
+        for model, is_recomputing in zip(models, (False, True), strict=True)
+    ]
+    assert models[1].is_recomputing
+    np.testing.assert_allclose(histories[0].losses, histories[1].losses, rtol=1e-6)
+
+
+def test_frozen_layers_stay(ground: Ground) -> None:
+    model = ground.model()
+    for parameter in (*model.embeddings.parameters(), *model.blocks[0].parameters()):
+        parameter.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ground.fit(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+class Doubled(MaskedGenes):
+    """Every term has a weight of its own: 3 for targets with even ids, else 1."""
+
+    def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.where(batch.targets % 2 == 0, 3.0, 1.0)
+        terms = model.mlm_loss(model(batch.tokens), batch.rows, batch.targets, reduction="none")
+        return (terms * weight).sum(), weight.sum()
+
+
+def test_weights_are_normalised_over_the_whole_step(ground: Ground) -> None:
+    """Cut into pieces or not, a step's loss is the weighted mean of all its terms."""
+    good, histories = ground.objective(), []
+    for token_budget in (20, 10_000):
+        model = ground.model(dropout=0.0, attention_dropout=0.0)
+        recipe = dataclasses.replace(SHORT, token_budget=token_budget)
+        histories.append(ground.fit(model, recipe, objective=Doubled(good.kinds, good.masking)))
+    assert all(record.weight > 16 for record in histories[0].steps)
+    np.testing.assert_allclose(histories[0].losses, histories[1].losses, rtol=1e-5)
+    np.testing.assert_allclose(*[[r.grad_norm for r in h.steps] for h in histories], rtol=1e-4)
+    plain = ground.fit(ground.model(dropout=0.0, attention_dropout=0.0))
+    assert abs(plain.losses[0] - histories[0].losses[0]) > 1e-4
+
+
+class Everything:
+    """A sampler that shows cell 3 eight times."""
+
+    def order(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.full(8, 3)
+
+
+def test_a_sampler_is_asked(ground: Ground) -> None:
+    seen: list[np.ndarray] = []
+
+    class Watching(MaskedGenes):
+        def collate(self, tokens: Any, cells: np.ndarray, rng: Any) -> Any:
+            seen.append(cells)
+            batch = super().collate(tokens, cells, rng)
+            # The same cell again has another mask: it has another place in the epoch.
+            shown = batch.tokens.cells()
+            assert any(not torch.equal(shown[0], other) for other in shown[1:])
+            return batch
+
+    good = ground.objective()
+    history = ground.fit(
+        ground.model(),
+        dataclasses.replace(SHORT, token_budget=10_000, epochs=2),
+        objective=Watching(good.kinds, good.masking),
+        sampler=Everything(),
+    )
+    assert len(history.steps) == 2
+    assert np.concatenate(seen).tolist() == [3] * 16
+
+
 class Spoilt(MaskedGenes):
     """Goes wrong at one step."""
 
@@ -131,3 +240,16 @@ def test_folders_of_other_things_are_refused(ground: Ground, tmp_path: Path) -> 
         with pytest.raises(OutputError, match=message):
             ground.fit(options.pop("model"), options.pop("recipe"), out=tmp_path / "run", **options)
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").exists()
+
+
+def test_time_ends_training(ground: Ground, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, steps=100_000, max_seconds=1.0, save_every=10**6)
+    history = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run")
+    assert 0 < len(history.steps) < 100_000
+    # The rate has fallen with the time, though hardly any of the steps are done.
+    assert history.steps[-1].learning_rate < 0.5 * recipe.learning_rate
+    assert history.evaluations[-1]["step"] == len(history.steps)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{len(history.steps):08d}"]
+    again = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run", resume=True)
+    assert again.steps == []
+    assert again.evaluations == history.evaluations

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, target_for
+from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.plan import EmbedTokensPlan, check_width, plan
 
@@ -139,9 +139,11 @@ def embed_tokens_bwd(
     n_partials = _n_partials(type_row, weight)
     n_rows, width, device = len(token_ids), token_table.shape[1], token_table.device
     chosen = plan(n_rows, width, target_for(token_table))
-    d_total = torch.empty(n_rows, width, device=device)
+    d_total = torch.empty(n_rows, width, dtype=torch.float32, device=device)
     n_programs = chosen.n_programs if n_rows else 0
-    partial = torch.empty(n_programs, n_partials, width, device=device) if n_partials else None
+    partial = None
+    if n_partials:
+        partial = torch.empty(n_programs, n_partials, width, dtype=torch.float32, device=device)
     with launching_on(token_table):
         if n_rows:
             embed_tokens_bwd_rows_kernel[(n_programs,)](
@@ -218,8 +220,8 @@ def _table_gradient(d_total: torch.Tensor, keys: torch.Tensor, n_keys: int, chos
     every_key = torch.arange(n_keys + 1, dtype=sorted_keys.dtype, device=keys.device)
     bounds = torch.searchsorted(sorted_keys, every_key, out_int32=True)
     n_chunks, n_columns = -(-n_rows // chosen.chunk), -(-width // chosen.table_block_c)
-    partial = torch.empty(n_chunks, 2, width, device=d_total.device)
-    d_table = torch.empty(n_keys, width, device=d_total.device)
+    partial = torch.empty(n_chunks, 2, width, dtype=torch.float32, device=d_total.device)
+    d_table = torch.empty(n_keys, width, dtype=torch.float32, device=d_total.device)
     shared = {
         "d_total_ptr": d_total,
         "order_ptr": order,
@@ -330,16 +332,17 @@ def embed_tokens(
     _check(token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias, dropout_p)
     wide = torch.float64 if token_table.dtype == torch.float64 else torch.float32
     out_dtype = out_dtype or wide
-    chosen = choose_for("embed_tokens", token_table, impl, dtype=wide if wide == torch.float64 else out_dtype)
     inputs = (token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
+    shape = {"width": token_table.shape[1], "needs_grad": needs_gradient(*inputs[2:])}
+    narrow = wide if wide == torch.float64 else out_dtype
+    chosen = choose_for("embed_tokens", token_table, impl, dtype=narrow, shape=shape)
     if chosen == "triton":
         check_width(token_table.shape[1])
         if not dropout_p:
             seed = None
         elif seed is None:
             seed = draw_seed(token_table.device)
-        needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs[2:])
-        stream, out, *_ = embed_tokens_fwd(*inputs, seed, eps, dropout_p, out_dtype, needs_grad)
+        stream, out, *_ = embed_tokens_fwd(*inputs, seed, eps, dropout_p, out_dtype, needs_gradient(*inputs[2:]))
         return stream, out if out.ndim == 2 else stream
     if chosen == "reference":
         stream, _ = reference.embed_tokens(*inputs, eps, wide)

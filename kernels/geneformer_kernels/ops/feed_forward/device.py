@@ -174,7 +174,9 @@ def feed_forward_bwd(
     hidden, d_hidden = torch.mm(x, up_weight.T), torch.mm(dy, down_weight)
     planned = activation_plan(n_rows, ff_width, target_of(x.device))
     n_columns = hidden.shape[1]
-    partial = torch.empty((planned.n_programs, n_columns), device=x.device) if needs_up_bias else None
+    partial = None
+    if needs_up_bias:
+        partial = torch.empty((planned.n_programs, n_columns), dtype=torch.float32, device=x.device)
     with launching_on(x):
         feed_forward_bwd_activation_kernel[(planned.n_programs, -(-ff_width // planned.block_columns))](
             hidden_ptr=hidden,
@@ -322,7 +324,9 @@ def feed_forward_layernorm_bwd(
         return dy, d_residual, d_parameters.zero_()
     n_rows, width = total.shape
     planned = layernorm_plan(n_rows, width, target_of(total.device))
-    partial = torch.empty((planned.n_programs, 3, width), device=total.device) if needs_parameters else None
+    partial = None
+    if needs_parameters:
+        partial = torch.empty((planned.n_programs, 3, width), dtype=torch.float32, device=total.device)
     with launching_on(total):
         feed_forward_bwd_layernorm_kernel[(planned.n_programs,)](
             d_stream_ptr=None if d_stream is None else d_stream.contiguous(),

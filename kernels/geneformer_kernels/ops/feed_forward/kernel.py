@@ -200,6 +200,9 @@ def feed_forward_bwd_activation_kernel(
         b_d_hidden = tl.load(p_d_hidden, mask=m, other=0.0).to(tl.float32)
         if ACTIVATION == "swiglu":
             b_up = tl.load(p_hidden + ff_width, mask=m, other=0.0).to(tl.float32) + b_up_bias[None, :]
+        # In place: everything is read before anything is written, whichever threads the compiler gives either to.
+        tl.debug_barrier()
+        if ACTIVATION == "swiglu":
             b_gate = activated(b_hidden, "silu")
             b_d_up = b_d_hidden * b_gate
             b_d_pre = b_d_hidden * b_up * activation_slope(b_hidden, "silu")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import feed_forward_fwd, feed_forward_layernorm_fwd, is_fused
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
@@ -66,7 +66,7 @@ def feed_forward(
     # Asked of the weights as they are kept: a copy in another dtype would be packed anew at every call.
     is_packed = activation == "relu" and is_packable(x, up_weight, up_bias) and is_packable(x, down_weight, down_bias)
     up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
-    chosen = choose_for("feed_forward", x, impl)
+    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False)
     if chosen == Impl.TRITON:
         rows = x.reshape(-1, x.shape[-1])
         return feed_forward_fwd(rows, up_weight, up_bias, down_weight, down_bias, activation).view(x.shape)
@@ -85,6 +85,36 @@ def feed_forward(
     else:
         hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     return F.linear(hidden, down_weight, down_bias)
+
+
+def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, impl: Impl | str | None = None) -> bool:
+    """Whether :func:`feed_forward_layernorm` would be one kernel for rows such as ``x``.
+
+    Where it is not, :func:`feed_forward` followed by :func:`geneformer_kernels.residual_layernorm` is the better way:
+    the second has a kernel of its own on every card, which this operation, that imports no other one, cannot use.
+
+    Parameters
+    ----------
+    x
+        [..., C], on the device and in the dtype of the rows.
+    ff_width
+        Hidden units.
+    activation, impl
+        As in :func:`feed_forward_layernorm`.
+    """
+    x = _computed_in(x)
+    return _is_fused(x, ff_width, activation, _choose(x, ff_width, impl, has_layernorm=True))
+
+
+def _choose(x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_layernorm: bool) -> str:
+    sizes = {"width": x.shape[-1], "ff_width": ff_width}
+    flags = {"needs_grad": needs_gradient(x), "has_layernorm": has_layernorm}
+    return choose_for("feed_forward", x, impl, shape=sizes | flags)
+
+
+def _is_fused(x: torch.Tensor, ff_width: int, activation: str, chosen: str) -> bool:
+    place = x.device.type, x.device.index
+    return chosen == Impl.TRITON and is_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, *place)
 
 
 def feed_forward_layernorm(
@@ -145,8 +175,8 @@ def feed_forward_layernorm(
 
     Notes
     -----
-    One kernel for C = 128 and 256 in float16 and bfloat16, if Triton is chosen. Otherwise the Triton implementation of
-    :func:`feed_forward` followed by torch's dropout, addition and LayerNorm.
+    One kernel for C = 128 and 256 in float16 and bfloat16, if Triton is chosen (:func:`has_layernorm_inside` tells).
+    Otherwise :func:`feed_forward` followed by torch's dropout, addition and LayerNorm.
 
     References
     ----------
@@ -157,14 +187,11 @@ def feed_forward_layernorm(
     _check_norm(x, residual, weight, bias, norm, dropout_p)
     out_dtype = out_dtype or x.dtype
     x = _computed_in(x)
-    chosen = choose_for("feed_forward", x, impl)
     width, ff_width = x.shape[-1], down_weight.shape[1]
-    if chosen == Impl.TRITON and is_fused(
-        DTYPE_NAMES[x.dtype], width, ff_width, activation, x.device.type, x.device.index
-    ):
+    chosen = _choose(x, ff_width, impl, has_layernorm=True)
+    if _is_fused(x, ff_width, activation, chosen):
         seed = None if not dropout_p else draw_seed(x.device) if seed is None else seed
-        inputs = (x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias)
-        needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+        needs_grad = needs_gradient(x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias)
         stream, out, *_ = feed_forward_layernorm_fwd(
             x.reshape(-1, width),
             None if residual is None else residual.reshape(-1, width),
@@ -193,6 +220,11 @@ def feed_forward_layernorm(
             activation, eps, norm, out_dtype, keep,
         )  # fmt: skip
     total = feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation=activation, impl=chosen)
+    if not dropout_p and is_one_pass(total, out_dtype, residual, weight, bias):
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.norm_rows import add_layer_norm
+
+        return add_layer_norm(total, residual, weight, bias, eps, norm)
     # The sum of a half and a float32 is float32: no copy of the half is made.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = F.dropout(total, dropout_p) if dropout_p else total

@@ -109,13 +109,13 @@ def layernorm_plan(n_rows: int, width: int, target: Target) -> RowsPlan:
 
 
 def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
-    """Every kernel under every plan; before sm_80, where products become scalar arithmetic, one of each as evidence."""
+    """Every kernel under every plan; before sm_80, where products become scalar arithmetic, evidence of it."""
     has_tensor_cores = target.sm >= 80
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
     if not has_tensor_cores:
         return (
             _fused_case("float16", 128, "relu", target, "inference", is_post=True),
-            _up_case("float16", *CASE_WIDE, "relu", target),
+            *(_up_case(dtype, *CASE_WIDE, "relu", target) for dtype in dtypes),
             *(_activation_case(dtype, "relu", target) for dtype in dtypes),
             _layernorm_case("float16", 256, target, is_post=True, is_full=True),
         )

@@ -327,8 +327,9 @@ def int8_linear(
         if each is not None and each.shape != weight_q.shape[:1]:
             raise ValueError(f"{name} {[*each.shape]} must be [{weight_q.shape[0]}]")
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    chosen = choose_for("int8_linear", x, impl)
     mode = mode or mode_for(rows.shape[0], _has_int8_product(x.device.type, x.device.index))
+    shape = {"width": weight_q.shape[1], "n_columns": weight_q.shape[0], "is_dynamic": mode == "dynamic"}
+    chosen = choose_for("int8_linear", x, impl, shape=shape)
     out = int8_linear_fwd(rows, weight_q, weight_scale, bias, activation, mode, out_dtype or x.dtype, chosen)
     return out.view(*x.shape[:-1], weight_q.shape[0])
 

@@ -94,13 +94,13 @@ def weight_only_plan(dtype: str, n_rows: int, width: int) -> ProductPlan:
 
 
 def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
-    """Every kernel under every plan; before sm_80, where int8 products do not compile, one of each as evidence."""
+    """Every kernel under every plan; before sm_80, where int8 products do not compile, evidence of it."""
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
     if target.sm < 80:
         return (
             *(_quantize_case(dtype, 768, target) for dtype in dtypes),
-            _dynamic_case("float16", None, target, CASE_WIDTH, CASE_COLUMNS),
-            _weight_only_case("float16", None, target, 16, CASE_WIDTH, CASE_COLUMNS),
+            *(_dynamic_case(dtype, None, target, CASE_WIDTH, CASE_COLUMNS) for dtype in dtypes),
+            *(_weight_only_case(dtype, None, target, 16, CASE_WIDTH, CASE_COLUMNS) for dtype in dtypes),
         )
     cases = []
     for dtype in dtypes:

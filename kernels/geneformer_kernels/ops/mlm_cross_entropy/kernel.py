@@ -56,7 +56,8 @@ def logit_tile(
     return b_logits + b_bias[None, :]
 
 
-@triton.jit
+# The number of masked rows, and with it the splits, is another one in every batch: kernels are not compiled for each.
+@triton.jit(do_not_specialize=["n_rows", "n_vocab", "n_splits", "blocks_per_split"])
 def mlm_cross_entropy_fwd_kernel(
     hidden_ptr,
     weight_ptr,
@@ -100,7 +101,7 @@ def mlm_cross_entropy_fwd_kernel(
     tl.store(partial_sum_ptr + o_partial, row_sum, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_vocab", "n_splits", "ignore_index"])
 def mlm_cross_entropy_fwd_combine_kernel(
     hidden_ptr,
     weight_ptr,
@@ -162,7 +163,7 @@ def mlm_cross_entropy_fwd_combine_kernel(
     tl.store(row_sum_ptr + o_r, row_sum, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_vocab"])
 def mlm_cross_entropy_bwd_dlogits_kernel(
     hidden_ptr,
     weight_ptr,

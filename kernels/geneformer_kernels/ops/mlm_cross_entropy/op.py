@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, target_for
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.mlm_cross_entropy import plan, reference, row_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -282,7 +282,8 @@ def mlm_cross_entropy(
     "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
     _validate(hidden, weight, bias, targets, ignore_index, reduction)
-    chosen = choose_for(plan.OP, hidden, impl)
+    shape = {"width": hidden.shape[1], "n_vocab": weight.shape[0], "needs_grad": needs_gradient(hidden, weight, bias)}
+    chosen = choose_for(plan.OP, hidden, impl, shape=shape)
     if chosen == Impl.REFERENCE:
         return reference.mlm_cross_entropy(hidden, weight, bias, targets, ignore_index, reduction)
     if bias is None:

@@ -162,7 +162,7 @@ _POINTERS = {
     **dict.fromkeys(("bias_ptr", "partial_max_ptr", "partial_sum_ptr", "partial_dbias_ptr"), "float32"),
     **dict.fromkeys(("row_max_ptr", "row_sum_ptr", "loss_ptr", "row_scale_ptr"), "float32"),
 }
-_DIVISIBLE = {"width", "first_vocab", "stride_dlogits_r"}
+_DIVISIBLE = {"width", "stride_dlogits_r"}
 
 
 def _signature(dtype: str, names: str) -> dict[str, str]:

@@ -78,7 +78,8 @@ def rank_genes(
     Theodoris et al., "Transfer learning enables predictions in network biology", Nature 618 (2023), rank encoding.
     """
     _check_shapes(indptr, indices, data, n_counts, token_ids, medians, keep, first, last, padded_length)
-    choice = choose("rank_genes", "float64", target_of(data.device), impl)
+    shape = {"keep": keep, "n_expressed": len(indices) // max(len(n_counts), 1)}
+    choice = choose("rank_genes", "float64", target_of(data.device), impl, shape)
     if choice.impl == Impl.TRITON:
         from geneformer_kernels.ops.rank_genes import device
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, target_for
+from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
 
@@ -121,7 +121,9 @@ def residual_layernorm_bwd(
         return dx, d_residual, d_parameters.zero_()
     n_rows, width = total.shape
     chosen = plan(n_rows, width, target_for(total))
-    partial = torch.empty(chosen.n_programs, 2, width, device=total.device) if needs_parameters else None
+    partial = None
+    if needs_parameters:
+        partial = torch.empty(chosen.n_programs, 2, width, dtype=torch.float32, device=total.device)
     with launching_on(total):
         residual_layernorm_bwd_kernel[(chosen.n_programs,)](
             d_stream_ptr=None if d_stream is None else d_stream.contiguous(),
@@ -291,13 +293,19 @@ def residual_layernorm(
     out_dtype = out_dtype or x.dtype
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
-    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow)
+    shape = {"width": x.shape[-1], "needs_grad": needs_gradient(x, residual, weight, bias)}
+    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow, shape=shape)
     if chosen == "triton":
         return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
     if dropout_p:
         x = F.dropout(x, dropout_p)
     if chosen == "reference":
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
+    if is_one_pass(x, out_dtype, residual, weight, bias):
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.norm_rows import add_layer_norm
+
+        return add_layer_norm(x, residual, weight, bias, eps, norm)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide) if residual is None else residual.to(wide) + x
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
@@ -321,8 +329,7 @@ def _residual_layernorm_triton(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    inputs = (x, residual, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+    needs_grad = needs_gradient(x, residual, weight, bias)
     stream, out, *_ = residual_layernorm_fwd(
         x.reshape(-1, width),
         None if residual is None else residual.reshape(-1, width),

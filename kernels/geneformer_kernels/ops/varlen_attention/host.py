@@ -8,13 +8,15 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, as_bits, as_float, from_bfloat16, to_bfloat16
+from geneformer_kernels.compiled import LOOP, add_in_any_order, as_bits, as_float, from_bfloat16, to_bfloat16
 
-_LOG2_E = np.float32(1.4426950408889634)
+LOG2_E = np.float32(1.4426950408889634)
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
 _ROUND = np.float32(12582912.0)
 # 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
 _C3, _C2, _C1, _C0 = (np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
+# Sums of unshifted weights within these lost nothing: none was held back, and the largest is far from underflow.
+_LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-20), np.float32(2.0**100)
 
 
 def varlen_attention_blocked(
@@ -31,18 +33,23 @@ def varlen_attention_blocked(
     """
     n_tokens, n_heads, head_dim = q.shape
     out = q.new_empty(n_tokens, n_heads, head_dim)
-    longest = _whole_steps(max((stop - start for start, stop in itertools.pairwise(bounds)), default=0))
-    rows = min(_whole_steps(block_rows), longest)
+    longest = whole_steps(max((stop - start for start, stop in itertools.pairwise(bounds)), default=0))
+    rows = min(whole_steps(block_rows), longest)
     places = {"keys": longest * head_dim, "values": longest * head_dim, "queries": rows * head_dim}
     buffers = {name: q.new_zeros(n_heads * size) for name, size in places.items()}
     context, scores = torch.empty_like(buffers["queries"]), q.new_empty(n_heads * rows * longest)
     for start, stop in itertools.pairwise(bounds):
         length = stop - start
-        padded = _whole_steps(length)
+        if not length:
+            continue
+        padded = whole_steps(length)
         keys, values = (_heads_first(x[start:stop], buffers[name], padded) for x, name in ((k, "keys"), (v, "values")))
-        _centre(keys.view(torch.uint16).numpy(), length, scale)
-        for low in range(0, padded, rows):
-            height = min(rows, padded - low)
+        centre(keys.view(torch.uint16).numpy(), length, scale)
+        # Blocks of about one height: a short one at the end would hardly pay for its calls.
+        n_blocks = -(-padded // rows)
+        most = whole_steps(-(-padded // n_blocks))
+        for low in range(0, padded, most):
+            height = min(most, padded - low)
             end = min(low + height, length)
             queries = _heads_first(q[start + low : start + end], buffers["queries"], height)
             block = scores[: n_heads * height * padded].view(n_heads, height, padded)
@@ -57,7 +64,7 @@ def varlen_attention_blocked(
 _STEP = 32
 
 
-def _whole_steps(length: int) -> int:
+def whole_steps(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
@@ -88,7 +95,7 @@ def softmax_(scores: torch.Tensor, length: int | None = None) -> None:
 
 
 @numba.njit(**LOOP)
-def _centre(heads, length, scale):
+def centre(heads, length, scale):
     for head in range(heads.shape[0]):
         _centre_head(heads[head], length, np.float32(scale), np.zeros(heads.shape[2], np.float32))
 
@@ -105,20 +112,24 @@ def _centre_head(rows, length, scale, mean):
             rows[i, j] = to_bfloat16((from_bfloat16(rows[i, j]) - mean[j]) * scale)
 
 
-# Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code,
-# and each may relax floating point as far as it is safe there.
+# Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code.
 @numba.njit(**LOOP)
 def _softmax_rows(rows, weights):
     signed, length = rows.view(np.int16), len(weights)
     for i in range(rows.shape[0]):
-        largest = as_float(np.uint32(np.uint16(_largest(signed[i, :length]))) << np.uint32(16))
-        _exp2(rows[i, :length], largest * _LOG2_E, weights)
-        _narrow(weights, np.float32(1) / _sum(weights), rows[i, :length])
+        row = rows[i, :length]
+        # Scores need no shift as long as their powers and the sum of these are float32 numbers: with keys centred a
+        # row's mean is 0, so only rows with a score near 69 or beyond need a second try with the largest taken away.
+        total = exp2_of(row, np.float32(0), weights)
+        if not _LEAST_TOTAL < total < _MOST_TOTAL:
+            largest = as_float(np.uint32(np.uint16(largest_of(signed[i, :length]))) << np.uint32(16))
+            total = exp2_of(row, largest * LOG2_E, weights)
+        narrow(weights, np.float32(1) / total, row)
         rows[i, length:] = 0
 
 
 @numba.njit(**LOOP)
-def _largest(row):
+def largest_of(row):
     # Flipping the lower bits of negative numbers makes bfloat16 sort as integers do, whose maximum becomes vector code.
     largest = np.int16(-32768)
     for j in range(len(row)):
@@ -127,30 +138,32 @@ def _largest(row):
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
 
 
-# No licence to reorder here: it would simplify the rounding away.
+@numba.njit(inline="always", **LOOP)
+def power_of_two(power):
+    """2**power; its caller must not let the compiler reorder, which would simplify the rounding away."""
+    # Written so that NaN stays NaN: it must not come out as a weight.
+    power = np.float32(-126) if power < np.float32(-126) else power
+    # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
+    shifted = power + _ROUND
+    rest = power - (shifted - _ROUND)
+    fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
+    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
+
+
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
-def _exp2(row, largest, weights):
-    for j in range(len(row)):
-        power = from_bfloat16(row[j]) * _LOG2_E - largest
-        # Written so that NaN stays NaN: it must not come out as a weight.
-        power = np.float32(-126) if power < np.float32(-126) else power
-        # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
-        shifted = power + _ROUND
-        rest = power - (shifted - _ROUND)
-        fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
-        weights[j] = as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
-
-
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
-def _sum(weights):
+def exp2_of(row, shift, weights):
+    """Fills weights with ``2**(row * log2(e) - shift)``, at most 2**127; returns their sum."""
     total = np.float32(0)
-    for j in range(len(weights)):
-        total += weights[j]
+    for j in range(len(row)):
+        power = from_bfloat16(row[j]) * LOG2_E - shift
+        power = np.float32(127) if power > np.float32(127) else power
+        weights[j] = power_of_two(power)
+        total = add_in_any_order(total, weights[j])
     return total
 
 
 # Ties round up here, not to even: half the instructions, and no weight is negative.
 @numba.njit(**LOOP)
-def _narrow(weights, factor, row):
+def narrow(weights, factor, row):
     for j in range(len(row)):
         row[j] = np.uint16((as_bits(weights[j] * factor) + np.uint32(0x8000)) >> np.uint32(16))

@@ -19,8 +19,8 @@ def _tile(tiles_ptr, i_tile):
 
 @triton.jit
 def _rows(ptr, stride_t, stride_h, row, i_head, o_rows, o_d):
-    """Pointers to the rows row + o_rows of one head."""
-    return ptr + row * stride_t + i_head * stride_h + o_rows[:, None] * stride_t + o_d[None, :]
+    """Pointers to the rows row + o_rows of one head; heads of a tensor [H, T, D] may lie 2**31 elements apart."""
+    return ptr + row * stride_t + i_head.to(tl.int64) * stride_h + o_rows[:, None] * stride_t + o_d[None, :]
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import math
 import torch
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed
+from geneformer_kernels.on_device import choose_for, draw_seed, needs_gradient
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP
 
@@ -21,6 +21,8 @@ def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropo
         raise ValueError(f"scale must be positive and finite, not {scale}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
+    if len(cu_seqlens) == 1 and len(q) > 0:  # on a card no program would run, and the result be whatever was there
+        raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), and has one number")
     # By value on the CPU only: on a card that would wait for the device, and it would break a compiled graph.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
@@ -31,12 +33,17 @@ def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropo
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _choose(q: torch.Tensor, impl: Impl | str | None, dropout_p: float) -> str:
+def _choose(
+    q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cu_seqlens: torch.Tensor, needs_grad: bool
+) -> str:
     if q.shape[-1] > MAX_HEAD_DIM:
         if impl is not None and str(impl) == Impl.TRITON:
             raise ValueError(f"triton serves head dimensions up to {MAX_HEAD_DIM}, not {q.shape[-1]}: use impl='torch'")
         impl = Impl.TORCH if impl is None else impl
-    choice = choose_for(OP, q, impl)
+    shape = {"head_dim": q.shape[-1], "needs_grad": needs_grad, "has_dropout": dropout_p > 0}
+    if not torch.compiler.is_compiling():  # a compiled function serves batches of any number of tokens
+        shape["length"] = q.shape[0] // max(len(cu_seqlens) - 1, 1)
+    choice = choose_for(OP, q, impl, shape=shape)
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
@@ -102,7 +109,7 @@ def varlen_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     scale = _check(q, cu_seqlens, scale, dropout_p)
-    choice = _choose(q, impl, dropout_p)
+    choice = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(q, k, v))
     if choice == Impl.REFERENCE:
         return reference.varlen_attention(q, k, v, cu_seqlens, scale)
     cu_seqlens = cu_seqlens.to(q.device)
@@ -147,7 +154,7 @@ def varlen_attention_qkv(
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
     q, k, v = qkv.unbind(1)
-    if _choose(q, impl, dropout_p) != Impl.TRITON:
+    if _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) != Impl.TRITON:
         return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     scale = _check(q, cu_seqlens, scale, dropout_p)
     from geneformer_kernels.ops.varlen_attention import launches

@@ -25,8 +25,8 @@ class TilePlan:
         Queries and keys of a tile of scores: powers of two, at least 16 and 32, because one call of the random number
         generator serves a patch of that size.
     precision
-        Of matrix products of float32: ``"tf32x3"`` on tensor cores with almost all of float32's accuracy, ``"ieee"``
-        without tensor cores. Without meaning for other dtypes.
+        Of matrix products of float32: ``"tf32x3"``, on tensor cores with almost all of float32's accuracy. Without
+        meaning for other dtypes.
     launch
         Warps, stages, fusion.
     """
@@ -70,11 +70,13 @@ _LARGE = {  # sm_90 and newer: at most 160 KB
     64: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 166/255, 124/172, 210/248
     128: (_tile(128, 64, 8, 3), _tile(128, 64, 8, 2), _tile(32, 128, 8, 2)),  # 180/242, 172/214, 231/253
 }
-# Three-fold TF32 holds two halves of every operand in registers: beyond these tiles it spills by kilobytes.
+# Three-fold TF32 holds two halves of every operand in registers, so these tiles are small, and wide heads spill all the
+# same: with dropout on sm_80 0, 0 and 564 bytes per thread at 64, and 284, 776 and 5,456 at 128 (tiles of 32 x 64 spill
+# 19 KB). torch's kernel is what float32 gets unless somebody asks for Triton.
 _FLOAT32 = {
     32: (_tile(64, 32, 4, 2, "tf32x3"), _tile(64, 32, 4, 2, "tf32x3"), _tile(32, 64, 8, 2, "tf32x3")),
-    64: (_tile(32, 32, 4, 2, "tf32x3"), _tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee")),
-    128: (_tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee"), _tile(32, 32, 8, 2, "ieee")),
+    64: (_tile(32, 32, 4, 2, "tf32x3"), _tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3")),
+    128: (_tile(16, 32, 4, 2, "tf32x3"), _tile(16, 32, 8, 2, "tf32x3"), _tile(32, 32, 8, 2, "tf32x3")),
 }
 
 
@@ -95,12 +97,12 @@ class TorchPlan:
     ----------
     route
         ``"varlen"``: torch's flash attention over packed sequences. ``"efficient"``: the memory-efficient kernel that
-        nested tensors use. ``"cells"``: scaled_dot_product_attention, one call per cell. ``"blocked"``: two batched
-        matrix products around a softmax, a block of query rows at a time.
+        nested tensors use. ``"cells"``: scaled_dot_product_attention, one call per cell. ``"blocked"``: batched matrix
+        products around a softmax of our own, a block of rows at a time.
     reason
         Why this one.
     block_rows
-        Query rows per block of the blocked route.
+        Most rows of scores per block of the blocked route.
     """
 
     route: str
@@ -120,12 +122,15 @@ def torch_plan(
 
     Torch's fused CPU attention multiplies bfloat16 through MKL, which without AMX runs no faster than float32, while
     oneDNN's batched product uses avx512_bf16: 100 against 340 GFLOP/s on 2 cores of an EPYC with avx512_bf16
-    (4 heads of 64, 1,024 tokens, 2026-11-21). It keeps no statistics for a backward pass, so it serves inference.
+    (4 heads of 64, 1,024 tokens, 2026-11-21). With dropout torch's CPU attention writes float32 weights of all pairs:
+    forward and backward pass of 12 real cells with 2 % dropout took 1.10 s on one core, blocked 0.29 s (2026-11-26).
     """
     torch = torch_version() if torch is None else torch
     if target.kind == "cpu":
-        if dtype == "bfloat16" and is_inference and "amx_bf16" not in target.features:
-            return TorchPlan("blocked", "torch per cell on the CPU, blocked for inference", block_rows=256)
+        if dtype == "bfloat16" and (has_dropout or "amx_bf16" not in target.features):
+            return TorchPlan(
+                "blocked", "oneDNN's products by blocks of rows, cell by cell", block_rows=384 if is_inference else 256
+            )
         return TorchPlan("cells", "torch per cell on the CPU, sdpa for inference")
     is_ampere = target.kind == "cuda" and target.sm >= 80
     # varlen_attn came with 2.10 and learned of scale in 2.11; it has no dropout.
@@ -233,7 +238,7 @@ def _case(kernel: str, dtype: str, head_dim: int, has_dropout: bool, target: Tar
         constexprs=constexprs,
         launch=tile.launch,
         divisible=frozenset(pointers | set(strides if head_dim % 16 == 0 else ())),
-        has_dot=tile.precision != "ieee",
+        has_dot=True,
         is_default=is_default,
     )
 

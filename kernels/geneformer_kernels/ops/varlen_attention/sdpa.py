@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, draw_seed
+from geneformer_kernels.ops.varlen_attention import library
+from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
 
@@ -27,6 +28,12 @@ def attend(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     is_inference = not needs_grad and dropout_p == 0
     route = _route(DTYPE_NAMES[q.dtype], q.device.type, q.device.index, is_inference, dropout_p > 0)
+    if route.route == "blocked" and not is_inference:
+        if dropout_p == 0:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(q.device)
+        return attend_blocked(q, k, v, cu_seqlens, scale, dropout_p, seed, route.block_rows)[0]
     if q.device.type == "cpu" and (torch.compiler.is_compiling() or (seed is not None and dropout_p > 0)):
         if dropout_p > 0 and seed is None:
             seed = draw_seed(q.device)
@@ -80,20 +87,11 @@ def _attend_packed(
     """One call for all cells on a CUDA device. Both kernels want heads of a multiple of 8 elements."""
     head_dim = q.shape[-1]
     if head_dim % 8:
-        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))  # torch differentiates it
     longest = longest_of(cu_seqlens, len(q))
     cu_seqlens = cu_seqlens.to(torch.int32)
-    if route == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
-    else:
-        # What nested tensors call; torch differentiates it. No mask; sums are kept only where a gradient needs them.
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        out = torch.ops.aten._efficient_attention_forward(
-            q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, dropout_p, 0, needs_grad, scale=scale
-        )[0].squeeze(0)
-    return cast(torch.Tensor, out)[..., :head_dim]
+    out = library.attend(route, q, k, v, cu_seqlens, longest, scale, dropout_p, needs_grad)
+    return out[..., :head_dim]
 
 
 _longest: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -1,0 +1,76 @@
+"""Loading and saving whatever a folder holds, or a model is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from geneformer_fast.checkpoints import hf, native
+from geneformer_fast.encoder import Encoder
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Encoder:
+    """Load a checkpoint folder of Geneformer, of any BERT encoder, or of this project.
+
+    Parameters
+    ----------
+    path
+        Folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, sharded or not: a BertModel,
+        BertForMaskedLM, BertForSequenceClassification or BertForTokenClassification, or what :func:`save` wrote of an
+        encoder that BERT cannot express.
+    dtype
+        Dtype of weights and matrix products: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, ``"auto"``
+        (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
+        float32.
+    device
+        Where to put it.
+
+    Returns
+    -------
+    Encoder
+        In evaluation mode, with the head the checkpoint has.
+
+    Raises
+    ------
+    CheckpointError
+        Files are missing, truncated or do not fit together; names the file, the tensor and both shapes.
+    """
+    folder = Path(path)
+    if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
+        return native.load_native(folder, dtype=dtype, device=device)
+    return hf.load(folder, dtype=dtype, device=device)
+
+
+def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Save a model as ``config.json`` and ``model.safetensors``.
+
+    A post-norm encoder over tokens becomes a Hugging Face folder, which transformers loads; one that was loaded and not
+    changed gives back every tensor bit for bit, in its dtype and under its name. Other encoders (BioNeMo's,
+    AIDO.Cell's) are saved under our own names, which :func:`load` reads.
+
+    Parameters
+    ----------
+    encoder
+        The model.
+    path
+        Folder, made if absent.
+    overwrite
+        Whether to replace weights that are there already.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    OutputError
+        The folder holds a model already.
+    """
+    if hf.is_bert(encoder):
+        return hf.save(encoder, path, overwrite=overwrite)
+    return native.save_native(encoder, path, overwrite=overwrite)

@@ -1,0 +1,144 @@
+"""``geneformer-fast pretrain``: tokens to a trained encoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from geneformer_fast.errors import UnsupportedError
+
+NAME = "pretrain"
+HELP = "train an encoder to name masked genes"
+
+# Option -> field of the recipe, type, what it says.
+_FIELDS: dict[str, tuple[str, type, str]] = {
+    "--epochs": ("epochs", float, "passes over the cells"),
+    "--steps": ("steps", int, "optimizer steps, instead of epochs"),
+    "--batch-cells": ("batch_cells", int, "cells per step, over all processes"),
+    "--batch-tokens": ("batch_tokens", int, "tokens per step, instead of cells"),
+    "--token-budget": ("token_budget", int, "most tokens in memory at once; larger steps are accumulated"),
+    "--learning-rate": ("learning_rate", float, "the peak"),
+    "--schedule": ("schedule", str, "linear, cosine, polynomial or constant"),
+    "--warmup-steps": ("warmup_steps", int, "steps until the peak"),
+    "--precision": ("precision", str, "float32, bfloat16, float16 or auto (the fastest here)"),
+    "--parallel": ("parallel", str, "under torchrun: ddp or fsdp"),
+    "--eval-every": ("eval_every", int, "steps between validations (default: every epoch)"),
+    "--save-every": ("save_every", int, "steps between checkpoints (default: every epoch)"),
+    "--keep": ("keep", int, "checkpoints kept"),
+    "--patience": ("patience", int, "stop after so many validations without a better one"),
+    "--seed": ("seed", int, "of weights, orders, masks and dropout"),
+    "--workers": ("workers", int, "threads that read and mask ahead"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("tokens", metavar="TOKENS", help="token folder, from geneformer-fast tokenize")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run; the model is in its final/")
+    parser.add_argument(
+        "--config",
+        default="geneformer-v1-10m",
+        metavar="NAME",
+        help="a preset's name, a config.json, or a model's folder (its geometry only) (default: geneformer-v1-10m)",
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="a published recipe's name, or a JSON file (default: the one of --config)"
+    )
+    parser.add_argument("--init", metavar="FOLDER", help="go on from this checkpoint's weights")
+    parser.add_argument(
+        "--own-vocabulary", action="store_true", help="give the model the vocabulary of the tokens, not the preset's"
+    )
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--eval-share",
+        type=float,
+        metavar="SHARE",
+        help="share of cells held out (default: 0.01, at most 10,000 cells)",
+    )
+    held_out.add_argument("--eval-tokens", metavar="FOLDER", help="token folder to validate on")
+    held_out.add_argument(
+        "--eval-column", metavar="COLUMN=VALUE[,VALUE]", help="hold out the cells with these values of a column"
+    )
+    for option, (_, kind, text) in _FIELDS.items():
+        parser.add_argument(option, type=kind, metavar="N" if kind is not str else "NAME", help=text)
+    parser.add_argument("--recompute", action="store_true", help="keep less in memory, compute blocks twice")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, as JSON"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    import os
+
+    from geneformer_fast.training.history import StepRecord
+    from geneformer_fast.training.pretrain import pretrain
+
+    last: list[StepRecord] = []
+    evaluations: list[dict[str, float]] = []
+    final = pretrain(
+        args.tokens,
+        args.out,
+        config=args.config,
+        recipe=args.recipe,
+        init=args.init,
+        adapt_vocabulary=args.own_vocabulary,
+        eval_share=args.eval_share,
+        eval_tokens=args.eval_tokens,
+        eval_column=_column(args.eval_column),
+        device=args.device,
+        resume=args.resume,
+        on_step=lambda record: last.__setitem__(slice(None), [record]),
+        on_eval=evaluations.append,
+        **changes_of(args),
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(_summary(last, evaluations, final))
+    return 0
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe that the command line changes."""
+    changes = {}
+    for option, (field, _, _) in _FIELDS.items():
+        value = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            changes[field] = value
+    if args.recompute:
+        changes["is_recomputing"] = True
+    if args.tensorboard:
+        changes["tensorboard"] = True
+    if args.quiet:
+        changes["is_showing_progress"] = False
+    for assignment in args.set:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UnsupportedError(f"--set {assignment}: write FIELD=VALUE, such as weight_decay=0.1")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def _column(text: str | None) -> tuple[str, list[str]] | None:
+    if text is None:
+        return None
+    name, equals, values = text.partition("=")
+    if not equals or not name or not values:
+        raise UnsupportedError(f"--eval-column {text}: write COLUMN=VALUE, or COLUMN=VALUE,VALUE")
+    return name, values.split(",")
+
+
+def _summary(last: list[Any], evaluations: list[dict[str, float]], final: Any) -> str:
+    lines = []
+    if last:
+        lines.append(f"{last[0].step:,} steps, {last[0].epoch:.2f} epochs, training loss {last[0].loss:.4f}")
+    if evaluations:
+        lines.append(f"validation loss {evaluations[-1]['loss']:.4f}")
+    return "\n".join([*lines, f"the model is in {final}"])

@@ -1,0 +1,114 @@
+"""Attention over packed cells under a name of its own among transformers' attention implementations."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from geneformer_kernels import varlen_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.ragged import Padding
+
+NAME = "geneformer_fast"
+# Mask -> its version and where its padding is: the same mask comes once for every layer, and the device is asked once.
+_known: Any = WeakTensorKeyDictionary()
+_told: set[str] = set()
+
+
+def register_attention(name: str = NAME) -> str:
+    """Make packed attention available to every transformers model that chooses its attention by name.
+
+    Parameters
+    ----------
+    name
+        What to register it as.
+
+    Returns
+    -------
+    str
+        The name, to pass as ``attn_implementation=`` to ``from_pretrained`` or to ``model.set_attn_implementation``.
+
+    Raises
+    ------
+    UnsupportedError
+        This release of transformers has no AttentionInterface, or none that builds masks by name.
+
+    Notes
+    -----
+    Attention alone is packed: everything else computes on padding too, and padding is removed in every layer.
+    :func:`geneformer_fast.accelerate` does better for BERT. Masks [B, L] are packed; a mask of more axes is handed to
+    torch's attention, with one warning. Causal and cross attention are refused.
+
+    Examples
+    --------
+    >>> name = geneformer_fast.register_attention()  # doctest: +SKIP
+    >>> model = BertModel.from_pretrained(folder, attn_implementation=name)  # doctest: +SKIP
+    """
+    functions = getattr(transformers, "AttentionInterface", None)
+    masks = getattr(transformers, "AttentionMaskInterface", None)
+    if functions is None or masks is None:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} chooses neither attention nor masks by name; update "
+            "transformers, or use geneformer_fast.accelerate(model)"
+        )
+    functions.register(name, packed_attention)
+    masks.register(name, _mask)
+    return name
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """AttentionMaskInterface: the mask [B, L] as the user passed it."""
+    return attention_mask
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """AttentionInterface: query, key, value [B, H, L, D] -> context [B, L, H, D], zero at padding; no weights."""
+    causal = kwargs.get("is_causal")
+    if getattr(module, "is_causal", False) if causal is None else causal:
+        raise UnsupportedError(f"{NAME} attention is for encoders; {type(module).__name__} asks for a causal mask")
+    n_cells, _, length, _ = query.shape
+    if key.shape[2] != length:
+        raise UnsupportedError(f"{NAME} attention is self-attention; {type(module).__name__} attends to other tokens")
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        _tell_once(f"an attention mask of {attention_mask.ndim} axes cannot be packed: torch's attention runs instead")
+        context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        return context.transpose(1, 2), None
+    padding = _padding_of(attention_mask, n_cells, length, query.device)
+    q, k, v = (padding.pack(each.transpose(1, 2)) for each in (query, key, value))
+    context = varlen_attention(q, k, v, cu_seqlens=padding.cu_seqlens, scale=scaling, dropout_p=dropout)
+    return padding.unpack(context), None
+
+
+@torch.compiler.disable
+def _padding_of(mask: torch.Tensor | None, n_cells: int, length: int, device: torch.device) -> Padding:
+    if mask is None or mask.is_inference():
+        return Padding.of(mask, n_cells, length, device)
+    known = _known.get(mask)
+    if known is None or known[0] != mask._version:
+        known = mask._version, Padding.of(mask, n_cells, length, device)
+        _known[mask] = known
+    return known[1]
+
+
+@torch.compiler.disable
+def _tell_once(reason: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"{NAME}: {reason}", UserWarning, stacklevel=3)

@@ -1,0 +1,262 @@
+"""Pretraining on masked genes, from a token folder to a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geneformer_fast.checkpoints import hf, load, save
+from geneformer_fast.checkpoints.native import MODEL_TYPE
+from geneformer_fast.config import PRESETS, EncoderConfig
+from geneformer_fast.data.identity import TokenKinds, identity_of
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
+from geneformer_fast.tokenization.vocabulary import SAVED_FILE
+from geneformer_fast.training.cells import split_cells
+from geneformer_fast.training.checkpoint import replace_folder, whole_weights
+from geneformer_fast.training.distributed import Ranks, local_device, process_group
+from geneformer_fast.training.history import StepRecord
+from geneformer_fast.training.loop import fit
+from geneformer_fast.training.masked_genes import MaskedGenes
+from geneformer_fast.training.recipe import RECIPES, Recipe
+
+FINAL = "final"
+
+
+def pretrain(
+    tokens: str | os.PathLike[str] | TokenFolder,
+    out: str | os.PathLike[str],
+    *,
+    config: EncoderConfig | str | os.PathLike[str] = "geneformer-v1-10m",
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    init: str | os.PathLike[str] | None = None,
+    adapt_vocabulary: bool = False,
+    eval_share: float | None = None,
+    eval_tokens: str | os.PathLike[str] | TokenFolder | None = None,
+    eval_column: tuple[str, Sequence[Any]] | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_eval: Callable[[dict[str, float]], None] | None = None,
+    **changes: Any,
+) -> Path:
+    """Train an encoder to name masked genes.
+
+    Under ``torchrun`` every process calls this with the same arguments.
+
+    Parameters
+    ----------
+    tokens
+        What ``tokenize`` made.
+    out
+        Folder of the run: ``final/`` is the model, ``log.jsonl`` what happened, ``checkpoints/`` where to continue.
+    config
+        The model: an :class:`EncoderConfig`, a preset's name, a ``config.json``, or the folder that holds one. Weights
+        are fresh.
+    recipe
+        How: a :class:`Recipe`, the name of a published one (:data:`RECIPES`), or a JSON file of fields. None takes the
+        one published under the name of ``config``, or the defaults.
+    init
+        A checkpoint folder to go on from; its configuration replaces ``config``.
+    adapt_vocabulary
+        Give the model the vocabulary of the tokens (its size, name and fingerprint) in place of the preset's.
+    eval_share
+        Share of cells held out for the validation loss, chosen by the recipe's seed; 0 for none. None: 1 %, at most
+        10,000 cells.
+    eval_tokens
+        A token folder to validate on instead.
+    eval_column
+        A column of the tokens and the values whose cells are held out instead, such as ``("donor", ["d7"])``.
+    device
+        None: a GPU if there is one, under torchrun one per process.
+    resume
+        Continue from the last checkpoint in ``out``, if there is one.
+    on_step, on_eval
+        As in :func:`fit`.
+    **changes
+        Fields of the recipe to change, such as ``epochs=1`` or ``batch_cells=64``.
+
+    Returns
+    -------
+    Path
+        ``out/final``: a Hugging Face folder where BERT can express the model, else one that ``load`` reads.
+
+    Raises
+    ------
+    VocabularyError
+        The tokens belong to another vocabulary than the model.
+    InputError, OutputError, TrainingError, UnsupportedError
+        As :func:`fit` raises them.
+
+    References
+    ----------
+    Theodoris et al., Nature 618 (2023); Devlin et al., arXiv:1810.04805.
+    """
+    place = local_device(device)
+    with process_group(place) as ranks:
+        folder = tokens if isinstance(tokens, TokenFolder) else open_tokens(tokens)
+        how = recipe_of(recipe, config, changes)
+        model = _model(folder, config, init, adapt_vocabulary, how.seed)
+        identity = identity_of(folder, model.config)
+        other = _other_folder(eval_tokens, model.config)
+        train_cells, eval_cells = split_cells(folder, how.seed, eval_share, other, eval_column)
+        fit(
+            model.to(place),
+            folder,
+            MaskedGenes(TokenKinds.of(identity, model.config), how.masking),
+            how,
+            train_cells=train_cells,
+            eval_cells=eval_cells,
+            eval_tokens=other,
+            out=out,
+            resume=resume,
+            on_step=on_step,
+            on_eval=on_eval,
+        )
+        vocabulary = _vocabulary_file(identity, init, config)
+        return _save_final(model, Path(out), vocabulary, ranks)
+
+
+def recipe_of(
+    recipe: Recipe | str | os.PathLike[str] | None, config: Any = None, changes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe from whatever names it, with fields changed.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such recipe or field.
+    """
+    if recipe is None:
+        recipe = RECIPES.get(config, Recipe()) if isinstance(config, str) else Recipe()
+    elif not isinstance(recipe, Recipe) and str(recipe).endswith(".json"):
+        recipe = Recipe.from_dict(_read_object(Path(recipe)))
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.preset(str(recipe))
+    changes = dict(changes or {})
+    # The two ways to state a length, and a batch, exclude each other: the one that is asked for wins.
+    for name, rival in (("batch_cells", "batch_tokens"), ("batch_tokens", "batch_cells"), ("epochs", "steps")):
+        if changes.get(name) is not None and rival not in changes:
+            changes[rival] = None
+    return Recipe.from_dict({**recipe.to_dict(), **changes})
+
+
+def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:
+    """A configuration from a preset's name, a config.json, or the folder that holds one."""
+    if isinstance(config, EncoderConfig):
+        return config
+    if str(config) in PRESETS:
+        return EncoderConfig.preset(str(config))
+    path = Path(config)
+    if not path.exists():
+        raise UnsupportedError(
+            f"no configuration {str(config)!r}: it is neither a file or folder nor one of {', '.join(PRESETS)}"
+        )
+    settings = hf.read_settings(path) if path.is_dir() else _read_object(path)
+    if settings.get("model_type") == MODEL_TYPE:
+        return EncoderConfig.from_dict(settings["encoder"])
+    if "n_layers" in settings:
+        return EncoderConfig.from_dict(settings)
+    return hf.config_from_settings(settings, path if path.is_dir() else path.parent)
+
+
+def _model(
+    tokens: TokenFolder,
+    config: EncoderConfig | str | os.PathLike[str],
+    init: str | os.PathLike[str] | None,
+    adapt_vocabulary: bool,
+    seed: int,
+) -> Encoder:
+    if init is not None:
+        if adapt_vocabulary:
+            raise UnsupportedError("a checkpoint's vocabulary cannot be changed; leave either init or the change out")
+        model = load(init, dtype="float32")
+        if hf.head_name(model) != "mlm":
+            raise UnsupportedError(f"{init} has no head for masked genes; pretraining goes on from one that has")
+        return model
+    chosen = config_of(config)
+    if chosen.inputs != "tokens":
+        raise UnsupportedError("pretraining masks ranked tokens; this configuration reads values")
+    if adapt_vocabulary:
+        chosen = _adapted(chosen, tokens)
+    identity_of(tokens, chosen)  # before memory is spent on weights
+    torch.manual_seed(seed)
+    return Encoder(chosen, head="mlm")
+
+
+def _adapted(config: EncoderConfig, tokens: TokenFolder) -> EncoderConfig:
+    identity = tokens.vocabulary
+    if identity is None:
+        raise VocabularyError(
+            f"{tokens.path} does not say which vocabulary made its tokens, so no model can be made for it; tokenize "
+            "with geneformer-fast, which writes that down"
+        )
+    return dataclasses.replace(
+        config,
+        vocab_size=identity["n_tokens"],
+        vocabulary=identity["name"],
+        vocabulary_fingerprint=identity["fingerprint"],
+        pad_id=identity["special"]["pad"],
+    )
+
+
+def _other_folder(
+    eval_tokens: str | os.PathLike[str] | TokenFolder | None, config: EncoderConfig
+) -> TokenFolder | None:
+    if eval_tokens is None:
+        return None
+    folder = eval_tokens if isinstance(eval_tokens, TokenFolder) else open_tokens(eval_tokens)
+    identity_of(folder, config)
+    return folder
+
+
+def _vocabulary_file(identity: Mapping[str, Any], *places: Any) -> Path | None:
+    """A saved vocabulary of these tokens in the folders that were named, so that the model can have it beside it."""
+    for place in places:
+        if not isinstance(place, str | os.PathLike):
+            continue
+        path = Path(place)
+        path = (path if path.is_dir() else path.parent) / SAVED_FILE
+        if path.exists():
+            from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+            if Vocabulary.from_folder(path.parent).fingerprint == identity.get("fingerprint"):
+                return path
+    return None
+
+
+def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks) -> Path:
+    """The model's folder, there whole or not at all."""
+    weights = whole_weights(model)
+    path = out / FINAL
+    if ranks.is_first:
+        with torch.device("meta"):
+            plain = Encoder(model.config, head="mlm")
+        plain.load_state_dict(weights, assign=True)
+        plain.source = model.source
+        partial = out / f".{FINAL}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save(plain, partial)
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, partial / SAVED_FILE)
+        replace_folder(partial, path)
+    ranks.barrier()
+    return path
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UnsupportedError(f"{path}: holds no JSON object")
+    return content

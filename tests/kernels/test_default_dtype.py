@@ -1,0 +1,108 @@
+"""Operations compute in the dtypes they say, whatever the default dtype is: loaders set it while they build a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from geneformer_kernels import (
+    embed_tokens,
+    feed_forward,
+    feed_forward_layernorm,
+    int8_linear,
+    mlm_cross_entropy,
+    quantize_weight,
+    residual_layernorm,
+    varlen_attention_qkv,
+)
+
+TOKENS, WIDTH = 5, 128
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return (torch.randn(shape, generator=generator, dtype=torch.float32) / 8 + 0.25).to(dtype)
+
+
+def wide(*shape: int) -> torch.Tensor:
+    return floats(*shape, dtype=torch.float32)
+
+
+def norm(run: Callable, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return run(*leaves, eps=1e-5, norm="post", impl="triton", dropout_p=0.25, seed=torch.tensor([3]))
+
+
+def of_layernorm(x, residual, weight, bias):
+    return norm(residual_layernorm, x, residual, weight, bias)
+
+
+def of_block(x, residual, up, up_bias, down, down_bias, weight, bias):
+    def run(*leaves, **options):
+        return feed_forward_layernorm(*leaves, activation="relu", **options)
+
+    return norm(run, x, residual, up, up_bias, down, down_bias, weight, bias)
+
+
+def of_embedding(tokens, positions, type_row, weight, bias):
+    cu_seqlens = torch.tensor([0, 3, TOKENS], dtype=torch.int32)
+    ids = torch.tensor([1, 0, 1, 2, 1])
+    return embed_tokens(ids, cu_seqlens, tokens, positions, type_row, weight, bias, impl="triton")[:1]
+
+
+def of_attention(qkv):
+    cu_seqlens = torch.tensor([0, 3, TOKENS], dtype=torch.int32)
+    return (varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton"),)
+
+
+def of_loss(hidden, weight, bias):
+    return (mlm_cross_entropy(hidden, weight, bias, torch.tensor([1, 0, -100, 2, 5]), impl="triton"),)
+
+
+def of_int8(x, bias):
+    q, scale = quantize_weight(wide(7, WIDTH))
+    return tuple(int8_linear(x, q, scale, bias, mode=mode, impl="triton") for mode in ("dynamic", "weight_only"))
+
+
+def of_feed_forward(x, up, up_bias, down, down_bias):
+    return (feed_forward(x, up, up_bias, down, down_bias, activation="swiglu", impl="triton"),)
+
+
+CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
+    "residual_layernorm": (of_layernorm, [floats(TOKENS, WIDTH), wide(TOKENS, WIDTH), wide(WIDTH), wide(WIDTH)]),
+    "feed_forward_layernorm": (
+        of_block,
+        [
+            floats(TOKENS, WIDTH), wide(TOKENS, WIDTH), wide(64, WIDTH), wide(64), wide(WIDTH, 64), wide(WIDTH),
+            wide(WIDTH), wide(WIDTH),
+        ],
+    ),
+    "feed_forward": (of_feed_forward, [floats(TOKENS, 24), wide(80, 24), wide(80), wide(24, 40), wide(24)]),
+    "embed_tokens": (of_embedding, [wide(4, WIDTH), wide(3, WIDTH), wide(WIDTH), wide(WIDTH), wide(WIDTH)]),
+    "varlen_attention": (of_attention, [floats(TOKENS, 3, 2, 16)]),
+    "mlm_cross_entropy": (of_loss, [floats(TOKENS, WIDTH), wide(6, WIDTH), wide(6)]),
+    "int8_linear": (of_int8, [floats(TOKENS, WIDTH), wide(7)]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable]:
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_dtype_changes_nothing(name: str, default_dtype: Callable) -> None:
+    run, tensors = CASES[name]
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        default_dtype(dtype)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        outputs = run(*leaves)
+        gradients = torch.autograd.grad([out.float().sum() for out in outputs], leaves)
+        found.append([*outputs, *gradients])
+    for value, double, half in zip(*found, strict=True):
+        assert value.dtype == double.dtype == half.dtype
+        assert torch.equal(value, double)
+        assert torch.equal(value, half)

@@ -1,0 +1,36 @@
+"""A run for ``test_checkpoint.py`` to kill: ``killed_run.py TOKENS OUT CONFIG RECIPE N_THREADS [DIES_AT]``.
+
+With ``DIES_AT`` it kills itself before the rename that would finish its so-many-th checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+
+from geneformer_fast import pretrain
+from geneformer_fast.training import checkpoint
+
+
+def die_before_rename(number: int) -> None:
+    left, rename = number, checkpoint.replace_folder
+
+    def dying(*paths):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    checkpoint.replace_folder = dying
+
+
+if __name__ == "__main__":
+    tokens, out, config, recipe, n_threads, *dies_at = sys.argv[1:]
+    torch.set_num_threads(int(n_threads))
+    if dies_at:
+        die_before_rename(int(dies_at[0]))
+    pretrain(tokens, out, config=config, recipe=recipe, eval_share=0.2, resume=True, device="cpu")

@@ -1,0 +1,168 @@
+"""Checkpoints: killed at any moment, a run goes on as if nothing had happened; what is damaged is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ground import SHORT, Ground
+
+from geneformer_fast import load, pretrain
+from geneformer_fast.errors import CheckpointError
+from geneformer_fast.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from geneformer_fast.training.distributed import Ranks
+from geneformer_fast.training.optimizer import make_optimizer
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+LONG = dataclasses.replace(SHORT, epochs=10, save_every=4, eval_every=6, keep=2, is_showing_progress=False)
+
+
+def log(run: Path) -> list[dict]:
+    """Lines of a log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "mfu")} for line in lines]
+
+
+def start(ground: Ground, folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(HERE / "killed_run.py"), str(ground.tokens.path), str(folder / "killed")),
+            *(str(folder / "config.json"), str(folder / "recipe.json"), str(torch.get_num_threads()), *arguments),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_killed_twice_it_ends_with_the_same_bits(ground: Ground, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(ground.config().to_dict()))
+    (tmp_path / "recipe.json").write_text(json.dumps(LONG.to_dict()))
+    options = dict(config=ground.config(), recipe=LONG, eval_share=0.2, device="cpu")
+    pretrain(ground.tokens, tmp_path / "whole", **options)
+    run = tmp_path / "killed"
+
+    # Killed from outside, wherever it is, once it is past its first checkpoint.
+    with start(ground, tmp_path) as child:
+        while child.poll() is None and not ((run / "log.jsonl").exists() and len(log_lines(run)) > 6):
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    first = [path.name for path in checkpoints_in(run / "checkpoints")]
+    assert first
+    assert "final" not in os.listdir(run)
+
+    # Goes on, and is killed when its second new checkpoint is written but has no name yet.
+    with start(ground, tmp_path, "2") as child:
+        assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    assert list((run / "checkpoints").glob(".step-*.partial"))
+    assert [path.name for path in checkpoints_in(run / "checkpoints")][-1] > first[-1]
+
+    torch.manual_seed(999)  # another process's random state is of no account
+    random.seed(999)
+    pretrain(ground.tokens, run, resume=True, **options)
+    assert log(run) == log(tmp_path / "whole")
+    assert len(log(run)) == 40 + 7
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["step-00000036", "step-00000040"]
+    assert not list((run / "checkpoints").glob(".*"))
+    ours, whole = (load(folder / "final").state_dict() for folder in (run, tmp_path / "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in ours.items())
+
+
+def log_lines(run: Path) -> list[str]:
+    return (run / "log.jsonl").read_text().splitlines()
+
+
+def test_random_states_come_back(ground: Ground, tmp_path: Path) -> None:
+    model = ground.model()
+    optimizer = make_optimizer(model, SHORT)
+    np.random.seed(3)  # noqa: NPY002 - the legacy generator is what is saved
+    np.random.standard_normal(1)  # noqa: NPY002 - leaves half a pair behind
+    random.seed(4)
+    random.gauss(0, 1)
+    path = save_checkpoint(tmp_path, 5, model, optimizer, {"mine": [1, 2]}, Ranks(), keep=1)
+
+    def draw() -> tuple:
+        legacy = np.random.standard_normal(5)  # noqa: NPY002
+        return torch.rand(3).tolist(), [random.gauss(0, 1) for _ in range(3)], random.random(), legacy.tolist()
+
+    expected = draw()
+    draw()
+    state = load_checkpoint(path, model, optimizer, Ranks())
+    assert draw() == expected
+    assert (state["step"], state["mine"]) == (5, [1, 2])
+
+
+def test_the_last_k_are_kept(ground: Ground, tmp_path: Path) -> None:
+    ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=1, keep=3), out=tmp_path / "run")
+    names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000006", "step-00000007", "step-00000008"]
+    for path in checkpoints_in(tmp_path / "run" / "checkpoints"):
+        assert sorted(file.name for file in path.iterdir()) == [
+            *("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+        ]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(ground: Ground, tmp_path: Path, file: str) -> None:
+    run = tmp_path / "run"
+    history = ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run)
+    *_, before, last = checkpoints_in(run / "checkpoints")
+    (last / file).write_bytes((last / file).read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=rf"{last.name}/{file}.*remove this checkpoint's folder"):
+        ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run, resume=True)
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    again = ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run, resume=True)
+    assert again.losses == history.losses[int(before.name[-1]) :]
+
+
+def test_a_checkpoint_of_other_layers_is_refused(ground: Ground, tmp_path: Path) -> None:
+    model = ground.model()
+    optimizer = make_optimizer(model, SHORT)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, Ranks(), keep=1)
+    deeper = ground.model(n_layers=3)
+    with pytest.raises(CheckpointError, match=r"'blocks\.2\.attention_norm\.bias' has shape None, but in the model"):
+        load_checkpoint(path, deeper, make_optimizer(deeper, SHORT), Ranks())
+    for parameter in model.embeddings.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="other frozen layers"):
+        load_checkpoint(path, model, make_optimizer(model, SHORT), Ranks())
+
+
+def test_the_best_weights_come_back(ground: Ground, tmp_path: Path) -> None:
+    """Training longer and too fast makes it worse; the best evaluation's weights are returned."""
+    recipe = dataclasses.replace(
+        SHORT, epochs=30, learning_rate=0.05, eval_every=2, patience=3, is_best_restored=True, save_every=2
+    )
+    losses = []
+    for out in (None, tmp_path / "run"):
+        model = ground.model()
+        history = ground.fit(model, recipe, eval_cells=ground.eval_cells, out=out)
+        assert history.is_stopped_early
+        assert len(history.steps) == history.best["step"] + 3 * 2 < 120
+        again = ground.fit(
+            model, dataclasses.replace(SHORT, steps=1, learning_rate=1e-30), eval_cells=ground.eval_cells
+        )
+        losses.append((again.evaluations[0]["loss"], history.best["loss"], history.evaluations[-1]["loss"]))
+    for found, best, last in losses:
+        assert found == pytest.approx(best, rel=1e-6)
+        assert last > best
+    # A run that has stopped stays so.
+    resumed = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run", resume=True)
+    assert resumed.is_stopped_early
+    assert not resumed.steps
+    assert [path.name for path in (tmp_path / "run").glob("best-*")] == [
+        f"best-{int(history.best['step']):08d}.safetensors"
+    ]
