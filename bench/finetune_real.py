@@ -95,7 +95,7 @@ class Size:
     width: int = 96
     pretraining_steps: int = 1600
     pretraining_cells: int = 32
-    steps: int = 600
+    steps: int = 300
     batch_cells: int = 16
 
 

@@ -207,7 +207,7 @@ def test_resume_refuses_another_fine_tuning_and_overwrite_replaces_it(place, tmp
         ("kind", {"folds": 20}, r"20 folds need 20 cells of every class, but there are fewer of NK \(18\)"),
         ("kind", {"group": "donor", "folds": 7}, "7 folds need 7 groups, but there are 6"),
         ("kind", {"ignore": ["B cell"]}, "no cell's 'kind' is 'B cell', which was to be ignored"),
-        ("kind", {"min_cells": 50}, r"one class only \('T'\) of at least 50 cells"),
+        ("kind", {"min_cells": 40}, r"one class only \('T'\) of at least 40 cells"),
         ("kind", {"loss": "hinge"}, "no loss named 'hinge'"),
         ("kind", {"loss": {"type": "focal"}}, "a loss is given for 'type', which is no label"),
         ("kind", {"sampler": "smote"}, "sampler must be one of none, over, under"),
