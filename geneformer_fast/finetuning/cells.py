@@ -14,17 +14,16 @@ import torch
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.finetuning.engine import Choices, Engine, Tested
-from geneformer_fast.finetuning.labels import Task, column_values, read_task
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
+from geneformer_fast.finetuning.labels import Task, check_ignored, column_values, read_task
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
 from geneformer_fast.finetuning.objectives import CellObjective
 from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
-from geneformer_fast.finetuning.pictures import check_pictures
 from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
 from geneformer_fast.finetuning.recipes import CELLS
 from geneformer_fast.finetuning.samplers import ClassSampler
-from geneformer_fast.finetuning.search import Search, check_search
+from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
@@ -116,9 +115,7 @@ def finetune_cells(
     UnsupportedError
         No such loss, sampler or option.
     """
-    check_pictures()
-    if search is not None:
-        check_search()
+    check_ready(search)
     recipe = recipe or CELLS
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)
@@ -271,11 +268,12 @@ def _tasks(
     weights = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
     if not weights or min(weights.values()) <= 0:
         raise UnsupportedError(f"tasks need a label column and weights above 0, not {weights}")
-    many = len(weights) > 1
+    check_ignored(tokens, list(weights), ignore)
+    # Of several tasks each may have labels that are missing in others.
+    may_lack = drop_unlabelled or len(weights) > 1
     return [
         read_task(
-            tokens, name, drop_unlabelled=drop_unlabelled or many, ignore=() if many else ignore,
-            min_cells=min_cells, weight=float(weight),
+            tokens, name, drop_unlabelled=may_lack, ignore=ignore, min_cells=min_cells, weight=float(weight)
         )
         for name, weight in weights.items()
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,29 @@ from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
 from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, Finetuned, OutFolder
-from geneformer_fast.finetuning.pictures import plot_confusion, plot_roc
+from geneformer_fast.finetuning.pictures import check_pictures, plot_confusion, plot_roc
 from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
-from geneformer_fast.finetuning.search import Report, Search, search
+from geneformer_fast.finetuning.search import Report, Search, check_search, search
 from geneformer_fast.finetuning.splits import Split
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.tokenization.manifest import read_json, write_json
 from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.recipe import Recipe
+
+
+def check_ready(asked: Search | None) -> None:
+    """Refuse what cannot run here before anything is read.
+
+    Raises
+    ------
+    UnsupportedError
+        A library is missing, or torchrun started several processes.
+    """
+    check_pictures()
+    if asked is not None:
+        check_search()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError("fine-tuning runs in one process: start it without torchrun")
 
 
 @dataclass(frozen=True)

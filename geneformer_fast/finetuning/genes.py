@@ -18,16 +18,15 @@ from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.cells import digest, origin_of, vocabulary_file
-from geneformer_fast.finetuning.engine import Choices, Engine, Tested
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
 from geneformer_fast.finetuning.labels import read_gene_classes
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
 from geneformer_fast.finetuning.objectives import GeneObjective
 from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
-from geneformer_fast.finetuning.pictures import check_pictures
 from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
 from geneformer_fast.finetuning.recipes import GENES
-from geneformer_fast.finetuning.search import Search, check_search
+from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
@@ -109,9 +108,7 @@ def finetune_genes(
     VocabularyError, OutputError, TrainingError, UnsupportedError
         As in :func:`finetune_cells`.
     """
-    check_pictures()
-    if search is not None:
-        check_search()
+    check_ready(search)
     recipe = recipe or GENES
     class_of = read_gene_classes(classes)
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:

@@ -101,12 +101,6 @@ def read_task(
         No such column; cells lack a label; fewer than two classes are left; far too many.
     """
     values = column_values(tokens, column, role="label")
-    absent = sorted(set(ignore) - set(values))
-    if absent:
-        there = sorted({value for value in values if value is not None})[:20]
-        raise InputError(
-            f"{tokens.path}: no cell's {column!r} is {absent[0]!r}, which was to be ignored; there are {there}"
-        )
     is_empty = values == None  # noqa: E711 - elementwise
     if is_empty.any() and not drop_unlabelled:
         raise InputError(
@@ -128,6 +122,24 @@ def read_task(
         few = f" of at least {min_cells} cells" if min_cells > 1 else ""
         raise InputError(f"{tokens.path}: {column!r} has {found}{few}: there is nothing to tell apart")
     return Task(column, classes, codes, weight)
+
+
+def check_ignored(tokens: TokenFolder, columns: Sequence[str], ignore: Sequence[str]) -> None:
+    """Refuse to ignore labels that no cell has: most likely they are misspelt, and the right ones would be learned.
+
+    Raises
+    ------
+    InputError
+        Names the label, and those there are.
+    """
+    there = {value for column in columns if ignore for value in column_values(tokens, column, role="label")} - {None}
+    absent = sorted(set(ignore) - there)
+    if absent:
+        named = " or ".join(map(repr, columns))
+        raise InputError(
+            f"{tokens.path}: no cell's {named} is {absent[0]!r}, which was to be ignored; there are "
+            f"{', '.join(sorted(there)[:20])}"
+        )
 
 
 def read_gene_classes(classes: str | os.PathLike[str] | Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 
 from geneformer_fast import __version__
 from geneformer_fast.checkpoints import load
-from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.extract.cells import Cells, is_anndata, open_cells
 from geneformer_fast.extract.files import WholeFile, write_provenance
 from geneformer_fast.extract.run import find_vocabulary
@@ -206,10 +206,16 @@ def _write_h5ad(
 
     shutil.copyfile(source, temporary)
     with h5py.File(temporary, "r+") as file:
-        obs, order = file["obs"], list(file["obs"].attrs["column-order"])
         for group in ("obsm", "uns"):
             if group not in file:
                 write_elem(file, group, {})
+        old = [name for name in ("obs", "obsm", "uns") if not isinstance(file[name], h5py.Group)]
+        if old:
+            raise OutputError(
+                f"{source}: its {old[0]} is stored as anndata before 0.7 did, which cannot be added to; read and write "
+                "it with a current anndata first, or choose .parquet"
+            )
+        obs, order = file["obs"], list(file["obs"].attrs.get("column-order", ()))
         for task, values in zip(card["tasks"], probabilities, strict=True):
             name = _named(task, card, key)
             for column, content in (

@@ -231,6 +231,12 @@ def test_tokens_of_another_vocabulary_are_refused(place, tmp_path):
         gf.finetune_cells(tmp_path / "tokens", place / "model", "kind", tmp_path / "out")
 
 
+def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GeneformerFastError, match="start it without torchrun"):
+        gf.finetune_cells(place / "tokens", place / "model", "kind", tmp_path / "out")
+
+
 def test_unlabelled_and_ignored_cells_are_left_out(place, tmp_path):
     made = gf.finetune_cells(
         place / "tokens", place / "model", "patchy", tmp_path / "out", folds=2, recipe=ONE_EPOCH, is_final=False,

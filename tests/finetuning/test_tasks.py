@@ -103,3 +103,12 @@ def test_errors_on_the_command_line_are_one_sentence(place, tmp_path, capsys, wo
     assert said in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_labels_to_ignore_count_in_every_task_that_has_them(place, tmp_path):
+    made = gf.finetune_cells(
+        place / "tokens", place / "model", ["kind", "is_lymphoid"], tmp_path / "out", ignore=["NK"], test_share=0.3,
+        recipe=ONE_EPOCH,
+    )  # fmt: skip
+    assert made.scores["tasks"]["kind"]["classes"] == ["B", "T"]
+    assert made.scores["tasks"]["is_lymphoid"]["classes"] == ["False", "True"]
