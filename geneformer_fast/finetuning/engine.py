@@ -221,15 +221,15 @@ class Engine:
             summary["n"] = table.num_rows
             write_parquet(table, self.folder.path / PREDICTIONS, {"geneformer_fast": __version__})
         for task, classes in self.work.classes.items():
-            parts = [scores["tasks"][task] for scores, _ in tested if task in scores["tasks"]]
-            if not parts:
+            with_task = [scores for scores, _ in tested if task in scores["tasks"]]
+            if not with_task:
                 continue
+            parts = [scores["tasks"][task] for scores in with_task]
             confusion = np.sum([part["confusion"] for part in parts], axis=0).tolist()
             summary["tasks"][task] = {
                 "classes": classes, "over_folds": scoring.over_folds(parts), "confusion": confusion, "folds": parts,
             }  # fmt: skip
-            curves = [scores["roc"][task] for scores, _ in tested]
-            self._draw(task, classes, confusion, curves, parts)
+            self._draw(task, classes, confusion, [scores["roc"][task] for scores in with_task], parts)
         summary["folds"] = [
             {key: value for key, value in scores.items() if key not in ("tasks", "roc")} for scores in found
         ]

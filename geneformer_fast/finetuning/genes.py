@@ -14,7 +14,7 @@ import torch
 
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.cells import digest, origin_of, vocabulary_file
@@ -176,6 +176,11 @@ def labelled_genes(
     found = map_genes(ids, vocabulary, source_name="classes").column_to_token
     n_cells = np.zeros(vocabulary.n_tokens, dtype=np.int64)
     for values, _ in folder.batches():
+        if len(values) and int(values.max()) >= len(n_cells):
+            raise VocabularyError(
+                f"{folder.path} holds token {values.max()}, but {vocabulary.name} ends at {len(n_cells) - 1}; tokenize "
+                "again with the dictionary that belongs to the model"
+            )
         n_cells += np.bincount(values.astype(np.int64), minlength=len(n_cells))
     unknown = [gene for gene, token in zip(ids, found, strict=True) if token < 0]
     unseen = [gene for gene, token in zip(ids, found, strict=True) if token >= 0 and not n_cells[token]]

@@ -66,7 +66,10 @@ class CellObjective:
         return self._loss(cell_logits(model, batch.tokens), batch.targets)
 
     def metrics(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        """``loss``, ``accuracy`` and ``macro_f1``; for several tasks their mean, and each as ``<task>/accuracy``."""
+        """``loss``, ``accuracy`` and ``macro_f1``; for several tasks their mean, and each as ``<task>/accuracy``.
+
+        Tasks in which no cell is labelled do not count.
+        """
         logits, targets = [], []
         for batch in batches:
             logits.append(cell_logits(model, batch.tokens).float())
@@ -78,10 +81,12 @@ class CellObjective:
         for number, part in enumerate(self._parts(all_logits)):
             truth = all_targets[:, number].cpu().numpy()
             is_asked = truth != IGNORED
+            if not is_asked.any():
+                continue
             scores[self.tasks[number].name] = _scores(truth[is_asked], part.argmax(1).cpu().numpy()[is_asked])
         for name in ("accuracy", "macro_f1"):
-            found[name] = float(np.mean([score[name] for score in scores.values()]))
-            if len(scores) > 1:
+            found[name] = float(np.mean([score[name] for score in scores.values()] or [0.0]))
+            if len(self.tasks) > 1:
                 found |= {f"{task}/{name}": score[name] for task, score in scores.items()}
         return found
 
@@ -185,7 +190,7 @@ def _scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score
 
     if not len(truth):
-        return {"accuracy": float("nan"), "macro_f1": float("nan")}
+        return {"accuracy": 0.0, "macro_f1": 0.0}
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),

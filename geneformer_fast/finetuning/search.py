@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
 from geneformer_fast.training.recipe import Recipe
 
 STORAGE = "search.db"
@@ -132,7 +132,8 @@ def search(
         return train(changed, freeze_layers, report)
 
     if done < asked.n_trials:
-        study.optimize(objective, n_trials=asked.n_trials - done)
+        # A learning rate at which the loss is no number is a bad trial, not the end of the search.
+        study.optimize(objective, n_trials=asked.n_trials - done, catch=(TrainingError,))
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not finished:
         raise InputError(f"{storage}: none of {len(study.trials)} trials came to an end; ask for more (--search)")

@@ -16,6 +16,7 @@ from typed_cells import SHORT, TYPES, typed_cells
 import geneformer_fast as gf
 from geneformer_fast.errors import GeneformerFastError, OutputError, TrainingError
 from geneformer_fast.finetuning import cells as finetuning_cells
+from geneformer_fast.finetuning import engine
 from geneformer_fast.finetuning.losses import cross_entropy
 
 ONE_EPOCH = dataclasses.replace(SHORT, epochs=1)
@@ -169,6 +170,31 @@ def test_a_nan_loss_loses_no_finished_fold_and_the_rest_is_made_later(place, tmp
     assert kept.stat().st_mtime_ns == stamp
     assert made.scores == whole.scores
     assert pq.read_table(made.predictions).equals(pq.read_table(whole.predictions))
+
+
+def test_a_killed_fold_goes_on_from_its_checkpoint_bit_for_bit(place, tmp_path, monkeypatch):
+    arguments = (place / "tokens", place / "model", "kind")
+    options = dict(recipe=dataclasses.replace(SHORT, epochs=3), test_share=0.3)
+    whole = gf.finetune_cells(*arguments, tmp_path / "whole", **options)
+    steps = []
+
+    def killed(*args, **given):
+        def on_step(record):
+            steps.append(record.step)
+            if record.step == 12 and len(steps) == 12:
+                raise KeyboardInterrupt
+
+        return fit(*args, **given, on_step=on_step)
+
+    fit = engine.fit
+    monkeypatch.setattr(engine, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gf.finetune_cells(*arguments, tmp_path / "out", **options)
+    made = gf.finetune_cells(*arguments, tmp_path / "out", resume=True, **options)
+    assert steps[12] > 1  # not from the beginning
+    assert made.scores == whole.scores
+    assert pq.read_table(made.predictions).equals(pq.read_table(whole.predictions))
+    assert (made.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
 
 def test_resume_refuses_another_fine_tuning_and_overwrite_replaces_it(place, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from typed_cells import SHORT
 
 import geneformer_fast as gf
-from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
 from geneformer_fast.finetuning import engine
 from geneformer_fast.finetuning.search import Search, Space, search
 
@@ -68,6 +68,22 @@ def test_a_search_goes_on_after_a_kill_and_draws_new_points(tmp_path):
     again = search(FREE, SHORT, killed, tmp_path / "s.db", "s")
     assert again[2] == summary
     assert len(calls) == 3
+
+
+def test_a_trial_whose_loss_is_no_number_does_not_end_the_search(tmp_path):
+    calls = []
+
+    def breaking(recipe, freeze_layers, report):
+        calls.append(recipe.learning_rate)
+        if len(calls) == 2:
+            raise TrainingError("the loss is nan")
+        return by_rate(recipe, freeze_layers, report)
+
+    recipe, _, summary = search(FREE, SHORT, breaking, tmp_path / "s.db", "s")
+    assert len(calls) == 4
+    assert summary["n_trials"] == 3
+    assert recipe.learning_rate in calls
+    assert recipe.learning_rate != calls[1]
 
 
 def test_a_search_without_a_finished_trial_says_so(tmp_path):
