@@ -19,8 +19,9 @@ from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedErro
 @pytest.fixture(scope="module")
 def new_cells():
     adata = typed_cells(30, seed=9)
-    adata.X[4] = 0  # no gene at all: no prediction
-    adata.X.eliminate_zeros()
+    counts = adata.X.tolil()
+    counts[4] = 0  # no gene at all: no prediction
+    adata.X = counts.tocsr()
     return adata
 
 
