@@ -20,10 +20,13 @@ _FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With ``-m gpu``, files without such tests are not loaded: they import packages that those tests do without."""
-    if config.option.markexpr != "gpu" or not collection_path.match("test_*.py"):
+    """With ``-m gpu``, files and folders without such tests are not loaded: they import what those tests do without."""
+    if config.option.markexpr != "gpu":
         return None
-    return not _FOR_CARDS.search(collection_path.read_text(encoding="utf-8")) or None
+    files = [collection_path] if collection_path.match("test_*.py") else sorted(collection_path.rglob("test_*.py"))
+    if not files:
+        return None
+    return not any(_FOR_CARDS.search(path.read_text(encoding="utf-8")) for path in files) or None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -261,9 +262,19 @@ def test_hanging_tests_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert gpu_tests.red_groups(["hanging"], known)
 
 
-def test_every_group_has_patterns_for_its_tests() -> None:
-    for group, name in (("encoder", "encoder"), ("wrapped", "wrapped"), ("sanitizer", "sanitizer")):
-        assert gpu_tests.files_of(group) == [f"tests/gpu/test_{name}_gpu.py"]
+def test_every_test_for_cards_is_in_one_group() -> None:
+    for group in ("encoder", "wrapped", "sanitizer"):
+        assert f"tests/gpu/test_{group}_gpu.py" in gpu_tests.files_of(group)
+    found = [file for group in gpu_tests.GROUPS for file in gpu_tests.files_of(group)]
+    assert len(found) == len(set(found))
+    brings_the_mark = re.compile(
+        r"^(pytestmark = |@|GPU = )pytest\.mark\.gpu|marks=pytest\.mark\.gpu|^def test_\w+\([^)]*\bdevice: str",
+        re.MULTILINE,
+    )
+    paths = [path for path in (ROOT / "tests").rglob("test_*.py") if brings_the_mark.search(path.read_text())]
+    marked = {str(path.relative_to(ROOT)) for path in paths}
+    assert "tests/kernels/test_dropout_gradients.py" in marked
+    assert marked <= set(found)
     assert "gpu" in gpu_tests.command_of("encoder", Path("report.xml"))
 
 

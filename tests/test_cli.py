@@ -64,6 +64,22 @@ def test_ctrl_c_is_reported_and_gives_130(add_command, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (PermissionError(13, "Permission denied", "/a/b"), "error: /a/b: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(add_command, capsys, error, said):
+    def run(args):
+        raise error
+
+    add_command(run)
+    assert cli.main(["say", "x"]) == cli.EXIT_ERROR
+    assert capsys.readouterr().err.strip() == said
+
+
 def test_a_bug_keeps_its_traceback(add_command):
     def run(args):
         raise ZeroDivisionError

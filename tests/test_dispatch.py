@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 from geneformer_kernels import dispatch
@@ -152,6 +153,11 @@ def test_other_makers_devices_are_told_once(
 def test_a_fallback_says_what_could_not_run() -> None:
     without = Target.cuda(80, triton=None, name="A100")
     assert "triton cannot: Triton is not installed" in choose("feed_forward", "float16", without).reason
+    old = Target.cuda(80, triton=(3, 2), name="A100")
+    assert "triton cannot: these kernels compile with Triton 3.6 and newer, not with 3.2" in (
+        choose("feed_forward", "float16", old).reason
+    )
+    assert choose("feed_forward", "float16", Target.cuda(80, triton=(3, 6), name="A100")).impl == Impl.TRITON
 
 
 def test_volta_refuses_bfloat16_with_advice() -> None:
@@ -159,3 +165,60 @@ def test_volta_refuses_bfloat16_with_advice() -> None:
         for impl in (None, "triton", "torch", "reference"):
             with pytest.raises(ImplUnavailableError, match=r"V100 has no bfloat16.*use float16"):
                 choose(op, "bfloat16", CARDS["V100"], impl)
+
+
+@pytest.mark.parametrize("card", ["V100", "T4"])
+def test_volta_and_turing_run_on_triton_what_has_no_matrix_product(card: str) -> None:
+    """Their products would become scalar arithmetic, or not compile; cuBLAS and torch's attention run them."""
+    choices = {choice.op: choice for choice in explain(CARDS[card])}
+    on_triton = {op for op, choice in choices.items() if choice.impl == Impl.TRITON}
+    assert on_triton == {"rank_genes", "embed_tokens", "residual_layernorm"}
+    for op in ("varlen_attention", "feed_forward", "mlm_cross_entropy", "int8_linear"):
+        assert choices[op].impl == Impl.TORCH
+        with pytest.raises(ImplUnavailableError, match=r"not tensor cores|does not compile"):
+            choose(op, "float16", CARDS[card], "triton")
+    assert "memory-efficient attention over packed sequences" in choices["varlen_attention"].reason
+    assert "cuBLAS" in choices["linear"].reason
+
+
+@pytest.mark.parametrize("card", ["A100", "A10", "L4", "H100"])
+def test_from_ampere_on_everything_with_a_kernel_runs_on_it(card: str) -> None:
+    for dtype in ("bfloat16", "float16"):
+        for choice in explain(CARDS[card], dtype):
+            assert choice.impl == (Impl.TORCH if choice.op == "linear" else Impl.TRITON), choice
+
+
+def test_what_is_too_large_for_a_kernel_falls_back_unless_asked_for() -> None:
+    card, why = CARDS["H100"], "rows up to 4,096 wide, not 5,000"
+    choice = choose("residual_layernorm", "float16", card, triton_cannot=why)
+    assert choice.impl == Impl.TORCH
+    assert why in choice.reason
+    with pytest.raises(ImplUnavailableError, match=why):
+        choose("residual_layernorm", "float16", card, "triton", triton_cannot=why)
+    with use_impl("triton"), pytest.raises(ImplUnavailableError, match=why):
+        choose("residual_layernorm", "float16", card, triton_cannot=why)
+
+
+def test_operations_say_what_is_too_large() -> None:
+    import torch
+    from geneformer_kernels import embed_tokens, rank_genes, residual_layernorm, varlen_attention
+
+    bounds, wide, row = torch.tensor([0, 2]), torch.zeros(2, 4097), torch.zeros(4097)
+    heads = torch.zeros(2, 1, 129)
+    genes = dict(column_to_gene=torch.tensor([0, 1]), token_ids=torch.arange(262_145), medians=torch.ones(262_145))
+    counts = torch.tensor([0, 1]), torch.tensor([1]), torch.ones(1), torch.ones(1)
+    calls = {
+        r"4,096 wide, not 4,097": lambda **impl: residual_layernorm(wide, None, row, row, eps=1e-5, norm="pre", **impl),
+        r"rows up to 4,096 wide": lambda **impl: embed_tokens(
+            torch.tensor([0, 1]), bounds, wide, wide, None, None, None, **impl
+        ),
+        r"up to 128, not 129": lambda **impl: varlen_attention(heads, heads, heads, cu_seqlens=bounds, **impl),
+        r"at most 262,144 genes": lambda **impl: rank_genes(*counts, **genes, keep=3, **impl),
+    }
+    for why, call in calls.items():
+        call()
+        with pytest.raises(ImplUnavailableError):
+            call(impl="triton")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            with use_impl("triton"), pytest.raises(ImplUnavailableError, match=why):
+                call()

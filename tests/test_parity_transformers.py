@@ -82,6 +82,27 @@ def test_float32_parity_on_every_layer(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(encoder.logits(states[-1], rows), logits[rows], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["tiny", "odd"])
+def test_attention_weights_of_every_layer(case: str, tmp_path: Path) -> None:
+    changes, lengths = CASES[case]
+    model = stock_model(**changes)
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")  # the only one that gives weights
+    encoder = load(tmp_path)
+    tokens, ids, mask = batch(changes["vocab_size"], lengths)
+    with torch.no_grad():
+        stock = model(input_ids=ids, attention_mask=mask.long(), output_attentions=True).attentions
+        for layer, expected in enumerate(stock):
+            for weights, padded, length in zip(
+                encoder.attention_weights(tokens, layer=layer), expected, lengths, strict=True
+            ):
+                assert weights.shape == (changes["num_attention_heads"], length, length)
+                assert max_error(weights, padded[:, :length, :length]) <= 1e-5
+        assert torch.equal(encoder.attention_weights(tokens)[-1], weights)
+    with pytest.raises(ValueError, match="no attention"):
+        encoder.attention_weights(tokens, layer="embeddings")
+
+
 @pytest.mark.slow
 def test_float32_parity_at_maximal_length_v2(tmp_path: Path) -> None:
     model = stock_model(**V2_104M)

@@ -103,12 +103,17 @@ PACKAGE_FILES = {
     "compiled",
     "packed",
     "norm_rows",
+    "dropout",
+    "dropout_loops",
     "shares",
     "tiles",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
-    "op": ({"reference", "plan", "host", "kernel"}, {"dispatch", "target", "on_device", "packed", "norm_rows"}),
+    "op": (
+        {"reference", "plan", "host", "kernel"},
+        {"dispatch", "target", "on_device", "packed", "norm_rows", "dropout"},
+    ),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
     "kernel": (set(), {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
@@ -123,6 +128,8 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "on_device": {"dispatch", "target"},
     "packed": {"target"},
     "norm_rows": {"compiled"},
+    "dropout": {"on_device", "dropout_loops", "shares"},
+    "dropout_loops": {"compiled"},
     "shares": set(),
     "tiles": set(),
 }

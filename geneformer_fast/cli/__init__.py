@@ -73,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        What the command returned; 2 after an error that this package raised on purpose, with ``error: ...`` on standard
-        error and no traceback; 130 after Ctrl-C. Any other exception is a bug and passes through.
+        What the command returned; 2 after an error that this package raised on purpose, or that the operating system
+        named (a full disk), with ``error: ...`` on standard error and no traceback; 130 after Ctrl-C. Any other
+        exception is a bug and passes through.
 
     Raises
     ------
@@ -95,3 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe (head, less) went away: Python would complain again while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # The system's own refusals: a disk that is full, a file that may not be written.
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_ERROR

@@ -143,4 +143,10 @@ def _gene_lines(entry: dict[str, Any]) -> list[str]:
     origin = (
         f"  counts from {entry['counts_from']}, gene ids from {entry['gene_ids_from']}, totals {entry['n_counts_from']}"
     )
-    return [str(GeneReport(**entry["genes"])), origin]
+    lines = [str(GeneReport(**entry["genes"])), origin]
+    if entry["is_dense"]:
+        note = ", whose columns of one gene the official tokenizer cannot sum" if entry["genes"]["collapsed"] else ""
+        lines.append(f"  stored densely{note}: scores are divisions, as the official tokenizer computes them there")
+    if entry["n_counts_dtype"] == "float32":
+        lines.append("  totals are float32, and ranks follow their rounding, as the official tokenizer's do")
+    return lines

@@ -279,7 +279,10 @@ def _check_matched(names: list[str], report: GeneReport, vocabulary: Vocabulary)
         return
     expected = list(vocabulary.token_ids)
     shown = [expected[i] for i in sorted({0, len(expected) // 2, len(expected) - 1})]
-    hint = "Name the column with Ensembl ids with gene_column=, or choose the dictionary of the right species."
+    hint = (
+        "Name the column with Ensembl ids with gene_column= (--gene-column), or choose the dictionary of the right "
+        "species."
+    )
     n_ensembl = sum(name[:3].upper() == "ENS" for name in names)
     if len(vocabulary.aliases) <= len(vocabulary.token_ids) and 2 * n_ensembl < len(names):
         hint += " This vocabulary's mapping knows no gene symbols (Geneformer V1's does not; V2's does)."

@@ -199,6 +199,7 @@ def _prepare_one(
         "is_dense": source.is_dense,
         "gene_ids_from": source.gene_ids_from,
         "n_counts_from": f"obs/{n_counts_column}" if n_counts_column else _computed_over(vocabulary),
+        "n_counts_dtype": None if n_counts_column is None else _dtype_name(source.obs(n_counts_column)),
         "filter_pass": has_filter,
         "genes": {**gene_map.report.to_dict(), "source": source.name},
     }
@@ -214,6 +215,10 @@ def _prepare_one(
         has_filter=has_filter,
         source=source,
     )
+
+
+def _dtype_name(values: Any) -> str:
+    return np.dtype(values.type.to_pandas_dtype() if isinstance(values, pa.Array) else values.dtype).name
 
 
 def _computed_over(vocabulary: Vocabulary) -> str:

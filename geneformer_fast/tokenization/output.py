@@ -78,7 +78,10 @@ class TokenOutput:
         self._made = self.progress
         state = manifest.state_of(folder)
         self._check_state(state, resume, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be made: {error.strerror}; name another folder") from None
         self._lock = _lock(folder)
         try:
             if state in ("finished", "unfinished") and resume:

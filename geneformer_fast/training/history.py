@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,21 @@ class History:
         """Over all ranks, evaluations and checkpoints left out."""
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.n_tokens for record in self.steps) / seconds if seconds else 0.0
+
+
+def metrics_for_json(metrics: Any) -> Any:
+    """Metrics, or a list of them, with null for what is not finite: JSON has no NaN."""
+    if isinstance(metrics, list):
+        return [metrics_for_json(entry) for entry in metrics]
+    if metrics is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def metrics_from(content: Any) -> Any:
+    """The inverse of :func:`metrics_for_json`."""
+    if isinstance(content, list):
+        return [metrics_from(entry) for entry in content]
+    if content is None:
+        return None
+    return {name: math.nan if value is None else value for name, value in content.items()}

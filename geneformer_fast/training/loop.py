@@ -30,7 +30,7 @@ from geneformer_fast.training.checkpoint import (
     save_weights,
 )
 from geneformer_fast.training.engine import Engine
-from geneformer_fast.training.history import History, StepRecord
+from geneformer_fast.training.history import History, StepRecord, metrics_for_json, metrics_from
 from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
 from geneformer_fast.training.objective import Objective
 from geneformer_fast.training.recipe import Recipe
@@ -188,7 +188,10 @@ class _Run:
             state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
             self.step = self._saved_step = state["step"]
             self.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
-            self.history.evaluations, self.history.best = state["evaluations"], state["best"]
+            self.history.evaluations, self.history.best = (
+                metrics_from(state["evaluations"]),
+                metrics_from(state["best"]),
+            )
             self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
             self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
@@ -343,14 +346,17 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Metrics of the evaluation cells, the best so far, and whether to stop."""
-        metrics = {"step": float(self.step), **self.evaluate()}
+        found = {name: float(value) for name, value in self.evaluate().items()}
+        metrics = {"step": float(self.step), **found}
         self.history.evaluations.append(metrics)
         if self.recipe.monitor not in metrics:
             known = ", ".join(name for name in metrics if name != "step")
             raise UnsupportedError(f"there is no metric {self.recipe.monitor!r} to monitor; there are {known}")
-        value, best = metrics[self.recipe.monitor], self.history.best
-        sign = 1 if self.recipe.is_greater_better else -1
-        if best is None or sign * value > sign * best[self.recipe.monitor]:
+        # What the first process found decides, so that all stop at the same step.
+        value = self.ranks.first(metrics[self.recipe.monitor], self.engine.device)
+        best = math.nan if self.history.best is None else self.history.best[self.recipe.monitor]
+        is_better = value > best if self.recipe.is_greater_better else value < best
+        if is_better or math.isnan(best):
             self.history.best, self.n_worse = metrics, 0
             if self.recipe.is_best_restored:
                 self._keep_best()
@@ -381,8 +387,8 @@ class _Run:
 
     def _save(self, folder: RunFolder) -> None:
         state = {
-            "evaluations": self.history.evaluations,
-            "best": self.history.best,
+            "evaluations": metrics_for_json(self.history.evaluations),
+            "best": metrics_for_json(self.history.best),
             "n_worse": self.n_worse,
             "seconds": self._seconds(),
             "scaler": self.engine.scaler.state_dict(),

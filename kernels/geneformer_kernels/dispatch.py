@@ -37,6 +37,8 @@ OPERATIONS = (
     "mlm_cross_entropy",
 )
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
+#: The oldest version that all kernels were compiled with (sm_80 and sm_90, 2026-11-26).
+OLDEST_TRITON = (3, 6)
 #: Two implementations whose times differ by less are equally fast: the order of the plan stands.
 LEAST_GAIN = 1.03
 #: Sizes of a problem that are flags: they agree or the row says nothing. Others may differ up to a factor of two.
@@ -105,6 +107,9 @@ def triton_candidate(op: str, dtype: str, target: Target, reason: str = "Triton 
         return cannot(NOT_NVIDIA)
     if target.triton is None:
         return cannot("Triton is not installed")
+    if target.triton < OLDEST_TRITON:
+        needed, installed = (".".join(map(str, version)) for version in (OLDEST_TRITON, target.triton))
+        return cannot(f"these kernels compile with Triton {needed} and newer, not with {installed}")
     found = capability(op, dtype, target)
     if found == "none":
         return cannot(f"Triton does not compile it for sm_{target.sm}")
@@ -159,7 +164,12 @@ def _distance(row: Mapping[str, int], shape: Mapping[str, int]) -> float | None:
 
 
 def choose(
-    op: str, dtype: str, target: Target, impl: Impl | str | None = None, shape: Mapping[str, int] | None = None
+    op: str,
+    dtype: str,
+    target: Target,
+    impl: Impl | str | None = None,
+    shape: Mapping[str, int] | None = None,
+    triton_cannot: str = "",
 ) -> Choice:
     """The implementation to run.
 
@@ -177,6 +187,8 @@ def choose(
     shape
         Sizes and flags of the problem, as rows of :data:`geneformer_kernels.measured.MEASURED` name them: ``width``,
         ``head_dim``, ``length``, ``needs_grad``, ... What is left out counts as unknown.
+    triton_cannot
+        Why the Triton kernels cannot serve a problem of this size, if they cannot.
 
     Raises
     ------
@@ -184,6 +196,11 @@ def choose(
         The implementation asked for by name cannot run for this dtype on this target.
     """
     options = candidates(op, dtype, target)
+    if triton_cannot:
+        options = tuple(
+            Candidate(option.impl, False, triton_cannot) if option.impl == Impl.TRITON and option.can_run else option
+            for option in options
+        )
     wanted, source = _wanted(op, impl)
     if wanted is not None:
         match = next((option for option in options if option.impl == wanted), None)

@@ -31,15 +31,17 @@ def choose_for(
     *,
     dtype: torch.dtype | None = None,
     shape: Mapping[str, int] | None = None,
+    triton_cannot: str = "",
 ) -> str:
     """Name of the implementation that runs ``op`` where ``x`` is, in ``dtype`` (default: that of ``x``).
 
-    ``shape`` is what the host knows of the problem's sizes (:func:`geneformer_kernels.dispatch.choose`). A compiled
-    function (``torch.compile``) keeps the choice that was made when it was compiled.
+    ``shape`` is what the host knows of the problem's sizes, ``triton_cannot`` why they are too large for the kernels
+    (:func:`geneformer_kernels.dispatch.choose`). A compiled function (``torch.compile``) keeps the choice that was made
+    when it was compiled.
     """
     name = DTYPE_NAMES[x.dtype if dtype is None else dtype]
     sizes = tuple((key, int(value)) for key, value in shape.items()) if shape is not None else ()
-    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl), sizes)
+    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl), sizes, triton_cannot)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -56,9 +58,10 @@ def _choice(
     device_index: int | None,
     impl: str | None,
     sizes: tuple[tuple[str, int], ...],
+    triton_cannot: str,
 ) -> str:
     target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
-    return str(choose(op, dtype, target, impl, dict(sizes)).impl)
+    return str(choose(op, dtype, target, impl, dict(sizes), triton_cannot).impl)
 
 
 def is_one_pass(x: torch.Tensor, out_dtype: torch.dtype, *others: torch.Tensor | None) -> bool:

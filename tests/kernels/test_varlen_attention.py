@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from geneformer_kernels import varlen_attention
+from geneformer_kernels import attention_scores, varlen_attention
 from geneformer_kernels.dispatch import ImplUnavailableError
 from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.host import softmax_, varlen_attention_blocked
@@ -163,3 +163,20 @@ def test_softmax_of_blocks_keeps_nan_in_its_row() -> None:
     scores[0, 3] = 1.0
     softmax_(scores)
     assert scores[0].tolist() == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0], abs=1e-37)
+
+
+def test_scores_are_the_weights_that_attention_mixes_with() -> None:
+    q, k, v, cu_seqlens = inputs(torch.float64, 2, 8, [5, 0, 1, 9])
+    scores = attention_scores(q, k, cu_seqlens=cu_seqlens, scale=0.7)
+    assert [tuple(cell.shape) for cell in scores] == [(2, 5, 5), (2, 0, 0), (2, 1, 1), (2, 9, 9)]
+    mixed = [
+        (cell @ part.transpose(0, 1)).transpose(0, 1) for cell, part in zip(scores, v.split([5, 0, 1, 9]), strict=True)
+    ]
+    out = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=0.7)
+    torch.testing.assert_close(torch.cat(mixed), out)
+    for cell in scores:
+        torch.testing.assert_close(cell.sum(-1), torch.ones(cell.shape[:2], dtype=torch.float64))
+    with pytest.raises(ValueError, match="one shape"):
+        attention_scores(q, k[:-1], cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="scale"):
+        attention_scores(q, k, cu_seqlens=cu_seqlens, scale=-1.0)

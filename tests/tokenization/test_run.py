@@ -322,6 +322,25 @@ def test_command(corpus, vocabulary, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("storage", ["csr", "dense"])
+def test_command_reports_what_the_official_tool_does_otherwise(vocabulary, tmp_path, capsys, storage):
+    adata = make_cells(20, storage=storage)
+    adata.var["ensembl_id"] = [*adata.var_names[:-1], adata.var_names[0]]
+    adata.obs["n_counts"] = np.asarray(adata.X.sum(1)).ravel().astype("float32")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    vocabulary.save(tmp_path / "vocabulary")
+    out = str(tmp_path / "out")
+    assert (
+        main(["tokenize", str(tmp_path / "cells.h5ad"), "--out", out, "--dictionary", str(tmp_path / "vocabulary")])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "totals are float32, and ranks follow their rounding" in said
+    assert "duplicated: 1 (of these repeat an id literally" in said
+    assert ("columns of one gene the official tokenizer cannot sum" in said) == (storage == "dense")
+    assert open_tokens(out).manifest["inputs"][0]["n_counts_dtype"] == "float32"
+
+
 def test_ordered_map_keeps_order_bounds_and_stops():
     import threading
 

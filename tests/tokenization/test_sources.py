@@ -406,7 +406,9 @@ def test_10x_version_2_and_several_genomes(shared_dir):
         assert (source.n_cells, source.n_genes) == (12, 343)
         one = read_back(source)
     several = folder / "multiple_genomes.h5"
-    with pytest.raises(InputError, match=r"several genomes \(another_genome, hg19_chr21\); choose one with layer="):
+    with pytest.raises(
+        InputError, match=r"several genomes \(another_genome, hg19_chr21\); choose one with layer= \(tokenize --layer"
+    ):
         open_source(several)
     with open_source(several, layer="hg19_chr21") as source:
         np.testing.assert_array_equal(read_back(source), one)

@@ -67,7 +67,7 @@ def test_the_token_budget_changes_roundings_only(ground: Ground) -> None:
 @pytest.mark.parametrize(("precision", "band"), [("bfloat16", 0.01), ("float16", 0.003)])
 def test_lower_precision_learns_the_same(ground: Ground, precision: str, band: float) -> None:
     """Autocast over float32 weights; float16 with its losses scaled, so that small gradients survive."""
-    recipe = dataclasses.replace(SHORT, epochs=4)
+    recipe = SHORT
     models = {name: ground.model(dropout=0.0, attention_dropout=0.0) for name in ("float32", precision)}
     histories = {
         name: ground.fit(model, dataclasses.replace(recipe, precision=name), eval_cells=ground.eval_cells)
@@ -253,3 +253,26 @@ def test_time_ends_training(ground: Ground, tmp_path: Path) -> None:
     again = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run", resume=True)
     assert again.steps == []
     assert again.evaluations == history.evaluations
+
+
+class Undefined(MaskedGenes):
+    """A metric that is NaN until it is not, as a ROC AUC of one class is."""
+
+    n_calls = 0
+
+    def metrics(self, model: torch.nn.Module, batches: Any) -> dict[str, float]:
+        self.n_calls += 1
+        found = super().metrics(model, batches)
+        return found | {"auc": np.float32("nan") if self.n_calls in (1, 3) else np.float32(0.5 + self.n_calls / 100)}
+
+
+def test_undefined_metrics_are_no_best(ground: Ground, tmp_path: Path) -> None:
+    good = ground.objective()
+    recipe = dataclasses.replace(SHORT, steps=8, eval_every=2, save_every=2, monitor="auc", is_greater_better=True)
+    options: dict[str, Any] = dict(eval_cells=ground.eval_cells, out=tmp_path / "run")
+    history = ground.fit(ground.model(), recipe, objective=Undefined(good.kinds, good.masking), **options)
+    assert [np.isnan(entry["auc"]) for entry in history.evaluations] == [True, False, True, False]
+    assert history.best == history.evaluations[3]
+    again = ground.fit(ground.model(), recipe, objective=good, resume=True, **options)
+    assert str(again.evaluations) == str(history.evaluations)
+    assert again.best == history.best

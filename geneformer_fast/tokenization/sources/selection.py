@@ -14,6 +14,8 @@ from geneformer_fast.tokenization.sources.reading import reading
 # log1p of counts per ten thousand or per million stays far below this; TPM and counts do not.
 _LOG_MAX = 30.0
 _SHOWN = 4
+#: For messages: how a user says which matrix holds the counts.
+CHOSEN_BY = "layer= (tokenize --layer, embed --counts-layer)"
 
 
 @dataclass
@@ -45,12 +47,12 @@ def choose_counts(
     else:
         label = _first_with_counts(name, by_label, ("raw/X", "X"))
         if label is None:
-            raise InputError(f"{name}: has no matrix X; choose one with layer=. There are {_listed(by_label)}")
+            raise InputError(f"{name}: has no matrix X; choose one with {CHOSEN_BY}. There are {_listed(by_label)}")
     matrix = _open(name, by_label[label])
     problem = what_is_wrong(_sample(name, label, matrix), allow_float=allow_float)
     if problem is not None:
         others = [key for key in by_label if key != label and _holds_counts(name, by_label[key])]
-        hint = f" {', '.join(others)} holds counts: choose it with layer=." if others else ""
+        hint = f" {', '.join(others)} holds counts: choose it with {CHOSEN_BY}." if others else ""
         raise InputError(f"{name}: {label} does not hold counts: {problem}.{hint}")
     return label, matrix
 

@@ -13,7 +13,7 @@ import numpy as np
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
 from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import shown
+from geneformer_fast.tokenization.sources.selection import CHOSEN_BY, shown
 from geneformer_fast.tokenization.sources.table import Table, as_text
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class CountSource:
         examples = ", ".join(repr(name) for name in dict.fromkeys(repeated[:_MAX_NAMED]))
         raise InputError(
             f"{self.name}: {len(repeated)} cell names (barcodes) appear more than once, e.g. {examples}. Results could "
-            "not be told apart by name: call adata.obs_names_make_unique() and save, or allow_duplicate_cells=True "
-            "(cells are then told apart by their row)."
+            "not be told apart by name: call adata.obs_names_make_unique() and save, or pass --allow-duplicate-cells "
+            "(allow_duplicate_cells=True): cells are then told apart by their row."
         )
 
     def blocks(self, start: int = 0, stop: int | None = None, rows: int = 4096) -> Iterator[CountBlock]:
@@ -204,7 +204,7 @@ class CountSource:
         places = np.flatnonzero(bad)
         row = int(np.searchsorted(block.indptr, places[0], side="right")) - 1
         gene = int(block.indices[places[0]])
-        advice = "Give the raw counts: choose another matrix with layer=, or put them into adata.raw."
+        advice = f"Give the raw counts: choose another matrix with {CHOSEN_BY}, or put them into adata.raw."
         if self._whole and not (~((data >= 0) & (data < np.inf))).any():
             advice += " TPM-like values pass with --allow-float (allow_float=True)."
         raise InputError(

@@ -7,6 +7,7 @@ import numpy as np
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountMatrix
 from geneformer_fast.tokenization.sources.columns import ColumnSubset
+from geneformer_fast.tokenization.sources.selection import CHOSEN_BY
 from geneformer_fast.tokenization.sources.table import Table
 
 GENE_EXPRESSION = "Gene Expression"
@@ -52,7 +53,9 @@ def gene_features(
             ids = [text.removeprefix(prefix) for text in features["gene_ids"]]
             features = {**features, "gene_ids": np.array(ids, dtype=object)}
     elif genome is not None:
-        raise InputError(f"{name}: layer {genome!r} was asked for, but the file names no genomes; leave layer= out")
+        raise InputError(
+            f"{name}: layer {genome!r} was asked for, but the file names no genomes; leave layer= (--layer) out"
+        )
     if keep.all():
         kept, columns = matrix, features
     else:
@@ -74,5 +77,5 @@ def choose_genome(name: str, present: list[str], asked: str | None) -> str | Non
             raise InputError(f"{name}: no genome {asked!r}; there are {', '.join(present) or 'none'}")
         return asked
     if len(present) > 1:
-        raise InputError(f"{name}: holds several genomes ({', '.join(present)}); choose one with layer=")
+        raise InputError(f"{name}: holds several genomes ({', '.join(present)}); choose one with {CHOSEN_BY}")
     return present[0] if present else None

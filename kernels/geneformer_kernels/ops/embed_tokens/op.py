@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.embed_tokens import reference
-from geneformer_kernels.ops.embed_tokens.plan import EmbedTokensPlan, check_width, plan
+from geneformer_kernels.ops.embed_tokens.plan import MAX_WIDTH, EmbedTokensPlan, plan
 
 
 @torch.library.custom_op("geneformer_kernels::embed_tokens_fwd", mutates_args=())
@@ -321,7 +322,7 @@ def embed_tokens(
     Raises
     ------
     ValueError
-        Shapes or dtypes do not fit, ``dropout_p`` is no probability, or rows are too wide for the kernel.
+        Shapes or dtypes do not fit, or ``dropout_p`` is no probability.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -335,9 +336,10 @@ def embed_tokens(
     inputs = (token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
     shape = {"width": token_table.shape[1], "needs_grad": needs_gradient(*inputs[2:])}
     narrow = wide if wide == torch.float64 else out_dtype
-    chosen = choose_for("embed_tokens", token_table, impl, dtype=narrow, shape=shape)
+    is_wide = token_table.shape[1] > MAX_WIDTH
+    cannot = f"the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {token_table.shape[1]:,}" if is_wide else ""
+    chosen = choose_for("embed_tokens", token_table, impl, dtype=narrow, shape=shape, triton_cannot=cannot)
     if chosen == "triton":
-        check_width(token_table.shape[1])
         if not dropout_p:
             seed = None
         elif seed is None:
@@ -348,7 +350,7 @@ def embed_tokens(
         stream, _ = reference.embed_tokens(*inputs, eps, wide)
     else:
         stream = _embed_tokens_torch(*inputs, eps)
-    stream = F.dropout(stream, dropout_p) if dropout_p else stream
+    stream = dropout(stream, dropout_p)
     return stream, stream.to(out_dtype)
 
 

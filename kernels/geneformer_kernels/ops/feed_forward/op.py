@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import feed_forward_fwd, feed_forward_layernorm_fwd, is_fused
@@ -227,7 +228,7 @@ def feed_forward_layernorm(
         return add_layer_norm(total, residual, weight, bias, eps, norm)
     # The sum of a half and a float32 is float32: no copy of the half is made.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = F.dropout(total, dropout_p) if dropout_p else total
+    total = dropout(total, dropout_p)
     total = total.to(wide) if residual is None else residual.to(wide) + total
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return normed if norm == "post" else total, normed.to(out_dtype)

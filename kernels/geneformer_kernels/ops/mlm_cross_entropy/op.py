@@ -34,6 +34,11 @@ def mlm_cross_entropy_fwd(
             return _empty((0,), bias), _empty((0,), bias), _empty((0,), bias)
         if impl == Impl.TRITON:
             return _launch_fwd(hidden, weight, bias, targets, ignore_index)
+        if _is_compiled(hidden):
+            # Numba is needed on this branch only.
+            from geneformer_kernels.ops.mlm_cross_entropy import host
+
+            return host.forward(hidden, weight, bias, targets, ignore_index)
         rows = plan.rows_per_chunk(len(weight), target_for(hidden))
         return row_chunks.forward(hidden, weight, bias, targets, ignore_index, rows)
 
@@ -77,6 +82,10 @@ def mlm_cross_entropy_bwd(
         rows = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), _wide(bias, hidden), targets.contiguous()
         if impl == Impl.TRITON:
             gradients = _launch_bwd(*rows, row_max, row_sum, scale, needs)
+        elif _is_compiled(hidden):
+            from geneformer_kernels.ops.mlm_cross_entropy import host
+
+            gradients = host.backward(*rows, row_max, row_sum, scale, needs)
         else:
             n_rows = plan.rows_per_chunk(len(weight), target_for(hidden))
             gradients = row_chunks.backward(*rows, row_max, row_sum, scale, needs, n_rows)
@@ -110,6 +119,11 @@ mlm_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 def _plainly_on(x: torch.Tensor) -> torch.autocast:
     """Autocast off: the dtypes of the products are those of the tensors, in the backward pass as in the forward."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _is_compiled(hidden: torch.Tensor) -> bool:
+    """Whether the compiled loops of the CPU serve, rather than torch's operators."""
+    return hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
 
 
 def _wide(bias: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,22 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     return F.linear(hidden, weight, bias.to(hidden.dtype)).to(wide_dtype(hidden.dtype))
 
 
+def columns(targets: torch.Tensor, ignore_index: int, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Targets made safe to index with, which of them count, and which of those are in the vocabulary.
+
+    Raises
+    ------
+    IndexError
+        On the CPU: a target is outside the vocabulary.
+    """
+    is_counted = targets != ignore_index
+    is_valid = is_counted & (targets >= 0) & (targets < n_vocab)
+    if targets.device.type == "cpu" and not torch.equal(is_valid, is_counted):
+        wrong = targets[is_counted & ~is_valid][0].item()
+        raise IndexError(f"target {wrong} is outside the vocabulary of {n_vocab} and is not ignore_index")
+    return torch.where(is_valid, targets, 0), is_counted, is_valid
+
+
 def forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -51,13 +67,8 @@ def forward(
     IndexError
         On the CPU: a target is outside the vocabulary. Other devices are not waited for; there the loss is NaN.
     """
-    n_vocab = weight.shape[0]
-    is_counted = targets != ignore_index
-    is_valid = is_counted & (targets >= 0) & (targets < n_vocab)
-    if targets.device.type == "cpu" and not torch.equal(is_valid, is_counted):
-        wrong = targets[is_counted & ~is_valid][0].item()
-        raise IndexError(f"target {wrong} is outside the vocabulary of {n_vocab} and is not ignore_index")
-    column = torch.where(is_valid, targets, 0)[:, None]
+    column, is_counted, is_valid = columns(targets, ignore_index, weight.shape[0])
+    column = column[:, None]
     loss, row_max, row_sum = (torch.empty(targets.shape, dtype=bias.dtype, device=bias.device) for _ in range(3))
     for first in range(0, len(targets), rows):
         chunk = slice(first, first + rows)

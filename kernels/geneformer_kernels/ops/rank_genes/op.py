@@ -6,6 +6,7 @@ import torch
 
 from geneformer_kernels.dispatch import Impl, choose
 from geneformer_kernels.ops.rank_genes import reference
+from geneformer_kernels.ops.rank_genes.plan import MAX_RANK_BITS
 from geneformer_kernels.target import target_of
 
 
@@ -45,7 +46,7 @@ def rank_genes(
         [G] integers: index of each column's gene in ``token_ids`` and ``medians``, -1 for columns to leave out. Columns
         of one gene are summed.
     token_ids, medians
-        [n] token id and float64 corpus median of each gene. On a GPU at most 262,144 of them.
+        [n] token id and float64 corpus median of each gene. For more than 262,144 of them the reference runs on a GPU.
     keep
         Most genes to keep per cell; any number.
     first, last
@@ -79,7 +80,9 @@ def rank_genes(
     """
     _check_shapes(indptr, indices, data, n_counts, token_ids, medians, keep, first, last, padded_length)
     shape = {"keep": keep, "n_expressed": len(indices) // max(len(n_counts), 1)}
-    choice = choose("rank_genes", "float64", target_of(data.device), impl, shape)
+    too_many = len(token_ids) > 1 << MAX_RANK_BITS
+    cannot = f"ranking on a GPU knows at most {1 << MAX_RANK_BITS:,} genes, not {len(token_ids):,}" if too_many else ""
+    choice = choose("rank_genes", "float64", target_of(data.device), impl, shape, cannot)
     if choice.impl == Impl.TRITON:
         from geneformer_kernels.ops.rank_genes import device
 

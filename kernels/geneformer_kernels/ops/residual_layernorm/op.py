@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.residual_layernorm import reference
-from geneformer_kernels.ops.residual_layernorm.plan import check_width, plan
+from geneformer_kernels.ops.residual_layernorm.plan import MAX_WIDTH, plan
 
 NORMS = ("post", "pre")
 
@@ -273,7 +274,7 @@ def residual_layernorm(
     Raises
     ------
     ValueError
-        Shapes do not fit, ``norm`` is unknown, ``dropout_p`` is no probability, or rows are too wide for the kernel.
+        Shapes do not fit, ``norm`` is unknown, or ``dropout_p`` is no probability.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -294,11 +295,11 @@ def residual_layernorm(
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
     shape = {"width": x.shape[-1], "needs_grad": needs_gradient(x, residual, weight, bias)}
-    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow, shape=shape)
+    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow, shape=shape, triton_cannot=too_wide(x.shape[-1]))
     if chosen == "triton":
         return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
     if dropout_p:
-        x = F.dropout(x, dropout_p)
+        x = dropout(x, dropout_p)
     if chosen == "reference":
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
     if is_one_pass(x, out_dtype, residual, weight, bias):
@@ -310,6 +311,11 @@ def residual_layernorm(
     total = x.to(wide) if residual is None else residual.to(wide) + x
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
+
+
+def too_wide(width: int) -> str:
+    """Why the kernel cannot take rows of a width; empty where it can."""
+    return "" if width <= MAX_WIDTH else f"the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {width:,}"
 
 
 def _residual_layernorm_triton(
@@ -324,7 +330,6 @@ def _residual_layernorm_triton(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
-    check_width(width)
     if not dropout_p:
         seed = None
     elif seed is None:

@@ -8,13 +8,17 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, add_in_any_order, as_bits, as_float, from_bfloat16, to_bfloat16
+from geneformer_kernels.compiled import (
+    LOG2_E,
+    LOOP,
+    add_in_any_order,
+    as_bits,
+    as_float,
+    from_bfloat16,
+    power_of_two,
+    to_bfloat16,
+)
 
-LOG2_E = np.float32(1.4426950408889634)
-# Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
-_ROUND = np.float32(12582912.0)
-# 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
-_C3, _C2, _C1, _C0 = (np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
 # Sums of unshifted weights within these lost nothing: none was held back, and the largest is far from underflow.
 _LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-20), np.float32(2.0**100)
 
@@ -115,17 +119,24 @@ def _centre_head(rows, length, scale, mean):
 # Each act is a loop of its own over a row that stays in the first-level cache: simple enough to become vector code.
 @numba.njit(**LOOP)
 def _softmax_rows(rows, weights):
-    signed, length = rows.view(np.int16), len(weights)
+    length = len(weights)
     for i in range(rows.shape[0]):
-        row = rows[i, :length]
-        # Scores need no shift as long as their powers and the sum of these are float32 numbers: with keys centred a
-        # row's mean is 0, so only rows with a score near 69 or beyond need a second try with the largest taken away.
-        total = exp2_of(row, np.float32(0), weights)
-        if not _LEAST_TOTAL < total < _MOST_TOTAL:
-            largest = as_float(np.uint32(np.uint16(largest_of(signed[i, :length]))) << np.uint32(16))
-            total = exp2_of(row, largest * LOG2_E, weights)
-        narrow(weights, np.float32(1) / total, row)
+        _, total = weigh(rows[i, :length], weights)
+        narrow(weights, np.float32(1) / total, rows[i, :length])
         rows[i, length:] = 0
+
+
+@numba.njit(**LOOP)
+def weigh(row, weights):
+    """Fills weights with ``2**(row * log2(e) - shift)``; returns the shift and the sum."""
+    # Scores need no shift as long as their powers and the sum of these are float32 numbers: with keys centred a row's
+    # mean is 0, so only rows with a score near 69 or beyond need a second try with the largest taken away.
+    shift = np.float32(0)
+    total = exp2_of(row, shift, weights)
+    if not _LEAST_TOTAL < total < _MOST_TOTAL:
+        shift = as_float(np.uint32(np.uint16(largest_of(row.view(np.int16)))) << np.uint32(16)) * LOG2_E
+        total = exp2_of(row, shift, weights)
+    return shift, total
 
 
 @numba.njit(**LOOP)
@@ -136,18 +147,6 @@ def largest_of(row):
         key = row[j] ^ ((row[j] >> np.int16(15)) & np.int16(0x7FFF))
         largest = max(largest, key)
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
-
-
-@numba.njit(inline="always", **LOOP)
-def power_of_two(power):
-    """2**power; its caller must not let the compiler reorder, which would simplify the rounding away."""
-    # Written so that NaN stays NaN: it must not come out as a weight.
-    power = np.float32(-126) if power < np.float32(-126) else power
-    # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
-    shifted = power + _ROUND
-    rest = power - (shifted - _ROUND)
-    fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
-    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
 
 
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)

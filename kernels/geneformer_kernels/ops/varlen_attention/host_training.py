@@ -13,12 +13,10 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, as_float, from_bfloat16, to_bfloat16
+from geneformer_kernels.compiled import LOG2_E, LOOP, from_bfloat16, power_of_two, to_bfloat16
+from geneformer_kernels.dropout_loops import WEYL, hashed, keep_scale_of, key_of, threshold_of
 from geneformer_kernels.ops.varlen_attention import host
 from geneformer_kernels.shares import in_shares
-
-# What a row's key gains from one column to the next: 2**32 over the golden ratio, odd.
-_WEYL = np.uint32(0x9E3779B9)
 
 
 class Attention:
@@ -44,8 +42,7 @@ class Attention:
         self.n_tokens, self.n_heads, self.head_dim = shape
         self.cells = [(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop]
         self.scale, self.block_rows = scale, host.whole_steps(block_rows)
-        self.threshold = np.uint32(min(round(dropout_p * 2**32), 2**32 - 1))
-        self.keep_scale = np.float32(1 / (1 - dropout_p))
+        self.threshold, self.keep_scale = threshold_of(dropout_p), keep_scale_of(dropout_p)
         self.seed = np.uint64(seed)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,24 +172,12 @@ class _Buffers:
         return heads
 
 
-# Two 32-bit multiplications and shifts ("lowbias32", Wellons, "Prospecting for hash functions", 2018). Four times
-# cheaper than Philox in vector code; dropout asks for a mask that looks like chance, not for cryptography.
-@numba.njit(inline="always", **LOOP)
-def _hashed(x):
-    x = np.uint32(x)
-    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
-    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
-    return np.uint32(x ^ (x >> np.uint32(16)))
-
-
 @numba.njit(**LOOP)
 def _fill_row_keys(seed, start, keys):
     n_heads, length = keys.shape
-    low, high = _hashed(np.uint32(seed)), np.uint32(seed >> np.uint64(32))
     for head in range(n_heads):
         for i in range(length):
-            row = (start + np.uint64(i)) * np.uint64(n_heads) + np.uint64(head)
-            keys[head, i] = _hashed(_hashed(np.uint32(row) ^ low) ^ np.uint32(row >> np.uint64(32)) ^ high)
+            keys[head, i] = key_of(seed, (start + np.uint64(i)) * np.uint64(n_heads) + np.uint64(head))
 
 
 @numba.njit(**LOOP)
@@ -202,10 +187,8 @@ def _soften(scores, length, lse, row_keys, threshold, keep_scale):
     for head in range(scores.shape[0]):
         for i in range(lse.shape[1]):
             row = scores[head, i]
-            largest = as_float(np.uint32(np.uint16(host.largest_of(row[:length].view(np.int16)))) << np.uint32(16))
-            largest = largest * host.LOG2_E
-            total = host.exp2_of(row[:length], largest, weights)
-            lse[head, i] = largest + np.log2(total)
+            shift, total = host.weigh(row[:length], weights)
+            lse[head, i] = shift + np.log2(total)
             if threshold:
                 _drop(weights, row_keys[head, i], threshold)
                 total = total / keep_scale
@@ -216,8 +199,8 @@ def _soften(scores, length, lse, row_keys, threshold, keep_scale):
 @numba.njit(**LOOP)
 def _drop(weights, key, threshold):
     for j in range(len(weights)):
-        hashed = _hashed(key + np.uint32(j) * _WEYL)
-        weights[j] = weights[j] if hashed >= threshold else np.float32(0)
+        is_kept = hashed(key + np.uint32(j) * WEYL) >= threshold
+        weights[j] = weights[j] if is_kept else np.float32(0)
 
 
 @numba.njit(**LOOP)
@@ -230,7 +213,7 @@ def _differentiate(scores, d_weights, n_rows, low, lse, delta, row_keys, thresho
             if threshold:
                 _differentiate_dropped(
                     row[:length], d_row[:length], lse[head], delta[head], row_keys[head],
-                    np.uint32(low + i) * _WEYL, threshold, keep_scale,
+                    np.uint32(low + i) * WEYL, threshold, keep_scale,
                 )  # fmt: skip
             else:
                 _differentiate_row(row[:length], d_row[:length], lse[head], delta[head])
@@ -243,7 +226,7 @@ def _differentiate(scores, d_weights, n_rows, low, lse, delta, row_keys, thresho
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _differentiate_row(row, d_row, lse, delta):
     for j in range(len(row)):
-        weight = host.power_of_two(from_bfloat16(row[j]) * host.LOG2_E - lse[j])
+        weight = power_of_two(from_bfloat16(row[j]) * LOG2_E - lse[j])
         row[j] = to_bfloat16(weight)
         d_row[j] = to_bfloat16(weight * (from_bfloat16(d_row[j]) - delta[j]))
 
@@ -251,8 +234,8 @@ def _differentiate_row(row, d_row, lse, delta):
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
 def _differentiate_dropped(row, d_row, lse, delta, row_keys, column, threshold, keep_scale):
     for j in range(len(row)):
-        weight = host.power_of_two(from_bfloat16(row[j]) * host.LOG2_E - lse[j])
-        kept = keep_scale if _hashed(row_keys[j] + column) >= threshold else np.float32(0)
+        weight = power_of_two(from_bfloat16(row[j]) * LOG2_E - lse[j])
+        kept = keep_scale if hashed(row_keys[j] + column) >= threshold else np.float32(0)
         row[j] = to_bfloat16(weight * kept)
         d_row[j] = to_bfloat16(weight * (from_bfloat16(d_row[j]) * kept - delta[j]))
 

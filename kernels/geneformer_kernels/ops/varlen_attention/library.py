@@ -20,13 +20,16 @@ _LSE_STEP = 32
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic mode within the block, whatever it was before."""
+    """torch's deterministic mode within the block, whatever it was before.
+
+    The public function would reach for the compiler's settings as well.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def attend(

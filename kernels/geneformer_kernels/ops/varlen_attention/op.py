@@ -36,14 +36,12 @@ def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropo
 def _choose(
     q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cu_seqlens: torch.Tensor, needs_grad: bool
 ) -> str:
-    if q.shape[-1] > MAX_HEAD_DIM:
-        if impl is not None and str(impl) == Impl.TRITON:
-            raise ValueError(f"triton serves head dimensions up to {MAX_HEAD_DIM}, not {q.shape[-1]}: use impl='torch'")
-        impl = Impl.TORCH if impl is None else impl
+    is_wide = q.shape[-1] > MAX_HEAD_DIM
+    cannot = f"the Triton kernels serve head dimensions up to {MAX_HEAD_DIM}, not {q.shape[-1]}" if is_wide else ""
     shape = {"head_dim": q.shape[-1], "needs_grad": needs_grad, "has_dropout": dropout_p > 0}
     if not torch.compiler.is_compiling():  # a compiled function serves batches of any number of tokens
         shape["length"] = q.shape[0] // max(len(cu_seqlens) - 1, 1)
-    choice = choose_for(OP, q, impl, shape=shape)
+    choice = choose_for(OP, q, impl, shape=shape, triton_cannot=cannot)
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
@@ -154,7 +152,9 @@ def varlen_attention_qkv(
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
     q, k, v = qkv.unbind(1)
-    if _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) != Impl.TRITON:
+    # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
+    is_triton = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) == Impl.TRITON
+    if not is_triton:
         return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     scale = _check(q, cu_seqlens, scale, dropout_p)
     from geneformer_kernels.ops.varlen_attention import launches
