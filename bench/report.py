@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_report
+from bench import finetune_report, gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -58,7 +58,8 @@ def _machine(results: Sequence[Result]) -> str:
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
     blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
     blocks += [_training(result) for result in of_case("train_")]
-    for prefix, table in (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)):
+    tables = (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("finetune_", _finetuning))
+    for prefix, table in tables:
         if found := of_case(prefix):
             blocks.append(table(found))
     return "\n\n".join(blocks)
@@ -179,6 +180,11 @@ def _memory(results: Sequence[Result]) -> str:
             )
     header = ("", "cells", "peak memory", "goal", "seconds, start included")
     return _block("Peak memory of whole commands, as the operating system counts it.", header, rows, results)
+
+
+def _finetuning(results: Sequence[Result]) -> str:
+    (result,) = results
+    return _block(finetune_report.title(result), finetune_report.header(), finetune_report.rows(result), results)
 
 
 def _block(

@@ -91,7 +91,8 @@ class AsTheyAre:
 
 
 def _objective(tokens: Any, config: Any) -> Any:
-    from geneformer_fast.data.identity import TokenKinds, identity_of
+    from geneformer_fast.data.identity import identity_of
+    from geneformer_fast.data.kinds import TokenKinds
     from geneformer_fast.data.masking import Masking
     from geneformer_fast.training.masked_genes import MaskedGenes
 

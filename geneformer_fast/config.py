@@ -177,6 +177,44 @@ class EncoderConfig:
         return cls(**values)
 
 
+def device_named(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises
+    ------
+    UnsupportedError
+        No device has this name.
+    """
+    import torch
+
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UnsupportedError(f"no device is called {device!r}; use cpu, cuda, or cuda:N") from None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name, if something can be put there.
+
+    Raises
+    ------
+    UnsupportedError
+        No device has this name, or torch cannot use it here.
+    """
+    import torch
+
+    found = device_named(device)
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"device {str(device)!r} cannot be used here ({reason}); torch sees {torch.cuda.device_count()} CUDA "
+            "devices. Use cpu, or leave the device out"
+        ) from None
+    return found
+
+
 def matmul_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype | None:
     """The precision policy: which dtype weights and matrix products have.
 

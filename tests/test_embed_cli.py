@@ -97,6 +97,8 @@ def test_overwrite(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("cells.h5ad", ["--obs", "celltype"], "celltype"),
         ("cells.h5ad", ["--dictionary", "no-such-folder"], "no-such-folder"),
         ("cells.h5ad", ["--dtype", "int3"], "int3"),
+        ("tokens", ["--device", "abacus"], "no device is called 'abacus'"),
+        ("tokens", ["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(

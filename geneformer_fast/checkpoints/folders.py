@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from geneformer_fast.checkpoints import hf, native
+from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 
 
@@ -38,8 +39,10 @@ def load(
     ------
     CheckpointError
         Files are missing, truncated or do not fit together; names the file, the tensor and both shapes.
+    UnsupportedError
+        There is no such device or dtype here.
     """
-    folder = Path(path)
+    folder, device = Path(path), usable_device(device)
     if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
         return native.load_native(folder, dtype=dtype, device=device)
     return hf.load(folder, dtype=dtype, device=device)

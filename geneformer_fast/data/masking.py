@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_fast.data.identity import TokenKinds
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.ragged import Ragged

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from geneformer_fast.data.batches import BatchPlan, evaluation_pieces
-from geneformer_fast.data.identity import TokenKinds, identity_of
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.loader import load_pieces, read_ragged
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.encoder import Encoder

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from geneformer_fast.config import device_named, usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.ragged import Ragged
@@ -93,9 +94,12 @@ def local_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; by default a GPU if there is one, under torchrun this process's own."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = device_named(device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+        is_there = torch.cuda.is_available()
+        index = os.environ.get("LOCAL_RANK", torch.cuda.current_device() if is_there else 0)
+        device = torch.device("cuda", int(index))
+    device = usable_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from geneformer_fast.data.identity import TokenKinds
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import MaskedBatch, Masking, mask_genes
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.encoder import Encoder

@@ -15,7 +15,8 @@ import torch
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.native import MODEL_TYPE
 from geneformer_fast.config import PRESETS, EncoderConfig
-from geneformer_fast.data.identity import TokenKinds, identity_of
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens

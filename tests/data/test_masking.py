@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geneformer_fast import Ragged
-from geneformer_fast.data.identity import TokenKinds
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import MaskedBatch, Masking, mask_genes
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.errors import UnsupportedError

@@ -10,7 +10,8 @@ import torch
 import toys
 
 import geneformer_fast as gf
-from geneformer_fast.data.identity import TokenKinds, identity_of
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.loop import fit

@@ -10,7 +10,7 @@ import torch
 
 from geneformer_fast import Ragged, load
 from geneformer_fast.data.batches import BatchPlan
-from geneformer_fast.data.identity import TokenKinds
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.engine import Engine

@@ -21,7 +21,9 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     triton = triton_candidate(OP, dtype, target)
     if dtype == "float64":
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
-    torch = Candidate(Impl.TORCH, True, "torch add and layer_norm in float32")
+    is_short = target.kind == "cpu" and dtype == "bfloat16"
+    one_pass = ", one compiled pass for inference on up to two threads" if is_short else ""
+    torch = Candidate(Impl.TORCH, True, f"torch add and layer_norm in float32{one_pass}")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
