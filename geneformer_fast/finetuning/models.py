@@ -16,6 +16,7 @@ from torch import nn
 
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import Source, is_bert
+from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
@@ -35,13 +36,12 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     UnsupportedError
         The encoder reads values, not tokens.
     """
-    if device is None and not isinstance(model, Encoder):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = (
-        copy.deepcopy(model) if isinstance(model, Encoder) else load(model, dtype="float32", device=device or "cpu")
-    )
-    if device is not None:
-        encoder = encoder.to(device)
+    if isinstance(model, Encoder):
+        encoder = copy.deepcopy(model)
+        encoder = encoder if device is None else encoder.to(usable_device(device))
+    else:
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = load(model, dtype="float32", device=fastest if device is None else device)
     if encoder.config.inputs != "tokens":
         raise UnsupportedError("this encoder reads values, not ranked tokens; fine-tuning serves encoders over tokens")
     return encoder.cast("float32")
