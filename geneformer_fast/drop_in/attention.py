@@ -41,8 +41,9 @@ def register_attention(name: str = NAME) -> str:
     Notes
     -----
     Attention alone is packed: everything else computes on padding too, and padding is removed in every layer.
-    :func:`geneformer_fast.accelerate` does better for BERT. Masks [B, L] are packed; a mask of more axes is handed to
-    torch's attention, with one warning. Causal and cross attention are refused.
+    :func:`geneformer_fast.accelerate` does better for BERT, which takes attention by name from release 5 on. Masks
+    [B, L] are packed; a mask of more axes is handed to torch's attention, with one warning. Causal and cross attention
+    are refused.
 
     Examples
     --------

@@ -56,8 +56,8 @@ def packed_encoder(encoder: Any, stream: torch.Tensor, packed: Packed) -> Encode
     x = None if stream.dtype == packed.dtype else stream.to(packed.dtype)
     states, weights = [stream], []
     for layer in encoder.layer:
-        # Until 4.5x the encoder recomputes, later each layer does so itself.
-        if getattr(encoder, "gradient_checkpointing", False) and encoder.training:
+        # In the first releases served the encoder recomputes, later each layer does so itself.
+        if not hasattr(layer, "gradient_checkpointing") and _is_recomputing(encoder):
             stream, x, scores = encoder._gradient_checkpointing_func(layer.__call__, stream, x, packed)
         else:
             stream, x, scores = layer(stream, x, packed)
@@ -71,10 +71,13 @@ def packed_encoder(encoder: Any, stream: torch.Tensor, packed: Packed) -> Encode
 def packed_layer(layer: Any, stream: torch.Tensor, x: torch.Tensor | None, packed: Packed) -> tuple[Any, ...]:
     """BertLayer: (stream, x, attention weights of each cell or None)."""
     # Where __call__ is torch's own, recomputing belongs into the layer's forward; elsewhere __call__ has done it.
-    is_recomputing = getattr(layer, "gradient_checkpointing", False) and layer.training
-    if is_recomputing and type(layer).__call__ is nn.Module.__call__:
+    if _is_recomputing(layer) and type(layer).__call__ is nn.Module.__call__:
         return layer._gradient_checkpointing_func(functools.partial(_layer, layer), stream, x, packed)
     return _layer(layer, stream, x, packed)
+
+
+def _is_recomputing(module: Any) -> bool:
+    return getattr(module, "gradient_checkpointing", False) and module.training
 
 
 def _layer(layer: Any, stream: torch.Tensor, x: torch.Tensor | None, packed: Packed) -> tuple[Any, ...]:

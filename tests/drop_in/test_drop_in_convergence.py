@@ -36,9 +36,13 @@ def batch(step: int, n_cells: int, longest: int) -> dict[str, torch.Tensor]:
     return dict(input_ids=ids, attention_mask=mask.long(), labels=labels)
 
 
-def curve(seed: int, dropout: float, *, is_accelerated: bool, n_cells: int, longest: int, **size: Any) -> np.ndarray:
+def curve(
+    seed: int, dropout: float, *, is_accelerated: bool, n_cells: int, longest: int,
+    dtype: torch.dtype = torch.float32, **size: Any,
+) -> np.ndarray:  # fmt: skip
     """[N_STEPS] losses of one run; weights, batches and dropout depend on the seed only."""
-    model = bert(seed=seed, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **size).train()
+    model = bert(seed=seed, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **size)
+    model.to(dtype).train()
     if is_accelerated:
         gf.accelerate(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -98,5 +102,6 @@ def test_with_dropout_the_curves_agree_in_distribution() -> None:
 
 @pytest.mark.slow
 def test_a_larger_model() -> None:
-    check_same_curve(n_cells=12, longest=48, **LARGER)
+    # In float32 the optimizer turns roundings of a model that learns this well into other curves; not in float64.
+    check_same_curve(n_cells=12, longest=48, dtype=torch.float64, **LARGER)
     check_same_distribution(6, n_cells=12, longest=48, **LARGER)

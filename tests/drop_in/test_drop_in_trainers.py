@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,17 @@ from geneformer_fast.drop_in.outputs import LogitsOnDemand
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Any:
+    """accelerate keeps the precision of its first user for the whole process, some releases in the environment."""
+    from accelerate.state import AcceleratorState
+
+    with mock.patch.dict(os.environ):
+        AcceleratorState._reset_state(True)
+        yield
+    AcceleratorState._reset_state(True)
 
 
 class Cells(torch.utils.data.Dataset):
@@ -119,9 +132,7 @@ def test_logits_in_a_training_step_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keeps_wrapper", [False, True])
 def test_prepared_by_accelerate_and_undone_inside(keeps_wrapper: bool) -> None:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = bert("BertForMaskedLM").train()
     given = inputs()
@@ -140,7 +151,6 @@ def test_prepared_by_accelerate_and_undone_inside(keeps_wrapper: bool) -> None:
     torch.testing.assert_close(stock.loss, output.loss, atol=1e-2, rtol=1e-2)
     gf.accelerate(unwrapped)
     assert isinstance(vars(unwrapped(**given, **labels))["logits"], LogitsOnDemand)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
