@@ -103,7 +103,7 @@ def _training(result: Result) -> str:
     for name, row in candidates.items():
         speed = row["cells_per_s"]
         at_once = f", {row['batch_size']} cells at once" if row["batch_size"] else ""
-        compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-float32 / {name}")]
+        compared = [ratios.get(f"{ours} / {name}") for ours in ("ours", "accelerated", "ours-float32")]
         rows.append(
             (
                 f"**{row['what']}**" if row["is_ours"] else row["what"] + at_once,
@@ -132,7 +132,7 @@ def _training(result: Result) -> str:
         f"Goals: {', '.join(goals)}. Over {curve['n_steps']} steps without dropout, no step's loss differs from the "
         f"Trainer's in float32 by more than {' or '.join(differences)} nats."
     )
-    header = ("", "cells/s (p10 to p90)", "tokens/s", "ours is faster", "ours in float32 is faster", "peak memory")
+    header = ("", "cells/s (p10 to p90)", "tokens/s", "ours is faster", "accelerated", "in float32", "peak memory")
     return _block(title, header, rows, [result], note)
 
 
