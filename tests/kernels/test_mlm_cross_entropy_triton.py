@@ -71,6 +71,22 @@ def test_huge_logits(device: str) -> None:
     assert (gradients(mlm_cross_entropy, tensors, torch.ones(33, device=device), impl="triton")[0] >= 0).all()
 
 
+def test_small_losses(device: str) -> None:
+    """Between 0.01 and 0.9, as they are late in training."""
+    hidden, weight, bias, targets = on(device, torch.float32, (33, 20, 129))
+    hidden = hidden * 3
+    logits = hidden.double() @ weight.double().T + bias
+    targets = torch.where(targets == IGNORED, targets, logits.argmax(-1))
+    losses = logits.logsumexp(-1) - logits.amax(-1)
+    assert ((losses > 0.01) & (losses < 0.9)).sum() > 10
+    check(
+        [hidden, weight, bias, targets],
+        "triton",
+        torch.ones(33, device=device),
+        factor=factor_for(device, torch.float32),
+    )
+
+
 def test_entries_that_are_switched_off(device: str) -> None:
     """A bias of -inf takes an entry out, be it a whole block of them."""
     hidden, weight, bias, targets = on(device, torch.float32, (33, 20, 129))
@@ -118,8 +134,10 @@ def test_no_rows(device: str) -> None:
 
 @pytest.mark.parametrize("wrong", [100, -1, 2**32 + 5])
 def test_bad_target_makes_its_row_nan(device: str, wrong: int) -> None:
-    """... and reads nothing outside the weight."""
+    """... and reads nothing outside the weight, behind which zeros would make a number of it."""
     hidden, weight, bias, targets = on(device, torch.float16, (5, 20, 100))
+    weight = torch.cat([weight.half(), weight.new_zeros(50, 20).half()])[:100]
+    bias = torch.cat([bias, bias.new_zeros(50)])[:100]
     right = mlm_cross_entropy(hidden, weight, bias, targets, reduction="none", impl="triton")
     targets[3] = wrong
     loss = mlm_cross_entropy(hidden, weight, bias, targets, reduction="none", impl="triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from fences import nan_behind
 from geneformer_kernels import residual_layernorm
 from geneformer_kernels.dispatch import ImplUnavailableError, choose
+from geneformer_kernels.ops.residual_layernorm import op as operators
 from geneformer_kernels.ops.residual_layernorm import plan as planner
 from geneformer_kernels.ops.residual_layernorm.op import residual_layernorm_bwd, residual_layernorm_fwd
 from geneformer_kernels.target import CARDS, Target
@@ -128,6 +130,15 @@ def test_everything(device: str, guarded: None, norm: str, n: int, width: int, d
     needs_card(dtype, device)
     check(make(n, width, dtype, device), norm)
     check(make(n, width, dtype, device), norm, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_programs_with_several_blocks_of_rows(
+    device: str, guarded: None, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card with many rows: each part of the parameters' gradients is a sum over blocks."""
+    monkeypatch.setattr(operators, "plan", lambda *arguments: replace(planner.plan(*arguments), n_programs=2))
+    check(make(33, 256, FP16, device), norm)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

@@ -267,7 +267,7 @@ def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("bounds", [[0, 50, 20, 40], [-9, 99], [7, 3, 1 << 30], [0, 30, 0, 30, 0, 30, 0, 30]])
+@pytest.mark.parametrize("bounds", [[0, 50, 20, 40], [-9, 99], [7, 3, 1 << 30], [0, 40, 0, 40, 0, 40]])
 def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) -> None:
     """On a card nobody checks them: numbers may be wrong, but tiles lie within the tokens, and within their list."""
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -348,7 +348,7 @@ def test_dropout_forward_and_gradients(device: str, dtype: torch.dtype, head_dim
     qkv, d_out, cu_seqlens = inputs(dtype, head_dim, lengths, device)
     block_d = 1 << (head_dim - 1).bit_length()
     if device == "cpu":
-        monkeypatch.setattr(launches, "plan_for", lambda q: tiles(block_d, (32, 32), (16, 64), (64, 32)))
+        monkeypatch.setattr(launches, "plan_for", lambda q: tiles(block_d, (32, 32), (64, 64), (16, 32)))
     out, d_qkv = run(qkv, d_out, cu_seqlens, dropout_p=0.25, seed=torch.tensor([seed], device=device))
     keep = [
         torch.from_numpy(np.stack([expected_keep(seed, i, start, length, 0.25) for i in range(2)])).to(device)
