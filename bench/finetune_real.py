@@ -24,7 +24,8 @@ import torch
 
 import geneformer_fast as gf
 from bench.machine import ROOT, save_result
-from geneformer_fast.data.identity import TokenKinds, identity_of
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import TrainingError
 from geneformer_fast.finetuning.cells import CellWork, finetune_cells

@@ -47,7 +47,7 @@ def finetune_cells(
     freeze_layers: int = 0,
     freeze_embeddings: bool = False,
     recipe: Recipe | None = None,
-    search: Search | None = None,
+    search: Search | int | None = None,
     drop_unlabelled: bool = False,
     ignore: Sequence[str] = (),
     min_cells: int = 0,
@@ -87,7 +87,8 @@ def finetune_cells(
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.CELLS`.
     search
-        Hyperparameters to search in every fold, by its training and evaluation cells alone.
+        Hyperparameters to search in every fold, by its training and evaluation cells alone: a number of trials, or a
+        :class:`~geneformer_fast.finetuning.search.Search`.
     drop_unlabelled, ignore, min_cells
         Leave out cells without a label, with one of these labels, or of classes with fewer cells.
     is_final
@@ -115,7 +116,7 @@ def finetune_cells(
     UnsupportedError
         No such loss, sampler or option.
     """
-    check_ready(search)
+    wanted = check_ready(search)
     recipe = recipe or CELLS
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)
@@ -139,7 +140,7 @@ def finetune_cells(
             "data": digest(*(task.codes for task in tasks), folder.lengths(), *(s.test for s in splits)),
         }  # fmt: skip
         place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, search)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
         origin = origin_of(model, identity, losses)
         engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
         return engine.run(splits, final if is_final else None, "cells")

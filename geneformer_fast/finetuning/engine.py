@@ -29,8 +29,8 @@ from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.recipe import Recipe
 
 
-def check_ready(asked: Search | None) -> None:
-    """Refuse what cannot run here before anything is read.
+def check_ready(asked: Search | int | None) -> Search | None:
+    """Refuse what cannot run here before anything is read; returns the search, of which a number means its trials.
 
     Raises
     ------
@@ -42,6 +42,7 @@ def check_ready(asked: Search | None) -> None:
         check_search()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedError("fine-tuning runs in one process: start it without torchrun")
+    return Search(asked) if isinstance(asked, int) else asked
 
 
 @dataclass(frozen=True)

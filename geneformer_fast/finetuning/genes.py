@@ -55,7 +55,7 @@ def finetune_genes(
     max_cells: int | None = None,
     drop_unknown: bool = False,
     recipe: Recipe | None = None,
-    search: Search | None = None,
+    search: Search | int | None = None,
     is_final: bool = True,
     device: str | torch.device | None = None,
     resume: bool = False,
@@ -108,7 +108,7 @@ def finetune_genes(
     VocabularyError, OutputError, TrainingError, UnsupportedError
         As in :func:`finetune_cells`.
     """
-    check_ready(search)
+    wanted = check_ready(search)
     recipe = recipe or GENES
     class_of = read_gene_classes(classes)
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:
@@ -134,7 +134,7 @@ def finetune_genes(
             "data": digest(labelled.tokens, labelled.codes, cells, folder.lengths()),
         }  # fmt: skip
         place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, search)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
         origin = origin_of(model, identity, {TASK: loss})
         engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
         return engine.run(splits, final if is_final else None, "genes")

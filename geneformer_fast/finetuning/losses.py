@@ -303,4 +303,4 @@ def _asked(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _count(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(float(len(targets)), dtype=logits.dtype, device=logits.device)
+    return torch.full((), float(len(targets)), dtype=logits.dtype, device=logits.device)

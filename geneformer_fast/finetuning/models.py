@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from geneformer_fast.checkpoints import save
-from geneformer_fast.checkpoints.hf import Source, load
+from geneformer_fast.checkpoints import load, save
+from geneformer_fast.checkpoints.hf import Source, is_bert
+from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
@@ -31,20 +32,18 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     Raises
     ------
     CheckpointError
-        The folder holds no model, or one that BERT cannot express, so that the result could not be saved.
+        The folder holds no model.
+    UnsupportedError
+        The encoder reads values, not tokens.
     """
-    if device is None and not isinstance(model, Encoder):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = (
-        copy.deepcopy(model) if isinstance(model, Encoder) else load(model, dtype="float32", device=device or "cpu")
-    )
-    if device is not None:
-        encoder = encoder.to(device)
-    config = encoder.config
-    if config.norm != "post" or config.inputs != "tokens" or config.final_norm or config.n_token_types < 1:
-        raise CheckpointError(
-            "fine-tuned models are saved as BERT, which cannot express this encoder (it is post-norm over tokens)"
-        )
+    if isinstance(model, Encoder):
+        encoder = copy.deepcopy(model)
+        encoder = encoder if device is None else encoder.to(usable_device(device))
+    else:
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = load(model, dtype="float32", device=fastest if device is None else device)
+    if encoder.config.inputs != "tokens":
+        raise UnsupportedError("this encoder reads values, not ranked tokens; fine-tuning serves encoders over tokens")
     return encoder.cast("float32")
 
 
@@ -126,7 +125,7 @@ def save_classifier(
     vocabulary: Path | None,
     base: Mapping[str, Any],
 ) -> Path:
-    """Write a Hugging Face folder that transformers loads, under a temporary name first.
+    """Write a Hugging Face folder that transformers loads (of a BERT encoder), under a temporary name first.
 
     Parameters
     ----------
@@ -149,7 +148,8 @@ def save_classifier(
         "id2label": {str(code): label for code, label in enumerate(labels)},
         "label2id": {label: code for code, label in enumerate(labels)},
     }
-    encoder.source = Source(ARCHITECTURE[kind], settings, "bert.")
+    if is_bert(encoder):
+        encoder.source = Source(ARCHITECTURE[kind], settings, "bert.")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save(encoder, partial)

@@ -8,7 +8,7 @@ import torch
 import toys
 
 import geneformer_fast as gf
-from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.finetuning.labels import Task
 from geneformer_fast.finetuning.losses import cross_entropy
 from geneformer_fast.finetuning.models import freeze, pretrained, with_head
@@ -176,6 +176,7 @@ def test_heads_are_fresh_by_seed_and_the_pooler_is_kept():
     assert isinstance(base.head, type(gf.Encoder(base.config, head="pooler").head))
 
 
-def test_an_encoder_that_bert_cannot_express_is_refused_before_training():
-    with pytest.raises(CheckpointError, match="saved as BERT, which cannot express"):
-        pretrained(toys.encoder(norm="pre", final_norm=True))
+def test_an_encoder_over_values_is_refused():
+    model = gf.Encoder(gf.EncoderConfig.preset("aido-cell-3m", n_layers=1, width=32, n_heads=2, ff_width=32))
+    with pytest.raises(UnsupportedError, match="reads values, not ranked tokens"):
+        pretrained(model)

@@ -113,7 +113,7 @@ def test_folds_search_on_their_own_and_never_see_a_test_cell(place, tmp_path, mo
 
     monkeypatch.setattr(engine, "fit", fit)
     made = gf.finetune_cells(
-        place / "tokens", place / "model", "kind", tmp_path / "out", folds=2, is_final=False, search=Search(2),
+        place / "tokens", place / "model", "kind", tmp_path / "out", folds=2, is_final=False, search=2,
         recipe=dataclasses.replace(SHORT, epochs=1),
     )  # fmt: skip
     assert [is_trial for is_trial, _ in seen] == [True, True, False] * 2

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typed_cells import SHORT, gene_classes
+from typed_cells import SHORT, gene_classes, write_model
 
 import geneformer_fast as gf
 from geneformer_fast.cli import main
@@ -103,6 +103,18 @@ def test_errors_on_the_command_line_are_one_sentence(place, tmp_path, capsys, wo
     assert said in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_an_encoder_that_bert_cannot_express_is_saved_under_our_own_names(place, tmp_path):
+    pre = dict(norm="pre", embedding_norm=False, final_norm=True, activation="gelu_tanh", n_token_types=0)
+    model = write_model(tmp_path, **pre)
+    made = gf.finetune_cells(
+        place / "tokens", model, "kind", tmp_path / "out", test_share=0.3, freeze_layers=1, recipe=ONE_EPOCH
+    )
+    tested = pq.read_table(made.predictions).to_pandas()
+    told = gf.predict(place / "tokens", made.model, dtype="float32", progress=False).set_index("row")
+    assert (told.loc[tested["cell"], "kind_predicted"] == tested["kind_predicted"].to_numpy()).all()
+    assert gf.load(made.model).config.norm == "pre"
 
 
 def test_labels_to_ignore_count_in_every_task_that_has_them(place, tmp_path):
