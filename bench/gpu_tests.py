@@ -19,7 +19,7 @@ from bench.machine import ROOT
 
 #: Group -> patterns of its test files, what takes longest first.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "encoder": ("tests/gpu/test_encoder*.py", "tests/kernels/test_dropout_gradients.py"),
+    "encoder": ("tests/gpu/test_encoder*.py", "tests/gpu/test_training*.py", "tests/kernels/test_dropout_gradients.py"),
     **{
         op: (f"tests/kernels/test_{op}*.py",)
         for op in (

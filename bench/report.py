@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_report
+from bench import finetune_report, gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -58,7 +58,8 @@ def _machine(results: Sequence[Result]) -> str:
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
     blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
     blocks += [_training(result) for result in of_case("train_")]
-    for prefix, table in (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)):
+    tables = (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("finetune_", _finetuning))
+    for prefix, table in tables:
         if found := of_case(prefix):
             blocks.append(table(found))
     return "\n\n".join(blocks)
@@ -102,7 +103,7 @@ def _training(result: Result) -> str:
     for name, row in candidates.items():
         speed = row["cells_per_s"]
         at_once = f", {row['batch_size']} cells at once" if row["batch_size"] else ""
-        compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-float32 / {name}")]
+        compared = [ratios.get(f"{ours} / {name}") for ours in ("ours", "accelerated", "ours-float32")]
         rows.append(
             (
                 f"**{row['what']}**" if row["is_ours"] else row["what"] + at_once,
@@ -131,7 +132,7 @@ def _training(result: Result) -> str:
         f"Goals: {', '.join(goals)}. Over {curve['n_steps']} steps without dropout, no step's loss differs from the "
         f"Trainer's in float32 by more than {' or '.join(differences)} nats."
     )
-    header = ("", "cells/s (p10 to p90)", "tokens/s", "ours is faster", "ours in float32 is faster", "peak memory")
+    header = ("", "cells/s (p10 to p90)", "tokens/s", "ours is faster", "accelerated", "in float32", "peak memory")
     return _block(title, header, rows, [result], note)
 
 
@@ -179,6 +180,11 @@ def _memory(results: Sequence[Result]) -> str:
             )
     header = ("", "cells", "peak memory", "goal", "seconds, start included")
     return _block("Peak memory of whole commands, as the operating system counts it.", header, rows, results)
+
+
+def _finetuning(results: Sequence[Result]) -> str:
+    (result,) = results
+    return _block(finetune_report.title(result), finetune_report.header(), finetune_report.rows(result), results)
 
 
 def _block(

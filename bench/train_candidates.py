@@ -152,12 +152,17 @@ def _ours(precision: str) -> Run:
     return train
 
 
-def _trainer(is_bfloat16: bool) -> Run:
+def _trainer(is_bfloat16: bool, *, is_accelerated: bool = False) -> Run:
     def train(place: Workplace, schedule: Schedule, dropout: float, micro_batch: int) -> Trained:
         from transformers import BertForMaskedLM
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
         model = BertForMaskedLM.from_pretrained(place.model(dropout))
+        if is_accelerated:
+            from geneformer_fast import accelerate
+
+            accelerate(model)
+            micro_batch = schedule.cells_per_step
         return train_by_trainer(
             model,
             place.examples(schedule),
@@ -172,6 +177,9 @@ def _trainer(is_bfloat16: bool) -> Run:
 
 CANDIDATES = {
     "ours": Candidate("this project, bfloat16", _ours("bfloat16"), True, True),
+    "accelerated": Candidate(
+        "transformers' Trainer with bf16=True on `accelerate(model)`", _trainer(True, is_accelerated=True), True, True
+    ),
     "ours-float32": Candidate("this project, float32", _ours("float32"), True, False),
     "trainer": Candidate(
         "transformers' Trainer as Geneformer calls it: float32, default attention, padded, all logits",

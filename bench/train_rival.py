@@ -63,8 +63,8 @@ def train_by_trainer(
     schedule
         Of the run.
     micro_batch
-        Cells that go through the model at once; steps of more are accumulated. Every masked gene counts once, whatever
-        part it is in, as in a whole batch.
+        Cells that go through the model at once; steps of more are accumulated, with a loss in which every masked gene
+        counts once, whatever part it is in. Whole steps take the model's own.
     is_bfloat16
         Matrix products under autocast (``bf16=True``).
     folder
@@ -99,7 +99,7 @@ def train_by_trainer(
         args=arguments,
         train_dataset=list(examples),
         data_collator=padded,
-        compute_loss_func=_mean_over_step,
+        compute_loss_func=None if micro_batch == schedule.cells_per_step else _mean_over_step,
         callbacks=[watch],
     )
     trainer.train()

@@ -25,6 +25,9 @@ _HOME = {
     "register_attention": "geneformer_fast.drop_in",
     "pretrain": "geneformer_fast.training.pretrain",
     "Recipe": "geneformer_fast.training.recipe",
+    "finetune_cells": "geneformer_fast.finetuning.cells",
+    "finetune_genes": "geneformer_fast.finetuning.genes",
+    "predict": "geneformer_fast.finetuning.predict",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from geneformer_fast.drop_in import accelerate, register_attention
     from geneformer_fast.encoder import Encoder
     from geneformer_fast.extract import embed
+    from geneformer_fast.finetuning.cells import finetune_cells
+    from geneformer_fast.finetuning.genes import finetune_genes
+    from geneformer_fast.finetuning.predict import predict
     from geneformer_fast.ragged import Ragged
     from geneformer_fast.tokenization.arrow import open_tokens
     from geneformer_fast.tokenization.medians import medians

@@ -61,11 +61,35 @@ MEMORY = {
 }  # fmt: skip
 
 
+def score_row(macro_f1: float, rare: float) -> dict:
+    found = {key: {"mean": macro_f1, "sd": 0.0123, "folds": []} for key in ("macro_f1", "accuracy", "roc_auc")}
+    by_class = {"f1_by_class": {"T": 0.9, "B": 0.8, "DC": rare}, "n_by_class": {"T": 700, "B": 250, "DC": 50}}
+    return {**found, **by_class, "cpu_s": 1.0}
+
+
+FINETUNE = {
+    "case": "finetune_real", "provenance": PROVENANCE, "what": "cell types", "n_parameters": 1_234_567,
+    "size": {
+        "max_len": 64, "n_layers": 2, "width": 96, "pretraining_steps": 1600, "steps": 300, "batch_cells": 16,
+    },
+    "pretraining": {"losses": [{"step": 100.0, "loss": 7.654}, {"step": 1600.0, "loss": 6.543}]},
+    "sets": {
+        "blood": {
+            "label": "type",
+            "rows": {
+                "PCA + logistic regression": score_row(0.912, 0.5), "plain": score_row(0.811, 0.1),
+                "focal": {"error": "step 3: the loss is nan"},
+            },
+        }
+    },
+}  # fmt: skip
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "imaginary-9000-4-cores"
     folder.mkdir(parents=True)
-    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY):
+    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, FINETUNE):
         (folder / f"{result['case']}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
@@ -80,13 +104,27 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["**this project**"] == ["123 (111 to 136)", "", "", "512 MB"]
     assert rows["as the extractor does: padded, batches of 8"] == ["9.9 (8.9 to 10.9)", "12.5x", "", "512 MB"]
-    assert rows["**this project, bfloat16**"] == ["24.6 (22.1 to 27.1)", "24.6", "", "", "512 MB"]
-    assert rows["transformers' Trainer: padded, 8 cells at once"] == ["1.2 (1.1 to 1.4)", "1.2", "19.9x", "", "512 MB"]
+    assert rows["**this project, bfloat16**"] == ["24.6 (22.1 to 27.1)", "24.6", "", "", "", "512 MB"]
+    assert rows["transformers' Trainer: padded, 8 cells at once"] == [
+        "1.2 (1.1 to 1.4)",
+        "1.2",
+        "19.9x",
+        "",
+        "",
+        "512 MB",
+    ]
     assert "by more than 0.0012 (this project, bfloat16) nats" in text
     assert "12% of a padded batch" in text
     assert rows["Geneformer V2"] == ["100,000", "54,321", "250", "314x", "200x", "345 MB"]
     assert rows["pbmc_facs, Geneformer V1"] == ["82", "99", "60"]
     assert rows["`geneformer-fast tokenize`"] == ["1,000,000", "516 MB", "1,000 MB", "27"]
+    by_way = {row[1]: [row[0], *row[2:]] for row in rows_of(text) if len(row) == 6}
+    assert by_way["PCA + logistic regression"] == [
+        "blood, type, 1,000 cells", "**0.912 ± 0.012**", "0.912 ± 0.012", "0.912 ± 0.012", "0.500"
+    ]  # fmt: skip
+    assert by_way["plain"] == ["", "0.811 ± 0.012", "0.811 ± 0.012", "0.811 ± 0.012", "0.100"]
+    assert by_way["focal"] == ["", *["training failed"] * 4]
+    assert "masked-gene loss 7.65 after 100 steps, 6.54 at the end" in text
     assert "### Imaginary 9000, 4 cores, 16 GiB, amx_bf16" in text
     assert "400 / 650 / 1200 tokens" in text
     assert "4 threads" in text
@@ -101,7 +139,7 @@ def test_tables_are_well_formed(results: Path) -> None:
         widths = {len(row) for row in rows_of(block)}
         assert len(widths) <= 1, f"rows of different width:\n{block}"
     heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
-    assert len(heads) == 5
+    assert len(heads) == 6
 
 
 def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.__main__",),
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
+    (f"{FAST}.finetuning",),
     tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
@@ -54,9 +55,15 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf"),
     "datasets": (f"{FAST}.drop_in",),
-    "anndata": (f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.cli.embed", f"{FAST}.quickstart"),
-    "matplotlib": (f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot"),
-    "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot"),
+    "anndata": (
+        *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
+        *(f"{FAST}.cli.embed", f"{FAST}.quickstart"),
+    ),
+    "matplotlib": (
+        *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),
+    ),
+    "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
+    "optuna": (f"{FAST}.finetuning.search",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
     "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.hf"),  # the latter for its error class only
     "dill": (),
@@ -68,7 +75,18 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
 HEAVY = frozenset(
     (
         *("torch", "triton", "numba", "numpy", "scipy", "pandas", "pyarrow", "h5py", "zarr", "anndata", "datasets"),
-        *("transformers", "tokenizers", "safetensors", "matplotlib", "sklearn", "umap", "pynvml", "psutil", "tqdm"),
+        *(
+            "transformers",
+            "tokenizers",
+            "safetensors",
+            "matplotlib",
+            "sklearn",
+            "umap",
+            "optuna",
+            "pynvml",
+            "psutil",
+            "tqdm",
+        ),
     )
 )
 LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{KERNELS}.dispatch", f"{KERNELS}.target")

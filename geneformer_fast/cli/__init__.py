@@ -21,6 +21,8 @@ COMMANDS = {
     "medians": "geneformer_fast.cli.medians",
     "embed": "geneformer_fast.cli.embed",
     "pretrain": "geneformer_fast.cli.pretrain",
+    "finetune": "geneformer_fast.cli.finetune",
+    "predict": "geneformer_fast.cli.predict",
     "doctor": "geneformer_fast.cli.doctor",
     "quickstart": "geneformer_fast.cli.quickstart",
 }

@@ -138,7 +138,7 @@ def embed(
     encoder = _as_encoder(model, dtype, device)
     encoder.config.layer_index(layer)
     with contextlib.ExitStack() as stack:
-        vocabulary = _find_vocabulary(dictionary, model, encoder.config)
+        vocabulary = find_vocabulary(dictionary, model, encoder.config)
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, options, progress))
         pool = _choose_pool(pool, cells)
         run = EncodingRun(encoder, cells, pool, layer, token_budget, progress)
@@ -169,11 +169,12 @@ def _as_encoder(model: Encoder | str | os.PathLike[str], dtype: Any, device: Any
     return load(model, dtype=dtype, device=device)
 
 
-def _find_vocabulary(
+def find_vocabulary(
     dictionary: str | os.PathLike[str] | Vocabulary | None,
     model: Encoder | str | os.PathLike[str],
     config: EncoderConfig,
 ) -> Vocabulary | None:
+    """The vocabulary that a user names, or that lies beside the model; None where there is neither."""
     if isinstance(dictionary, Vocabulary):
         return dictionary
     if dictionary is not None:

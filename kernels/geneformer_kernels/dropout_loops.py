@@ -22,9 +22,8 @@ def keep_scale_of(p: float) -> np.float32:
 
 
 def drop(x: np.ndarray, seed: int, first: int, p: float, out: np.ndarray) -> None:
-    """Dropout of float32, or bfloat16 as uint16, from place ``first`` on."""
-    loop = _drop_bfloat16 if x.dtype == np.uint16 else _drop_float32
-    loop(x, np.uint64(seed), np.uint64(first), threshold_of(p), keep_scale_of(p), out)
+    """Dropout of bfloat16 as uint16, from place ``first`` on."""
+    _drop(x, np.uint64(seed), np.uint64(first), threshold_of(p), keep_scale_of(p), out)
 
 
 # Two 32-bit multiplications and shifts ("lowbias32", Wellons, "Prospecting for hash functions", 2018). Four times
@@ -46,15 +45,7 @@ def key_of(seed, number):
 
 
 @numba.njit(**LOOP)
-def _drop_float32(x, seed, first, threshold, keep_scale, out):
-    key = key_of(seed, first)
-    for i in range(len(x)):
-        kept = hashed(key + np.uint32(i) * WEYL) >= threshold
-        out[i] = x[i] * keep_scale if kept else np.float32(0)
-
-
-@numba.njit(**LOOP)
-def _drop_bfloat16(x, seed, first, threshold, keep_scale, out):
+def _drop(x, seed, first, threshold, keep_scale, out):
     key = key_of(seed, first)
     for i in range(len(x)):
         kept = hashed(key + np.uint32(i) * WEYL) >= threshold

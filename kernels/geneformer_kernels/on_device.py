@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from geneformer_kernels.dispatch import Impl, choose
 from geneformer_kernels.target import Target, target_of
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -49,8 +51,18 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
+def constant_for_compiler(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``: a compiled graph holds what the function gave while it was compiled.
+
+    torch's own decorator loads its compiler, which takes a second and changes the environment of the process; all it
+    does besides is to set this mark (torch 2.0 to 2.13).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Constant for the compiler: the choice looks at versions, environment and context, which would break graphs.
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _choice(
     op: str,
     dtype: str,

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.plan import MAX_WIDTH, EmbedTokensPlan, plan
@@ -350,7 +349,7 @@ def embed_tokens(
         stream, _ = reference.embed_tokens(*inputs, eps, wide)
     else:
         stream = _embed_tokens_torch(*inputs, eps)
-    stream = dropout(stream, dropout_p)
+    stream = F.dropout(stream, dropout_p) if dropout_p else stream
     return stream, stream.to(out_dtype)
 
 

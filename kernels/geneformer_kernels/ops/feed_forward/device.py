@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from geneformer_kernels.on_device import DTYPE_NAMES, launching_on
+from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, launching_on
 from geneformer_kernels.ops.feed_forward.plan import (
     activation_plan,
     fused_plan,
@@ -19,7 +19,7 @@ from geneformer_kernels.target import target_of
 
 
 # Constant for the compiler, which cannot look at devices.
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def is_fused(
     dtype: str, width: int, ff_width: int, activation: str, device_type: str, device_index: int | None
 ) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on
 from geneformer_kernels.ops.int8_linear import reference
 from geneformer_kernels.ops.int8_linear.plan import (
     ACTIVATIONS,
@@ -335,6 +335,6 @@ def int8_linear(
 
 
 # Constant for the compiler, which cannot look at devices.
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _has_int8_product(device_type: str, device_index: int | None) -> bool:
     return has_int8_product(target_of(torch.device(device_type, device_index)))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from geneformer_kernels.on_device import DTYPE_NAMES, draw_seed
+from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, draw_seed
 from geneformer_kernels.ops.varlen_attention import library
 from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
@@ -52,7 +52,7 @@ def attend(
 
 
 # Constant for the compiler: versions and instruction sets are no part of a graph.
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _route(dtype: str, device_type: str, device_index: int | None, is_inference: bool, has_dropout: bool) -> TorchPlan:
     target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
     return torch_plan(dtype, target, is_inference=is_inference, has_dropout=has_dropout)

@@ -1,0 +1,149 @@
+"""``geneformer-fast finetune cells|genes``: classes of cells or genes from a pretrained encoder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geneformer_fast.training.recipe import Recipe
+
+NAME = "finetune"
+HELP = "teach a pretrained encoder classes of cells or genes, and report how well it tells them"
+
+#: Option -> field of the recipe.
+_RECIPE = {
+    "epochs": ("epochs", float, "N", "passes over the training cells"),
+    "batch": ("batch_cells", int, "N", "cells per step"),
+    "lr": ("learning_rate", float, "X", "peak learning rate"),
+    "schedule": ("schedule", str, "NAME", "constant, linear, cosine or polynomial"),
+    "warmup": ("warmup_ratio", float, "SHARE", "share of all steps during which the learning rate rises"),
+    "weight-decay": ("weight_decay", float, "X", "of AdamW"),
+    "patience": ("patience", int, "N", "stop after so many evaluations without a better one"),
+    "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)"),
+    "token-budget": ("token_budget", int, "N", "tokens that go through the model at once"),
+    "seed": ("seed", int, "N", "of folds, orders, fresh weights and dropout"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    kinds = parser.add_subparsers(dest="kind", metavar="cells|genes", required=True)
+    cells = kinds.add_parser("cells", help="classes of cells, from a column that the tokens carry")
+    genes = kinds.add_parser("genes", help="classes of genes, from a file")
+    for kind in (cells, genes):
+        kind.add_argument("tokens", metavar="TOKENS", help="folder of tokens")
+        kind.add_argument("--model", required=True, metavar="DIR", help="pretrained checkpoint folder")
+        kind.add_argument("--out", required=True, metavar="DIR", help="folder for scores, pictures and the model")
+    cells.add_argument(
+        "--label", required=True, action="append", metavar="COLUMN[=WEIGHT]",
+        help="column to tell; several for several tasks at once, with the weights of their losses",
+    )  # fmt: skip
+    cells.add_argument("--group", metavar="COLUMN", help="cells of one donor stay together: the column that names it")
+    genes.add_argument("--classes", required=True, metavar="FILE", help=".json, .csv or .tsv: gene id and class")
+    genes.add_argument(
+        "--dictionary", metavar="DIR", help="gene dictionaries (default: the model folder's vocabulary.json)"
+    )
+    _add_split(cells, folds=0, eval_share=0.1, test_share=0.1)
+    _add_split(genes, folds=5, eval_share=0.0, test_share=0.2)
+    cells.add_argument("--sampler", choices=("none", "over", "under"), default="none", help="of the training cells")
+    cells.add_argument("--cap", type=int, metavar="N", help="most cells per class and epoch")
+    cells.add_argument("--drop-unlabelled", action="store_true", help="leave cells without a label out")
+    cells.add_argument("--ignore", action="append", default=[], metavar="LABEL", help="a label that stands for none")
+    cells.add_argument("--min-cells", type=int, default=0, metavar="N", help="leave out classes of fewer cells")
+    genes.add_argument("--max-cells", type=int, metavar="N", help="draw so many cells (default: all)")
+    genes.add_argument("--drop-unknown", action="store_true", help="leave genes out that are not in the tokens")
+    for kind in (cells, genes):
+        _add_training(kind)
+
+
+def _add_split(parser: argparse.ArgumentParser, *, folds: int, eval_share: float, test_share: float) -> None:
+    parser.add_argument(
+        "--folds", type=int, default=folds, metavar="K",
+        help=f"cross-validation; 0 for one division into training, evaluation and test (default: {folds})",
+    )  # fmt: skip
+    parser.add_argument("--eval-share", type=float, default=eval_share, metavar="X", help="chooses the best epoch")
+    parser.add_argument("--test-share", type=float, default=test_share, metavar="X", help="without --folds")
+    parser.add_argument("--no-final", action="store_true", help="after folds, make no model of all of it")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loss", default="cross-entropy", metavar="NAME[:OPTION=X,...]",
+        help="cross-entropy, weighted, class-balanced, focal, bce, dice, ldam or logit-adjusted; focal:gamma=1.5",
+    )  # fmt: skip
+    parser.add_argument("--freeze", type=int, default=0, metavar="N", help="blocks from the bottom that stay")
+    parser.add_argument("--freeze-embeddings", action="store_true", help="the embeddings stay too")
+    parser.add_argument("--search", type=int, metavar="N", help="search hyperparameters with N trials per fold")
+    parser.add_argument("--recipe", metavar="FILE", help="a recipe as .json; the options below change it")
+    for option, (_, kind, metavar, text) in _RECIPE.items():
+        parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=text)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier fine-tuning left in DIR")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from geneformer_fast.finetuning.search import Search
+
+    options: dict[str, Any] = {
+        "folds": args.folds, "eval_share": args.eval_share, "test_share": args.test_share, "loss": args.loss,
+        "freeze_layers": args.freeze, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
+        "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
+        "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
+    }  # fmt: skip
+    if args.kind == "cells":
+        from geneformer_fast.finetuning.cells import finetune_cells
+
+        done = finetune_cells(
+            args.tokens, args.model, _labels(args.label), args.out, group=args.group, sampler=args.sampler,
+            cap=args.cap, drop_unlabelled=args.drop_unlabelled, ignore=args.ignore, min_cells=args.min_cells, **options,
+        )  # fmt: skip
+    else:
+        from geneformer_fast.finetuning.genes import finetune_genes
+
+        done = finetune_genes(
+            args.tokens, args.model, args.classes, args.out, dictionary=args.dictionary, max_cells=args.max_cells,
+            drop_unknown=args.drop_unknown, **options,
+        )  # fmt: skip
+    if not args.quiet:
+        print(done)
+        if done.model is not None:
+            print(f"model: {done.model} (geneformer-fast predict, or transformers)")
+    return 0
+
+
+def _labels(entries: list[str]) -> str | dict[str, float]:
+    """``["cell_type"]`` as it is, ``["cell_type=2", "disease"]`` as {column: weight}."""
+    from geneformer_fast.errors import UnsupportedError
+
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, equals, weight = entry.rpartition("=")
+        try:
+            found[name if equals else entry] = float(weight) if equals else 1.0
+        except ValueError:
+            raise UnsupportedError(f"--label {entry}: the weight must be a number, not {weight!r}") from None
+    return next(iter(found)) if len(found) == 1 else found
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    import dataclasses
+
+    from geneformer_fast.finetuning import recipes
+    from geneformer_fast.training.recipe import Recipe
+
+    recipe = recipes.CELLS if args.kind == "cells" else recipes.GENES
+    if args.recipe is not None:
+        from pathlib import Path
+
+        from geneformer_fast.tokenization.manifest import read_json
+
+        recipe = Recipe.from_dict({**recipe.to_dict(), **read_json(Path(args.recipe))})
+    values = {field: getattr(args, option.replace("-", "_")) for option, (field, *_) in _RECIPE.items()}
+    changes = {field: value for field, value in values.items() if value is not None}
+    if args.quiet:
+        changes["is_showing_progress"] = False
+    return dataclasses.replace(recipe, **changes)

@@ -1,0 +1,50 @@
+"""``geneformer-fast predict``: labels for new cells or genes from a fine-tuned model."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "predict"
+HELP = "tell classes of cells or genes with a fine-tuned model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("input", help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom) or a folder of tokens")
+    parser.add_argument("--model", required=True, metavar="DIR", help="what finetune made: its folder final")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help=".parquet, or .h5ad (a copy of an .h5ad input with labels added)"
+    )
+    parser.add_argument(
+        "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
+    )
+    parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
+    parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
+    parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
+    parser.add_argument("--key", metavar="NAME", help="what the columns are called (default: as the label column)")
+    parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from geneformer_fast.finetuning.predict import predict
+
+    path = predict(
+        args.input,
+        args.model,
+        args.out,
+        dictionary=args.dictionary,
+        counts_layer=args.counts_layer,
+        gene_column=args.gene_column,
+        allow_float=args.allow_float,
+        key_added=args.key,
+        dtype=args.dtype,
+        device=args.device,
+        token_budget=args.token_budget,
+        overwrite=args.overwrite,
+    )
+    print(f"{path}; what it holds is written in {path}.json")
+    return 0

@@ -1,0 +1,289 @@
+"""Fine-tuning on classes of cells, in one task or several at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
+from geneformer_fast.finetuning.labels import Task, check_ignored, column_values, read_task
+from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
+from geneformer_fast.finetuning.models import pretrained
+from geneformer_fast.finetuning.objectives import CellObjective
+from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
+from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
+from geneformer_fast.finetuning.recipes import CELLS
+from geneformer_fast.finetuning.samplers import ClassSampler
+from geneformer_fast.finetuning.search import Search
+from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import folds as make_folds
+from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
+from geneformer_fast.training.loop import Objective
+from geneformer_fast.training.recipe import Recipe
+
+
+def finetune_cells(
+    tokens: str | os.PathLike[str],
+    model: Encoder | str | os.PathLike[str],
+    label: str | Sequence[str] | Mapping[str, float],
+    out: str | os.PathLike[str],
+    *,
+    group: str | None = None,
+    folds: int = 0,
+    eval_share: float = 0.1,
+    test_share: float = 0.1,
+    loss: str | Mapping[str, str] = "cross-entropy",
+    sampler: str = "none",
+    cap: int | None = None,
+    freeze_layers: int = 0,
+    freeze_embeddings: bool = False,
+    recipe: Recipe | None = None,
+    search: Search | int | None = None,
+    drop_unlabelled: bool = False,
+    ignore: Sequence[str] = (),
+    min_cells: int = 0,
+    is_final: bool = True,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Finetuned:
+    """Fine-tune a pretrained encoder to tell classes of cells.
+
+    Parameters
+    ----------
+    tokens
+        Token folder that carries the label as a column.
+    model
+        Checkpoint folder, or an encoder; it stays as it is.
+    label
+        Column to tell; several at once as a list, or as a mapping to the weights of their losses. Of several, cells may
+        lack any but not all; folds are stratified, and cells sampled, by the first.
+    out
+        Folder for scores, predictions, pictures and the model.
+    group
+        Column (donor, say) whose cells stay together: none is ever in two of training, evaluation and test.
+    folds
+        0: one division into training, evaluation and test cells. 2 or more: cross-validation, after which the final
+        model learns from all cells but an evaluation share.
+    eval_share, test_share
+        Of all cells (with folds: of those outside the test set). The evaluation cells choose the best epoch.
+    loss
+        One of :data:`~geneformer_fast.finetuning.losses.LOSSES` with options, such as ``"focal:gamma=1.5"``; one for
+        all tasks or one per task.
+    sampler, cap
+        ``"none"``, ``"over"`` or ``"under"``, of the training cells only; most cells per class and epoch.
+    freeze_layers, freeze_embeddings
+        Blocks from the bottom that stay as they are, and whether the embeddings do. Only with the embeddings frozen too
+        are activations of frozen blocks not kept.
+    recipe
+        How to train; None is :data:`~geneformer_fast.finetuning.recipes.CELLS`.
+    search
+        Hyperparameters to search in every fold, by its training and evaluation cells alone: a number of trials, or a
+        :class:`~geneformer_fast.finetuning.search.Search`.
+    drop_unlabelled, ignore, min_cells
+        Leave out cells without a label, with one of these labels, or of classes with fewer cells.
+    is_final
+        Whether to make a final model after folds.
+    device
+        Where to train; None takes a GPU if there is one.
+    resume, overwrite
+        Go on with what is in ``out``, or replace it.
+
+    Returns
+    -------
+    Finetuned
+        Scores, and where the model and the predictions are.
+
+    Raises
+    ------
+    InputError
+        A column is missing, labels are, or classes or groups are too few.
+    VocabularyError
+        The tokens belong to another vocabulary than the model.
+    OutputError
+        ``out`` holds something else.
+    TrainingError
+        The loss is not finite; finished folds and checkpoints stay.
+    UnsupportedError
+        No such loss, sampler or option.
+    """
+    wanted = check_ready(search)
+    recipe = recipe or CELLS
+    with open_tokens(tokens) as folder:
+        base = pretrained(model, device)
+        identity = identity_of(folder, base.config)
+        tasks = _tasks(folder, label, drop_unlabelled, ignore, min_cells)
+        losses = _losses(tasks, loss)
+        cells = np.flatnonzero(np.any([task.codes != IGNORED for task in tasks], axis=0))
+        groups = None if group is None else group_values(folder, group, cells)
+        work = CellWork(
+            folder, identity, tasks, losses, ClassSampler(tasks[0].codes, sampler, cap), recipe.token_budget
+        )
+        splits, final = work.splits(cells, groups, folds, eval_share, test_share, recipe.seed)
+        for split in splits:
+            work.objective(split)  # whatever a training set lacks is said before anything is trained
+        asked = {
+            "kind": "cells", "tasks": {task.name: task.weight for task in tasks}, "losses": losses, "group": group,
+            "folds": folds, "eval_share": eval_share, "test_share": test_share, "sampler": sampler, "cap": cap,
+            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
+            "is_searching": search is not None,
+            "classes": {task.name: task.classes for task in tasks}, "config": base.config.to_dict(),
+            "data": digest(*(task.codes for task in tasks), folder.lengths(), *(s.test for s in splits)),
+        }  # fmt: skip
+        place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        origin = origin_of(model, identity, losses)
+        engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+        return engine.run(splits, final if is_final else None, "cells")
+
+
+class CellWork:
+    """Classes of cells, see :class:`~geneformer_fast.finetuning.engine.Work`."""
+
+    kind = "cells"
+
+    def __init__(
+        self,
+        tokens: TokenFolder,
+        identity: Mapping[str, Any],
+        tasks: Sequence[Task],
+        losses: Mapping[str, str],
+        sampler: ClassSampler,
+        token_budget: int,
+    ) -> None:
+        self.tokens, self.identity, self.tasks, self.losses = tokens, identity, list(tasks), losses
+        self.sampler, self.token_budget = sampler, token_budget
+        self.classes = {task.name: task.classes for task in tasks}
+
+    def splits(
+        self,
+        cells: np.ndarray,
+        groups: np.ndarray | None,
+        n_folds: int,
+        eval_share: float,
+        test_share: float,
+        seed: int,
+    ) -> tuple[list[Split], Split | None]:
+        """Cell numbers of every fold, and of the final model after several."""
+        first = self.tasks[0]
+        codes = np.where(first.codes == IGNORED, len(first.classes), first.codes)[cells]
+        names = [*first.classes, f"(no {first.name})"]
+        shares: dict[str, Any] = {"groups": groups, "eval_share": eval_share, "seed": seed}
+
+        def numbered(split: Split) -> Split:
+            return Split(cells[split.train], cells[split.eval], cells[split.test])
+
+        if not n_folds:
+            return [numbered(hold_out(codes, names, test_share=test_share, **shares))], None
+        found = make_folds(codes, names, n_folds, **shares)
+        return list(map(numbered, found)), numbered(hold_out(codes, names, test_share=0, **shares))
+
+    def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
+        """The tasks' losses from the class counts of the training cells."""
+        losses, factors = [], []
+        for task in self.tasks:
+            codes = task.codes[split.train]
+            counts = np.bincount(codes[codes != IGNORED], minlength=len(task.classes))
+            if not counts.all():
+                absent = task.classes[int(np.argmin(counts))]
+                raise InputError(
+                    f"no training cell has {task.name} {absent!r} in one of the splits; leave rare classes out "
+                    "(min_cells), or take fewer folds"
+                )
+            losses.append(make_loss(self.losses[task.name], counts))
+            factors += [logit_scale(losses[-1])] * len(task.classes)
+        return CellObjective(self.tasks, losses), np.array(factors)
+
+    def training(self, split: Split) -> dict[str, Any]:
+        """Arguments of ``fit``."""
+        sampler = None if self.sampler.kind == "none" and self.sampler.cap is None else self.sampler
+        return {"train_cells": split.train, "eval_cells": split.eval, "sampler": sampler}
+
+    def test(self, encoder: Encoder, split: Split, fold: int) -> Tested:
+        """Predictions of the test cells."""
+        cells = some_cells(self.tokens, split.test, self.identity)
+        logits = ClassifyingRun(encoder, cells, None, False).to_memory()
+        probabilities = probabilities_of(logits, [len(task.classes) for task in self.tasks])
+        tasks = {}
+        for task, values in zip(self.tasks, probabilities, strict=True):
+            truth = task.codes[split.test]
+            if (truth != IGNORED).any():
+                tasks[task.name] = (truth[truth != IGNORED], values[truth != IGNORED])
+        return Tested(cell_table(self.tokens, split.test, self.tasks, probabilities, fold), tasks)
+
+
+def group_values(tokens: TokenFolder, group: str, cells: np.ndarray) -> np.ndarray:
+    """[n] the group of each cell; every one must have one."""
+    values = column_values(tokens, group, role="group")[cells]
+    is_empty = values == None  # noqa: E711 - elementwise
+    if is_empty.any():
+        raise InputError(
+            f"{tokens.path}: {is_empty.sum():,} labelled cells have no {group!r} (the first is cell "
+            f"{int(cells[is_empty.argmax()])}), so nobody knows which cells must stay together"
+        )
+    return values.astype(str)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """A fingerprint of arrays of integers."""
+    made = hashlib.sha256()
+    for array in arrays:
+        made.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    return made.hexdigest()
+
+
+def origin_of(model: Any, identity: Mapping[str, Any], losses: Mapping[str, str]) -> dict[str, Any]:
+    """What the card of a model says of its making."""
+    return {
+        "pretrained": "Encoder" if isinstance(model, Encoder) else Path(model).name,
+        "vocabulary": identity.get("name"),
+        "vocabulary_fingerprint": identity.get("fingerprint"),
+        "losses": dict(losses),
+    }
+
+
+def vocabulary_file(model: Any) -> Path | None:
+    """The ``vocabulary.json`` of a checkpoint folder, if it has one."""
+    if isinstance(model, Encoder) or not (Path(model) / "vocabulary.json").exists():
+        return None
+    return Path(model) / "vocabulary.json"
+
+
+def _tasks(
+    tokens: TokenFolder,
+    label: str | Sequence[str] | Mapping[str, float],
+    drop_unlabelled: bool,
+    ignore: Sequence[str],
+    min_cells: int,
+) -> list[Task]:
+    named = {label: 1.0} if isinstance(label, str) else label
+    weights = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
+    if not weights or min(weights.values()) <= 0:
+        raise UnsupportedError(f"tasks need a label column and weights above 0, not {weights}")
+    check_ignored(tokens, list(weights), ignore)
+    # Of several tasks each may have labels that are missing in others.
+    may_lack = drop_unlabelled or len(weights) > 1
+    return [
+        read_task(
+            tokens, name, drop_unlabelled=may_lack, ignore=ignore, min_cells=min_cells, weight=float(weight)
+        )
+        for name, weight in weights.items()
+    ]  # fmt: skip
+
+
+def _losses(tasks: Sequence[Task], loss: str | Mapping[str, str]) -> dict[str, str]:
+    if isinstance(loss, str):
+        return {task.name: loss for task in tasks}
+    unknown = sorted(set(loss) - {task.name for task in tasks})
+    if unknown:
+        raise UnsupportedError(f"a loss is given for {unknown[0]!r}, which is no label to tell")
+    return {task.name: loss.get(task.name, "cross-entropy") for task in tasks}

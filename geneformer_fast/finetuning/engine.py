@@ -1,0 +1,254 @@
+"""Folds one after another, each from the same pretrained encoder; a killed run goes on with the fold it was in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from geneformer_fast import __version__
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.finetuning import scores as scoring
+from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
+from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, Finetuned, OutFolder
+from geneformer_fast.finetuning.pictures import check_pictures, plot_confusion, plot_roc
+from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
+from geneformer_fast.finetuning.search import Report, Search, check_search, search
+from geneformer_fast.finetuning.splits import Split
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.tokenization.manifest import read_json, write_json
+from geneformer_fast.training.loop import Objective, fit
+from geneformer_fast.training.recipe import Recipe
+
+
+def check_ready(asked: Search | int | None) -> Search | None:
+    """Refuse what cannot run here before anything is read; returns the search, of which a number means its trials.
+
+    Raises
+    ------
+    UnsupportedError
+        A library is missing, or torchrun started several processes.
+    """
+    check_pictures()
+    if asked is not None:
+        check_search()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError("fine-tuning runs in one process: start it without torchrun")
+    return Search(asked) if isinstance(asked, int) else asked
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a fold's test set gave: rows for the table of predictions, and truth and probabilities per task."""
+
+    table: pa.Table
+    tasks: dict[str, tuple[np.ndarray, np.ndarray]]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Work(Protocol):
+    """What differs between cells and genes."""
+
+    kind: str
+    classes: dict[str, list[str]]
+    tokens: TokenFolder
+
+    def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
+        """What a split's training set is learned by, and the factor [n_classes] on the logits afterwards."""
+
+    def training(self, split: Split) -> dict[str, Any]:
+        """``train_cells``, ``eval_cells``, ``eval_tokens`` and ``sampler`` of ``fit``."""
+
+    def test(self, encoder: Encoder, split: Split, fold: int) -> Tested:
+        """Predictions of the test set."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides how every fold is trained."""
+
+    recipe: Recipe
+    freeze_layers: int
+    freeze_embeddings: bool
+    search: Search | None
+
+
+class Engine:
+    """Trains and tests.
+
+    Parameters
+    ----------
+    work
+        Cells or genes.
+    base
+        The pretrained encoder; stays as it is.
+    choices
+        How.
+    folder
+        Where to.
+    origin
+        What the model's card says of where it comes from.
+    vocabulary
+        A ``vocabulary.json`` to put beside the model.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        base: Encoder,
+        choices: Choices,
+        folder: OutFolder,
+        origin: Mapping[str, Any],
+        vocabulary: Path | None,
+    ) -> None:
+        self.work, self.base, self.choices, self.folder = work, base, choices, folder
+        self.origin, self.vocabulary = origin, vocabulary
+
+    def run(self, splits: Sequence[Split], final: Split | None, of: str) -> Finetuned:
+        """Every fold, then the final model.
+
+        Parameters
+        ----------
+        splits
+            One per fold; with a single one its model is the final one.
+        final
+            What the final model learns from after several folds; None makes none.
+        of
+            ``"cells"`` or ``"genes"``.
+        """
+        for number, split in enumerate(splits, 1):
+            self._fold(number, split, is_final=len(splits) == 1)
+        scores = self._sum_up(len(splits), of)
+        if final is not None and len(splits) > 1 and not self.folder.final.exists():
+            encoder, how = self._fit("final", final)
+            self._save(encoder, how)
+            self._tidy("final")
+        write_json(self.folder.path / SCORES, scores)
+        return Finetuned(self.folder.path, self.folder.final if self.folder.final.exists() else None, scores)
+
+    def _fold(self, number: int, split: Split, *, is_final: bool) -> None:
+        name = f"fold-{number}"
+        place = self.folder.fold(name)
+        if (place / SCORES).exists():
+            return
+        encoder, how = self._fit(name, split)
+        found: dict[str, Any] = {"fold": number, "sizes": {k: len(v) for k, v in vars(split).items()}, **how}
+        if len(split.test):
+            tested = self.work.test(encoder, split, number)
+            found["tasks"] = {
+                task: scoring.score(*values, self.work.classes[task]) for task, values in tested.tasks.items()
+            }
+            found |= tested.extra
+            found["roc"] = {task: _listed(scoring.roc_on_grid(*values)) for task, values in tested.tasks.items()}
+            write_parquet(tested.table, place / PREDICTIONS)
+        if is_final:
+            self._save(encoder, how)
+        write_json(place / SCORES, found)
+        self._tidy(name)
+
+    def _fit(self, name: str, split: Split) -> tuple[Encoder, dict[str, Any]]:
+        """A model trained on one split, and how it was trained."""
+        choices = self.choices
+        recipe, layers, how = choices.recipe, choices.freeze_layers, {}
+        if choices.search is not None:
+            if not len(split.eval):
+                raise UnsupportedError("a search needs evaluation cells to choose by; give eval_share above 0")
+            recipe, found, summary = search(
+                choices.search, recipe, self._trial(split, layers), self.folder.search, name
+            )
+            layers, how = layers if found is None else found, {"search": summary}
+        encoder, best = self._train(split, recipe, layers, self.folder.fold(name) / RUN, None)
+        return encoder, {**how, "recipe": recipe.to_dict(), "freeze_layers": layers, "best": best}
+
+    def _trial(self, split: Split, layers: int) -> Callable[[Recipe, int | None, Report], float]:
+        def train(recipe: Recipe, freeze_layers: int | None, report: Report) -> float:
+            n_frozen = layers if freeze_layers is None else freeze_layers
+            _, best = self._train(split, recipe, n_frozen, None, report)
+            assert best is not None
+            return float(best[recipe.monitor])
+
+        return train
+
+    def _train(
+        self, split: Split, recipe: Recipe, layers: int, out: Path | None, report: Report | None
+    ) -> tuple[Encoder, dict[str, float] | None]:
+        n_classes = sum(map(len, self.work.classes.values()))
+        encoder = with_head(self.base, self.work.kind, n_classes, seed=recipe.seed)
+        freeze(encoder, layers, embeddings=self.choices.freeze_embeddings)
+        objective, factor = self.work.objective(split)
+        history = fit(
+            encoder, self.work.tokens, objective, recipe, out=out, resume=True, on_eval=report,
+            **self.work.training(split),
+        )  # fmt: skip
+        scale_classifier(encoder, factor)
+        return encoder, history.best
+
+    def _save(self, encoder: Encoder, how: Mapping[str, Any]) -> None:
+        classes = self.work.classes
+        many = len(classes) > 1
+        labels = [f"{task}: {label}" if many else label for task, names in classes.items() for label in names]
+        card = {
+            "made_by": f"geneformer-fast {__version__}",
+            "kind": self.work.kind,
+            "tasks": [{"name": task, "classes": names} for task, names in classes.items()],
+            **self.origin,
+            **how,
+        }
+        base = self.base.source.settings if self.base.source is not None else {}
+        save_classifier(encoder, self.folder.final, labels, card, self.vocabulary, base)
+
+    def _tidy(self, name: str) -> None:
+        """Checkpoints of a finished fold have served their purpose."""
+        shutil.rmtree(self.folder.fold(name) / RUN, ignore_errors=True)
+        if name == "final":
+            self.folder.fold(name).rmdir()
+
+    def _sum_up(self, n_folds: int, of: str) -> dict[str, Any]:
+        """Scores over folds and of all tested cells together; predictions and pictures."""
+        places = [self.folder.fold(f"fold-{number}") for number in range(1, n_folds + 1)]
+        found = [read_json(place / SCORES) for place in places]
+        tested = [(scores, place) for scores, place in zip(found, places, strict=True) if "tasks" in scores]
+        summary: dict[str, Any] = {"of": of, "n_folds": len(tested), "n": 0, "tasks": {}}
+        if tested:
+            table = pa.concat_tables([read_parquet(place / PREDICTIONS) for _, place in tested])
+            summary["n"] = table.num_rows
+            write_parquet(table, self.folder.path / PREDICTIONS, {"geneformer_fast": __version__})
+        for task, classes in self.work.classes.items():
+            with_task = [scores for scores, _ in tested if task in scores["tasks"]]
+            if not with_task:
+                continue
+            parts = [scores["tasks"][task] for scores in with_task]
+            confusion = np.sum([part["confusion"] for part in parts], axis=0).tolist()
+            summary["tasks"][task] = {
+                "classes": classes, "over_folds": scoring.over_folds(parts), "confusion": confusion, "folds": parts,
+            }  # fmt: skip
+            self._draw(task, classes, confusion, [scores["roc"][task] for scores in with_task], parts)
+        summary["folds"] = [
+            {key: value for key, value in scores.items() if key not in ("tasks", "roc")} for scores in found
+        ]
+        return summary
+
+    def _draw(
+        self, task: str, classes: list[str], confusion: list[list[int]], curves: list[Any], parts: list[dict[str, Any]]
+    ) -> None:
+        suffix = "" if len(self.work.classes) == 1 else "_" + "".join(c if c.isalnum() else "_" for c in task)
+        path = self.folder.path
+        f1 = np.mean([part["macro_f1"] for part in parts])
+        plot_confusion(confusion, classes, path / f"confusion{suffix}.png", title=f"{task}: macro-F1 {f1:.3f}")
+        known = [(curve, part["roc_auc"]) for curve, part in zip(curves, parts, strict=True) if curve is not None]
+        if known:
+            drawn, areas = zip(*known, strict=True)
+            shown = classes[1] if len(classes) == 2 else "mean of each class against the rest"
+            plot_roc([np.array(curve) for curve in drawn], areas, path / f"roc{suffix}.png", title=f"{task}: {shown}")
+
+
+def _listed(curve: np.ndarray | None) -> list[float] | None:
+    return None if curve is None else [round(float(value), 6) for value in curve]

@@ -1,0 +1,298 @@
+"""Fine-tuning on classes of genes, with folds of genes: no gene is ever in two of training, evaluation and test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
+from geneformer_fast.extract.run import find_vocabulary
+from geneformer_fast.finetuning import scores as scoring
+from geneformer_fast.finetuning.cells import digest, origin_of, vocabulary_file
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
+from geneformer_fast.finetuning.labels import read_gene_classes
+from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
+from geneformer_fast.finetuning.models import pretrained
+from geneformer_fast.finetuning.objectives import GeneObjective
+from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
+from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
+from geneformer_fast.finetuning.recipes import GENES
+from geneformer_fast.finetuning.search import Search
+from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import folds as make_folds
+from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
+from geneformer_fast.tokenization.genes import map_genes
+from geneformer_fast.tokenization.vocabulary import Vocabulary
+from geneformer_fast.training.loop import Objective
+from geneformer_fast.training.recipe import Recipe
+
+TASK = "gene_class"
+_SHOWN = 5  # gene ids in a message
+
+
+def finetune_genes(
+    tokens: str | os.PathLike[str],
+    model: Encoder | str | os.PathLike[str],
+    classes: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    dictionary: str | os.PathLike[str] | Vocabulary | None = None,
+    folds: int = 5,
+    eval_share: float = 0.0,
+    test_share: float = 0.2,
+    loss: str = "cross-entropy",
+    freeze_layers: int = 0,
+    freeze_embeddings: bool = False,
+    max_cells: int | None = None,
+    drop_unknown: bool = False,
+    recipe: Recipe | None = None,
+    search: Search | int | None = None,
+    is_final: bool = True,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Finetuned:
+    """Fine-tune a pretrained encoder to tell classes of genes, as their context in cells shows them.
+
+    Parameters
+    ----------
+    tokens
+        Token folder; every cell with a labelled gene is learned from.
+    model
+        Checkpoint folder, or an encoder; it stays as it is.
+    classes
+        Gene id -> class: a ``.json``, ``.csv`` or ``.tsv`` file (:func:`~.labels.read_gene_classes`), or a mapping.
+    out
+        Folder for scores, predictions, pictures and the model.
+    dictionary
+        What the gene ids mean: a folder of dictionaries or a :class:`Vocabulary`. None looks for ``vocabulary.json``
+        in the model's folder.
+    folds
+        0: one division of the genes into training, evaluation and test. 2 or more: cross-validation over genes, after
+        which the final model learns from all of them but an evaluation share.
+    eval_share, test_share
+        Of all genes (with folds: of those outside the test set). There are few genes as a rule, so that by default none
+        is spared for choosing the best epoch.
+    loss
+        As in :func:`finetune_cells`; classes are counted in genes.
+    freeze_layers, freeze_embeddings
+        As in :func:`finetune_cells`.
+    max_cells
+        Most cells, drawn with ``recipe.seed``; None takes all.
+    drop_unknown
+        Whether genes that the vocabulary does not know, or no cell expresses, may be left out.
+    recipe
+        How to train; None is :data:`~geneformer_fast.finetuning.recipes.GENES`.
+    search, is_final, device, resume, overwrite
+        As in :func:`finetune_cells`.
+
+    Returns
+    -------
+    Finetuned
+        Scores count genes, each by the mean of its probabilities over cells; ``folds[..]["occurrences"]`` counts every
+        gene in every cell, as Geneformer's classifier does.
+
+    Raises
+    ------
+    InputError
+        The classes cannot be read, or genes are unknown, in two classes, or too few.
+    VocabularyError, OutputError, TrainingError, UnsupportedError
+        As in :func:`finetune_cells`.
+    """
+    wanted = check_ready(search)
+    recipe = recipe or GENES
+    class_of = read_gene_classes(classes)
+    with open_tokens(tokens) as folder, open_tokens(tokens) as again:
+        base = pretrained(model, device)
+        identity = identity_of(folder, base.config)
+        vocabulary = find_vocabulary(dictionary, model, base.config)
+        if vocabulary is None:
+            raise InputError(
+                "gene ids need the dictionary that made the tokens: pass dictionary= (--dictionary), the folder with "
+                f"{base.config.vocabulary or 'the model'}'s gene dictionaries"
+            )
+        base.config.check_vocabulary(vocabulary.identity())
+        labelled = labelled_genes(class_of, vocabulary, folder, drop_unknown)
+        cells = _cells_with(folder, labelled, max_cells, recipe.seed)
+        work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size)
+        splits, final = work.splits(folds, eval_share, test_share, recipe.seed)
+        for split in splits:
+            work.objective(split)
+        asked = {
+            "kind": "genes", "loss": loss, "folds": folds, "eval_share": eval_share, "test_share": test_share,
+            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
+            "is_searching": search is not None, "classes": labelled.classes, "config": base.config.to_dict(),
+            "data": digest(labelled.tokens, labelled.codes, cells, folder.lengths()),
+        }  # fmt: skip
+        place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        origin = origin_of(model, identity, {TASK: loss})
+        engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+        return engine.run(splits, final if is_final else None, "genes")
+
+
+@dataclass(frozen=True)
+class LabelledGenes:
+    """Genes with a class.
+
+    Attributes
+    ----------
+    tokens, genes, codes
+        [G] token ids, ascending; ids; classes.
+    classes
+        [K] names, sorted.
+    n_cells
+        [G] cells that hold the gene.
+    """
+
+    tokens: np.ndarray
+    genes: list[str]
+    codes: np.ndarray
+    classes: list[str]
+    n_cells: np.ndarray
+
+
+def labelled_genes(
+    class_of: Mapping[str, str], vocabulary: Vocabulary, folder: TokenFolder, drop_unknown: bool
+) -> LabelledGenes:
+    """Classes by token, for the genes that the vocabulary knows and some cell expresses.
+
+    Raises
+    ------
+    InputError
+        Genes are unknown or never expressed and may not be left out; two ids of one gene differ in class; nothing is
+        left.
+    """
+    ids = list(class_of)
+    found = map_genes(ids, vocabulary, source_name="classes").column_to_token
+    n_cells = np.zeros(vocabulary.n_tokens, dtype=np.int64)
+    for values, _ in folder.batches():
+        if len(values) and int(values.max()) >= len(n_cells):
+            raise VocabularyError(
+                f"{folder.path} holds token {values.max()}, but {vocabulary.name} ends at {len(n_cells) - 1}; tokenize "
+                "again with the dictionary that belongs to the model"
+            )
+        n_cells += np.bincount(values.astype(np.int64), minlength=len(n_cells))
+    unknown = [gene for gene, token in zip(ids, found, strict=True) if token < 0]
+    unseen = [gene for gene, token in zip(ids, found, strict=True) if token >= 0 and not n_cells[token]]
+    if (unknown or unseen) and not drop_unknown:
+        said = []
+        if unknown:
+            said.append(f"{len(unknown)} are not in {vocabulary.name} ({_some(unknown)})")
+        if unseen:
+            said.append(f"{len(unseen)} are expressed in no cell of {folder.path} ({_some(unseen)})")
+        raise InputError(
+            f"of {len(ids)} genes with a class {' and '.join(said)}; leave them out with --drop-unknown "
+            "(drop_unknown=True), or correct their ids"
+        )
+    by_token: dict[int, str] = {}
+    for gene, token in zip(ids, found.tolist(), strict=True):
+        if token < 0 or not n_cells[token]:
+            continue
+        if by_token.get(token, class_of[gene]) != class_of[gene]:
+            raise InputError(f"{gene} is another id of a gene with the class {by_token[token]!r}; give it one class")
+        by_token[token] = class_of[gene]
+    if not by_token:
+        raise InputError(f"none of the {len(ids)} genes with a class is expressed in {folder.path}")
+    tokens = np.array(sorted(by_token), dtype=np.int64)
+    classes = sorted(set(by_token.values()))
+    gene_of = {token: gene for gene, token in vocabulary.token_ids.items()}
+    codes = np.array([classes.index(by_token[token]) for token in tokens.tolist()], dtype=np.int64)
+    return LabelledGenes(tokens, [gene_of[token] for token in tokens.tolist()], codes, classes, n_cells[tokens])
+
+
+class GeneWork:
+    """Classes of genes, see :class:`~geneformer_fast.finetuning.engine.Work`; splits number the labelled genes."""
+
+    kind = "genes"
+
+    def __init__(
+        self,
+        tokens: TokenFolder,
+        eval_tokens: TokenFolder,
+        identity: Mapping[str, Any],
+        labelled: LabelledGenes,
+        cells: np.ndarray,
+        loss: str,
+        vocab_size: int,
+    ) -> None:
+        self.tokens, self.eval_tokens, self.identity = tokens, eval_tokens, identity
+        self.labelled, self.cells, self.loss, self.vocab_size = labelled, cells, loss, vocab_size
+        self.classes = {TASK: labelled.classes}
+
+    def splits(self, n_folds: int, eval_share: float, test_share: float, seed: int) -> tuple[list[Split], Split | None]:
+        """Genes of every fold, and of the final model after several."""
+        codes, classes = self.labelled.codes, self.labelled.classes
+        shares: dict[str, Any] = {"eval_share": eval_share, "seed": seed, "of": "genes"}
+        if not n_folds:
+            return [hold_out(codes, classes, test_share=test_share, **shares)], None
+        return make_folds(codes, classes, n_folds, **shares), hold_out(codes, classes, test_share=0, **shares)
+
+    def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
+        """The loss from the class counts of the training genes."""
+        counts = np.bincount(self.labelled.codes[split.train], minlength=len(self.labelled.classes))
+        loss = make_loss(self.loss, counts)
+        factors = np.full(len(counts), logit_scale(loss))
+        return GeneObjective(self._by_token(split.train), self._by_token(split.eval), loss), factors
+
+    def training(self, split: Split) -> dict[str, Any]:
+        """Arguments of ``fit``: training and evaluation see the same cells, and ask for other genes in them."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return {
+            "train_cells": self.cells,
+            "eval_cells": self.cells if len(split.eval) else nothing,
+            "eval_tokens": self.eval_tokens,
+        }
+
+    def test(self, encoder: Encoder, split: Split, fold: int) -> Tested:
+        """Predictions of the test genes."""
+        cells = some_cells(self.tokens, self.cells, self.identity)
+        run = ClassifyingRun(encoder, cells, None, False)
+        means, truth, occurrences = run.gene_occurrences(self._by_token(split.test))
+        tokens, probabilities, n_cells = means.result()
+        at = np.searchsorted(self.labelled.tokens, tokens)
+        codes = self.labelled.codes[at]
+        columns = {
+            "gene": pa.array([self.labelled.genes[place] for place in at], pa.string()),
+            "token": pa.array(tokens, pa.int64()),
+            "n_cells": pa.array(n_cells, pa.int64()),
+            "fold": pa.array(np.full(len(tokens), fold), pa.int64()),
+            **task_columns(TASK, self.labelled.classes, probabilities, codes),
+        }
+        extra = {"occurrences": scoring.score(truth, occurrences, self.labelled.classes)} if len(truth) else {}
+        return Tested(pa.table(columns), {TASK: (codes, probabilities)} if len(codes) else {}, extra)
+
+    def _by_token(self, genes: np.ndarray) -> np.ndarray:
+        """[V] the class of every token among some genes, -100 elsewhere."""
+        codes = np.full(self.vocab_size, IGNORED, dtype=np.int64)
+        codes[self.labelled.tokens[genes]] = self.labelled.codes[genes]
+        return codes
+
+
+def _cells_with(folder: TokenFolder, labelled: LabelledGenes, max_cells: int | None, seed: int) -> np.ndarray:
+    """Cells that hold a labelled gene, or so many of them, drawn by a seed."""
+    if max_cells is not None and max_cells < 1:
+        raise UnsupportedError(f"max_cells must be at least 1, not {max_cells}")
+    found, start = [], 0
+    for values, cu_seqlens in folder.batches():
+        is_labelled = np.isin(values, labelled.tokens)
+        counts = np.add.reduceat(np.append(is_labelled, False), cu_seqlens[:-1]) * (np.diff(cu_seqlens) > 0)
+        found.append(start + np.flatnonzero(counts))
+        start += len(counts)
+    cells = np.concatenate(found)
+    if max_cells is not None and len(cells) > max_cells:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, max_cells, replace=False))
+    return cells
+
+
+def _some(genes: list[str]) -> str:
+    return ", ".join(genes[:_SHOWN]) + (" ..." if len(genes) > _SHOWN else "")

@@ -1,0 +1,189 @@
+"""Encoders with a classifying head: made from a pretrained one, frozen in part, saved as Hugging Face folders."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geneformer_fast.checkpoints import load, save
+from geneformer_fast.checkpoints.hf import Source, is_bert
+from geneformer_fast.config import usable_device
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
+
+ARCHITECTURE = {"cells": "BertForSequenceClassification", "genes": "BertForTokenClassification"}
+#: What the folder of a fine-tuned model holds besides what transformers reads.
+CARD = "finetuned.json"
+
+
+def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.device | None = None) -> Encoder:
+    """The encoder to start from, in float32, which training needs.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds no model.
+    UnsupportedError
+        The encoder reads values, not tokens.
+    """
+    if isinstance(model, Encoder):
+        encoder = copy.deepcopy(model)
+        encoder = encoder if device is None else encoder.to(usable_device(device))
+    else:
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = load(model, dtype="float32", device=fastest if device is None else device)
+    if encoder.config.inputs != "tokens":
+        raise UnsupportedError("this encoder reads values, not ranked tokens; fine-tuning serves encoders over tokens")
+    return encoder.cast("float32")
+
+
+def with_head(encoder: Encoder, kind: str, n_classes: int, *, seed: int = 0) -> Encoder:
+    """A copy of an encoder with a fresh classifier on top.
+
+    Parameters
+    ----------
+    encoder
+        Unchanged. Its own head is left behind, but for a pooler, which a classifier of cells goes on with.
+    kind
+        ``"cells"`` or ``"genes"``.
+    n_classes
+        Over all tasks: one linear head per task is one matrix whose rows are dealt among the tasks.
+    seed
+        Of the fresh weights.
+    """
+    made, head = copy.deepcopy(encoder), encoder.head
+    fresh = make_head(kind, encoder.config, n_classes)
+    assert fresh is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in fresh.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0.0, encoder.config.init_std, generator=generator)
+                module.bias.zero_()
+    found = head.pooler if isinstance(head, CellClassifier) else head
+    if isinstance(fresh, CellClassifier) and isinstance(found, Pooler):
+        fresh.pooler.load_state_dict(found.state_dict())
+    made.head = fresh.to(encoder.device)
+    made.source = None
+    return made
+
+
+def freeze(encoder: Encoder, n_layers: int, *, embeddings: bool = False) -> None:
+    """Freeze the first blocks, and the embeddings if asked.
+
+    With the embeddings frozen too, nothing below the first block that learns keeps activations for a backward pass.
+    Without, gradients still go through the frozen blocks to reach the embeddings, as in Geneformer's ``freeze_layers``.
+
+    Parameters
+    ----------
+    encoder
+        Changed in place.
+    n_layers
+        Blocks from the bottom.
+    embeddings
+        Whether token, position and type tables and their LayerNorm are frozen.
+
+    Raises
+    ------
+    UnsupportedError
+        There are fewer blocks.
+    """
+    if not 0 <= n_layers <= encoder.config.n_layers:
+        raise UnsupportedError(f"cannot freeze {n_layers} layers: the model has {encoder.config.n_layers}")
+    frozen: list[nn.Module] = [encoder.blocks[index] for index in range(n_layers)]
+    if embeddings:
+        frozen += [encoder.embeddings, *filter(None, [encoder.embedding_norm])]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def scale_classifier(encoder: Encoder, factors: np.ndarray) -> None:
+    """Multiply logits by [n_classes] factors: a loss with a scale then leaves a model whose softmax means something."""
+    assert isinstance(encoder.head, CellClassifier | GeneClassifier)
+    classifier = encoder.head.classifier
+    with torch.no_grad():
+        factor = torch.from_numpy(factors).to(classifier.weight)
+        classifier.weight.mul_(factor[:, None])
+        classifier.bias.mul_(factor)
+
+
+def save_classifier(
+    encoder: Encoder,
+    folder: Path,
+    labels: Sequence[str],
+    card: Mapping[str, Any],
+    vocabulary: Path | None,
+    base: Mapping[str, Any],
+) -> Path:
+    """Write a Hugging Face folder that transformers loads (of a BERT encoder), under a temporary name first.
+
+    Parameters
+    ----------
+    encoder
+        With a head of classes.
+    folder
+        Replaced if it is there.
+    labels
+        [n_classes] for ``id2label``.
+    card
+        What :data:`CARD` says: tasks and their classes, and where the model comes from.
+    vocabulary
+        A ``vocabulary.json`` to put beside the model, so that counts can be given to it.
+    base
+        The pretrained model's config.json, whose further settings are kept.
+    """
+    kind = "cells" if isinstance(encoder.head, CellClassifier) else "genes"
+    settings = {
+        **{key: value for key, value in base.items() if key not in ("id2label", "label2id", "problem_type")},
+        "id2label": {str(code): label for code, label in enumerate(labels)},
+        "label2id": {label: code for code, label in enumerate(labels)},
+    }
+    if is_bert(encoder):
+        encoder.source = Source(ARCHITECTURE[kind], settings, "bert.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(encoder, partial)
+    (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    if vocabulary is not None:
+        shutil.copyfile(vocabulary, partial / "vocabulary.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder
+
+
+def read_card(folder: Path, encoder: Encoder) -> dict[str, Any]:
+    """What a fine-tuned model tells: from :data:`CARD`, or for a model of other making from its ``id2label``.
+
+    Returns
+    -------
+    dict
+        ``kind`` (``"cells"`` or ``"genes"``) and ``tasks``, a list of ``{"name", "classes"}``.
+
+    Raises
+    ------
+    CheckpointError
+        The model has no head of classes.
+    """
+    if not isinstance(encoder.head, CellClassifier | GeneClassifier):
+        raise CheckpointError(f"{folder} holds no classifier; make one with geneformer-fast finetune")
+    path = folder / CARD
+    if path.exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from None
+    n_classes = encoder.head.classifier.out_features
+    named = encoder.source.settings.get("id2label", {}) if encoder.source is not None else {}
+    classes = [str(named.get(str(code), f"LABEL_{code}")) for code in range(n_classes)]
+    kind = "cells" if isinstance(encoder.head, CellClassifier) else "genes"
+    return {"kind": kind, "tasks": [{"name": "label", "classes": classes}]}

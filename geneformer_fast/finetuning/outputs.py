@@ -1,0 +1,148 @@
+"""The folder of a fine-tuning: what was asked for, what each fold gave, scores, pictures, and the model.
+
+``finetune.json``
+    What was asked for; a killed run goes on only with the same.
+``folds/fold-1/``
+    ``predictions.parquet`` and ``scores.json`` of a finished fold; ``run/``, checkpoints of one that is not.
+``predictions.parquet``, ``scores.json``, ``confusion.png``, ``roc.png``
+    Of all test cells (or genes).
+``final/``
+    The model, as transformers loads it.
+``search.db``
+    Trials of a hyperparameter search.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geneformer_fast.errors import OutputError
+from geneformer_fast.finetuning.search import STORAGE
+from geneformer_fast.tokenization.manifest import read_json, write_json
+
+ASKED, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
+    *("finetune.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
+)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning made.
+
+    Attributes
+    ----------
+    folder
+        Where everything is.
+    model
+        Folder of the model, which :func:`geneformer_fast.predict` and transformers load; None if none was asked for.
+    scores
+        Contents of ``scores.json``.
+    """
+
+    folder: Path
+    model: Path | None
+    scores: dict[str, Any]
+
+    @property
+    def predictions(self) -> Path:
+        """Parquet file with truth, prediction and probabilities of every cell (or gene) that was tested."""
+        return self.folder / PREDICTIONS
+
+    def __str__(self) -> str:
+        lines = [f"{'':<24}{'accuracy':>16}{'macro-F1':>16}{'ROC AUC':>16}"]
+        for name, task in self.scores["tasks"].items():
+            lines.append(f"{name[:22]:<24}" + "".join(f"{_shown(task, key):>16}" for key in _SHOWN))
+        n_folds = self.scores["n_folds"]
+        told = f"mean ± standard deviation of {n_folds} folds" if n_folds > 1 else "held-out test set"
+        lines.append(f"({told}; {self.scores['n']:,} {self.scores['of']}) -> {self.folder}")
+        return "\n".join(lines)
+
+
+_SHOWN = ("accuracy", "macro_f1", "roc_auc")
+
+
+def _shown(task: Mapping[str, Any], key: str) -> str:
+    value = task["over_folds"].get(key)
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["sd"] is None else f" ± {value['sd']:.3f}")
+
+
+class OutFolder:
+    """The folder of one fine-tuning.
+
+    Parameters
+    ----------
+    path
+        Made if absent.
+    asked
+        What decides the result, in plain values.
+    resume, overwrite
+        Whether to go on with what is there, or to remove it.
+
+    Raises
+    ------
+    OutputError
+        The folder holds a fine-tuning already, another one than is to be resumed, or files of something else.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; name a folder")
+        if (path / ASKED).exists():
+            if overwrite:
+                self._clear()
+            elif resume:
+                _compare(path, asked)
+            else:
+                raise OutputError(
+                    f"{path} holds a fine-tuning already; go on with it (--resume), replace it (--overwrite), or name "
+                    "another folder"
+                )
+        elif path.is_dir() and any(path.iterdir()):
+            raise OutputError(f"{path} holds files that finetune did not make; name another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / ASKED, asked)
+
+    @property
+    def search(self) -> Path:
+        """File of search trials."""
+        return self.path / STORAGE
+
+    @property
+    def final(self) -> Path:
+        """Folder of the model."""
+        return self.path / FINAL
+
+    def fold(self, name: str) -> Path:
+        """Folder of one fold, made if absent."""
+        folder = self.path / FOLDS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _clear(self) -> None:
+        for name in (FOLDS, FINAL):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for pattern in (SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+
+def _compare(path: Path, asked: Mapping[str, Any]) -> None:
+    there = read_json(path / ASKED)
+    for key, value in asked.items():
+        if there.get(key) != value:
+            raise OutputError(
+                f"{path} holds a fine-tuning with {key.replace('_', ' ')} {_short(there.get(key))}, not "
+                f"{_short(value)}: go on with the same, or name another folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

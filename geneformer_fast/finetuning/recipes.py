@@ -1,0 +1,31 @@
+"""How fine-tuning is done if nobody says otherwise: Geneformer's defaults, with the best epoch kept."""
+
+from __future__ import annotations
+
+from geneformer_fast.training.recipe import Recipe
+
+#: Classes of cells. Geneformer: batches of 12, 10 epochs, the best by evaluation kept; 5e-5 is its rate for six layers.
+CELLS = Recipe(
+    epochs=10,
+    batch_cells=12,
+    learning_rate=5e-5,
+    schedule="linear",
+    warmup_ratio=0.1,
+    weight_decay=0.001,
+    monitor="macro_f1",
+    is_greater_better=True,
+    is_best_restored=True,
+)
+
+#: Classes of genes: one epoch.
+GENES = Recipe(
+    epochs=1,
+    batch_cells=12,
+    learning_rate=5e-5,
+    schedule="linear",
+    warmup_ratio=0.1,
+    weight_decay=0.001,
+    monitor="macro_f1",
+    is_greater_better=True,
+    is_best_restored=True,
+)

@@ -1,0 +1,28 @@
+"""Tokens and a model that all tests of fine-tuning share, and one fine-tuning of cells that several look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typed_cells import SHORT, write_model, write_tokens
+
+import geneformer_fast as gf
+from geneformer_fast.finetuning.outputs import Finetuned
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``tokens``, ``cells.h5ad`` and ``model``."""
+    folder = tmp_path_factory.mktemp("typed")
+    write_tokens(folder)
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def done(place: Path) -> Finetuned:
+    """Three folds by donor, and a final model."""
+    return gf.finetune_cells(
+        place / "tokens", place / "model", "kind", place / "done", group="donor", folds=3, recipe=SHORT
+    )
