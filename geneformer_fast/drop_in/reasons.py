@@ -93,6 +93,8 @@ def why_not_packed(bert: Any, arguments: dict[str, Any]) -> str | None:
     for name, value in arguments.items():
         if name not in _SERVED and value is not None and value is not False:
             return f"{name} was passed: " + _WHY.get(name, "the packed forward pass does not know it")
+    if any("forward" not in vars(module) for _, module in containers(bert)):
+        return "modules of its encoder have been exchanged since accelerate()"
     config = bert.config
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
         return "the configuration makes the model a decoder"
@@ -139,13 +141,15 @@ def check_tokens(bert: Any, ids: torch.Tensor, positions: torch.Tensor | None) -
     VocabularyError
         On the CPU, a token id is outside the model's table.
     """
-    n_positions, n_tokens = bert.config.max_position_embeddings, bert.config.vocab_size
-    if positions is None and ids.shape[1] > n_positions:
+    tables = bert.embeddings.position_embeddings, bert.embeddings.word_embeddings
+    # A table that has been wrapped may not tell; then it answers for itself.
+    n_positions, n_tokens = (getattr(table, "num_embeddings", None) for table in tables)
+    if positions is None and n_positions is not None and ids.shape[1] > n_positions:
         raise InputError(
             f"a batch of {ids.shape[1]:,} columns does not fit the model's {n_positions:,} positions; tokenize with a "
             f"maximal length of {n_positions:,}, or truncate"
         )
-    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+    if n_tokens is None or ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= n_tokens:

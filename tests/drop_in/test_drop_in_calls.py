@@ -299,6 +299,18 @@ def test_the_encoder_of_another_model_can_be_accelerated() -> None:
     torch.testing.assert_close(ours.seq_relationship_logits, stock.seq_relationship_logits, atol=1e-5, rtol=1e-5)
 
 
+def test_exchanged_modules_run_as_stock_and_say_so() -> None:
+    model, given = bert("BertModel").eval(), inputs()
+    other = bert("BertModel", seed=1).eval()
+    with torch.no_grad():
+        gf.accelerate(model)
+        model.encoder.layer[1] = other.encoder.layer[1]
+        with pytest.warns(UserWarning, match="exchanged since"):
+            ours = model(**given).last_hidden_state
+        gf.accelerate(model).undo()
+        assert torch.equal(ours, model(**given).last_hidden_state)
+
+
 def test_left_padded_training_step() -> None:
     model = bert("BertForMaskedLM").train()
     given = inputs(side="left")

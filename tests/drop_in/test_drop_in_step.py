@@ -151,6 +151,39 @@ def assert_as_good(
     assert 0 < distance(witness) < 0.2 * size
 
 
+def test_every_dropout_is_alive_in_training_and_no_other_time() -> None:
+    """One at a time: it changes the result, and in the mean over many draws changes it as the stock one does."""
+    model, given = bert("BertModel").eval(), inputs([9, 6])
+    keep = given["attention_mask"].bool()
+    dropouts = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Dropout}
+    assert len(dropouts) == 1 + 2 * 3
+
+    def drawn(n_draws: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        return torch.stack([model(**given).last_hidden_state[keep] for _ in range(n_draws)])
+
+    with torch.no_grad():
+        for name, dropout in dropouts.items():
+            dropout.p = 0.3
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if hasattr(owner, "dropout_prob"):  # where the first releases served keep attention's
+                owner.dropout_prob = 0.3
+            model.train()
+            stock = drawn(80)
+            handle = gf.accelerate(model)
+            ours = drawn(80)
+            model.eval()
+            assert torch.equal(*drawn(2)), name
+            handle.undo()
+            for each in (ours, stock):
+                assert (each[0] - each[1]).abs().max() > 1e-3, name
+            error = ((ours.var(0) + stock.var(0)) / 80).sqrt()
+            distance = ((ours.mean(0) - stock.mean(0)) / error.clamp(min=1e-6)).square().mean()
+            assert 0.4 < distance < 2.0, name
+            assert 0.7 < ours.var(0).mean() / stock.var(0).mean() < 1.4, name
+            dropout.p = owner.dropout_prob = 0.0
+
+
 def test_frozen_layers_get_no_gradient_and_the_others_the_same() -> None:
     model = bert("BertForSequenceClassification").train()
     for parameter in (*model.bert.embeddings.parameters(), *model.bert.encoder.layer[0].parameters()):

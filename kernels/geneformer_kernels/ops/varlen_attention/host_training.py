@@ -112,7 +112,7 @@ class Attention:
         outs = buffers.heads_first("outs", out, padded)
         delta = _dots(*(x.view(torch.uint16).numpy()[:, :length] for x in (d_outs, outs)))
         row_keys = self._row_keys(start, length)
-        dq = buffers.heads("dq", padded, self.head_dim).zero_()
+        dq = buffers.heads("dq", padded, self.head_dim, torch.float32).zero_()
         rows = min(self.block_rows, padded)
         for low in range(0, length, rows):
             end = min(low + rows, length)
