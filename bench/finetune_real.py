@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SCRATCH = "plain, not pretrained"
 BASELINES = ("PCA + logistic regression", "PCA + random forest")
+ORDER = (*BASELINES, *VARIANTS, SCRATCH)
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,13 @@ class Study:
             save_every=self.size.steps, token_budget=8192,
         )  # fmt: skip
         model: Any = self._encoder(None) if variant == SCRATCH else self.model()
-        begin = time.process_time()
         done = finetune_cells(
             self.tokens(name), model, cells.label, self.work / "finetuned" / name / variant.replace(", ", "_"),
             folds=N_FOLDS, recipe=recipe, ignore=cells.ignore, is_final=False, device="cpu", resume=True,
             **VARIANTS.get(variant, {}),
         )  # fmt: skip
         (task,) = done.scores["tasks"].values()
-        return {**_row(task["folds"], task["classes"]), "cpu_s": round(time.process_time() - begin, 1)}
+        return _row(task["folds"], task["classes"])
 
     def baselines(self, name: str) -> dict[str, dict[str, Any]]:
         """Scores of the baselines on the same folds; features and classifiers see training cells only."""
@@ -202,7 +202,6 @@ class Study:
             BASELINES[1]: lambda: RandomForestClassifier(500, random_state=SEED, n_jobs=1),
         }
         folds: dict[str, list[dict[str, Any]]] = {baseline: [] for baseline in makers}
-        seconds = dict.fromkeys(makers, 0.0)
         with open_tokens(self.tokens(name)) as tokens:
             task = read_task(tokens, SETS[name].label, ignore=SETS[name].ignore)
             work = CellWork(tokens, {}, [task], {task.name: "cross-entropy"}, ClassSampler(task.codes), 0)
@@ -212,19 +211,12 @@ class Study:
         for split in splits:
             # What the fine-tuned model uses to choose its best epoch, the baselines may learn from.
             seen = np.concatenate([split.train, split.eval])
-            begin = time.process_time()
             features = _pca(counts, seen)
-            shared = time.process_time() - begin
             for baseline, make in makers.items():
-                begin = time.process_time()
                 fitted = make().fit(features[seen], task.codes[seen])
                 probabilities = fitted.predict_proba(features[split.test])
                 folds[baseline].append(score(task.codes[split.test], probabilities, task.classes))
-                seconds[baseline] += time.process_time() - begin + shared
-        return {
-            baseline: {**_row(parts, task.classes), "cpu_s": round(seconds[baseline], 1)}
-            for baseline, parts in folds.items()
-        }
+        return {baseline: _row(parts, task.classes) for baseline, parts in folds.items()}
 
 
 def _row(folds: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
@@ -293,7 +285,7 @@ def _say(name: str, variant: str, row: dict[str, Any]) -> None:
         print(f"{name:<18} {variant:<26} {row['error']}", flush=True)
         return
     told = "  ".join(f"{key} {row[key]['mean']:.3f} ± {row[key]['sd']:.3f}" for key in ("accuracy", "macro_f1"))
-    print(f"{name:<18} {variant:<26} {told}  {row['cpu_s']:.0f} s", flush=True)
+    print(f"{name:<18} {variant:<26} {told}", flush=True)
 
 
 def content(study: Study, rows: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +297,10 @@ def content(study: Study, rows: dict[str, Any]) -> dict[str, Any]:
         "n_parameters": sum(parameter.numel() for parameter in study._encoder(None).parameters()),
         "pretraining": read_json(study.work / "pretraining.json"),
         "threads": torch.get_num_threads(),
-        "sets": {name: {"label": SETS[name].label, "rows": table} for name, table in rows.items()},
+        "sets": {
+            name: {"label": SETS[name].label, "rows": {way: table[way] for way in ORDER if way in table}}
+            for name, table in rows.items()
+        },
     }
 
 

@@ -29,13 +29,14 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         values = {way: row for way, row in table["rows"].items() if "macro_f1" in row}
         best = max(values, key=lambda way: values[way]["macro_f1"]["mean"])
         for number, (way, row) in enumerate(table["rows"].items()):
+            named = way if way.startswith("PCA") else f"encoder, {way}"
             first = f"{name}, {table['label']}, {n_cells:,} cells" if number == 0 else ""
             if way not in values:
-                found.append((first, way, *["training failed"] * len(_COLUMNS)))
+                found.append((first, named, *["training failed"] * len(_COLUMNS)))
                 continue
             told = [_shown(row.get(key)) for key in _KEYS]
             told[0] = f"**{told[0]}**" if way == best else told[0]
-            found.append((first, way, *told, f"{_rarest(row):.3f}"))
+            found.append((first, named, *told, f"{_rarest(row):.3f}"))
     return found
 
 

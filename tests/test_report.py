@@ -122,8 +122,8 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     assert by_way["PCA + logistic regression"] == [
         "blood, type, 1,000 cells", "**0.912 ± 0.012**", "0.912 ± 0.012", "0.912 ± 0.012", "0.500"
     ]  # fmt: skip
-    assert by_way["plain"] == ["", "0.811 ± 0.012", "0.811 ± 0.012", "0.811 ± 0.012", "0.100"]
-    assert by_way["focal"] == ["", *["training failed"] * 4]
+    assert by_way["encoder, plain"] == ["", "0.811 ± 0.012", "0.811 ± 0.012", "0.811 ± 0.012", "0.100"]
+    assert by_way["encoder, focal"] == ["", *["training failed"] * 4]
     assert "masked-gene loss 7.65 after 100 steps, 6.54 at the end" in text
     assert "### Imaginary 9000, 4 cores, 16 GiB, amx_bf16" in text
     assert "400 / 650 / 1200 tokens" in text

@@ -66,30 +66,7 @@ class Source:
 def load(
     path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Encoder:
-    """Load a checkpoint folder of Geneformer or any BERT encoder.
-
-    Parameters
-    ----------
-    path
-        Folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, sharded or not, of a BertModel,
-        BertForMaskedLM, BertForSequenceClassification or BertForTokenClassification.
-    dtype
-        Dtype of weights and matrix products: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, ``"auto"``
-        (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
-        float32.
-    device
-        Where to put it.
-
-    Returns
-    -------
-    Encoder
-        In evaluation mode, with the head the checkpoint has.
-
-    Raises
-    ------
-    CheckpointError
-        Files are missing, truncated or do not fit together; names the file, the tensor and both shapes.
-    """
+    """:func:`geneformer_fast.load` for a folder of BertModel, BertForMaskedLM, or a BERT classifier."""
     folder = Path(path)
     settings = read_settings(folder)
     tensors = read_tensors(folder)
@@ -115,31 +92,7 @@ def load(
 
 
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Save as a Hugging Face folder, ``config.json`` and ``model.safetensors``, which transformers loads.
-
-    A model that was loaded and not changed gives back every tensor bit for bit, in its dtype and under its name.
-
-    Parameters
-    ----------
-    encoder
-        A post-norm encoder over tokens (what BERT can express).
-    path
-        Folder, made if absent.
-    overwrite
-        Whether to replace weights that are there already.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    OutputError
-        The folder holds a model already.
-    CheckpointError
-        BERT cannot express this encoder.
-    """
+    """:func:`geneformer_fast.save` for what BERT can express (:func:`is_bert`); else a CheckpointError."""
     from safetensors.torch import save_file
 
     folder = Path(path)

@@ -195,6 +195,36 @@ def test_a_hook_that_changes_a_result_changes_the_result() -> None:
         torch.testing.assert_close(model(**given).pooler_output, stock, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Linear", "LayerNorm", "BertSelfOutput", "BertOutput", "BertEmbeddings"])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_hooked_modules_get_the_dtypes_of_the_stock_model(kind: str, is_autocast: bool) -> None:
+    """The residual stream is float32 inside; a module of a bfloat16 model is handed bfloat16 all the same."""
+    model, given = bert("BertModel").to(torch.float32 if is_autocast else torch.bfloat16).eval(), inputs()
+    seen: dict[str, list[tuple[torch.dtype, ...]]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen.setdefault(name, []).append((*(each.dtype for each in args), out.dtype))
+
+        return hook
+
+    for name, module in model.encoder.named_modules() if kind != "BertEmbeddings" else model.named_modules():
+        if type(module).__name__ == kind:
+            module.register_forward_hook(note(name))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        stock = model(**given)
+        gf.accelerate(model)
+        ours = model(**given)
+    assert seen
+    for name, (theirs, mine) in seen.items():
+        # Under autocast a product may be handed what autocast would make of its input.
+        assert mine[1:] == theirs[1:], name
+        assert mine[0] in (theirs[0], torch.bfloat16), name
+    assert ours.last_hidden_state.dtype == stock.last_hidden_state.dtype
+    keep = given["attention_mask"].bool()
+    torch.testing.assert_close(ours.last_hidden_state[keep], stock.last_hidden_state[keep], atol=0.1, rtol=0.05)
+
+
 def test_global_hooks_see_every_module() -> None:
     from torch.nn.modules.module import register_module_forward_hook
 
