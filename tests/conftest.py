@@ -15,8 +15,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Test files at a time when the whole default suite is asked for: some of them hold gigabytes.
+MOST_WORKERS = 4
 # A mark, or one of the fixtures that bring it.
 _FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """``pytest`` alone runs the default suite, whole files at a time, on several cores where pytest-xdist is there.
+
+    Chosen files, other marks, ``-n`` and ``--pdb`` are left as they are.
+    """
+    option = config.option
+    is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
+    if is_whole and getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
+        option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        option.dist = "loadfile"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores, instead of each of them using all."""
+    if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
