@@ -28,6 +28,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     Chosen files, other marks, ``-n`` and ``--pdb`` are left as they are.
     """
     option = config.option
+    if hasattr(config, "workerinput"):  # a worker has no workers
+        return
     is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and "not gpu" in option.markexpr
     if is_whole and getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
         option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
