@@ -130,14 +130,19 @@ def ceilings(
     product_ms = _median(clock, _product(device, n), repeats)
     copy_ms = _median(clock, _copy(device, n_bytes), repeats)
     found = {
-        "product_tflops": round(2 * n**3 / product_ms / 1e9, 3),
-        "copy_gbps": round(2 * n_bytes / copy_ms / 1e6, 3),
+        "product_tflops": _digits(2 * n**3 / product_ms / 1e9),
+        "copy_gbps": _digits(2 * n_bytes / copy_ms / 1e6),
     }
     try:
         int8_ms = _median(clock, _int8_product(device, n), repeats)
     except RuntimeError:
         return found  # torch has no int8 product on this card
-    return {**found, "int8_product_tflops": round(2 * n**3 / int8_ms / 1e9, 3)}
+    return {**found, "int8_product_tflops": _digits(2 * n**3 / int8_ms / 1e9)}
+
+
+def _digits(number: float) -> float:
+    """Five digits that count: rounded to decimals, a slow machine's small product would come out as 0."""
+    return float(f"{number:.5g}")
 
 
 def _product(device: torch.device, n: int) -> Run:

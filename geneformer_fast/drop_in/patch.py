@@ -174,10 +174,13 @@ def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
     known = [forward for forward in map(_forward_of, base.modules()) if forward is not None]
     if not known:
         check_model(base)
-        known = [*_forwards(base)]
-        for forward in known:
+    # After undo() inside of another tool's wrapper, some modules still hold theirs and others do not.
+    holders = {id(forward.module) for forward in known}
+    for forward in _forwards(base):
+        if id(forward.module) not in holders:
             forward.module.forward = forward
             vars(forward.module)["_replicate_for_data_parallel"] = forward.replicate
+            known.append(forward)
     for forward in known:
         forward.is_active = True
         if isinstance(forward, PackedModelForward) and "has_training_logits" in forward.options:

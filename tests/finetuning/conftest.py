@@ -12,7 +12,7 @@ from geneformer_fast.finetuning.outputs import Finetuned
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``tokens``, ``cells.h5ad`` and ``model``."""
     folder = tmp_path_factory.mktemp("typed")
     write_tokens(folder)
@@ -21,8 +21,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def done(place: Path) -> Finetuned:
+def done(home: Path) -> Finetuned:
     """Three folds by donor, and a final model."""
     return gf.finetune_cells(
-        place / "tokens", place / "model", "kind", place / "done", group="donor", folds=3, recipe=SHORT
+        home / "tokens", home / "model", "kind", home / "done", group="donor", folds=3, recipe=SHORT
     )

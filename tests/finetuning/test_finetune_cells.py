@@ -30,9 +30,9 @@ def test_it_learns(done):
     assert len(task["over_folds"]["accuracy"]["folds"]) == 3
 
 
-def test_every_cell_is_tested_once_by_a_model_that_saw_nobody_of_its_donor(done, place):
+def test_every_cell_is_tested_once_by_a_model_that_saw_nobody_of_its_donor(done, home):
     table = pq.read_table(done.predictions).to_pandas()
-    obs = anndata.read_h5ad(place / "cells.h5ad").obs
+    obs = anndata.read_h5ad(home / "cells.h5ad").obs
     assert sorted(table["source_row"]) == list(range(90))
     assert set(table["source_file"]) == {"cells.h5ad"} or table["source_file"].str.endswith("cells.h5ad").all()
     assert (obs["kind"].to_numpy()[table["source_row"]] == table["kind"]).all()
@@ -69,12 +69,12 @@ def test_checkpoints_of_finished_folds_are_gone(done):
     assert not list(done.folder.rglob(".*"))
 
 
-def test_transformers_loads_the_model_and_says_the_same(done, place):
+def test_transformers_loads_the_model_and_says_the_same(done, home):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertForSequenceClassification.from_pretrained(done.model).eval()
     assert theirs.config.id2label == dict(enumerate(TYPES))
     assert theirs.config.label2id == {name: code for code, name in enumerate(TYPES)}
-    tokens = gf.open_tokens(place / "tokens")
+    tokens = gf.open_tokens(home / "tokens")
     ours = gf.load(done.model)
     values, bounds = tokens.read(range(5))
     for start, stop in itertools.pairwise(bounds):
@@ -86,45 +86,45 @@ def test_transformers_loads_the_model_and_says_the_same(done, place):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_pretrained_model_stays_as_it_was(done, place):
+def test_the_pretrained_model_stays_as_it_was(done, home):
     # `done` was made from it; a fresh one with the same seed has the same weights.
-    encoder = gf.load(place / "model")
+    encoder = gf.load(home / "model")
     torch.manual_seed(3)
     fresh = gf.Encoder(encoder.config, head="mlm")
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], tensor), name
 
 
-def test_hold_out_saves_the_model_it_tested(place, tmp_path):
-    made = gf.finetune_cells(place / "tokens", place / "model", "kind", tmp_path / "out", test_share=0.3, recipe=SHORT)
+def test_hold_out_saves_the_model_it_tested(home, tmp_path):
+    made = gf.finetune_cells(home / "tokens", home / "model", "kind", tmp_path / "out", test_share=0.3, recipe=SHORT)
     table = pq.read_table(made.predictions).to_pandas()
     assert len(table) == 27
-    again = gf.predict(place / "tokens", made.model, dtype="float32", progress=False).set_index("row")
+    again = gf.predict(home / "tokens", made.model, dtype="float32", progress=False).set_index("row")
     rows = again.loc[table["cell"]]
     np.testing.assert_allclose(rows["kind_probability"], table["kind_probability"], rtol=1e-5)
     assert made.scores["folds"][0]["best"]["macro_f1"] > 0.9
 
 
 @pytest.mark.parametrize("loss", ["weighted", "class-balanced", "focal", "bce", "dice", "ldam:s=10", "logit-adjusted"])
-def test_every_loss_trains(place, tmp_path, loss):
+def test_every_loss_trains(home, tmp_path, loss):
     made = gf.finetune_cells(
-        place / "tokens", place / "model", "kind", tmp_path / "out", test_share=0.3, loss=loss,
+        home / "tokens", home / "model", "kind", tmp_path / "out", test_share=0.3, loss=loss,
         recipe=SHORT,
     )  # fmt: skip
     assert made.scores["tasks"]["kind"]["over_folds"]["accuracy"]["mean"] > 0.8
 
 
-def test_ldam_leaves_a_model_whose_probabilities_mean_something(place, tmp_path):
+def test_ldam_leaves_a_model_whose_probabilities_mean_something(home, tmp_path):
     """Its loss multiplies logits by s: without that factor in the model, softmax would be nearly uniform."""
     made = gf.finetune_cells(
-        place / "tokens", place / "model", "kind", tmp_path / "out", test_share=0.3, loss="ldam", recipe=SHORT
+        home / "tokens", home / "model", "kind", tmp_path / "out", test_share=0.3, loss="ldam", recipe=SHORT
     )
     table = pq.read_table(made.predictions).to_pandas()
     right = table[table["kind"] == table["kind_predicted"]]
     assert right["kind_probability"].median() > 0.8
 
 
-def test_samplers_change_how_many_cells_an_epoch_shows(place, tmp_path, monkeypatch):
+def test_samplers_change_how_many_cells_an_epoch_shows(home, tmp_path, monkeypatch):
     seen = {}
     original = finetuning_cells.CellObjective.collate
 
@@ -133,12 +133,12 @@ def test_samplers_change_how_many_cells_an_epoch_shows(place, tmp_path, monkeypa
         return original(self, tokens, cells, rng)
 
     monkeypatch.setattr(finetuning_cells.CellObjective, "collate", collate)
-    tokens = gf.open_tokens(place / "tokens")
+    tokens = gf.open_tokens(home / "tokens")
     kinds = np.array(tokens.column("kind").to_pylist())
     counts = {}
     for name in ("none", "over", "under"):
         gf.finetune_cells(
-            place / "tokens", place / "model", "kind", tmp_path / name, sampler=name, eval_share=0, test_share=0.3,
+            home / "tokens", home / "model", "kind", tmp_path / name, sampler=name, eval_share=0, test_share=0.3,
             recipe=ONE_EPOCH,
         )  # fmt: skip
         counts[name] = {kind: int((kinds[np.concatenate(seen[name])] == kind).sum()) for kind in TYPES}
@@ -147,8 +147,8 @@ def test_samplers_change_how_many_cells_an_epoch_shows(place, tmp_path, monkeypa
     assert set(counts["under"].values()) == {least}
 
 
-def test_a_nan_loss_loses_no_finished_fold_and_the_rest_is_made_later(place, tmp_path, monkeypatch):
-    arguments = (place / "tokens", place / "model", "kind")
+def test_a_nan_loss_loses_no_finished_fold_and_the_rest_is_made_later(home, tmp_path, monkeypatch):
+    arguments = (home / "tokens", home / "model", "kind")
     options = dict(folds=2, eval_share=0.0, recipe=ONE_EPOCH)
     calls = []
 
@@ -172,8 +172,8 @@ def test_a_nan_loss_loses_no_finished_fold_and_the_rest_is_made_later(place, tmp
     assert pq.read_table(made.predictions).equals(pq.read_table(whole.predictions))
 
 
-def test_a_killed_fold_goes_on_from_its_checkpoint_bit_for_bit(place, tmp_path, monkeypatch):
-    arguments = (place / "tokens", place / "model", "kind")
+def test_a_killed_fold_goes_on_from_its_checkpoint_bit_for_bit(home, tmp_path, monkeypatch):
+    arguments = (home / "tokens", home / "model", "kind")
     options = dict(recipe=dataclasses.replace(SHORT, epochs=3), test_share=0.3)
     whole = gf.finetune_cells(*arguments, tmp_path / "whole", **options)
     steps = []
@@ -197,8 +197,8 @@ def test_a_killed_fold_goes_on_from_its_checkpoint_bit_for_bit(place, tmp_path, 
     assert (made.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
 
-def test_resume_refuses_another_fine_tuning_and_overwrite_replaces_it(place, tmp_path):
-    arguments = (place / "tokens", place / "model")
+def test_resume_refuses_another_fine_tuning_and_overwrite_replaces_it(home, tmp_path):
+    arguments = (home / "tokens", home / "model")
     first = gf.finetune_cells(*arguments, "kind", tmp_path / "out", recipe=ONE_EPOCH)
     with pytest.raises(OutputError, match=r"a fine-tuning with losses .*cross-entropy.*, not .*focal"):
         gf.finetune_cells(*arguments, "kind", tmp_path / "out", recipe=ONE_EPOCH, loss="focal", resume=True)
@@ -242,30 +242,30 @@ def test_resume_refuses_another_fine_tuning_and_overwrite_replaces_it(place, tmp
         ({"kind": 0.0}, {}, "weights above 0"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(place, tmp_path, label, options, said):
+def test_bad_input_is_refused_before_anything_is_written(home, tmp_path, label, options, said):
     with pytest.raises(GeneformerFastError, match=said):
-        gf.finetune_cells(place / "tokens", place / "model", label, tmp_path / "out", recipe=ONE_EPOCH, **options)
+        gf.finetune_cells(home / "tokens", home / "model", label, tmp_path / "out", recipe=ONE_EPOCH, **options)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_tokens_of_another_vocabulary_are_refused(place, tmp_path):
+def test_tokens_of_another_vocabulary_are_refused(home, tmp_path):
     import toys
 
     words = toys.vocabulary(name="other")
     gf.tokenize(typed_cells(12), tmp_path / "tokens", vocabulary=words, obs=["kind"], progress=False)
     with pytest.raises(GeneformerFastError, match="these tokens were made with other, but the model reads toy"):
-        gf.finetune_cells(tmp_path / "tokens", place / "model", "kind", tmp_path / "out")
+        gf.finetune_cells(tmp_path / "tokens", home / "model", "kind", tmp_path / "out")
 
 
-def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+def test_several_processes_are_refused(home, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(GeneformerFastError, match="start it without torchrun"):
-        gf.finetune_cells(place / "tokens", place / "model", "kind", tmp_path / "out")
+        gf.finetune_cells(home / "tokens", home / "model", "kind", tmp_path / "out")
 
 
-def test_unlabelled_and_ignored_cells_are_left_out(place, tmp_path):
+def test_unlabelled_and_ignored_cells_are_left_out(home, tmp_path):
     made = gf.finetune_cells(
-        place / "tokens", place / "model", "patchy", tmp_path / "out", folds=2, recipe=ONE_EPOCH, is_final=False,
+        home / "tokens", home / "model", "patchy", tmp_path / "out", folds=2, recipe=ONE_EPOCH, is_final=False,
         drop_unlabelled=True, ignore=["NK"],
     )  # fmt: skip
     table = pq.read_table(made.predictions).to_pandas()

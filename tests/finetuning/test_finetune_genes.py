@@ -20,9 +20,9 @@ from geneformer_fast.finetuning.objectives import GeneMeans
 
 
 @pytest.fixture(scope="module")
-def done(place):
+def done(home):
     return gf.finetune_genes(
-        place / "tokens", place / "model", gene_classes(), place / "genes", folds=3, recipe=SHORT_GENES
+        home / "tokens", home / "model", gene_classes(), home / "genes", folds=3, recipe=SHORT_GENES
     )
 
 
@@ -38,13 +38,13 @@ def test_it_learns_and_every_gene_is_tested_once(done):
     assert all(fold["occurrences"]["n"] > 90 for fold in done.scores["folds"])
 
 
-def test_counts_of_cells_are_those_of_the_tokens(done, place):
+def test_counts_of_cells_are_those_of_the_tokens(done, home):
     table = pq.read_table(done.predictions).to_pandas()
-    values, _ = gf.open_tokens(place / "tokens").read(range(90))
+    values, _ = gf.open_tokens(home / "tokens").read(range(90))
     assert (table["n_cells"] == np.bincount(values, minlength=100)[table["token"]]).all()
 
 
-def test_training_never_asks_for_a_gene_of_another_split(place, tmp_path, monkeypatch):
+def test_training_never_asks_for_a_gene_of_another_split(home, tmp_path, monkeypatch):
     asked: list[set[int]] = []
     original = finetuning_genes.GeneObjective.collate
 
@@ -63,7 +63,7 @@ def test_training_never_asks_for_a_gene_of_another_split(place, tmp_path, monkey
     monkeypatch.setattr(finetuning_genes.GeneObjective, "collate", collate)
     monkeypatch.setattr(finetuning_genes.GeneWork, "objective", objective)
     gf.finetune_genes(
-        place / "tokens", place / "model", gene_classes(), tmp_path / "out", folds=2, eval_share=0.2, is_final=False,
+        home / "tokens", home / "model", gene_classes(), tmp_path / "out", folds=2, eval_share=0.2, is_final=False,
         recipe=dataclasses.replace(SHORT_GENES, epochs=1),
     )  # fmt: skip
     tokens = np.array(sorted(toys.vocabulary().token_ids[gene] for gene in gene_classes()))
@@ -80,8 +80,8 @@ def test_transformers_loads_the_model(done):
     assert theirs.config.id2label == dict(enumerate(sorted(GROUPS)))
 
 
-def test_predict_tells_every_gene_that_occurs(done, place):
-    table = gf.predict(place / "tokens", done.model, progress=False).set_index("gene")
+def test_predict_tells_every_gene_that_occurs(done, home):
+    table = gf.predict(home / "tokens", done.model, progress=False).set_index("gene")
     tested = pq.read_table(done.predictions).to_pandas().set_index("gene")
     assert set(tested.index) <= set(table.index)
     loud = [gene for gene, name in gene_classes().items() if name == "loud"]
@@ -144,25 +144,25 @@ def test_classes_that_cannot_be_read(tmp_path, name, content, said):
         ({}, {"freeze_layers": 5}, "cannot freeze 5 layers"),
     ],
 )
-def test_bad_input(place, tmp_path, changes, options, said):
+def test_bad_input(home, tmp_path, changes, options, said):
     with pytest.raises(GeneformerFastError, match=said):
         gf.finetune_genes(
-            place / "tokens", place / "model", {**gene_classes(), **changes}, tmp_path / "out", folds=3,
+            home / "tokens", home / "model", {**gene_classes(), **changes}, tmp_path / "out", folds=3,
             recipe=SHORT_GENES, **options,
         )  # fmt: skip
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_genes_without_a_dictionary_are_refused(place, tmp_path):
-    gf.save(gf.load(place / "model"), tmp_path / "bare")
+def test_genes_without_a_dictionary_are_refused(home, tmp_path):
+    gf.save(gf.load(home / "model"), tmp_path / "bare")
     with pytest.raises(InputError, match=r"pass dictionary= \(--dictionary\)"):
-        gf.finetune_genes(place / "tokens", tmp_path / "bare", gene_classes(), tmp_path / "out")
+        gf.finetune_genes(home / "tokens", tmp_path / "bare", gene_classes(), tmp_path / "out")
 
 
-def test_unknown_genes_may_be_left_out(place, tmp_path):
+def test_unknown_genes_may_be_left_out(home, tmp_path):
     classes = {**gene_classes(), "ENSG00000000001": "loud"}
     made = gf.finetune_genes(
-        place / "tokens", place / "model", classes, tmp_path / "out", folds=0, max_cells=20, drop_unknown=True,
+        home / "tokens", home / "model", classes, tmp_path / "out", folds=0, max_cells=20, drop_unknown=True,
         recipe=dataclasses.replace(SHORT_GENES, epochs=1),
     )  # fmt: skip
     assert made.scores["n"] == 6

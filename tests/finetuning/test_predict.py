@@ -66,7 +66,7 @@ def test_an_h5ad_copy_holds_what_memory_holds(done, new_cells, tmp_path):
     assert not toys.leftovers(tmp_path)
 
 
-def test_a_table_with_the_source_of_every_cell(done, place, new_cells, tmp_path):
+def test_a_table_with_the_source_of_every_cell(done, home, new_cells, tmp_path):
     new_cells.write_h5ad(tmp_path / "new.h5ad")
     path = gf.predict(tmp_path / "new.h5ad", done.model, tmp_path / "out.parquet", progress=False)
     table = pq.read_table(path).to_pandas()
@@ -75,30 +75,30 @@ def test_a_table_with_the_source_of_every_cell(done, place, new_cells, tmp_path)
     assert set(table.columns) >= {"kind_predicted", "kind_probability", *(f"kind: {name}" for name in TYPES)}
     frame = gf.predict(tmp_path / "new.h5ad", done.model, progress=False)
     pd.testing.assert_frame_equal(frame, table)
-    tokens = gf.predict(place / "tokens", done.model, progress=False)
+    tokens = gf.predict(home / "tokens", done.model, progress=False)
     assert len(tokens) == 90
 
 
-def test_a_model_of_other_making_is_read_by_its_id2label(place, tmp_path):
+def test_a_model_of_other_making_is_read_by_its_id2label(home, tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = json.loads((place / "model" / "config.json").read_text())
+    config = json.loads((home / "model" / "config.json").read_text())
     names = {0: "left", 1: "right"}
     theirs = transformers.BertForSequenceClassification(
         transformers.BertConfig(**{**config, "id2label": names, "label2id": {v: k for k, v in names.items()}})
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    table = gf.predict(place / "tokens", tmp_path / "theirs", progress=False)
+    table = gf.predict(home / "tokens", tmp_path / "theirs", progress=False)
     assert set(table["label_predicted"]) <= {"left", "right"}
 
 
-def test_refusals(done, place, new_cells, tmp_path):
+def test_refusals(done, home, new_cells, tmp_path):
     with pytest.raises(CheckpointError, match="holds no classifier; make one with geneformer-fast finetune"):
-        gf.predict(place / "tokens", place / "model")
+        gf.predict(home / "tokens", home / "model")
     with pytest.raises(OutputError, match=r"must end in one of \.parquet, \.h5ad"):
-        gf.predict(place / "tokens", done.model, tmp_path / "out.csv")
+        gf.predict(home / "tokens", done.model, tmp_path / "out.csv")
     with pytest.raises(UnsupportedError, match=r"an \.h5ad output is a copy of an \.h5ad input"):
-        gf.predict(place / "tokens", done.model, tmp_path / "out.h5ad")
+        gf.predict(home / "tokens", done.model, tmp_path / "out.h5ad")
     (tmp_path / "there.parquet").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
-        gf.predict(place / "tokens", done.model, tmp_path / "there.parquet")
+        gf.predict(home / "tokens", done.model, tmp_path / "there.parquet")
     assert (tmp_path / "there.parquet").read_text() == "mine"

@@ -94,16 +94,16 @@ def test_a_search_without_a_finished_trial_says_so(tmp_path):
         search(FREE, SHORT, pruned, tmp_path / "s.db", "s")
 
 
-def test_refusals(place, tmp_path):
+def test_refusals(home, tmp_path):
     with pytest.raises(UnsupportedError, match="a search of 0 trials"):
         Search(0)
     with pytest.raises(UnsupportedError, match="a search needs evaluation cells"):
         gf.finetune_cells(
-            place / "tokens", place / "model", "kind", tmp_path / "out", eval_share=0, search=Search(1), recipe=SHORT
+            home / "tokens", home / "model", "kind", tmp_path / "out", eval_share=0, search=Search(1), recipe=SHORT
         )
 
 
-def test_folds_search_on_their_own_and_never_see_a_test_cell(place, tmp_path, monkeypatch):
+def test_folds_search_on_their_own_and_never_see_a_test_cell(home, tmp_path, monkeypatch):
     seen = []
     original = engine.fit
 
@@ -113,7 +113,7 @@ def test_folds_search_on_their_own_and_never_see_a_test_cell(place, tmp_path, mo
 
     monkeypatch.setattr(engine, "fit", fit)
     made = gf.finetune_cells(
-        place / "tokens", place / "model", "kind", tmp_path / "out", folds=2, is_final=False, search=2,
+        home / "tokens", home / "model", "kind", tmp_path / "out", folds=2, is_final=False, search=2,
         recipe=dataclasses.replace(SHORT, epochs=1),
     )  # fmt: skip
     assert [is_trial for is_trial, _ in seen] == [True, True, False] * 2
