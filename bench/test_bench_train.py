@@ -24,7 +24,7 @@ from bench.train_rival import Schedule
 pytestmark = pytest.mark.bench
 
 GOALS = {"ours / trainer": 4}
-N_CELLS, ROUNDS, CURVE_STEPS = 96, 3, 40
+N_CELLS, ROUNDS, CURVE_STEPS = 48, 3, 16
 CASE = "train_v1-10m_all-threads"
 
 
