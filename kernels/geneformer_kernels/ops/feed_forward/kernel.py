@@ -254,9 +254,11 @@ def feed_forward_bwd_layernorm_kernel(
     b_weight = tl.load(weight_ptr + o_c).to(tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    b_d_weight = tl.zeros([BLOCK_ROWS, WIDTH], tl.float32)
-    b_d_bias = tl.zeros([BLOCK_ROWS, WIDTH], tl.float32)
-    b_d_down_bias = tl.zeros([BLOCK_ROWS, WIDTH], tl.float32)
+    # Columns are summed over the rows of a block at the end. At 512 those registers would spill: every block is summed.
+    SUM_ROWS: tl.constexpr = BLOCK_ROWS if WIDTH <= 256 else 1
+    b_d_weight = tl.zeros([SUM_ROWS, WIDTH], tl.float32)
+    b_d_bias = tl.zeros([SUM_ROWS, WIDTH], tl.float32)
+    b_d_down_bias = tl.zeros([SUM_ROWS, WIDTH], tl.float32)
 
     for i_block in range(pid, tl.cdiv(n_rows, BLOCK_ROWS), n_programs):
         o_rows = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -285,9 +287,14 @@ def feed_forward_bwd_layernorm_kernel(
             m_keep = keep_rows(seed, i_block * BLOCK_ROWS, threshold, BLOCK_ROWS, WIDTH)
             b_d_total = tl.where(m_keep, b_d_total * keep_scale, 0.0)
         tl.store(dy_ptr + o, b_d_total.to(dy_ptr.dtype.element_ty), mask=m)
-        b_d_weight += b_d_normed * b_xhat
-        b_d_bias += b_d_normed
-        b_d_down_bias += b_d_total
+        if SUM_ROWS == 1:
+            b_d_weight += tl.sum(b_d_normed * b_xhat, 0, keep_dims=True)
+            b_d_bias += tl.sum(b_d_normed, 0, keep_dims=True)
+            b_d_down_bias += tl.sum(b_d_total, 0, keep_dims=True)
+        else:
+            b_d_weight += b_d_normed * b_xhat
+            b_d_bias += b_d_normed
+            b_d_down_bias += b_d_total
 
     if partial_ptr is not None:
         p_partial = partial_ptr + pid.to(tl.int64) * 3 * WIDTH + o_c

@@ -11,10 +11,8 @@ from geneformer_kernels.target import Target
 
 OP = "feed_forward"
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
-#: Widths whose rows stay in the registers of one block from the input to the LayerNorm after it. At 512 a block would
-#: hold 32 rows of sums, half as many as at 256, and read both weights from the second-level cache once per 32 rows: 32
-#: flop per byte. So 512, like every other width, goes through one matrix product per linear layer.
-FUSED_WIDTHS = (128, 256)
+#: Widths whose rows stay in the registers of one block from the input to the LayerNorm after it.
+FUSED_WIDTHS = (128, 256, 512)
 # What the cases are compiled for: hidden units beside a compact width, and a width that is not compact.
 CASE_FF_WIDTH = 512
 CASE_WIDE = (768, 3072)
@@ -71,14 +69,22 @@ def fused_plan(dtype: str, width: int, ff_width: int, activation: str, target: T
 
     64 float32 sums per thread leave room for an epilogue without spills. SwiGLU reads two blocks of weights per step,
     and cards with 99 KB of shared memory hold half a block.
+
+    At width 512 a block has 32 rows: with 64, a thread spills two kilobytes with 8 warps and one with 16 (Triton 3.7,
+    2026-11). Both weights then come from the second-level cache once per 32 rows, 32 flop per byte. By estimate that
+    still beats a hidden layer that goes through memory on Ampere and Ada. On Hopper, whose wgmma wants 64 rows and its
+    products outrun the cache, matrix products of their own take over. No card has been asked yet.
     """
-    if width not in FUSED_WIDTHS or dtype not in ("float16", "bfloat16"):
+    if width not in FUSED_WIDTHS or dtype not in ("float16", "bfloat16") or (width == 512 and target.sm >= 90):
         return None
-    is_roomy = target.smem_bytes >= 160 * 1024 and activation != "swiglu"
-    block_f = 64 if is_roomy or (width == 128 and activation != "swiglu") else 32
+    is_roomy = target.smem_bytes >= 160 * 1024
+    if width == 512:
+        block_rows, block_f = 32, 32 if is_roomy else 16
+    else:
+        block_rows, block_f = 64, 64 if activation != "swiglu" and (is_roomy or width == 128) else 32
     if ff_width % block_f:
         return None
-    return FusedPlan(64, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2))
+    return FusedPlan(block_rows, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2))
 
 
 def up_plan(dtype: str, n_rows: int, width: int, ff_width: int, activation: str, target: Target) -> UpPlan:
@@ -120,21 +126,20 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
             _layernorm_case("float16", 256, target, is_post=True, is_full=True),
         )
     cases = []
+    fused = [width for width in FUSED_WIDTHS if fused_plan("float16", width, CASE_FF_WIDTH, "relu", target)]
     for dtype, activation in itertools.product(dtypes, ACTIVATIONS):
         cases.append(_activation_case(dtype, activation, target))
         cases.append(_up_case(dtype, *CASE_WIDE, activation, target, is_small=True))
         if dtype != "float32":
             cases.append(_up_case(dtype, *CASE_WIDE, activation, target))
-        for width in FUSED_WIDTHS if dtype != "float32" else ():
+        for width in fused if dtype != "float32" else ():
             cases.append(_fused_case(dtype, width, activation, target, "no norm", is_post=True))
             cases.append(_fused_case(dtype, width, activation, target, "training, dropout", is_post=True))
-    for dtype, width, is_post in itertools.product(("float16", "bfloat16"), FUSED_WIDTHS, (True, False)):
+    for dtype, width, is_post in itertools.product(("float16", "bfloat16"), fused, (True, False)):
         cases.append(_fused_case(dtype, width, "relu", target, "inference", is_post=is_post))
         cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=True))
         cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=False))
-    cases += [
-        _fused_case("bfloat16", width, "relu", target, "training, dropout", is_post=False) for width in (128, 256)
-    ]
+    cases += [_fused_case("bfloat16", width, "relu", target, "training, dropout", is_post=False) for width in fused]
     # Nothing is a multiple of 16.
     cases += [_up_case(dtype, 769, 1001, activation, target) for dtype in dtypes for activation in ("gelu", "swiglu")]
     return tuple(cases)
