@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from geneformer_fast.errors import OutputError, UnsupportedError
 
@@ -76,7 +79,8 @@ def plot_umap(
     neighbours = min(15, len(sample) - 1)
     init = "spectral" if len(sample) > 20 else "random"
     # n_jobs=1 is what a fixed seed means to UMAP; said here, it does not warn about it.
-    points = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1).fit_transform(embeddings[sample])
+    with _threads_kept():
+        points = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1).fit_transform(embeddings[sample])
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -86,6 +90,20 @@ def plot_umap(
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     return path
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Torch computes on as many threads after the block as before it.
+
+    UMAP starts numba's threads, which sets the number for every OpenMP program in the process; torch's products then go
+    on with another number than the rest of torch, and sums come out in another order.
+    """
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _scatter(axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:  # type: ignore[no-untyped-def]

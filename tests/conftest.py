@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """``-m gpu`` on a machine without a card skips."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def threads_kept() -> Iterator[None]:
+    """No test leaves torch with another number of threads: sums of later ones would come out in another order."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"torch computed on {before} threads before this test and on {after} after it"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,23 @@ def test_classes_get_colours_of_their_own(tmp_path: Path) -> None:
     assert n_colors(image) >= 3
     plot_umap(embeddings, None, tmp_path / "plain.png")
     assert 1 <= n_colors(pixels(tmp_path / "plain.png")) < n_colors(image)
+
+
+def test_torch_keeps_its_number_of_threads(tmp_path: Path) -> None:
+    # A process of its own: numba starts its threads once, and an earlier test has had it do so. It finds torch's OpenMP
+    # where threadpoolctl has looked at it before, as it does in much of scikit-learn.
+    code = f"""
+import numpy as np, threadpoolctl, torch
+from geneformer_fast.plot import plot_umap
+torch.set_num_threads(1)
+assert torch.get_num_threads() == 1  # the first call sets OpenMP's number once more
+threadpoolctl.threadpool_info()
+plot_umap(np.random.default_rng(0).normal(size=(60, 8)), None, {str(tmp_path / "umap.png")!r})
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_same_seed_gives_the_same_picture(tmp_path: Path) -> None:

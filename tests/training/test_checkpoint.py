@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,16 @@ def start(ground: Ground, folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of products come out in an order that depends on the number of threads, of OpenMP and of MKL."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_twice_it_ends_with_the_same_bits(ground: Ground, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(ground.config().to_dict()))
     (tmp_path / "recipe.json").write_text(json.dumps(LONG.to_dict()))
