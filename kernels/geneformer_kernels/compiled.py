@@ -17,9 +17,10 @@ LOOP: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "err
 
 LOG2_E = np.float32(1.4426950408889634)
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
-_ROUND = np.float32(12582912.0)
+ROUND_FLOAT32 = np.float32(12582912.0)
 # 2**f for f in [-1/2, 1/2], minimax of degree 3: relative error 7.5e-05, a twentieth of bfloat16's rounding.
-_C3, _C2, _C1, _C0 = (np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
+POWER_COEFFICIENTS = tuple(np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
+_C3, _C2, _C1, _C0 = POWER_COEFFICIENTS
 # The same of degree 5 with 1 as its constant: relative error 9.1e-08 before rounding.
 _D5, _D4, _D3, _D2, _D1 = (
     np.float32(c) for c in (1.326472721e-03, 9.671512812e-03, 5.550733745e-02, 2.402224208e-01, 6.931469776e-01)
@@ -77,8 +78,8 @@ def power_of_two(power):
     # Written so that NaN stays NaN: it must not come out as a weight.
     power = np.float32(-126) if power < np.float32(-126) else power
     # The rounded power is now in the low bits of the sum, from where it moves into the exponent.
-    shifted = power + _ROUND
-    rest = power - (shifted - _ROUND)
+    shifted = power + ROUND_FLOAT32
+    rest = power - (shifted - ROUND_FLOAT32)
     fraction = ((_C3 * rest + _C2) * rest + _C1) * rest + _C0
     return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
 
@@ -87,7 +88,7 @@ def power_of_two(power):
 def power_of_two_float32(power):
     """2**power, to 1.7e-07, and 1 exactly for 0."""
     power = np.float32(-126) if power < np.float32(-126) else power
-    shifted = power + _ROUND
-    rest = power - (shifted - _ROUND)
+    shifted = power + ROUND_FLOAT32
+    rest = power - (shifted - ROUND_FLOAT32)
     fraction = ((((_D5 * rest + _D4) * rest + _D3) * rest + _D2) * rest + _D1) * rest + np.float32(1)
     return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))

@@ -115,7 +115,9 @@ def test_routes() -> None:
         Target.cpu({"avx512_bf16", "amx_bf16"}),
         Target.cpu({"avx2"}),
     )
-    assert torch_plan("bfloat16", zen, is_inference=True).route == "blocked"
+    arm = Target.cpu({"arm_bf16"})
+    assert torch_plan("bfloat16", zen, is_inference=True).route == "registers"
+    assert torch_plan("bfloat16", arm, is_inference=True).route == "blocked"
     assert torch_plan("bfloat16", zen, is_inference=False).route == "blocked"
     assert torch_plan("bfloat16", zen, is_inference=False, has_dropout=True).route == "blocked"
     assert torch_plan("bfloat16", xeon, is_inference=False).route == "cells"

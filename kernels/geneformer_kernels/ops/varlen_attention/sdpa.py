@@ -43,12 +43,23 @@ def attend(
     if route.route in ("varlen", "efficient"):
         return _attend_packed(route.route, q, k, v, cu_seqlens, scale, dropout_p, needs_grad)
     bounds = cu_seqlens.tolist()
-    if route.route == "blocked":
-        # Numba is needed on this branch only.
-        from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
-
-        return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
+    if route.route in ("blocked", "registers"):
+        return _compiled(route, q, k, v, bounds, scale)
     return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
+
+
+def _compiled(
+    route: TorchPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float
+) -> torch.Tensor:
+    """Bfloat16 on the CPU without gradients, by the loops that numba compiles; it is needed on this branch only."""
+    if route.route == "registers":
+        from geneformer_kernels.ops.varlen_attention.host_avx512 import serves, varlen_attention_avx512
+
+        if serves(q.shape[-1]):
+            return varlen_attention_avx512(q, k, v, bounds, scale, route.block_rows)
+    from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+
+    return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
 
 
 # Constant for the compiler: versions and instruction sets are no part of a graph.
@@ -132,10 +143,8 @@ def attend_cells(
     bounds = cu_seqlens.tolist()
     if dropout_p == 0:
         route = _route(DTYPE_NAMES[q.dtype], "cpu", None, is_inference, False)
-        if route.route == "blocked":
-            from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
-
-            return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
+        if route.route in ("blocked", "registers"):
+            return _compiled(route, q, k, v, bounds, scale)
         return _sdpa_per_cell(q, k, v, bounds, scale, 0.0).contiguous()
     out = q.new_empty(q.shape)
     for start, stop, _, kept in _weights_of(q, k, bounds, scale, dropout_p, seed):
