@@ -137,6 +137,7 @@ def _launch_fused(
             WIDTH=width,
             BLOCK_ROWS=planned.block_rows,
             BLOCK_F=planned.block_f,
+            BLOCK_NORM=planned.block_norm if weight is not None else planned.block_rows,
             **planned.launch.options,
         )
 

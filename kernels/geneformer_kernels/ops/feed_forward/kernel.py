@@ -35,6 +35,7 @@ def feed_forward_fwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
 ):
     """one program = BLOCK_ROWS whole rows, from the input to the next residual stream.
 
@@ -42,7 +43,8 @@ def feed_forward_fwd_kernel(
     first), up_bias [ff_width or 2 ff_width], down_weight [WIDTH, ff_width], down_bias, weight, bias [WIDTH]; seed [1]
     int64; mean, rstd [n_rows]. ff_width is a multiple of BLOCK_F. Without weight there is no LayerNorm: out is the sum
     itself. Otherwise absent are what is not needed: residual (zeros), biases (zeros), seed (no dropout), out (equal to
-    stream), total, mean and rstd (no backward, or total equal to stream).
+    stream), total, mean and rstd (no backward, or total equal to stream). BLOCK_NORM rows at a time pass the LayerNorm:
+    all at once, in registers, or 16 or more.
     """
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_c = tl.arange(0, WIDTH)
@@ -73,9 +75,43 @@ def feed_forward_fwd_kernel(
     o = o_rows.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     if down_bias_ptr is not None:
         b_total += tl.load(down_bias_ptr + o_c).to(tl.float32)[None, :]
-    if seed_ptr is not None:
-        m_keep = keep_tile(tl.load(seed_ptr), o_rows, o_c, threshold)
-        b_total = tl.where(m_keep, b_total * keep_scale, 0.0)
+    if BLOCK_NORM < BLOCK_ROWS:
+        # The sums fill the registers: they go where the stream will stand, and come back a few rows at a time.
+        p_sum = stream_ptr if total_ptr is None else total_ptr
+        tl.store(p_sum + o, b_total, mask=m)
+        tl.debug_barrier()
+        for i_row in range(0, BLOCK_ROWS, BLOCK_NORM):
+            first_row = tl.program_id(0) * BLOCK_ROWS + i_row
+            o_part = first_row + tl.arange(0, BLOCK_NORM)
+            o_few = o_part.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
+            b_few = tl.load(p_sum + o_few, mask=(o_part < n_rows)[:, None], other=0.0)
+            tl.debug_barrier()  # in place: everything is read before anything is written
+            if seed_ptr is not None:
+                m_kept = keep_rows(tl.load(seed_ptr), first_row, threshold, BLOCK_NORM, WIDTH)
+                b_few = tl.where(m_kept, b_few * keep_scale, 0.0)
+            _finish_rows(
+                b_few, residual_ptr, weight_ptr, bias_ptr, stream_ptr, out_ptr, total_ptr, mean_ptr, rstd_ptr, o_part,
+                o_c, n_rows, eps, IS_POST, WIDTH,
+            )  # fmt: skip
+    else:
+        if seed_ptr is not None:
+            m_keep = keep_tile(tl.load(seed_ptr), o_rows, o_c, threshold)
+            b_total = tl.where(m_keep, b_total * keep_scale, 0.0)
+        _finish_rows(
+            b_total, residual_ptr, weight_ptr, bias_ptr, stream_ptr, out_ptr, total_ptr, mean_ptr, rstd_ptr, o_rows,
+            o_c, n_rows, eps, IS_POST, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish_rows(
+    b_total, residual_ptr, weight_ptr, bias_ptr, stream_ptr, out_ptr, total_ptr, mean_ptr, rstd_ptr, o_rows, o_c,
+    n_rows, eps, IS_POST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Residual and LayerNorm of whole rows, and all that is stored of them."""
+    m_rows = o_rows < n_rows
+    m = m_rows[:, None]
+    o = o_rows.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     if residual_ptr is not None:
         b_total += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
     if weight_ptr is None:

@@ -176,9 +176,9 @@ def feed_forward_layernorm(
 
     Notes
     -----
-    One kernel for C = 128 and 256, before Hopper 512 too, in float16 and bfloat16, if Triton is chosen
-    (:func:`has_layernorm_inside` tells). Otherwise :func:`feed_forward` followed by torch's dropout, addition and
-    LayerNorm.
+    One kernel for C = 128, 256 and 512 (on Hopper 512 with up to 1,024 hidden units) in float16 and bfloat16, if Triton
+    is chosen (:func:`has_layernorm_inside` tells). Otherwise :func:`feed_forward` followed by torch's dropout, addition
+    and LayerNorm.
 
     References
     ----------

@@ -13,6 +13,8 @@ OP = "feed_forward"
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
 #: Widths whose rows stay in the registers of one block from the input to the LayerNorm after it.
 FUSED_WIDTHS = (128, 256, 512)
+#: Hidden units up to which one kernel serves width 512 on Hopper.
+MOST_FF_512_ON_HOPPER = 1024
 # What the cases are compiled for: hidden units beside a compact width, and a width that is not compact.
 CASE_FF_WIDTH = 512
 CASE_WIDE = (768, 3072)
@@ -36,11 +38,12 @@ def precision_of(dtype: str) -> str:
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """Rows per block and hidden units per step of the kernel that does everything."""
+    """Rows per block, hidden units per step, and rows per LayerNorm of the kernel that does everything."""
 
     block_rows: int
     block_f: int
     launch: Launch
+    block_norm: int
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,28 @@ def fused_plan(dtype: str, width: int, ff_width: int, activation: str, target: T
     64 float32 sums per thread leave room for an epilogue without spills. SwiGLU reads two blocks of weights per step,
     and cards with 99 KB of shared memory hold half a block.
 
-    At width 512 a block has 32 rows: with 64, a thread spills two kilobytes with 8 warps and one with 16 (Triton 3.7,
-    2026-11). Both weights then come from the second-level cache once per 32 rows, 32 flop per byte. By estimate that
-    still beats a hidden layer that goes through memory on Ampere and Ada. On Hopper, whose wgmma wants 64 rows and its
-    products outrun the cache, matrix products of their own take over. No card has been asked yet.
+    At width 512 the sums of 64 rows take 128 registers of each of 256 threads; the products leave room for them and the
+    LayerNorm does not: it takes 16 rows at a time, through the first-level cache. So it is on Hopper, whose wgmma wants
+    64 rows; before Hopper a block has 32 rows (Triton 3.7, 2026-11: no spill in either). Both weights come from the
+    second-level cache once per block of rows. By estimate that beats a hidden layer that goes through memory on Ampere
+    and Ada, and on Hopper up to twice the width, where cuBLAS outruns the cache beyond. No card has been asked yet.
     """
-    if width not in FUSED_WIDTHS or dtype not in ("float16", "bfloat16") or (width == 512 and target.sm >= 90):
+    if width not in FUSED_WIDTHS or dtype not in ("float16", "bfloat16"):
         return None
     is_roomy = target.smem_bytes >= 160 * 1024
-    if width == 512:
-        block_rows, block_f = 32, 32 if is_roomy else 16
+    is_hopper = target.sm >= 90 and is_roomy
+    if width == 512 and is_hopper:
+        if ff_width > MOST_FF_512_ON_HOPPER:
+            return None
+        block_rows, block_f, block_norm = 64, 16 if activation == "swiglu" else 32, 16
+    elif width == 512:
+        block_rows, block_f, block_norm = 32, 32 if is_roomy else 16, 32
     else:
         block_rows, block_f = 64, 64 if activation != "swiglu" and (is_roomy or width == 128) else 32
+        block_norm = block_rows
     if ff_width % block_f:
         return None
-    return FusedPlan(block_rows, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2))
+    return FusedPlan(block_rows, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2), block_norm)
 
 
 def up_plan(dtype: str, n_rows: int, width: int, ff_width: int, activation: str, target: Target) -> UpPlan:
@@ -174,6 +184,7 @@ def _fused_case(dtype: str, width: int, activation: str, target: Target, use: st
         "WIDTH": width,
         "BLOCK_ROWS": planned.block_rows,
         "BLOCK_F": planned.block_f,
+        "BLOCK_NORM": planned.block_norm if has_norm else planned.block_rows,
     }
     problem = f"C={width} {activation} {use if not has_norm else f'{use}, ' + ('post' if is_post else 'pre')}"
     return _case(
