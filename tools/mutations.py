@@ -174,10 +174,12 @@ def unselected(tests: str) -> str:
 
 
 def check_unbroken(root: Path, tests: str, limit_s: float) -> str | None:
-    """Why tests prove nothing: they are red without any fault. None if they are green."""
+    """Why tests prove nothing: they are red without any fault, or do not run. None if they are green."""
     with tempfile.TemporaryDirectory(prefix="unbroken_") as name:
         copy_tree(root, Path(name))
         code, end = run_tests(Path(name), tests, limit_s)
+    if code == PASSED and " passed" not in end:
+        return f"every test is skipped on this machine: {tests}\n{end}"
     return None if code == PASSED else f"without any fault, red or broken: {tests}\n{end}"
 
 

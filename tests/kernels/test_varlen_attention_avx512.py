@@ -34,14 +34,24 @@ def attend(qkv: torch.Tensor, bounds: list[int], scale: float) -> torch.Tensor:
     return varlen_attention_avx512(*qkv.unbind(1), bounds, scale, 64)
 
 
-@pytest.mark.parametrize(("n_heads", "head_dim"), [(4, 64), (2, 32), (1, 16), (3, 48), (2, 80), (1, 112), (2, 128)])
-def test_forward(n_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, bounds = inputs(n_heads, head_dim)
-    scale, left = head_dim**-0.5, []
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the cells that were computed by blocks instead."""
+    lengths: list[int] = []
     blocked = host_avx512.varlen_attention_blocked
-    monkeypatch.setattr(
-        host_avx512, "varlen_attention_blocked", lambda q, *rest: left.append(len(q)) or blocked(q, *rest)
-    )
+
+    def recorded(q: torch.Tensor, *rest: object) -> torch.Tensor:
+        lengths.append(len(q))
+        return blocked(q, *rest)
+
+    monkeypatch.setattr(host_avx512, "varlen_attention_blocked", recorded)
+    return lengths
+
+
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(4, 64), (2, 32), (1, 16), (3, 48), (2, 80), (1, 112), (2, 128)])
+def test_forward(n_heads: int, head_dim: int, left: list[int]) -> None:
+    qkv, bounds = inputs(n_heads, head_dim)
+    scale = head_dim**-0.5
     out = attend(qkv, bounds, scale)
     assert left == [5, 1]  # cells of fewer rows than are in work at a time, and no others
     witness = reference.varlen_attention(*qkv.unbind(1), torch.tensor(bounds), scale)
@@ -87,8 +97,8 @@ def test_threads_change_nothing(lengths: list[int]) -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_keys_are_centred() -> None:
-    """An offset that all keys of a cell share must cost no precision: the softmax does not see it."""
+def test_keys_are_centred(left: list[int]) -> None:
+    """An offset that all keys of a cell share is nothing to the softmax, and no reason to compute otherwise."""
     qkv, bounds = inputs(4, 64)
     qkv[:, 0] += 2
     qkv[:, 1] += 16
@@ -96,16 +106,18 @@ def test_keys_are_centred() -> None:
     truth = exact(qkv, bounds, 0.125)
     error, stock = ((x.double() - truth).abs().max() for x in (attend(qkv, bounds, 0.125), plain))
     assert error < stock / 2
+    assert left == [5, 1]
 
 
 @pytest.mark.parametrize("factor", [4, 20, 300])
-def test_weights_beyond_float32(factor: float) -> None:
+def test_weights_beyond_float32(factor: float, left: list[int]) -> None:
     """Scores of any size: cells whose unshifted weights overflow are computed with a shift."""
     qkv, bounds = inputs(2, 64)
     qkv[:, 0] *= factor
     out, truth = attend(qkv, bounds, 0.125), exact(qkv, bounds, 0.125)
     witness = reference.varlen_attention(*qkv.unbind(1), torch.tensor(bounds), 0.125)
     assert out.isfinite().all()
+    assert (len(left) > 2) == (factor > 4)
     assert_as_good_as(out, witness, truth)
 
 
