@@ -4,6 +4,10 @@ Between the kernels a cell's scored entries stand where its CSR entries stand, w
 score, which order positive numbers like the numbers themselves, and the *rank* of the gene, its place among all genes
 in order of token id. The rank names the token and decides between equal scores.
 
+The counts are read once, and no matrix is ever dense. Scoring and sorting are launches of their own because a packed
+cell can only be written when the sizes of all cells before it are known, and because it then takes a sort as wide as
+its kept genes rather than its row. Between them lie 12 bytes per kept entry, by estimate 5 % of the time a sort takes.
+
 Why sorting words of 64 bits is exact
 -------------------------------------
 A word is the leading ``63 - rank_bits`` bits of the score's complement with the gene's rank below them. Sorting words
