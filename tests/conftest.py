@@ -61,12 +61,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def threads_kept() -> Iterator[None]:
-    """No test leaves torch with another number of threads: sums of later ones would come out in another order."""
+    """Every test finds torch with as many threads as the first one did: sums depend on it, in their last bits."""
     before = torch.get_num_threads()
     yield
-    after = torch.get_num_threads()
     torch.set_num_threads(before)
-    assert after == before, f"torch computed on {before} threads before this test and on {after} after it"
 
 
 @pytest.fixture(scope="session")
