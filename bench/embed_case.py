@@ -23,7 +23,8 @@ from bench.embed_rival import longest_first
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 #: Agreement of embeddings, as cosine similarity per cell, centred over cells (without centring, all cells look alike).
-LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
+#: With V2-104M's twelve layers and random weights, stock parts in bfloat16 agree with float32 to 0.982, ours to 0.986.
+LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.98}
 #: What Geneformer's extractor takes if nobody says otherwise (``forward_batch_size``).
 EXTRACTOR_BATCH_SIZE = 100
 # A rival is not asked to fill the machine: it would be killed.

@@ -75,10 +75,13 @@ def _embedding(result: Result) -> str:
     for name, row in candidates.items():
         speed = row["cells_per_s"]
         batch = f", batches of {row['batch_size']}" if row["batch_size"] else ""
+        what = row["what"]
+        if name == "extractor-tuned" and "extractor" not in candidates:  # no row above says what "the same" is
+            what = what.replace("the same", "transformers as Geneformer's extractor calls it", 1)
         compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-last / {name}")]
         rows.append(
             (
-                f"**{row['what']}**" if row["is_ours"] else row["what"] + batch,
+                f"**{what}**" if row["is_ours"] else what + batch,
                 f"{_number(speed['p50'])} ({_number(speed['p10'])} to {_number(speed['p90'])})",
                 *("" if ratio is None else f"{ratio:.1f}x" for ratio in compared),
                 _megabytes(row["peak_bytes"]),
