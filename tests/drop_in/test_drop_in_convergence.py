@@ -77,8 +77,12 @@ def check_same_curve(**size: Any) -> None:
 
 
 def check_same_distribution(n_seeds: int, **size: Any) -> None:
-    """Means over 50 steps, paired by seed: |t| below the 1 % point in every window, above it for another dropout."""
-    limit = {4: 5.84, 6: 4.03}[n_seeds]
+    """Means over 50 steps, paired by seed: |t| within a limit in every window, and beyond it for another dropout.
+
+    The limit is the 1 % point for 4 seeds, and the 0.1 % point for 12. Roundings make other curves, and so do numbers
+    of threads: what has to be told apart is at two limits or three, and what agrees at a third of one.
+    """
+    limit = {4: 5.84, 12: 4.44}[n_seeds]
 
     def runs(dropout: float, *, is_accelerated: bool) -> np.ndarray:
         return windows(
@@ -89,7 +93,7 @@ def check_same_distribution(n_seeds: int, **size: Any) -> None:
     # The same weights and batches, but other draws, for padding draws nothing.
     assert np.abs(ours - plain).max() > 1e-4
     assert np.abs(paired_t(ours, plain)).max() < limit
-    assert np.abs(paired_t(runs(0.3, is_accelerated=False), plain)).max() > limit
+    assert np.abs(paired_t(runs(0.4, is_accelerated=False), plain)).max() > limit
 
 
 def test_without_dropout_the_curve_is_the_same() -> None:
@@ -104,4 +108,4 @@ def test_with_dropout_the_curves_agree_in_distribution() -> None:
 def test_a_larger_model() -> None:
     # In float32 the optimizer turns roundings of a model that learns this well into other curves; not in float64.
     check_same_curve(n_cells=12, longest=48, dtype=torch.float64, **LARGER)
-    check_same_distribution(6, n_cells=12, longest=48, **LARGER)
+    check_same_distribution(12, n_cells=12, longest=48, **LARGER)
