@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ import torch
 # loaded. On a machine with a card the kernels are compiled for it, and the tests marked gpu run.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones. Tests on a card do without hypothesis.
+if find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("reproducible", derandomize=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Test files at a time when the whole default suite is asked for: some of them hold gigabytes.

@@ -169,10 +169,11 @@ def _share(
         return np.sort(within), np.zeros(0, dtype=np.int64)
     if groups is None:
         return _stratified_share(codes, within, share, seed)
-    # A share of whole donors is one fold of as many as fit, but of no more than there are donors.
-    n_groups = len(np.unique(groups[within]))
+    # A share of whole donors is one fold of as many as fit, but of no more than there are donors, or cells of the
+    # largest class, which scikit-learn refuses.
+    most = min(len(np.unique(groups[within])), int(np.unique(codes[within], return_counts=True)[1].max()))
     for attempt in range(_ATTEMPTS):
-        for n_parts in range(min(max(2, round(1 / share)), n_groups), 1, -1):
+        for n_parts in range(min(max(2, round(1 / share)), most), 1, -1):
             rest, taken = next(_outer(codes[within], n_parts, groups[within], seed + attempt))
             if len(taken) and _has_all(codes[within], codes[within][rest]):
                 return np.sort(within[rest]), np.sort(within[taken])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from geneformer_fast.errors import InputError, UnsupportedError
@@ -44,6 +44,8 @@ def test_folds_are_stratified_and_test_every_cell_once(codes, n_folds, eval_shar
         assert (len(split.eval) == 0) == (eval_share == 0)
 
 
+# Five cells to learn from, of which the evaluation cells are to be a fifth: more folds than any class has cells.
+@example(np.array([0, 1, 0, 1, 0, 1, 1, 0, 1, 0]), 2, 7, 0.2, 0)
 @settings(deadline=None, max_examples=50)
 @given(labelled(), st.integers(2, 4), st.integers(4, 12), st.sampled_from([0.0, 0.2]), st.integers(0, 50))
 def test_no_donor_is_in_two_parts(codes, n_folds, n_donors, eval_share, seed):
