@@ -24,7 +24,13 @@ Run = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A published model's shape; its weights here are random."""
+    """A published model's shape; its weights here are random.
+
+    Attributes
+    ----------
+    least_cosine
+        How well embeddings in bfloat16 must agree with others, as ``embed_case.check_agreement`` measures it.
+    """
 
     name: str
     family: str
@@ -34,6 +40,7 @@ class Geometry:
     n_heads: int
     ff_width: int
     max_len: int
+    least_cosine: float = 0.99
 
     def stock_config(self) -> Any:
         """The same as a BertConfig."""
@@ -54,7 +61,8 @@ class Geometry:
 
 GEOMETRIES = {
     "v1-10m": Geometry("v1-10m", "V1", 25_426, 256, 6, 4, 512, 2048),
-    "v2-104m": Geometry("v2-104m", "V2", 20_275, 768, 12, 12, 3072, 4096),
+    # Twelve layers: stock parts in bfloat16 agree with float32 to 0.982, ours to 0.986.
+    "v2-104m": Geometry("v2-104m", "V2", 20_275, 768, 12, 12, 3072, 4096, least_cosine=0.98),
 }
 
 

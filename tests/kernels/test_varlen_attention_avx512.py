@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from geneformer_kernels import varlen_attention_qkv
@@ -69,6 +70,15 @@ def test_it_is_what_the_public_function_takes(monkeypatch: pytest.MonkeyPatch) -
     out = varlen_attention_qkv(qkv, cu_seqlens=torch.tensor(bounds))
     assert len(asked) == 1
     assert torch.equal(out, attend(qkv, bounds, 0.125))
+
+
+def test_a_numba_for_a_lesser_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in (("CPU_NAME", "generic"), ("CPU_FEATURES", "+sse2"), ("ENABLE_AVX", 0)):
+        with monkeypatch.context() as changed:
+            changed.setattr(numba.config, setting, value)
+            assert not serves(64)
+    assert serves(64)
+    assert not serves(24)
 
 
 def test_any_strides() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import llvm_version_info
+from llvmlite.binding import get_host_cpu_features, llvm_version_info
 from numba import types
 from numba.extending import intrinsic
 
@@ -24,8 +24,17 @@ from geneformer_kernels.compiled import LOOP, POWER_COEFFICIENTS, ROUND_FLOAT32
 ROWS = 6
 #: Numbers of float32 per register.
 LANES = 16
-#: From LLVM 17 on its dot product takes bfloat16, and not pairs of them as integers.
-IS_COMPILABLE = llvm_version_info[0] >= 17
+
+
+def is_compilable() -> bool:
+    """Whether numba's LLVM knows these instructions here; one that does not would end the process.
+
+    From LLVM 17 on the dot product takes bfloat16, and not pairs of them as integers. numba can be told, by its
+    environment, to compile for a lesser CPU than this one.
+    """
+    config: Any = numba.config
+    is_for_this_cpu = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+    return bool(llvm_version_info[0] >= 17 and is_for_this_cpu and get_host_cpu_features().get("avx512bf16"))
 
 
 class _BFloat16(ir.types._BaseFloatType):  # type: ignore[misc]

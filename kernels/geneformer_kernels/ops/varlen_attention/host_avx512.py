@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from geneformer_kernels.compiled import LOG2_E, LOOP, POWER_COEFFICIENTS, from_bfloat16, to_bfloat16
-from geneformer_kernels.ops.varlen_attention.avx512 import IS_COMPILABLE, LANES, ROWS, mix_values, weigh_keys
+from geneformer_kernels.ops.varlen_attention.avx512 import LANES, ROWS, is_compilable, mix_values, weigh_keys
 from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
 from geneformer_kernels.shares import in_shares
 
@@ -31,8 +31,8 @@ _LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-4), np.float32(2.0**100)
 
 
 def serves(head_dim: int) -> bool:
-    """Whether these loops can be compiled for heads of this dimension (on a CPU with avx512_bf16)."""
-    return IS_COMPILABLE and head_dim % LANES == 0
+    """Whether these loops can be compiled here for heads of this dimension."""
+    return head_dim % LANES == 0 and is_compilable()
 
 
 def varlen_attention_avx512(
