@@ -12,6 +12,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ FILE = "tests.json"
 # A mark, or one of the fixtures that bring it.
 _FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
 # With this many at once the card is shared well, and compiling, which takes most of the time, is spread over cores.
-MOST_AT_ONCE = 6
+MOST_AT_ONCE = 8
+#: Processes of a group, where pytest-xdist is there.
+WORKERS = 2
 
 
 @dataclass
@@ -109,6 +112,8 @@ def run_tests(
 def command_of(group: str, report: Path) -> Sequence[str]:
     """The pytest of a group."""
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--durations=5"]
+    if find_spec("xdist") is not None:
+        options += ["-n", str(WORKERS)]
     return [sys.executable, "-m", "pytest", *files_of(group), *options]
 
 
