@@ -230,7 +230,7 @@ def _prepare(
     """The candidate ready and warm, with its error and memory, or the reason why not."""
     if place.is_quick and (candidate.is_slow or candidate.compile_s):
         return "not part of a quick run"
-    if place.seconds_left < candidate.compile_s and not place.is_tiny:
+    if candidate.compile_s and place.seconds_left < candidate.compile_s and not place.is_tiny:
         return "no time left to compile it"
     before = _allocated(place)  # the inputs all share, and what other candidates hold
     try:

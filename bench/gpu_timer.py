@@ -136,6 +136,8 @@ def time_in_turns(
         Per name: ``ms`` (percentiles over all repetitions), ``host_ms`` (median), ``n`` repetitions, and ``halves_ms``,
         the medians of the even and the odd rounds: a difference between candidates below that of these is noise.
     """
+    if not runs:
+        return {}
     begin = time.perf_counter()
     n_first = 3 if has_lead else 1
     host = {name: float(np.median([clock.host_ms(run) for _ in range(n_first)])) for name, run in runs.items()}

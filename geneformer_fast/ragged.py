@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from geneformer_kernels.ops.varlen_attention.sdpa import remember_longest
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,10 @@ class Ragged:
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Ragged:
         """The same batch on another device."""
-        return replace(
-            self,
-            values=self.values.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-        )
+        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        if cu_seqlens.is_cuda:
+            remember_longest(cu_seqlens, self.max_len)
+        return replace(self, values=self.values.to(device, non_blocking=non_blocking), cu_seqlens=cu_seqlens)
 
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""

@@ -31,17 +31,19 @@ def row_moments(b_x, m_c, width, eps):
 
     Two passes over registers: the difference of E[x^2] and E[x]^2 loses all digits where the mean is large.
     """
-    b_mean = tl.sum(b_x, 1) / width
+    share = 1.0 / width  # a division per row would be rounded: at width 1 the mean would not be the value
+    b_mean = tl.sum(b_x, 1) * share
     b_centred = tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
-    b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / width + eps)
+    b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) * share + eps)
     return b_mean, b_rstd
 
 
 @triton.jit
 def layernorm_rows_bwd(b_dy, b_xhat, b_rstd, width):
     """Gradient of the rows [R, C] that were normalised; ``b_dy`` carries the weight, masked columns are zero."""
-    b_mean_dy = tl.sum(b_dy, 1) / width
-    b_mean_dy_xhat = tl.sum(b_dy * b_xhat, 1) / width
+    share = 1.0 / width
+    b_mean_dy = tl.sum(b_dy, 1) * share
+    b_mean_dy_xhat = tl.sum(b_dy * b_xhat, 1) * share
     return (b_dy - b_mean_dy[:, None] - b_xhat * b_mean_dy_xhat[:, None]) * b_rstd[:, None]
 
 
@@ -136,24 +138,26 @@ def keep_score(seed, i_head, first_query, o_query, first_key, o_key, drop_below)
 
     The block's queries are first_query + o_query, counted over all tokens, and its keys first_key + o_key, counted
     from the cell's start; o_query and o_key are [M, 1] and [1, N] int32, or [1, M] and [N, 1]. A block starts at a
-    multiple of 16 queries and of 32 keys from the cell's start. drop_below is the probability times 2**32, uint32.
+    multiple of 16 queries and of 16 keys from the cell's start. drop_below is the probability times 2**32, uint32.
 
     One call of philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; 7 rounds are the fewest
-    that pass BigCrush) serves 8 weights: 2 queries that differ in bit 3 and 4 keys that differ in bits 3 and 4.
-    Written for one weight, computed for eight: in the registers of a matrix instruction's result one thread holds
-    exactly such patches (half of one where the block is transposed), so the compiler sees the same counter eight times
-    and computes it once, and threads exchange nothing.
+    that pass BigCrush) serves 16 weights: those of queries and keys that differ in bits 0 and 3. Written for one
+    weight, computed for eight: in the registers of a matrix instruction's result one thread holds half of such a patch,
+    whether the block is transposed or not, so the compiler sees the same counter eight times and computes it once, and
+    threads exchange nothing.
     """
-    # Bits 3 and 4 are shifted out, not masked with ~24: of that LLVM makes different expressions for equal numbers.
-    query = (first_query + (o_query >> 4) * 16 + (o_query & 7)).to(tl.uint32)
-    key = (first_key + (o_key >> 5) * 32 + (o_key & 7)).to(tl.uint32)
+    # Bits are shifted out, not masked: of masks LLVM makes different expressions for equal numbers.
+    query = (first_query + (o_query >> 4) * 16 + ((o_query >> 1) & 3)).to(tl.uint32)
+    key = (first_key + (o_key >> 4) * 16 + ((o_key >> 1) & 3)).to(tl.uint32)
     # Which argument goes where decides how much of the first two rounds is constant along a row.
     w0, w1, w2, w3 = tl.philox(seed, query, key, i_head, 0, n_rounds=7)
-    words = tl.where((o_key & 16) != 0, tl.where((o_key & 8) != 0, w3, w2), tl.where((o_key & 8) != 0, w1, w0))
-    # Two weights compare the same 32 bits, once with the halves swapped: 16 bits of each decide all but 1 in 65,536.
-    # Were the lower half compared alone, the compiler would compute it a second time, in 16 bits.
-    bits = tl.where((o_query & 8) != 0, words, (words >> 16) | (words << 16))
-    return bits >= drop_below
+    # A thread's registers differ in bit 3 of both, which is known when the code is made, and in bit 0 of one of them.
+    words = tl.where((o_query & 1) != 0, tl.where((o_key & 1) != 0, w3, w2), tl.where((o_key & 1) != 0, w1, w0))
+    # Four weights compare the same 32 bits, rotated by 0, 8, 16 and 24 of them. Each is kept with exactly its
+    # probability; for two of them to depend on each other, the first 8 bits must leave one undecided, 1 in 256.
+    by_0_8 = tl.where((o_key & 8) != 0, (words << 8) | (words >> 24), words)
+    by_16_24 = tl.where((o_key & 8) != 0, (words << 24) | (words >> 8), (words << 16) | (words >> 16))
+    return tl.where((o_query & 8) != 0, by_16_24, by_0_8) >= drop_below
 
 
 @triton.jit

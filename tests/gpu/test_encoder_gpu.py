@@ -86,14 +86,15 @@ def test_loss_and_every_gradient_are_as_good_as_stock(name: str, kind: str, plac
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     errors = {key: relative(gradient, truth[key]) for key, gradient in gradients.items()}
     others = {key: relative(witness[key], truth[key]) for key in errors}
-    # A ReLU whose input is rounded over zero passes or loses a whole gradient: by chance, to us and to the witness.
-    has_kinks = config.activation == "relu"
-    slack = 2 if has_kinks and dtype != torch.float32 else 1
-    floor = (3e-3 if has_kinks else FLOAT32) if dtype == torch.float32 else ROUNDING[dtype]
+    floor = FLOAT32 if dtype == torch.float32 else ROUNDING[dtype]
+    if config.activation == "relu":
+        # A ReLU whose input is rounded over zero passes or loses a whole gradient, by chance, to us or to the witness:
+        # with other cells float16 is off by 0.1 to 2.7 % on torch operations, on an H200 it was by 4 % once.
+        floor = 3e-3 if dtype == torch.float32 else 0.08
     typical = mean(others.values())
-    assert mean(errors.values()) <= max(2 * slack * typical, floor)
+    assert mean(errors.values()) <= max(2 * typical, floor)
     for key, error in errors.items():
-        assert error <= max(3 * slack * max(others[key], typical), floor), key
+        assert error <= max(3 * max(others[key], typical), floor), key
 
 
 def _truth(encoder: Encoder, cells: Batch) -> tuple[float, dict[str, torch.Tensor]]:

@@ -67,13 +67,13 @@ def expected(tensors, activation, norm, out_dtype, keep=None, eps=1e-5):
     return reference.feed_forward_layernorm(*(tensors[name] for name in NAMES), activation, eps, norm, out_dtype, keep)
 
 
-def assert_gradients(mine: dict, witness: dict, truth: dict) -> None:
+def assert_gradients(mine: dict, witness: dict, truth: dict, *, factor: float = 2.0) -> None:
     for name, leaf in truth.items():
         if leaf.grad is None:
             continue
         assert mine[name].grad is not None, name
         assert mine[name].grad.dtype == mine[name].dtype
-        assert_as_good_as(mine[name].grad, witness[name].grad, leaf.grad)
+        assert_as_good_as(mine[name].grad, witness[name].grad, leaf.grad, factor=factor)
 
 
 # feed_forward
@@ -548,9 +548,12 @@ def test_full_size(shape, activation: str, dtype: torch.dtype) -> None:
         expected(narrow, activation, "post", dtype, eps=1e-12),
         expected(truth, activation, "post", torch.float64, eps=1e-12),
     ]
+    # Float32 is multiplied in three passes on tensor cores, which cut TF32 off instead of rounding it: measured on an
+    # H200, errors are 1.3 to 6 times those of scalar products. One pass would have 1,000 times as much.
+    factor = 10.0 if dtype == torch.float32 else 2.0
     for one, witnessed, true in zip(*pairs, strict=True):
-        assert_as_good_as(one, witnessed, true)
+        assert_as_good_as(one, witnessed, true, factor=factor)
     slopes = torch.linspace(-1, 2, shape[0] * shape[1], device="cuda").view(shape[:2])
     for one, other in pairs:
         ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
-    assert_gradients(mine, witness, truth)
+    assert_gradients(mine, witness, truth, factor=factor)

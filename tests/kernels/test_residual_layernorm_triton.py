@@ -114,7 +114,8 @@ def check(
     truths = results(case, exact, uses=uses, wide=torch.float64)
     for value, other, truth in zip(found, results(case, witness, uses=uses), truths, strict=True):
         assert value.dtype == other.dtype
-        assert_as_good_as(value, other, truth)
+        # A card's reciprocal square root is off by up to two units in the last place.
+        assert_as_good_as(value, other, truth, factor=3.0 if value.is_cuda and out_dtype == FP32 else 2.0)
     return found
 
 
@@ -198,7 +199,9 @@ def test_more_axes_and_strides(device: str) -> None:
     leaf = x.detach().requires_grad_()
     stream, out = residual_layernorm(leaf, residual, *case[2:4], eps=EPS, norm="post", out_dtype=FP16, impl="triton")
     assert stream.shape == out.shape == (2, 3, 64)
-    torch.testing.assert_close(stream.reshape(6, 64), flat, rtol=0, atol=0)
+    # On a card another dtype of the result may mean another order of the sums.
+    close = dict(rtol=0, atol=0) if device == "cpu" else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stream.reshape(6, 64), flat, **close)
     stream.sum().backward()  # an expanded gradient, stride 0
     assert leaf.grad.shape == leaf.shape
 

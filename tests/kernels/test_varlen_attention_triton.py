@@ -90,10 +90,12 @@ def assert_right(out, d_qkv, qkv, d_out, cu_seqlens, scale, **dropout) -> None:
     exact = by_reference(qkv.double(), d_out.double(), cu_seqlens, scale, **dropout)
     witness = by_reference(qkv, d_out, cu_seqlens, scale, **dropout)
     other = by_formula(qkv, d_out, cu_seqlens, scale, **dropout)
-    assert_as_good_as(out, witness[0], exact[0])
+    # On a card products of float32 take three passes of TF32, which are nearly as good as scalar ones.
+    factor = 6.0 if qkv.is_cuda and qkv.dtype == torch.float32 else 2.0
+    assert_as_good_as(out, witness[0], exact[0], factor=factor)
     for i in range(3):
         worse = max(witness[1], other, key=lambda gradient: max_error(gradient[:, i], exact[1][:, i]))
-        assert_as_good_as(d_qkv[:, i], worse[:, i], exact[1][:, i])
+        assert_as_good_as(d_qkv[:, i], worse[:, i], exact[1][:, i], factor=factor)
 
 
 def run(qkv, d_out, cu_seqlens, **arguments):
@@ -188,7 +190,10 @@ def test_nothing_is_read_outside(device: str, lengths: list[int]) -> None:
     qkv, d_out, cu_seqlens = inputs(torch.float16, 7, lengths, device)
     expected = run(qkv, d_out, cu_seqlens)
     for x, again in zip(expected, run(among_nans(qkv), among_nans(d_out), cu_seqlens), strict=True):
-        assert torch.equal(again, x)
+        if device == "cuda":  # other strides are read in another layout, and sums end in another last bit
+            torch.testing.assert_close(again, x, rtol=4e-3, atol=4e-3)
+        else:
+            assert torch.equal(again, x)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -279,10 +284,11 @@ def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) ->
 
 
 def expected_keep(seed: int, i_head: int, start: int, length: int, dropout_p: float) -> np.ndarray:
-    """[length, length] booleans, from the definition: Philox4x32 with 7 rounds, 8 weights per call."""
+    """[length, length] booleans, from the definition: Philox4x32 with 7 rounds, 16 weights per call."""
     query, key = np.meshgrid(np.arange(length), np.arange(length), indexing="ij")
     mask32 = np.uint64(0xFFFFFFFF)
-    words = [x.astype(np.uint64) for x in (start + (query & ~8), key & ~24, np.full_like(key, i_head), 0 * key)]
+    place = [(x >> 4) * 16 + (x >> 1 & 3) for x in (query, key)]
+    words = [x.astype(np.uint64) for x in (start + place[0], place[1], np.full_like(key, i_head), 0 * key)]
     round_keys = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(7):
         product0, product2 = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
@@ -294,9 +300,10 @@ def expected_keep(seed: int, i_head: int, start: int, length: int, dropout_p: fl
             product0 & mask32,
         ]
         round_keys = [(round_keys[0] + 0x9E3779B9) % 2**32, (round_keys[1] + 0xBB67AE85) % 2**32]
-    word = np.choose((key >> 3) & 3, words)
-    swapped = (word >> np.uint64(16)) | ((word << np.uint64(16)) & mask32)
-    return np.where(query & 8, word, swapped) >= np.uint64(int(np.float32(dropout_p) * 2.0**32))
+    word = np.choose((query & 1) * 2 + (key & 1), words)
+    left = (((query & 8) * 2 + (key & 8)) & 31).astype(np.uint64)
+    rotated = ((word << left) & mask32) | (word >> (np.uint64(32) - left))
+    return rotated >= np.uint64(int(np.float32(dropout_p) * 2.0**32))
 
 
 def kept_by_forward(seed: int, lengths: list[int], dropout_p: float, device: str, whole: AttentionPlan | None = None):
@@ -459,8 +466,8 @@ def test_plans(target: Target) -> None:
 
 
 def test_large_tiles_need_much_shared_memory() -> None:
-    assert plan("float16", 64, CARDS["H100"]).fwd.block_n == 128
-    assert plan("float16", 64, CARDS["A10"]).fwd.block_n == 64
+    assert plan("float16", 128, CARDS["H100"]).fwd.launch.num_stages == 3
+    assert plan("float16", 128, CARDS["A10"]).fwd.launch.num_stages == 2
     assert plan("float16", 64, Target.cuda(120, triton=(3, 7))) != plan("float16", 64, Target("cuda", 120, 101_376))
 
 

@@ -22,10 +22,11 @@ def rank_genes(
     n_rows, n_genes = len(indptr) - 1, len(token_ids)
     row = torch.repeat_interleave(torch.arange(n_rows, device=data.device), indptr.diff())
     gene = column_to_gene[indices]
-    is_kept = (gene >= 0) & (data != 0)
+    counts = data.int() if data.dtype == torch.uint16 else data  # which CUDA can neither compare nor index
+    is_kept = (gene >= 0) & (counts != 0)
     key, group = torch.unique(row[is_kept] * n_genes + gene[is_kept], return_inverse=True)
     sums = torch.zeros(len(key), dtype=torch.float64, device=data.device)
-    sums.index_add_(0, group, data[is_kept].double())
+    sums.index_add_(0, group, counts[is_kept].double())
     # Sums are rounded to the dtype of the counts; float16, which only stores them, counts as float32.
     wide = torch.float32 if data.dtype == torch.float16 else data.dtype
     x, row, gene = (sums.to(wide) if data.is_floating_point() else sums), key // n_genes, key % n_genes

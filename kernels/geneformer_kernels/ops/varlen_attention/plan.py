@@ -67,7 +67,7 @@ _SMALL = {  # sm_80, 86, 89 and newer cards with less than 160 KB: at most 80 KB
 }
 _LARGE = {  # sm_90 and newer: at most 160 KB
     32: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 164/254, 116/168, 170/215
-    64: (_tile(128, 128, 8, 2), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 166/255, 124/172, 210/248
+    64: (_tile(128, 64, 8, 3), _tile(64, 64, 4, 3), _tile(32, 64, 4, 3)),  # 125/128, 136/158, 141/167
     128: (_tile(128, 64, 8, 3), _tile(128, 64, 8, 2), _tile(32, 128, 8, 2)),  # 180/242, 172/214, 231/253
 }
 # Three-fold TF32 holds two halves of every operand in registers, so these tiles are small, and wide heads spill all the

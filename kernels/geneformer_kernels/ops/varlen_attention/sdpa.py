@@ -108,6 +108,12 @@ def _attend_packed(
 _longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def remember_longest(cu_seqlens: torch.Tensor, longest: int) -> None:
+    """Say what :func:`longest_of` would have to ask the device for, where the host knows it."""
+    if not cu_seqlens.is_inference():
+        _longest[cu_seqlens] = (cu_seqlens._version, longest)
+
+
 def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
     """Tokens of the longest cell, or an upper bound.
 
