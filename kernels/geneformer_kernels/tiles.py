@@ -31,7 +31,7 @@ def row_moments(b_x, m_c, width, eps):
 
     Two passes over registers: the difference of E[x^2] and E[x]^2 loses all digits where the mean is large.
     """
-    share = 1.0 / width  # a division per row would be rounded: at width 1 the mean would not be the value
+    share = 1.0 / width  # one division for all rows
     b_mean = tl.sum(b_x, 1) * share
     b_centred = tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) * share + eps)

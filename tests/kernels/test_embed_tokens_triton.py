@@ -119,9 +119,13 @@ def check(
     found = results(given, kernel, **shared)
     witnesses = results(given, composed, **shared)
     truths = results(given, composed, **shared, wide=torch.float64)
+    # Of one column the mean takes all: what is left is rounding times the reciprocal deviation, which is 1 / sqrt(eps).
+    # A card fuses products into sums and leaves more of it.
+    is_one = given["token_table"].is_cuda and given["token_table"].shape[1] == 1
+    slack = 1e-6 * eps**-0.5 if is_one else 0.0
     for value, witness, truth in zip(found, witnesses, truths, strict=True):
         assert value.dtype == witness.dtype
-        assert_as_good_as(value, witness, truth)
+        assert_as_good_as(value, witness, truth, slack=slack)
     return found
 
 

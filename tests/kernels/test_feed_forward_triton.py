@@ -73,7 +73,9 @@ def assert_gradients(mine: dict, witness: dict, truth: dict, *, factor: float = 
             continue
         assert mine[name].grad is not None, name
         assert mine[name].grad.dtype == mine[name].dtype
-        assert_as_good_as(mine[name].grad, witness[name].grad, leaf.grad, factor=factor)
+        # Sums over thousands of rows, which torch's LayerNorm adds up in float32 one after the other.
+        slack = 2e-5 * leaf.grad.abs().max().item() if factor > 2 else 0.0
+        assert_as_good_as(mine[name].grad, witness[name].grad, leaf.grad, factor=factor, slack=slack)
 
 
 # feed_forward
@@ -122,10 +124,10 @@ def test_no_row_and_one_row(device: str, shape) -> None:
         assert leaf.grad.abs().sum() == 0 or shape[0], name
 
 
-@pytest.mark.parametrize("shape", [(5, *WIDE[1:]), (5, *COMPACT[1:]), (5, 512, 64)], ids=["wide", "compact", "hopper"])
+@pytest.mark.parametrize("shape", [(5, *WIDE[1:]), (5, *COMPACT[1:]), (5, 256, 64)], ids=["wide", "compact", "hopper"])
 def test_nothing_is_written_past_the_end(device: str, shape, monkeypatch) -> None:
     """Every output lies in a larger buffer whose end must stay as it was."""
-    if shape[1] == 512:
+    if shape[1] == 256:
         on_hopper(device, monkeypatch)
     kept = []
     real = torch.empty
@@ -160,12 +162,12 @@ def test_nan_stays_nan(device: str) -> None:
 
 
 def on_hopper(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plans of Hopper, whose LayerNorm at width 512 takes a few rows of a block at a time."""
+    """The plans of Hopper, whose LayerNorm at width 256 takes a few rows of a block at a time."""
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("Hopper's plans do not fit this card")
     if device == "cpu":
         monkeypatch.setattr(operators, "target_of", lambda _: CARDS["H100"])
-    planned = plan.fused_plan("float16", 512, 64, "relu", operators.target_of(torch.device(device)))
+    planned = plan.fused_plan("float16", 256, 64, "relu", operators.target_of(torch.device(device)))
     assert planned.block_norm < planned.block_rows
 
 
@@ -268,14 +270,14 @@ def test_dropout_gradients_use_the_same_mask(device: str, norm: str, width: int)
 def test_layernorm_a_few_rows_at_a_time(
     device: str, activation: str, norm: str, dropout_p: float, poisoned: None, monkeypatch
 ) -> None:
-    """70 rows: a whole block, and one that ends within the rows taken at a time."""
+    """150 rows: a whole block, and one that ends within the rows taken at a time."""
     seed, keep = torch.tensor([5], device=device), None
     if dropout_p:
-        keep = kept_by(seed, 70, dropout_p, device, 512)  # as a block in registers drops
+        keep = kept_by(seed, 150, dropout_p, device, 256)  # as a block in registers drops
     on_hopper(device, monkeypatch)
     if dropout_p:
-        assert torch.equal(keep, kept_by(seed, 70, dropout_p, device, 512))
-    tensors = inputs((70, 512, 64), activation, torch.float16, device, parameters=torch.float32)
+        assert torch.equal(keep, kept_by(seed, 150, dropout_p, device, 256))
+    tensors = inputs((150, 256, 64), activation, torch.float16, device, parameters=torch.float32)
     mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
     halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
     pairs = [
@@ -288,7 +290,7 @@ def test_layernorm_a_few_rows_at_a_time(
     with torch.no_grad():  # nothing is kept for a backward pass, and sums wait where the stream will stand
         again = fused(mine, activation=activation, eps=1e-5, norm=norm, dropout_p=dropout_p, seed=seed)
     assert all(torch.equal(one, other) for one, other in zip(again, pairs[0], strict=True))
-    slopes = torch.linspace(-1, 2, 70 * 512, device=device).view(70, 512)
+    slopes = torch.linspace(-1, 2, 150 * 256, device=device).view(150, 256)
     for one, other in pairs:
         ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
     assert_gradients(mine, witness, truth)
@@ -301,14 +303,15 @@ def test_all_dropped(device: str) -> None:
 
 @pytest.mark.parametrize("width", [128, 512])
 def test_sums_over_more_blocks_than_programs(device: str, width: int, monkeypatch) -> None:
-    """150 rows are ten blocks for four programs: each adds up several, in both kernels that make sums."""
+    """Each program adds up several blocks of 300 rows, in both kernels that make sums."""
     card = Target.cuda(80, n_sms=1)
     monkeypatch.setattr(operators, "target_of", lambda _: card)
-    assert plan.activation_plan(150, 64, card).n_programs == plan.layernorm_plan(150, width, card).n_programs == 4
-    tensors = inputs((150, width, 64), "swiglu", torch.float16, device, parameters=torch.float32)
+    assert plan.activation_plan(300, 64, card).n_programs == 8
+    assert plan.layernorm_plan(300, width, card).n_programs == 2
+    tensors = inputs((300, width, 64), "swiglu", torch.float16, device, parameters=torch.float32)
     mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
     halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
-    slopes = torch.linspace(-1, 2, 150 * width, device=device).view(150, width)
+    slopes = torch.linspace(-1, 2, 300 * width, device=device).view(300, width)
     options = dict(activation="swiglu", eps=1e-5, norm="post")
     for stream, _ in (
         fused(mine, **options),
@@ -503,7 +506,7 @@ def test_cases_name_the_kernels_arguments(card: Target) -> None:
 def test_plans(card: Target, activation: str) -> None:
     for width, ff_width in ((128, 64), (256, 512), (256, 1024), (512, 1024), (768, 3072), (640, 2560)):
         planned = plan.fused_plan("bfloat16", width, ff_width, activation, card)
-        assert (planned is not None) == (width in (128, 256, 512))
+        assert (planned is not None) == (width in (128, 256) or (width == 512 and card.sm < 90))
         if planned is not None:
             # The input and one block of each weight; what the compiler adds is what tools/aot_matrix.py measures.
             n_weights = 3 if activation == "swiglu" else 2
@@ -512,12 +515,16 @@ def test_plans(card: Target, activation: str) -> None:
             assert planned.block_norm % 16 == 0  # a mask is regenerated for 16 rows at least
             assert ff_width % planned.block_f == 0
     assert plan.fused_plan("bfloat16", 256, 500, activation, card) is None
-    assert (plan.fused_plan("bfloat16", 512, 2048, activation, card) is None) == (card.sm >= 90)
+    options = dict(activation=activation, target=card)
+    is_one = [plan.is_one_kernel("bfloat16", 256, 512, **options, has_layernorm=norm) for norm in (True, False)]
+    assert is_one == [card.sm < 90, card.sm < 90 or activation == "swiglu"]
+    assert plan.is_one_kernel("bfloat16", 128, 512, **options, has_layernorm=True)
+    assert not plan.is_up_by_library("float32", activation, card)
     assert plan.fused_plan("float32", 256, 512, activation, card) is None
     small, large = (plan.up_plan("bfloat16", n, 768, 1024, activation, card) for n in (1, 1 << 20))
     assert small.block_rows * small.block_n < large.block_rows * large.block_n
     assert plan.activation_plan(1, 512, card).n_programs == 1
-    assert plan.layernorm_plan(1 << 20, 256, card).n_programs == 4 * card.n_sms
+    assert plan.layernorm_plan(1 << 20, 256, card).n_programs == 2 * card.n_sms
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)

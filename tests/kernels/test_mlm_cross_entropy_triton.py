@@ -233,8 +233,8 @@ def test_memory_is_a_chunk_of_the_vocabulary(device: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("n_rows", [1, 100, 1_500, 6_000, 50_000])
 @pytest.mark.parametrize("n_vocab", [25_426, 20_275, 7])
 def test_plans(card: Target, n_rows: int, n_vocab: int) -> None:
-    for dtype, itemsize in (("float16", 2), ("float32", 4)):
-        forward = plan.forward_plan(n_rows, n_vocab, dtype, card)
+    for dtype, itemsize, width in (("float16", 2, 256), ("float16", 2, 768), ("float32", 4, 256)):
+        forward = plan.forward_plan(n_rows, n_vocab, width, dtype, card)
         n_blocks = -(-n_vocab // forward.tiles.block_v)
         assert (
             (forward.n_splits - 1) * forward.blocks_per_split < n_blocks <= forward.n_splits * forward.blocks_per_split
@@ -243,7 +243,7 @@ def test_plans(card: Target, n_rows: int, n_vocab: int) -> None:
         n_programs = -(-n_rows // forward.tiles.block_r) * forward.n_splits
         if n_vocab > 1000:
             assert n_programs >= min(card.n_sms * forward.tiles.programs_per_sm, n_blocks) / 2
-        backward = plan.backward_plan(n_rows, n_vocab, dtype, card)
+        backward = plan.backward_plan(n_rows, n_vocab, width, dtype, card)
         assert backward.chunk_v % backward.tiles.block_v == 0
         row_bytes = n_rows * itemsize
         bound = min(plan.MAX_WORKSPACE_BYTES, max(plan.MIN_WORKSPACE_BYTES, row_bytes * n_vocab / 4))

@@ -110,12 +110,16 @@ def check(
     def exact(*leaves):
         return plain(*leaves, norm, keep, dropout_p, eps, torch.float64)
 
+    # Of one column the mean takes all: what is left is rounding times the reciprocal deviation, which is 1 / sqrt(eps).
+    # A card fuses products into sums and leaves more of it.
+    slack = 1e-6 * eps**-0.5 if case.x.is_cuda and width == 1 else 0.0
     found = results(case, kernel, uses=uses)
     truths = results(case, exact, uses=uses, wide=torch.float64)
     for value, other, truth in zip(found, results(case, witness, uses=uses), truths, strict=True):
         assert value.dtype == other.dtype
         # A card's reciprocal square root is off by up to two units in the last place.
-        assert_as_good_as(value, other, truth, factor=3.0 if value.is_cuda and out_dtype == FP32 else 2.0)
+        factor = 3.0 if value.is_cuda and out_dtype == FP32 else 2.0
+        assert_as_good_as(value, other, truth, factor=factor, slack=slack)
     return found
 
 

@@ -11,6 +11,8 @@ from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, lau
 from geneformer_kernels.ops.feed_forward.plan import (
     activation_plan,
     fused_plan,
+    is_one_kernel,
+    is_up_by_library,
     layernorm_plan,
     precision_of,
     up_plan,
@@ -20,12 +22,21 @@ from geneformer_kernels.target import target_of
 
 # Constant for the compiler, which cannot look at devices.
 @constant_for_compiler
-def is_fused(
+def can_be_fused(
     dtype: str, width: int, ff_width: int, activation: str, device_type: str, device_index: int | None
 ) -> bool:
-    """Whether one kernel does everything on a device."""
+    """Whether one kernel can do everything, the LayerNorm included, on a device."""
     target = target_of(torch.device(device_type, device_index))  # type: ignore[arg-type]
     return fused_plan(dtype, width, ff_width, activation, target) is not None
+
+
+@constant_for_compiler
+def should_be_fused(
+    dtype: str, width: int, ff_width: int, activation: str, device_type: str, device_index: int | None
+) -> bool:
+    """Whether one kernel, the LayerNorm included, is the fastest way on a device."""
+    target = target_of(torch.device(device_type, device_index))  # type: ignore[arg-type]
+    return is_one_kernel(dtype, width, ff_width, activation, target, has_layernorm=True)
 
 
 @torch.library.custom_op("geneformer_kernels::feed_forward_fwd", mutates_args=())
@@ -39,7 +50,7 @@ def feed_forward_fwd(
 ) -> torch.Tensor:
     """The feed-forward half of rows [N, C] with weights in the dtype of ``x``."""
     width, ff_width = x.shape[1], down_weight.shape[1]
-    if fused_plan(DTYPE_NAMES[x.dtype], width, ff_width, activation, target_of(x.device)) is not None:
+    if is_one_kernel(DTYPE_NAMES[x.dtype], width, ff_width, activation, target_of(x.device), has_layernorm=False):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _launch_fused(x, None, up_weight, up_bias, down_weight, down_bias, activation, out=out)
         return out
@@ -55,12 +66,15 @@ def _(x, up_weight, up_bias, down_weight, down_bias, activation):
 def _up(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ff_width: int, activation: str
 ) -> torch.Tensor:
+    n_rows, width = x.shape
+    dtype, target = DTYPE_NAMES[x.dtype], target_of(x.device)
+    if is_up_by_library(dtype, activation, target):
+        return _up_by_library(x, weight, None if bias is None else bias.to(x.dtype), activation)
+
     from geneformer_kernels.ops.feed_forward.kernel import feed_forward_up_kernel
 
-    n_rows, width = x.shape
     hidden = torch.empty((n_rows, ff_width), dtype=x.dtype, device=x.device)
-    dtype = DTYPE_NAMES[x.dtype]
-    planned = up_plan(dtype, n_rows, width, ff_width, activation, target_of(x.device))
+    planned = up_plan(dtype, n_rows, width, ff_width, activation, target)
     n_programs = -(-n_rows // planned.block_rows) * -(-ff_width // planned.block_n)
     if n_programs:
         with launching_on(x):
@@ -82,6 +96,16 @@ def _up(
                 **planned.launch.options,
             )
     return hidden
+
+
+def _up_by_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """cuBLAS, which applies a bias and ReLU or tanh-GELU as it stores the product; other activations take a pass."""
+    if bias is not None and activation in ("relu", "gelu_tanh"):
+        return torch._addmm_activation(bias, x, weight.T, use_gelu=activation == "gelu_tanh")
+    hidden = F.linear(x, weight, bias)
+    if activation == "relu":
+        return hidden.relu_()
+    return torch.ops.aten.gelu_(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _launch_fused(

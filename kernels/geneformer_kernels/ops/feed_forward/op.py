@@ -9,7 +9,12 @@ from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
 from geneformer_kernels.ops.feed_forward import reference
-from geneformer_kernels.ops.feed_forward.device import feed_forward_fwd, feed_forward_layernorm_fwd, is_fused
+from geneformer_kernels.ops.feed_forward.device import (
+    can_be_fused,
+    feed_forward_fwd,
+    feed_forward_layernorm_fwd,
+    should_be_fused,
+)
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
 from geneformer_kernels.packed import is_packable, packed_linear
 
@@ -89,10 +94,11 @@ def feed_forward(
 
 
 def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, impl: Impl | str | None = None) -> bool:
-    """Whether :func:`feed_forward_layernorm` would be one kernel for rows such as ``x``.
+    """Whether :func:`feed_forward_layernorm` is one kernel for rows such as ``x``, and the fastest way.
 
     Where it is not, :func:`feed_forward` followed by :func:`geneformer_kernels.residual_layernorm` is the better way:
-    the second has a kernel of its own on every card, which this operation, that imports no other one, cannot use.
+    the second has a kernel of its own on every card, which this operation, that imports no other one, cannot use. With
+    ``impl="triton"`` the answer is whether one kernel can do it.
 
     Parameters
     ----------
@@ -104,7 +110,10 @@ def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, imp
         As in :func:`feed_forward_layernorm`.
     """
     x = _computed_in(x)
-    return _is_fused(x, ff_width, activation, _choose(x, ff_width, impl, has_layernorm=True))
+    chosen = _choose(x, ff_width, impl, has_layernorm=True)
+    if impl is not None or chosen != Impl.TRITON:
+        return _is_fused(x, ff_width, activation, chosen)
+    return should_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, x.device.type, x.device.index)
 
 
 def _choose(x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_layernorm: bool) -> str:
@@ -115,7 +124,7 @@ def _choose(x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_laye
 
 def _is_fused(x: torch.Tensor, ff_width: int, activation: str, chosen: str) -> bool:
     place = x.device.type, x.device.index
-    return chosen == Impl.TRITON and is_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, *place)
+    return chosen == Impl.TRITON and can_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, *place)
 
 
 def feed_forward_layernorm(
@@ -176,9 +185,9 @@ def feed_forward_layernorm(
 
     Notes
     -----
-    One kernel for C = 128, 256 and 512 (on Hopper 512 with up to 1,024 hidden units) in float16 and bfloat16, if Triton
-    is chosen (:func:`has_layernorm_inside` tells). Otherwise :func:`feed_forward` followed by torch's dropout, addition
-    and LayerNorm.
+    One kernel for C = 128, 256 and, before Hopper, 512 in float16 and bfloat16, if Triton is chosen. Otherwise
+    :func:`feed_forward` followed by torch's dropout, addition and LayerNorm. :func:`has_layernorm_inside` tells whether
+    this or :func:`feed_forward` followed by :func:`geneformer_kernels.residual_layernorm` is faster.
 
     References
     ----------

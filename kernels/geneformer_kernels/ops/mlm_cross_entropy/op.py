@@ -136,7 +136,7 @@ def _launch_fwd(
     from geneformer_kernels.ops.mlm_cross_entropy import kernel
 
     (n_rows, width), n_vocab = hidden.shape, len(weight)
-    forward = plan.forward_plan(n_rows, n_vocab, DTYPE_NAMES[hidden.dtype], target_for(hidden))
+    forward = plan.forward_plan(n_rows, n_vocab, width, DTYPE_NAMES[hidden.dtype], target_for(hidden))
     combine = plan.combine_plan()
     partial_max, partial_sum = (_empty((forward.n_splits, n_rows), bias) for _ in range(2))
     loss, row_max, row_sum = (_empty((n_rows,), bias) for _ in range(3))
@@ -194,15 +194,19 @@ def _launch_bwd(
 
     needs_hidden, needs_weight, needs_bias = needs
     (n_rows, width), n_vocab = hidden.shape, len(weight)
-    backward = plan.backward_plan(n_rows, n_vocab, DTYPE_NAMES[hidden.dtype], target_for(hidden))
+    backward = plan.backward_plan(n_rows, n_vocab, width, DTYPE_NAMES[hidden.dtype], target_for(hidden))
     tiles, n_row_blocks = backward.tiles, _ceil(n_rows, backward.tiles.block_r)
     workspace = _empty((n_rows, backward.chunk_v), hidden)
     d_hidden: torch.Tensor | None = None
     d_weight = _empty(weight.shape, bias) if needs_weight else None
     d_bias = torch.empty_like(bias) if needs_bias else None
     for first in range(0, n_vocab, backward.chunk_v):
-        chunk = slice(first, min(first + backward.chunk_v, n_vocab))
-        n_columns = chunk.stop - first
+        stop = min(first + backward.chunk_v, n_vocab)
+        # cuBLAS takes twice as long over columns that are no multiple of 8: the last chunk begins a few columns
+        # earlier, which are computed again to the same gradients of weight and bias.
+        n_again = min(first, (first - stop) % 8)
+        chunk = slice(first - n_again, stop)
+        n_columns = chunk.stop - chunk.start
         partial_dbias = _empty((n_row_blocks, n_columns), bias)
         with launching_on(hidden):
             kernel.mlm_cross_entropy_bwd_dlogits_kernel[n_row_blocks * _ceil(n_columns, tiles.block_v),](
@@ -218,16 +222,17 @@ def _launch_bwd(
                 n_rows=n_rows,
                 n_columns=n_columns,
                 width=width,
-                first_vocab=first,
+                first_vocab=chunk.start,
                 stride_dlogits_r=backward.chunk_v,
                 **tiles.constexprs,
                 **tiles.launch.options,
             )
         dlogits = workspace[:, :n_columns]
-        if needs_hidden:
-            d_hidden = row_chunks.add_product(d_hidden, dlogits, weight[chunk])
         if d_weight is not None:
             d_weight[chunk] = row_chunks.add_product(None, dlogits.t(), hidden)
+        if needs_hidden:
+            dlogits[:, :n_again] = 0.0
+            d_hidden = row_chunks.add_product(d_hidden, dlogits, weight[chunk])
         if d_bias is not None:
             torch.sum(partial_dbias, 0, out=d_bias[chunk])
     return d_hidden, d_weight, d_bias

@@ -26,6 +26,8 @@ MAX_LOGIT_BYTES_ELSEWHERE = 128 * 2**20
 
 #: Splits of the vocabulary beyond this make the partial results cost more than they gain.
 MAX_SPLITS = 256
+#: Widths that kernels are compiled for ahead of time: narrow and wide rows.
+CASE_WIDTHS = (256, 768)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class CombinePlan:
 # or rows that stay in shared memory, leave room for one only.
 INTERPRETED = Tiles(32, 64, 32, Launch(4, 2), 1, group_r=2)  # small: a few programs on odd shapes cover every branch
 HOPPER = Tiles(128, 128, 64, Launch(8, 3), 2)  # forward 124 r, backward 126 r, 96 KB
+# Faster by 5 % and by 8 % on an H200 (16,384 rows, 25,426 genes, bfloat16, 2026-11): forward for wide rows, backward
+# for narrow ones.
+HOPPER_WIDE_FORWARD = Tiles(128, 256, 64, Launch(8, 4), 1)  # 231 r, 192 KB
+HOPPER_NARROW_BACKWARD = Tiles(128, 128, 64, Launch(4, 3), 2)  # 220 r, 96 KB
 AMPERE = Tiles(128, 128, 32, Launch(4, 4), 2)  # forward 255 r, backward 245 r, 48 KB; with 8 warps only one fits
 FLOAT32 = Tiles(64, 64, 32, Launch(4, 3), 2)  # three products per logit (tf32x3): at most 239 r, 48 KB
 
@@ -100,18 +106,22 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
-def tiles_for(dtype: str, target: Target) -> Tiles:
-    """Tiles of the kernels that multiply matrices, forward and backward."""
+def tiles_for(dtype: str, width: int, target: Target, *, is_forward: bool) -> Tiles:
+    """Tiles of the kernels that multiply matrices."""
     if target.kind != "cuda":
         return INTERPRETED
     if dtype == "float32":
         return FLOAT32
-    return HOPPER if target.sm >= 90 else AMPERE
+    if target.sm < 90:
+        return AMPERE
+    if is_forward:
+        return HOPPER_WIDE_FORWARD if width >= 512 and target.smem_bytes >= 200 * 1024 else HOPPER
+    return HOPPER_NARROW_BACKWARD if width <= 512 else HOPPER
 
 
-def forward_plan(n_rows: int, n_vocab: int, dtype: str, target: Target) -> ForwardPlan:
+def forward_plan(n_rows: int, n_vocab: int, width: int, dtype: str, target: Target) -> ForwardPlan:
     """Tiles, and the number of splits that keeps all SMs busy for the shortest time."""
-    tiles = tiles_for(dtype, target)
+    tiles = tiles_for(dtype, width, target, is_forward=True)
     n_row_blocks, n_blocks = _ceil(n_rows, tiles.block_r), _ceil(n_vocab, tiles.block_v)
     n_slots = target.n_sms * tiles.programs_per_sm
 
@@ -127,9 +137,9 @@ def forward_plan(n_rows: int, n_vocab: int, dtype: str, target: Target) -> Forwa
     return ForwardPlan(tiles, _ceil(n_blocks, blocks_per_split), blocks_per_split)
 
 
-def backward_plan(n_rows: int, n_vocab: int, dtype: str, target: Target) -> BackwardPlan:
+def backward_plan(n_rows: int, n_vocab: int, width: int, dtype: str, target: Target) -> BackwardPlan:
     """Tiles, and chunks of equal size within the workspace; one block of columns is always allowed."""
-    tiles = tiles_for(dtype, target)
+    tiles = tiles_for(dtype, width, target, is_forward=False)
     row_bytes = max(n_rows, 1) * (4 if dtype == "float32" else 2)
     workspace = min(MAX_WORKSPACE_BYTES, max(MIN_WORKSPACE_BYTES, row_bytes * n_vocab // 4))
     n_blocks = _ceil(n_vocab, tiles.block_v)
@@ -152,9 +162,16 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Every kernel under every plan, for the ahead-of-time compiler."""
     dtypes = ("float16", "bfloat16", "float32")
     if target.sm < 80:  # scalar arithmetic there: choose takes cuBLAS, and these rows are the evidence
-        return tuple(_forward_case(dtype, target, is_default=False) for dtype in dtypes)
-    makers = (_forward_case, _combine_case, _backward_case)
-    return tuple(make(dtype, target) for dtype in dtypes for make in makers)
+        return tuple(_forward_case(dtype, CASE_WIDTHS[0], target, is_default=False) for dtype in dtypes)
+    return tuple(
+        case
+        for dtype in dtypes
+        for case in (
+            *(_forward_case(dtype, width, target) for width in CASE_WIDTHS),
+            _combine_case(dtype, target),
+            *(_backward_case(dtype, width, target) for width in CASE_WIDTHS),
+        )
+    )
 
 
 _POINTERS = {
@@ -173,8 +190,8 @@ def _divisible(signature: dict[str, str]) -> frozenset[str]:
     return frozenset(name for name in signature if name.endswith("_ptr") or name in _DIVISIBLE)
 
 
-def _forward_case(dtype: str, target: Target, *, is_default: bool = True) -> KernelCase:
-    tiles = forward_plan(6_000, 25_426, dtype, target).tiles
+def _forward_case(dtype: str, width: int, target: Target, *, is_default: bool = True) -> KernelCase:
+    tiles = forward_plan(6_000, 25_426, width, dtype, target).tiles
     signature = _signature(
         dtype,
         "hidden_ptr weight_ptr bias_ptr partial_max_ptr partial_sum_ptr n_rows n_vocab width n_splits blocks_per_split",
@@ -182,7 +199,7 @@ def _forward_case(dtype: str, target: Target, *, is_default: bool = True) -> Ker
     return KernelCase(
         op=OP,
         kernel="mlm_cross_entropy_fwd_kernel",
-        problem="any C",
+        problem=f"C={width}",
         dtype=dtype,
         signature=signature,
         constexprs=tiles.constexprs,
@@ -212,8 +229,8 @@ def _combine_case(dtype: str, target: Target) -> KernelCase:
     )
 
 
-def _backward_case(dtype: str, target: Target) -> KernelCase:
-    tiles = backward_plan(6_000, 25_426, dtype, target).tiles
+def _backward_case(dtype: str, width: int, target: Target) -> KernelCase:
+    tiles = backward_plan(6_000, 25_426, width, dtype, target).tiles
     signature = _signature(
         dtype,
         "hidden_ptr weight_ptr bias_ptr targets_ptr row_max_ptr row_sum_ptr row_scale_ptr "
@@ -222,7 +239,7 @@ def _backward_case(dtype: str, target: Target) -> KernelCase:
     return KernelCase(
         op=OP,
         kernel="mlm_cross_entropy_bwd_dlogits_kernel",
-        problem="any C",
+        problem=f"C={width}",
         dtype=dtype,
         signature=signature,
         constexprs=tiles.constexprs,

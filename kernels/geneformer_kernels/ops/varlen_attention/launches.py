@@ -42,9 +42,9 @@ def tiles_of(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.
     return tiles
 
 
-def plan_for(q: torch.Tensor) -> AttentionPlan:
+def plan_for(q: torch.Tensor, dropout_p: float) -> AttentionPlan:
     """The plan for [T, H, D] queries where they are."""
-    return plan(DTYPE_NAMES[q.dtype], q.shape[-1], target_for(q))
+    return plan(DTYPE_NAMES[q.dtype], q.shape[-1], target_for(q), has_dropout=dropout_p > 0)
 
 
 def forward(
@@ -157,7 +157,7 @@ def varlen_attention_fwd(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of separate q, k, v."""
-    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q))
+    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
 @torch.library.custom_op("geneformer_kernels::varlen_attention_bwd", mutates_args=())
@@ -175,7 +175,7 @@ def varlen_attention_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of separate q, k, v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q))
+    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q, dropout_p))
     return dq, dk, dv
 
 
@@ -185,7 +185,7 @@ def varlen_attention_qkv_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a fused projection [T, 3, H, D]."""
     q, k, v = qkv.unbind(1)
-    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q))
+    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
 @torch.library.custom_op("geneformer_kernels::varlen_attention_qkv_bwd", mutates_args=())
@@ -203,7 +203,7 @@ def varlen_attention_qkv_bwd(
     q, k, v = qkv.unbind(1)
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = d_qkv.unbind(1)
-    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q))
+    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q, dropout_p))
     return d_qkv
 
 
