@@ -22,8 +22,8 @@ class TilePlan:
     """Attributes
     ----------
     block_m, block_n
-        Queries and keys of a tile of scores: powers of two, at least 16 and 32, because one call of the random number
-        generator serves a patch of that size.
+        Queries and keys of a tile of scores: powers of two, at least 16, because one call of the random number
+        generator serves a patch of 16 by 16, and keys at least 32 for the matrix instruction.
     precision
         Of matrix products of float32: ``"tf32x3"``, on tensor cores with almost all of float32's accuracy. Without
         meaning for other dtypes.
@@ -73,17 +73,16 @@ _SMALL = {  # sm_80, 86, 89 and newer cards with less than 160 KB: at most 80 KB
     64: (_tile(128, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),  # 255/255, 186/183, 245/254
     128: (_tile(128, 64, 8, 2), _tile(64, 64, 8, 2), _tile(64, 64, 8, 2)),  # 255/255, 160/170, 197/220
 }
-# sm_90 and newer, timed on an H200 (32 cells of 2,048 tokens, 768 channels, bfloat16; 30 tiles of each kernel, 2026-11):
-# milliseconds without and with dropout beside each. Two programs on a multiprocessor, or three, hide each other's
-# exponentials; tiles twice as large are up to 1.6 times as slow.
+# sm_90 and newer, timed on an H200 (32 cells of 2,048 tokens, 768 channels, bfloat16; 10 to 30 tiles of each kernel,
+# 2026-11): milliseconds without and with dropout over each. Two programs on a multiprocessor, or three, hide each
+# other's exponentials; tiles twice as large are up to 1.6 times as slow.
 _LARGE = {
-    32: (_tile(64, 64, 4, 3), _tile(64, 64, 4, 3), _tile(32, 128, 4, 3)),  # 1.42/2.54, 1.47/2.65, 2.15/3.24
-    64: (
-        _tile(128, 64, 8, 3),
-        _tile(128, 64, 8, 3, max_registers=128),
-        _tile(32, 64, 4, 3),
-    ),  # 0.99/1.56, 1.09/1.78, 1.75/2.48
-    128: (_tile(128, 64, 8, 4), _tile(128, 64, 8, 3), _tile(32, 64, 4, 3)),  # 0.95/1.31, 1.14/1.46, 1.58/2.06
+    # 1.42/2.54, 1.47/2.65, 2.15/3.24
+    32: (_tile(64, 64, 4, 3), _tile(64, 64, 4, 3), _tile(32, 128, 4, 3)),
+    # 0.99/1.56, 1.09/1.78, 1.75/2.48
+    64: (_tile(128, 64, 8, 3), _tile(128, 64, 8, 3, max_registers=128), _tile(32, 64, 4, 3)),
+    # 0.95/1.31, 1.14/1.46, 1.58/2.06
+    128: (_tile(128, 64, 8, 4), _tile(128, 64, 8, 3), _tile(32, 64, 4, 3)),
 }
 # The same with dropout, where another tile is faster by more than noise.
 _LARGE_DROPOUT = _LARGE | {
