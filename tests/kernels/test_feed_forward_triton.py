@@ -306,7 +306,7 @@ def test_sums_over_more_blocks_than_programs(device: str, width: int, monkeypatc
     """Each program adds up several blocks of 300 rows, in both kernels that make sums."""
     card = Target.cuda(80, n_sms=1)
     monkeypatch.setattr(operators, "target_of", lambda _: card)
-    assert plan.activation_plan(300, 64, card).n_programs == 8
+    assert plan.activation_plan(300, 64, "swiglu", card).n_programs == 8
     assert plan.layernorm_plan(300, width, card).n_programs == 2
     tensors = inputs((300, width, 64), "swiglu", torch.float16, device, parameters=torch.float32)
     mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
@@ -523,7 +523,7 @@ def test_plans(card: Target, activation: str) -> None:
     assert plan.fused_plan("float32", 256, 512, activation, card) is None
     small, large = (plan.up_plan("bfloat16", n, 768, 1024, activation, card) for n in (1, 1 << 20))
     assert small.block_rows * small.block_n < large.block_rows * large.block_n
-    assert plan.activation_plan(1, 512, card).n_programs == 1
+    assert plan.activation_plan(1, 512, activation, card).n_programs == 1
     assert plan.layernorm_plan(1 << 20, 256, card).n_programs == 2 * card.n_sms
 
 

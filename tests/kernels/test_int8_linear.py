@@ -361,14 +361,14 @@ def test_cases_name_the_kernels_arguments(card: Target) -> None:
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_plans(card: Target) -> None:
-    small, large = (plan.dynamic_plan(n, 256, 768, card) for n in (1, 1 << 20))
+    small, large = (plan.dynamic_plan("bfloat16", n, 256, 768, None, card) for n in (1, 1 << 20))
     assert small.block_rows < large.block_rows
     for planned in (small, large, *(plan.weight_only_plan("float16", n, 768) for n in (1, 32, 33))):
         one_stage = (planned.block_rows + planned.block_n) * planned.block_k
         assert card.sm < 80 or one_stage * planned.launch.num_stages <= card.smem_bytes
     tiles = [plan.weight_only_plan("float16", n, 768).block_rows for n in (1, 16, 17, 32, 33)]
     assert tiles == [16, 16, 32, 32, 128]
-    assert plan.dynamic_plan(1 << 20, 256, 769, card).block_rows == 64
+    assert plan.dynamic_plan("bfloat16", 1 << 20, 256, 769, None, card).block_rows == 64
     assert [plan.weight_only_plan("float16", n, 769).block_rows for n in (16, 33)] == [16, 32]
     assert not plan.quantize_plan(768).launch.enable_fp_fusion
     assert [plan.quantize_plan(width).is_one_block for width in (1, 4096, 4097)] == [True, True, False]

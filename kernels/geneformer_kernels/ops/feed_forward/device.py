@@ -197,7 +197,7 @@ def feed_forward_bwd(
         return grads
     # Computed again rather than kept; then both become, in place, what the four products below need.
     hidden, d_hidden = torch.mm(x, up_weight.T), torch.mm(dy, down_weight)
-    planned = activation_plan(n_rows, ff_width, target_of(x.device))
+    planned = activation_plan(n_rows, ff_width, activation, target_of(x.device))
     n_columns = hidden.shape[1]
     partial = None
     if needs_up_bias:

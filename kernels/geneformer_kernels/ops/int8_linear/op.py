@@ -114,7 +114,7 @@ def _launch_dynamic(
 
     q, row_scale = quantize_rows_op(x, str(Impl.TRITON))
     (n_rows, width), n_columns = q.shape, weight_q.shape[0]
-    planned = dynamic_plan(n_rows, n_columns, width, target_of(x.device))
+    planned = dynamic_plan(DTYPE_NAMES[out.dtype], n_rows, n_columns, width, activation, target_of(x.device))
     with launching_on(x):
         int8_linear_dynamic_kernel[(-(-n_rows // planned.block_rows) * -(-n_columns // planned.block_n),)](
             q_ptr=q,
