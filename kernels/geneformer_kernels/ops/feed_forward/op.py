@@ -61,7 +61,9 @@ def feed_forward(
 
     Notes
     -----
-    The Triton implementation keeps ``x`` and the weights for the backward pass, and computes the hidden units again.
+    The Triton implementation keeps ``x`` and the weights for the backward pass, and computes the hidden units again. On
+    Hopper the first layer with ReLU is cuBLAS's, which takes NaN for 0: NaN in ``x`` does not reach the result there. In
+    an encoder it does all the same, through the residual stream.
 
     References
     ----------
@@ -111,9 +113,9 @@ def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, imp
     """
     x = _computed_in(x)
     chosen = _choose(x, ff_width, impl, has_layernorm=True)
-    if impl is not None or chosen != Impl.TRITON:
-        return _is_fused(x, ff_width, activation, chosen)
-    return should_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, x.device.type, x.device.index)
+    if impl is None and chosen == Impl.TRITON:
+        return should_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, x.device.type, x.device.index)
+    return _is_fused(x, ff_width, activation, chosen)
 
 
 def _choose(x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_layernorm: bool) -> str:
