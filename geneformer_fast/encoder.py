@@ -63,26 +63,36 @@ class Block(nn.Module):
         return self.out(context.reshape(len(x), config.width))
 
     def forward(
-        self, stream: torch.Tensor, x: torch.Tensor, cu_seqlens: torch.Tensor, next_norm: nn.LayerNorm | None
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        next_norm: nn.LayerNorm | None,
+        is_final: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, x) -> (stream, x); ``next_norm`` is the pre-norm LayerNorm of whatever comes after this block."""
+        """(stream, x) -> (stream, x).
+
+        ``next_norm`` is the pre-norm LayerNorm of whatever comes after this block; ``is_final``: it is the encoder's
+        last one, whose result is the stream.
+        """
         dropout_p = self.config.dropout if self.training else 0.0
         first_norm, second_norm = (
             (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
         )
+        second_kind = "post" if is_final else self.config.norm
         stream, x = add_norm(self.attend(x, cu_seqlens), stream, first_norm, self.config.norm, x.dtype, dropout_p)
         weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         activation = self.config.activation
         if second_norm is not None and has_layernorm_inside(x, self.config.ff_width, activation=activation):
             return feed_forward_layernorm(
                 x, stream, *weights, second_norm.weight, second_norm.bias, activation=activation, eps=second_norm.eps,
-                norm=self.config.norm, out_dtype=x.dtype, dropout_p=dropout_p,
+                norm=second_kind, out_dtype=x.dtype, dropout_p=dropout_p,
             )  # fmt: skip
         out = feed_forward(x, *weights, activation=activation)
         if second_norm is None:
             out = F.dropout(out, dropout_p)
             return stream + out, out
-        return add_norm(out, stream, second_norm, self.config.norm, x.dtype, dropout_p)
+        return add_norm(out, stream, second_norm, second_kind, x.dtype, dropout_p)
 
 
 class Encoder(nn.Module):
@@ -303,12 +313,13 @@ class Encoder(nn.Module):
         self, index: int, stream: torch.Tensor, x: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
-        inputs = (stream, x, cu_seqlens, self._norm_after(index))
+        is_final = self.config.norm == "pre" and index + 1 == self.config.n_layers and self.final_norm is not None
+        inputs = (stream, x, cu_seqlens, self.final_norm if is_final else self._norm_after(index), is_final)
         if self.is_recomputing and self.training and torch.is_grad_enabled():
             stream, x = checkpoint(self._block(index), *inputs, use_reentrant=False)
         else:
             stream, x = self.blocks[index](*inputs)
-        if index + 1 == self.config.n_layers and self.final_norm is not None:
+        if index + 1 == self.config.n_layers and self.final_norm is not None and not is_final:
             stream, x = add_norm(stream, None, self.final_norm, "post", x.dtype)
         return stream, x
 

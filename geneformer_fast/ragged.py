@@ -44,7 +44,8 @@ class Ragged:
         torch.cumsum(counts, 0, out=cu_seqlens[1:])
         if int(cu_seqlens[-1]) != len(values):
             raise ValueError(f"lengths add up to {int(cu_seqlens[-1])} but there are {len(values)} values")
-        return cls(values, cu_seqlens.to(values.device), int(counts.max()) if len(counts) else 0)
+        longest = int(counts.max()) if len(counts) else 0
+        return cls(values, _on(values.device, cu_seqlens, longest), longest)
 
     @classmethod
     def from_padded(cls, padded: torch.Tensor, mask: torch.Tensor) -> Ragged:
@@ -114,14 +115,22 @@ class Ragged:
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Ragged:
         """The same batch on another device."""
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        if cu_seqlens.is_cuda:
-            remember_longest(cu_seqlens, self.max_len)
+        cu_seqlens = _on(device, self.cu_seqlens, self.max_len, non_blocking=non_blocking)
         return replace(self, values=self.values.to(device, non_blocking=non_blocking), cu_seqlens=cu_seqlens)
 
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+def _on(
+    device: str | torch.device, cu_seqlens: torch.Tensor, longest: int, *, non_blocking: bool = False
+) -> torch.Tensor:
+    """Bounds of cells on a device, where attention need not ask it for the longest cell."""
+    moved = cu_seqlens.to(device, non_blocking=non_blocking)
+    if moved.is_cuda:
+        remember_longest(moved, longest)
+    return moved
 
 
 @dataclass(frozen=True)

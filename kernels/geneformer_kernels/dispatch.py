@@ -225,7 +225,7 @@ def choose(
             if target.kind not in ("cpu", "cuda"):
                 missed = f"; {NOT_NVIDIA}"
             choice = Choice(op, option.impl, option.reason + missed)
-            _tell_once(choice, dtype, target)
+            tell_once(choice, dtype, target)
             return choice
     raise ImplUnavailableError(
         f"{op} cannot run in {dtype} on {target.name or target.kind}: "
@@ -253,6 +253,11 @@ def use_impl(impl: Impl | str, op: str | None = None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced(op: str) -> bool:
+    """Whether :func:`use_impl` or the environment variable says what runs."""
+    return _wanted(op, None)[0] is not None
+
+
 def _wanted(op: str, impl: Impl | str | None) -> tuple[Impl | None, str]:
     if impl is not None:
         return Impl(impl), "impl="
@@ -273,7 +278,8 @@ def _wanted(op: str, impl: Impl | str | None) -> tuple[Impl | None, str]:
     return None, ""
 
 
-def _tell_once(choice: Choice, dtype: str, target: Target) -> None:
+def tell_once(choice: Choice, dtype: str, target: Target) -> None:
+    """Log what was chosen and why, once per operation, dtype, target and implementation."""
     key = (choice.op, dtype, target.name or target.kind, choice.impl)
     if key not in _told:
         _told.add(key)

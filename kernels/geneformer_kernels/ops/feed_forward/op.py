@@ -62,8 +62,8 @@ def feed_forward(
     Notes
     -----
     The Triton implementation keeps ``x`` and the weights for the backward pass, and computes the hidden units again. On
-    Hopper the first layer with ReLU is cuBLAS's, which takes NaN for 0: NaN in ``x`` does not reach the result there. In
-    an encoder it does all the same, through the residual stream.
+    Hopper the first layer with ReLU is cuBLAS's, which takes NaN for 0: NaN in ``x`` does not reach the result there.
+    In an encoder it does all the same, through the residual stream.
 
     References
     ----------

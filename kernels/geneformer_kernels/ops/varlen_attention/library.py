@@ -56,6 +56,14 @@ def attend(
     return _efficient(q, k, v, cu_seqlens, longest, scale, dropout_p, keeps_sums=False)[0]
 
 
+def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """cuDNN's attention over [B, H, L, D], which torch's dispatcher takes for cells without a mask."""
+    return cast(
+        torch.Tensor,
+        _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, False, False, scale=scale)[0],
+    )
+
+
 def _efficient(
     q: torch.Tensor,
     k: torch.Tensor,

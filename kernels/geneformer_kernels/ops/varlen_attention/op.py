@@ -7,10 +7,10 @@ import math
 
 import torch
 
-from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, draw_seed, needs_gradient
+from geneformer_kernels.dispatch import Choice, Impl, is_forced, tell_once
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, needs_gradient, target_for
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
-from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP
+from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
 
 
 def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropout_p: float) -> float:
@@ -45,6 +45,19 @@ def _choose(
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
+
+
+def _length_for_cudnn(
+    q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cu_seqlens: torch.Tensor, needs_grad: bool
+) -> int:
+    """The length of every cell where cuDNN is the faster way, which was asked for by nobody else; otherwise 0."""
+    if impl is not None or needs_grad or dropout_p > 0 or not q.is_cuda or torch.compiler.is_compiling():
+        return 0
+    length, dtype, target = sdpa.equal_length(cu_seqlens, len(q)), DTYPE_NAMES[q.dtype], target_for(q)
+    if not is_for_cudnn(dtype, q.shape[-1], length, target) or is_forced(OP):
+        return 0
+    tell_once(Choice(OP, Impl.TORCH, "cuDNN is faster where all cells are equally long"), dtype, target)
+    return length
 
 
 def _seed_for(q: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
@@ -110,6 +123,8 @@ def varlen_attention(
     choice = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(q, k, v))
     if choice == Impl.REFERENCE:
         return reference.varlen_attention(q, k, v, cu_seqlens, scale)
+    if length := _length_for_cudnn(q, impl, dropout_p, cu_seqlens, needs_gradient(q, k, v)):
+        return sdpa.attend_equal(q, k, v, length, scale)
     cu_seqlens = cu_seqlens.to(q.device)
     if choice == Impl.TORCH:
         return sdpa.attend(q, k, v, cu_seqlens, scale, dropout_p, seed)
@@ -154,7 +169,7 @@ def varlen_attention_qkv(
     q, k, v = qkv.unbind(1)
     # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
     is_triton = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) == Impl.TRITON
-    if not is_triton:
+    if not is_triton or _length_for_cudnn(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)):
         return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     scale = _check(q, cu_seqlens, scale, dropout_p)
     from geneformer_kernels.ops.varlen_attention import launches

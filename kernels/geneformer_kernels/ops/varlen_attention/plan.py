@@ -169,6 +169,19 @@ def torch_plan(
     return TorchPlan("cells", "torch scaled_dot_product_attention per cell")
 
 
+def is_for_cudnn(dtype: str, head_dim: int, length: int, target: Target) -> bool:
+    """Whether cells that are all ``length`` tokens long are left to cuDNN, in inference.
+
+    On an H200 it takes 0.86 ms where the Triton kernel takes 1.0 (12 heads of 64, 32 cells of 2,048 tokens, bfloat16,
+    2026-11). It makes a plan for every new shape, so that only lengths pay that come again and again: those at which
+    cells are cut off. Its backward pass adds up in any order, and it knows no cells of different lengths without a mask.
+    """
+    is_half = dtype in ("float16", "bfloat16")
+    return (
+        target.kind == "cuda" and target.sm == 90 and is_half and head_dim in (64, 128) and length % 1024 == 0 < length
+    )
+
+
 @functools.cache
 def torch_version() -> tuple[int, int]:
     """(major, minor) of the installed torch, from its metadata; (0, 0) where there is none."""

@@ -105,13 +105,39 @@ def _attend_packed(
     return out[..., :head_dim]
 
 
-_longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# (version of the tensor, or None where it has none; tokens of the longest cell), as the device said and as a host knew.
+_asked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def remember_longest(cu_seqlens: torch.Tensor, longest: int) -> None:
-    """Say what :func:`longest_of` would have to ask the device for, where the host knows it."""
-    if not cu_seqlens.is_inference():
-        _longest[cu_seqlens] = (cu_seqlens._version, longest)
+    """Say what :func:`longest_of` would have to ask the device for, where the host knows it.
+
+    Who says so owns the tensor and does not change it any more: of tensors made in inference mode nobody could tell.
+    """
+    _told[cu_seqlens] = (_version_of(cu_seqlens), longest)
+
+
+def _version_of(x: torch.Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _known(table: WeakIdKeyDictionary, cu_seqlens: torch.Tensor) -> int | None:
+    found = table.get(cu_seqlens)
+    return found[1] if found is not None and found[0] == _version_of(cu_seqlens) else None
+
+
+def equal_length(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+    """Tokens of every cell where the host was told that all are equally long, else 0."""
+    longest = _known(_told, cu_seqlens)
+    return longest if longest and longest * (len(cu_seqlens) - 1) == n_tokens else 0
+
+
+def attend_equal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+    """Attention of [T, H, D] cells of one length by cuDNN's kernel, without gradients and without copies."""
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    out = library.cudnn(q, k, v, scale)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
@@ -122,12 +148,13 @@ def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
     """
     if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return n_tokens
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _longest.get(cu_seqlens)
-    if known is not None and version is not None and known[0] == version:
-        return known[1]
+    for table in (_told, _asked):
+        known = _known(table, cu_seqlens)
+        if known is not None:
+            return known
     longest = int(cu_seqlens.diff().max().item())
-    _longest[cu_seqlens] = (version, longest)
+    if not cu_seqlens.is_inference():
+        _asked[cu_seqlens] = (cu_seqlens._version, longest)
     return longest
 
 
