@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
+from geneformer_kernels.dispatch import use_impl
 from geneformer_kernels.ops.varlen_attention import library, reference, sdpa
-from geneformer_kernels.ops.varlen_attention.plan import TorchPlan
+from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, is_for_cudnn
+from geneformer_kernels.target import CARDS
 from tolerance import assert_as_good_as
 from torch.fx.operator_schemas import normalize_function
 
@@ -182,3 +184,79 @@ def test_full_size(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
             first, run("reference", qkv, d_out), run("reference", qkv.double(), d_out.double()), strict=True
         ):
             assert_as_good_as(value, witness, truth, factor=3.0 if dtype == torch.float32 else 2.0)
+
+
+def test_the_host_knows_a_common_length_only_where_it_was_told() -> None:
+    bounds = torch.arange(0, 13, 4, dtype=torch.int32)
+    assert sdpa.equal_length(bounds, 12) == 0
+    assert sdpa.longest_of(bounds, 12) == 4
+    assert sdpa.equal_length(bounds, 12) == 0  # asked is not told
+    sdpa.remember_longest(bounds, 4)
+    assert sdpa.equal_length(bounds, 12) == sdpa.longest_of(bounds, 12) == 4
+    bounds[1] += 1  # no longer what was told
+    assert sdpa.equal_length(bounds, 12) == 0
+    assert sdpa.longest_of(bounds, 12) == 5
+    uneven = torch.tensor([0, 4, 7], dtype=torch.int32)
+    sdpa.remember_longest(uneven, 4)
+    assert sdpa.equal_length(uneven, 7) == 0
+    with torch.inference_mode():
+        bounds = torch.arange(0, 13, 4, dtype=torch.int32)
+        sdpa.remember_longest(bounds, 4)
+        assert sdpa.equal_length(bounds, 12) == 4
+
+
+def test_cells_of_one_length_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(q, k, v, scale):
+        assert q.shape == (3, 2, 4, 8)
+        assert q.data_ptr() == qkv.data_ptr()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    monkeypatch.setattr(library, "cudnn", plain)
+    qkv, _, bounds = inputs(torch.float32, 8, [4, 4, 4])
+    out = sdpa.attend_equal(*qkv.unbind(1), 4, 0.3)
+    torch.testing.assert_close(out, reference.varlen_attention(*qkv.unbind(1), bounds, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "head_dim", "length", "is_it"),
+    [
+        ("H100", "bfloat16", 64, 2048, True),
+        ("H100", "float16", 128, 4096, True),
+        ("H100", "bfloat16", 64, 2000, False),
+        ("H100", "bfloat16", 64, 0, False),
+        ("H100", "bfloat16", 32, 2048, False),
+        ("H100", "float32", 64, 2048, False),
+        ("A100", "bfloat16", 64, 2048, False),
+    ],
+)
+def test_where_cudnn_is_faster(card: str, dtype: str, head_dim: int, length: int, is_it: bool) -> None:
+    assert is_for_cudnn(dtype, head_dim, length, CARDS[card]) == is_it
+
+
+@pytest.mark.gpu
+def test_cudnn_takes_cells_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuDNN was measured on Hopper alone")
+    calls = []
+    kernel = library.cudnn
+    monkeypatch.setattr(library, "cudnn", lambda *arguments: calls.append(1) or kernel(*arguments))
+    qkv, _, bounds = inputs(torch.bfloat16, 64, [1024, 1024], "cuda")
+    truth = reference.varlen_attention(*qkv.double().unbind(1), bounds, 0.125)
+    witness = reference.varlen_attention(*qkv.unbind(1), bounds, 0.125)
+    assert_as_good_as(varlen_attention_qkv(qkv, cu_seqlens=bounds), witness, truth)
+    assert calls == []
+    sdpa.remember_longest(bounds, 1024)
+    for out in (
+        varlen_attention_qkv(qkv, cu_seqlens=bounds),
+        varlen_attention(*qkv.unbind(1), cu_seqlens=bounds),
+    ):
+        assert_as_good_as(out, witness, truth)
+    assert calls == [1, 1]
+    varlen_attention_qkv(qkv, cu_seqlens=bounds, impl="triton")
+    varlen_attention_qkv(qkv.clone().requires_grad_(), cu_seqlens=bounds)
+    varlen_attention_qkv(qkv, cu_seqlens=bounds, dropout_p=0.1)
+    with use_impl("triton"):
+        varlen_attention_qkv(qkv, cu_seqlens=bounds)
+    assert calls == [1, 1]

@@ -174,12 +174,11 @@ def is_for_cudnn(dtype: str, head_dim: int, length: int, target: Target) -> bool
 
     On an H200 it takes 0.86 ms where the Triton kernel takes 1.0 (12 heads of 64, 32 cells of 2,048 tokens, bfloat16,
     2026-11). It makes a plan for every new shape, so that only lengths pay that come again and again: those at which
-    cells are cut off. Its backward pass adds up in any order, and it knows no cells of different lengths without a mask.
+    cells are cut off. Its backward pass adds up in any order, and cells of different lengths need a mask.
     """
     is_half = dtype in ("float16", "bfloat16")
-    return (
-        target.kind == "cuda" and target.sm == 90 and is_half and head_dim in (64, 128) and length % 1024 == 0 < length
-    )
+    is_hopper = target.kind == "cuda" and target.sm == 90
+    return is_hopper and is_half and head_dim in (64, 128) and length > 0 and length % 1024 == 0
 
 
 @functools.cache
