@@ -127,7 +127,9 @@ def _on(
     device: str | torch.device, cu_seqlens: torch.Tensor, longest: int, *, non_blocking: bool = False
 ) -> torch.Tensor:
     """Bounds of cells on a device, where attention need not ask it for the longest cell."""
-    moved = cu_seqlens.to(device, non_blocking=non_blocking)
+    # A tensor made in inference mode does not tell when it is changed, so nothing could be remembered of it.
+    with torch.inference_mode(False):
+        moved = cu_seqlens.to(device, non_blocking=non_blocking)
     if moved.is_cuda:
         remember_longest(moved, longest)
     return moved

@@ -253,6 +253,11 @@ def use_impl(impl: Impl | str, op: str | None = None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def asked_for() -> tuple[object, str]:
+    """What :func:`use_impl` and the environment variable say at the moment."""
+    return _forced.get(), os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
 def is_forced(op: str) -> bool:
     """Whether :func:`use_impl` or the environment variable says what runs."""
     return _wanted(op, None)[0] is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
-from geneformer_kernels.dispatch import Impl, choose
+from geneformer_kernels.dispatch import Impl, asked_for, choose
 from geneformer_kernels.target import Target, target_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -73,6 +74,21 @@ def _choice(
     triton_cannot: str,
 ) -> str:
     target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
+    return _chosen(op, dtype, target, impl, sizes, triton_cannot, asked_for())
+
+
+# A model asks the same a dozen times per block, and on a card the host must not be what everybody waits for.
+@functools.lru_cache(maxsize=4096)
+def _chosen(
+    op: str,
+    dtype: str,
+    target: Target,
+    impl: str | None,
+    sizes: tuple[tuple[str, int], ...],
+    triton_cannot: str,
+    asked: object,
+) -> str:
+    """``asked`` is what :func:`choose` looks at besides its arguments."""
     return str(choose(op, dtype, target, impl, dict(sizes), triton_cannot).impl)
 
 

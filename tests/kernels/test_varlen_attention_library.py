@@ -202,7 +202,7 @@ def test_the_host_knows_a_common_length_only_where_it_was_told() -> None:
     with torch.inference_mode():
         bounds = torch.arange(0, 13, 4, dtype=torch.int32)
         sdpa.remember_longest(bounds, 4)
-        assert sdpa.equal_length(bounds, 12) == 4
+        assert sdpa.equal_length(bounds, 12) == 0  # it could change without anybody knowing
 
 
 def test_cells_of_one_length_are_views(monkeypatch: pytest.MonkeyPatch) -> None:

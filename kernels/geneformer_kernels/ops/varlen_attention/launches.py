@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, target_for
 from geneformer_kernels.ops.varlen_attention.plan import (
@@ -19,11 +20,29 @@ from geneformer_kernels.ops.varlen_attention.plan import (
 _LOG2_E = math.log2(math.e)
 
 
+# cu_seqlens -> its lists of tiles by (version, stream, tokens, rows), of which every layer of a model wants the same.
+_tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def tiles_of(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
     """[n_slots + 1, 4] int32: the number of tiles of ``block_rows`` rows that cells have, then the tiles themselves.
 
-    Made on the device: nobody waits to learn how many there are. There are slots for as many as there can be.
+    Made on the device: nobody waits to learn how many there are. There are slots for as many as there can be. A list
+    is made once per batch rather than once per layer, except while a graph is captured, whose replays read other cells,
+    and of tensors that may change without anybody knowing.
     """
+    is_lasting = cu_seqlens.is_cuda and not cu_seqlens.is_inference() and not torch.cuda.is_current_stream_capturing()
+    if not is_lasting:
+        return _make_tiles(cu_seqlens, n_tokens, block_rows)
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream
+    key = (cu_seqlens._version, stream, n_tokens, block_rows)
+    lists = _tiles.setdefault(cu_seqlens, {})
+    if key not in lists:
+        lists[key] = _make_tiles(cu_seqlens, n_tokens, block_rows)
+    return lists[key]
+
+
+def _make_tiles(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
     from geneformer_kernels.ops.varlen_attention import kernel
 
     n_cells = len(cu_seqlens) - 1

@@ -105,26 +105,21 @@ def _attend_packed(
     return out[..., :head_dim]
 
 
-# (version of the tensor, or None where it has none; tokens of the longest cell), as the device said and as a host knew.
+# (version of the tensor, tokens of the longest cell), as the device said and as the host was told. Tensors made in
+# inference mode have no version and are not remembered.
 _asked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def remember_longest(cu_seqlens: torch.Tensor, longest: int) -> None:
-    """Say what :func:`longest_of` would have to ask the device for, where the host knows it.
-
-    Who says so owns the tensor and does not change it any more: of tensors made in inference mode nobody could tell.
-    """
-    _told[cu_seqlens] = (_version_of(cu_seqlens), longest)
-
-
-def _version_of(x: torch.Tensor) -> int | None:
-    return None if x.is_inference() else x._version
+    """Say what :func:`longest_of` would have to ask the device for, where the host knows it."""
+    if not cu_seqlens.is_inference():
+        _told[cu_seqlens] = (cu_seqlens._version, longest)
 
 
 def _known(table: WeakIdKeyDictionary, cu_seqlens: torch.Tensor) -> int | None:
     found = table.get(cu_seqlens)
-    return found[1] if found is not None and found[0] == _version_of(cu_seqlens) else None
+    return found[1] if found is not None and found[0] == cu_seqlens._version else None
 
 
 def equal_length(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
