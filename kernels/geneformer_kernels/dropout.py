@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.on_device import draw_seed
+from geneformer_kernels.operators import operator
 
 # Elements that one call of the compiled loop serves.
 _PIECE = 2**17
@@ -26,7 +27,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return F.dropout(x, p)
 
 
-@torch.library.custom_op("geneformer_kernels::seeded_dropout", mutates_args=())
+@operator("seeded_dropout")
 def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Bfloat16 on the CPU; ``seed`` [1] int64."""
     # Numba is needed on this branch only: training in float32 does without.

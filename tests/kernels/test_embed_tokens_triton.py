@@ -300,7 +300,7 @@ def test_operators(device: str) -> None:
     arguments = list(given.values())
     seed = torch.tensor([2], device=device)
     leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in arguments]
-    torch.library.opcheck(embed_tokens_fwd, (*leaves, seed, EPS, 0.1, FP16, True))
+    torch.library.opcheck(embed_tokens_fwd.overload, (*leaves, seed, EPS, 0.1, FP16, True))
     d_stream = torch.ones(5, 16, device=device)
     positions = torch.tensor([0, 1, 2, 0, 1], dtype=torch.int32, device=device)
     ids, _, token_table, position_table, type_row, weight, _ = arguments
@@ -314,7 +314,7 @@ def test_operators(device: str) -> None:
         d_stream[:, 0].clone(),
         d_stream[:, 1].clone(),
     )
-    torch.library.opcheck(embed_tokens_bwd, (d_stream, None, *saved, seed, 0.1, True, False))
+    torch.library.opcheck(embed_tokens_bwd.overload, (d_stream, None, *saved, seed, 0.1, True, False))
 
 
 def test_refusals(device: str) -> None:

@@ -462,12 +462,14 @@ def test_operators_are_registered_properly(device: str) -> None:
     tensors = leaves(inputs((3, 128, 64), "relu", torch.float16, device))
     x, residual, up, up_bias, down, down_bias, weight, bias = (tensors[name] for name in NAMES)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.feed_forward_fwd, (x, up, up_bias, down, down_bias, "relu"), test_utils=tests)
+    torch.library.opcheck(
+        operators.feed_forward_fwd.overload, (x, up, up_bias, down, down_bias, "relu"), test_utils=tests
+    )
     seed = torch.tensor([1], device=device)
     arguments = (x, residual, up, up_bias, down, down_bias, weight, bias, seed)
     for is_post in (True, False):
         torch.library.opcheck(
-            operators.feed_forward_layernorm_fwd,
+            operators.feed_forward_layernorm_fwd.overload,
             (*arguments, "relu", 1e-5, is_post, 0.1, torch.float16, True),
             test_utils=tests,
         )

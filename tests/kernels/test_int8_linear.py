@@ -320,12 +320,12 @@ def test_compiles_without_a_graph_break(device: str, impl: str, n_rows: int) -> 
 def test_operators_are_registered_properly(device: str) -> None:
     x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.quantize_rows_op, (x, "triton"), test_utils=tests)
+    torch.library.opcheck(operators.quantize_rows_op.overload, (x, "triton"), test_utils=tests)
     x, bias = x.requires_grad_(), bias.requires_grad_()
     for mode in plan.MODES:
         for impl in IMPLS:
             arguments = (x, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl)
-            torch.library.opcheck(operators.int8_linear_fwd, arguments, test_utils=tests)
+            torch.library.opcheck(operators.int8_linear_fwd.overload, arguments, test_utils=tests)
 
 
 def test_bad_arguments() -> None:

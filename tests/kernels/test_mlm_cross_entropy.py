@@ -235,12 +235,12 @@ def test_autocast_does_not_reach_inside() -> None:
 def test_operators_are_registered_well() -> None:
     hidden, weight, bias, targets = inputs(5, 8, 12, torch.float32)
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
-    torch.library.opcheck(op.mlm_cross_entropy_fwd, (*leaves, targets, IGNORED, "torch"))
+    torch.library.opcheck(op.mlm_cross_entropy_fwd.overload, (*leaves, targets, IGNORED, "torch"))
     detached = [leaf.detach() for leaf in leaves]
     rows = torch.rand(5)
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
-            op.mlm_cross_entropy_bwd, (*detached, targets, rows, rows + 1, rows, IGNORED, "torch", *needs)
+            op.mlm_cross_entropy_bwd.overload, (*detached, targets, rows, rows + 1, rows, IGNORED, "torch", *needs)
         )
 
 

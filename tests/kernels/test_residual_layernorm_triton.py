@@ -312,10 +312,10 @@ def test_operators(device: str) -> None:
     case = make(3, 40, FP16, device)
     leaves = [each.clone().requires_grad_() for each in case[:4]]
     seed = torch.tensor([2], device=device)
-    torch.library.opcheck(residual_layernorm_fwd, (*leaves, seed, EPS, True, 0.1, FP16, True))
+    torch.library.opcheck(residual_layernorm_fwd.overload, (*leaves, seed, EPS, True, 0.1, FP16, True))
     total, statistic = case.d_stream, case.d_stream[:, 0].contiguous()
     torch.library.opcheck(
-        residual_layernorm_bwd,
+        residual_layernorm_bwd.overload,
         (total, case.d_out, total, statistic, statistic, case.weight, seed, True, 0.1, FP16, True, False, True),
     )
 

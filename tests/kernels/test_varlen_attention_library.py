@@ -119,7 +119,7 @@ def test_calls_fit_torchs_own_signatures(route: str, monkeypatch: pytest.MonkeyP
     qkv, d_out, bounds = (x.to("meta") for x in inputs(torch.float16, 16))
     q, k, v = qkv.unbind(1)
     numbers = (max(LENGTHS), 0.25, 0.0)
-    real = library.attend_fwd._init_fn(route, q, k, v, bounds, *numbers)
+    real = library.attend_fwd.function(route, q, k, v, bounds, *numbers)
     promised = library.attend_fwd(route, q, k, v, bounds, *numbers)
     for one, other in zip(real[:2], promised[:2], strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -133,7 +133,7 @@ def test_calls_fit_torchs_own_signatures(route: str, monkeypatch: pytest.MonkeyP
         return (d_out[None],) * 4 if route == "efficient" else (d_out,) * 3
 
     monkeypatch.setattr(library, "_ATEN", SimpleNamespace(**{name: backward}))
-    library.attend_bwd._init_fn(d_out, route, q, k, v, bounds, *promised, *numbers)
+    library.attend_bwd.function(d_out, route, q, k, v, bounds, *promised, *numbers)
     assert bound["out"].shape[-3:] == bound["query"].shape[-3:] == d_out.shape
     assert bound["logsumexp"].shape == promised[1].shape
     assert (bound["scale"], bound["dropout_p"]) == (0.25, 0.0)

@@ -164,4 +164,4 @@ def test_compiles_with_dropout() -> None:
 def test_registered_as_torch_wants_it() -> None:
     qkv, _, cu_seqlens = inputs(2, 16, [9, 0, 30])
     arguments = [x.clone().requires_grad_() for x in qkv.unbind(1)]
-    torch.library.opcheck(attend_blocked, (*arguments, cu_seqlens, 0.25, 0.1, torch.tensor([7]), 64))
+    torch.library.opcheck(attend_blocked.overload, (*arguments, cu_seqlens, 0.25, 0.1, torch.tensor([7]), 64))

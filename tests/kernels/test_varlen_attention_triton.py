@@ -391,14 +391,18 @@ def test_operators(device: str) -> None:
     q, k, v = (x.detach().clone().requires_grad_() for x in qkv.unbind(1))
     seed = torch.tensor([1], device=device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(launches.varlen_attention_fwd, (q, k, v, cu_seqlens, 0.2, 0.1, seed), test_utils=tests)
-    torch.library.opcheck(launches.varlen_attention_qkv_fwd, (qkv, cu_seqlens, 0.2, 0.0, None), test_utils=tests)
+    torch.library.opcheck(
+        launches.varlen_attention_fwd.overload, (q, k, v, cu_seqlens, 0.2, 0.1, seed), test_utils=tests
+    )
+    torch.library.opcheck(
+        launches.varlen_attention_qkv_fwd.overload, (qkv, cu_seqlens, 0.2, 0.0, None), test_utils=tests
+    )
     with torch.no_grad():
         out, lse = launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, 0.2, 0.0, None)
         saved = (out, lse, cu_seqlens, 0.2, 0.0, None)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(launches.varlen_attention_bwd, (d_out, q, k, v, *saved), test_utils=tests)
-        torch.library.opcheck(launches.varlen_attention_qkv_bwd, (d_out, qkv, *saved), test_utils=tests)
+        torch.library.opcheck(launches.varlen_attention_bwd.overload, (d_out, q, k, v, *saved), test_utils=tests)
+        torch.library.opcheck(launches.varlen_attention_qkv_bwd.overload, (d_out, qkv, *saved), test_utils=tests)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.plan import MAX_WIDTH, EmbedTokensPlan, plan
 
 
-@torch.library.custom_op("geneformer_kernels::embed_tokens_fwd", mutates_args=())
+@operator("embed_tokens_fwd")
 def embed_tokens_fwd(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -113,7 +114,7 @@ def _keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-@torch.library.custom_op("geneformer_kernels::embed_tokens_bwd", mutates_args=())
+@operator("embed_tokens_bwd")
 def embed_tokens_bwd(
     d_stream: torch.Tensor | None,
     d_out: torch.Tensor | None,

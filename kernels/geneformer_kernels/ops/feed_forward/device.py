@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, launching_on
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.feed_forward.plan import (
     activation_plan,
     fused_plan,
@@ -39,7 +40,7 @@ def should_be_fused(
     return is_one_kernel(dtype, width, ff_width, activation, target, has_layernorm=True)
 
 
-@torch.library.custom_op("geneformer_kernels::feed_forward_fwd", mutates_args=())
+@operator("feed_forward_fwd")
 def feed_forward_fwd(
     x: torch.Tensor,
     up_weight: torch.Tensor,
@@ -175,7 +176,7 @@ def _keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-@torch.library.custom_op("geneformer_kernels::feed_forward_bwd", mutates_args=())
+@operator("feed_forward_bwd")
 def feed_forward_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -270,7 +271,7 @@ def _cast_gradients(
 feed_forward_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("geneformer_kernels::feed_forward_layernorm_fwd", mutates_args=())
+@operator("feed_forward_layernorm_fwd")
 def feed_forward_layernorm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -326,7 +327,7 @@ def _empty_outputs(
     )
 
 
-@torch.library.custom_op("geneformer_kernels::feed_forward_layernorm_bwd", mutates_args=())
+@operator("feed_forward_layernorm_bwd")
 def feed_forward_layernorm_bwd(
     d_stream: torch.Tensor | None,
     d_out: torch.Tensor | None,

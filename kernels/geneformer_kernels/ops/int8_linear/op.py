@@ -8,6 +8,7 @@ import torch
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.int8_linear import reference
 from geneformer_kernels.ops.int8_linear.plan import (
     ACTIVATIONS,
@@ -25,7 +26,7 @@ from geneformer_kernels.target import target_of
 EXACT_COLUMNS = 1024
 
 
-@torch.library.custom_op("geneformer_kernels::quantize_rows", mutates_args=())
+@operator("quantize_rows")
 def quantize_rows_op(x: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [rows, K], float32 scale [rows]) of [rows, K]."""
     if impl != Impl.TRITON or not x.numel():
@@ -63,7 +64,7 @@ def _empty_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@torch.library.custom_op("geneformer_kernels::int8_linear_fwd", mutates_args=())
+@operator("int8_linear_fwd")
 def int8_linear_fwd(
     x: torch.Tensor,
     weight_q: torch.Tensor,

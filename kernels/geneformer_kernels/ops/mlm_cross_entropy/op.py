@@ -6,12 +6,13 @@ import torch
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, target_for
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.mlm_cross_entropy import plan, reference, row_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@torch.library.custom_op("geneformer_kernels::mlm_cross_entropy_fwd", mutates_args=())
+@operator("mlm_cross_entropy_fwd")
 def mlm_cross_entropy_fwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -49,7 +50,7 @@ def _(hidden, weight, bias, targets, ignore_index, impl):  # type: ignore[no-unt
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
-@torch.library.custom_op("geneformer_kernels::mlm_cross_entropy_bwd", mutates_args=())
+@operator("mlm_cross_entropy_bwd")
 def mlm_cross_entropy_bwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import MAX_WIDTH, plan
 
 NORMS = ("post", "pre")
 
 
-@torch.library.custom_op("geneformer_kernels::residual_layernorm_fwd", mutates_args=())
+@operator("residual_layernorm_fwd")
 def residual_layernorm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -98,7 +99,7 @@ def _keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-@torch.library.custom_op("geneformer_kernels::residual_layernorm_bwd", mutates_args=())
+@operator("residual_layernorm_bwd")
 def residual_layernorm_bwd(
     d_stream: torch.Tensor | None,
     d_out: torch.Tensor | None,

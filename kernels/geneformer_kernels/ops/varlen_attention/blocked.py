@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from geneformer_kernels.operators import operator
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_blocked", mutates_args=())
+
+@operator("varlen_attention_blocked")
 def attend_blocked(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -22,7 +24,7 @@ def attend_blocked(
     return _attention(q, cu_seqlens, scale, dropout_p, seed, block_rows).forward(q, k, v)
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_blocked_bwd", mutates_args=())
+@operator("varlen_attention_blocked_bwd")
 def attend_blocked_bwd(
     d_out: torch.Tensor,
     q: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, target_for
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.varlen_attention.plan import (
     BLOCK_CELLS,
     TILES_LAUNCH,
@@ -165,7 +166,7 @@ def _constants(whole: AttentionPlan, tile: TilePlan, head_dim: int, dropout_p: f
     }
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_fwd", mutates_args=())
+@operator("varlen_attention_fwd")
 def varlen_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -179,7 +180,7 @@ def varlen_attention_fwd(
     return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_bwd", mutates_args=())
+@operator("varlen_attention_bwd")
 def varlen_attention_bwd(
     d_out: torch.Tensor,
     q: torch.Tensor,
@@ -198,7 +199,7 @@ def varlen_attention_bwd(
     return dq, dk, dv
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_qkv_fwd", mutates_args=())
+@operator("varlen_attention_qkv_fwd")
 def varlen_attention_qkv_fwd(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +208,7 @@ def varlen_attention_qkv_fwd(
     return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_qkv_bwd", mutates_args=())
+@operator("varlen_attention_qkv_bwd")
 def varlen_attention_qkv_bwd(
     d_out: torch.Tensor,
     qkv: torch.Tensor,

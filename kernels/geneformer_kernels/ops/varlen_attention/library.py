@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 
+from geneformer_kernels.operators import operator
+
 # torch has no public function for these; torch 2.11 and 2.13 agree on their signatures.
 _ATEN: Any = torch.ops.aten
 #: Rows of the memory-efficient kernel's sums are padded to a multiple of this.
@@ -83,7 +85,7 @@ def _efficient(
     return out.squeeze(0), rest[0], rest[1], rest[2]
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_library_fwd", mutates_args=())
+@operator("varlen_attention_library_fwd")
 def attend_fwd(
     route: str,
     q: torch.Tensor,
@@ -117,7 +119,7 @@ def _(route, q, k, v, cu_seqlens, longest, scale, dropout_p):
     return q.new_empty(q.shape), q.new_empty(sums, dtype=torch.float32), seed, offset
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_library_bwd", mutates_args=())
+@operator("varlen_attention_library_bwd")
 def attend_bwd(
     d_out: torch.Tensor,
     route: str,

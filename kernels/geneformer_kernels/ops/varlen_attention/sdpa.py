@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, draw_seed
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.varlen_attention import library
 from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
@@ -153,7 +154,7 @@ def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
     return longest
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_cells", mutates_args=())
+@operator("varlen_attention_cells")
 def attend_cells(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -180,7 +181,7 @@ def attend_cells(
     return out
 
 
-@torch.library.custom_op("geneformer_kernels::varlen_attention_cells_bwd", mutates_args=())
+@operator("varlen_attention_cells_bwd")
 def attend_cells_bwd(
     d_out: torch.Tensor,
     q: torch.Tensor,
