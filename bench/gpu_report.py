@@ -11,6 +11,11 @@ NOTHING = (
     "`python -m bench gpu` runs the tests and then measures (`bench/README.md`); `geneformer-fast doctor` says what "
     "runs where."
 )
+OTHERS = (
+    "Numbers of other cards are missing: elsewhere the kernels are compiled and interpreted, not measured. "
+    "`python -m bench gpu` runs the tests and then measures (`bench/README.md`); `geneformer-fast doctor` says what "
+    "runs where."
+)
 _RIVAL = ("of the floor", "fastest rival")
 _END = ("ours is faster", "goal, sounds impossible")
 _ENCODER = ("model", "cells", "cells/s (p10 to p90)", "TFLOP/s", "peak GB", *_RIVAL, "its cells/s", *_END)
@@ -31,7 +36,8 @@ def render(folders: Iterable[Sequence[Result]]) -> str:
         Per folder its results, of whatever suite.
     """
     cards = [[result for result in results if is_gpu(result) and result["is_measurement"]] for results in folders]
-    return "\n\n".join(_card(results) for results in cards if results) or NOTHING
+    measured = [_card(results) for results in cards if results]
+    return "\n\n".join([*measured, OTHERS] if measured else [NOTHING])
 
 
 def _card(results: Sequence[Result]) -> str:
