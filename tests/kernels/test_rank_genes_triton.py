@@ -17,7 +17,17 @@ from geneformer_kernels.launch import Launch
 from geneformer_kernels.ops.rank_genes import device as on_device
 from geneformer_kernels.ops.rank_genes import kernel, launches
 from geneformer_kernels.ops.rank_genes.columns import RepeatedColumnError
-from geneformer_kernels.ops.rank_genes.plan import IS_OPEN, DevicePlan, SortPlan, device_plan, kernel_cases
+from geneformer_kernels.ops.rank_genes.plan import (
+    IS_OPEN,
+    REPEATED_COLUMN,
+    WRONG_COLUMN,
+    WRONG_INDPTR,
+    WRONG_TOTAL,
+    DevicePlan,
+    SortPlan,
+    device_plan,
+    kernel_cases,
+)
 from geneformer_kernels.target import CARDS, Target
 from geneformer_kernels.tiles import in_order, place_of, position_of, sorted_places
 
@@ -26,10 +36,10 @@ _LAUNCH = Launch(num_warps=1, num_stages=1, enable_fp_fusion=False)
 
 def _small_plan(widths=(16, 32, 64), select_above=64, **changes) -> DevicePlan:
     """Blocks so small that cells of some dozens of genes meet every loop and every bucket."""
-    sorts = tuple(SortPlan(width, 2, _LAUNCH, _LAUNCH) for width in widths)
+    sorts = tuple(SortPlan(width, 2, _LAUNCH, _LAUNCH, _LAUNCH) for width in widths)
     plan = DevicePlan(
-        sorts, select_above, n_select_programs=2, settle_small=len(sorts) // 2, score_block=32, sum_block=16,
-        select_block=128, repeats_tile=(16, 32),
+        sorts, select_above, n_select_programs=2, n_score_programs=2, settle_small=len(sorts) // 2, list_block=2,
+        list_rows=2, score_block=32, sum_block=16, select_block=128, place_block=16, repeats_tile=(16, 32),
     )  # fmt: skip
     return dataclasses.replace(plan, **changes)
 
@@ -130,6 +140,34 @@ def _assert_same(cells: _Cells, device: str, plan: DevicePlan, **options) -> tor
     return status
 
 
+def _assert_same_padded(cells: _Cells, device: str, plan: DevicePlan, *, keep, first=-1, last=-1) -> None:
+    """Rows of just the length that a cell can have, with a sentinel in and behind them."""
+    want, want_ends = cells.reference(keep=keep, first=first, last=last)
+    on = cells.on(device)
+    n_cells, length = len(cells.n_counts), keep + int(first >= 0) + int(last >= 0)
+    buffer = torch.full((n_cells * length + 64,), -77, dtype=torch.int64, device=device)
+    columns = on_device.prepare_columns(**on.genes)
+    cu_seqlens, _ = launches.launch(
+        plan, launches.CountBlock.of(*on.block), columns.tables, buffer[: n_cells * length].view(n_cells, length),
+        keep=keep, first=first, last=last, is_checked=False,
+    )  # fmt: skip
+    assert torch.equal(cu_seqlens.cpu(), want_ends)
+    assert (buffer[n_cells * length :] == -77).all()
+    rows, parts = buffer.cpu()[: n_cells * length].view(n_cells, length), want.split(want_ends.diff().tolist())
+    for row, tokens in zip(rows, parts, strict=True):
+        assert torch.equal(row[: len(tokens)], tokens)
+        assert (row[len(tokens) :] == -77).all()
+
+
+def _of_lengths(lengths, n_columns, column_to_gene, medians, *, seed=0, dtype="float32") -> _Cells:
+    """Rows of so many entries each, in ascending columns; counts whose sums are exact in any order."""
+    rng = np.random.default_rng(seed)
+    dense = np.zeros((len(lengths), n_columns), dtype)
+    for row, length in zip(dense, lengths, strict=True):
+        row[rng.choice(n_columns, length, replace=False)] = rng.integers(1, 9, length)
+    return _cells(dense, column_to_gene, rng.permutation(2 * len(medians))[: len(medians)], medians)
+
+
 @triton.jit
 def _network_kernel(x_ptr, placed_ptr, out_ptr, LOG_N: tl.constexpr, LOG_EACH: tl.constexpr):
     o = tl.arange(0, 1 << LOG_N)
@@ -169,6 +207,7 @@ def test_every_dtype(device, poisoned, dtype, n_dtype, is_division):
     _assert_same(cells, device, _small_plan(), keep=40, is_division=is_division, first=998, last=999)
     near = _near_ties(len(dtype), dtype, n_dtype)
     _assert_same(near, device, _small_plan(), keep=100, is_division=is_division)
+    _assert_same(near, device, _small_plan(select_above=16), keep=60, is_division=is_division)
 
 
 def test_float32_steps_change_the_order():
@@ -208,6 +247,122 @@ def test_what_is_widened(device, dtype, widened, index_dtype):
 )
 def test_truncation_and_specials(device, keep, specials):
     _assert_same(_random(keep), device, _small_plan(), keep=keep, **specials)
+
+
+_BORDERS = (64, 0, 17, 16, 65, 1, 33, 31, 0, 32, 15, 66, 63, 2, 16, 64)
+
+
+@pytest.mark.parametrize("has_shared", [False, True])
+@pytest.mark.parametrize(("keep", "specials"), [(200, {}), (13, {"first": 900}), (16, {"first": 900, "last": 901})])
+def test_borders_of_buckets(device, poisoned, keep, specials, has_shared):
+    """Rows as wide as a sort and one entry wider, in no order, more of them than programs or one block of the list."""
+    rng = np.random.default_rng(keep)
+    column_to_gene = np.arange(70) if not has_shared else rng.permutation(70) % 60
+    medians = np.append(np.ones(30), rng.lognormal(0, 1, 40))[: 60 if has_shared else 70]
+    cells = _of_lengths(_BORDERS, 70, column_to_gene, medians, seed=keep)
+    assert tuple(cells.indptr.diff().tolist()) == _BORDERS
+    _assert_same(cells, device, _small_plan(), keep=keep, **specials)
+    _assert_same_padded(cells, device, _small_plan(), keep=keep, **specials)
+
+
+def test_borders_of_the_own_plan(device, poisoned):
+    lengths = (8193, 512, 8192, 513, 0, 2048)
+    rng = np.random.default_rng(0)
+    column_to_gene = np.where(rng.random(9000) < 0.1, -1, np.arange(9000) % 8990)
+    cells = _of_lengths(lengths, 9000, column_to_gene, rng.integers(1, 9, 8990) / 4.0)
+    want, want_ends = cells.reference(keep=600, first=3)
+    on = cells.on(device)
+    values, cu_seqlens = rank_genes(*on.block, **on.genes, keep=600, first=3, impl="triton")
+    assert torch.equal(cu_seqlens.cpu(), want_ends)
+    assert torch.equal(values.cpu(), want)
+
+
+@pytest.mark.parametrize("specials", [{}, {"first": 900, "last": 901}])
+@pytest.mark.parametrize("n_kept", [0, 1])
+def test_rows_that_are_mostly_dropped(device, poisoned, n_kept, specials):
+    """A bucket's width of entries and hardly a gene: a cell without any has no special tokens, however wide its row."""
+    column_to_gene = np.where(np.arange(70) < 69, -1, 0)
+    dense = np.zeros((6, 70), "float32")
+    for row, length in zip(dense, (16, 32, 64, 65, 69, 17), strict=True):
+        row[:length] = 2.0
+        row[69] = n_kept * 3.0
+    cells = _cells(dense, column_to_gene, [5], [1.5])
+    assert cells.reference(keep=4)[1][-1] == 6 * n_kept
+    _assert_same(cells, device, _small_plan(), keep=4, **specials)
+    _assert_same_padded(cells, device, _small_plan(), keep=4, **specials)
+
+
+@pytest.mark.parametrize("select_above", [16, 64])
+@pytest.mark.parametrize("n_medians", [1, 60])
+def test_shared_genes_of_a_cell(device, poisoned, n_medians, select_above):
+    """Pairs, triples and a gene of five columns in one cell, far apart and in rows of any order, among other genes."""
+    rng = np.random.default_rng(n_medians)
+    column_to_gene = np.arange(64)
+    column_to_gene[[3, 60]] = 3
+    column_to_gene[[5, 6, 40]] = 5
+    column_to_gene[[0, 63]] = 0
+    column_to_gene[[10, 20, 30, 50, 55]] = 10
+    column_to_gene[[21, 22]] = -1
+    dense = rng.integers(0, 9, (4, 64)).astype("float32")
+    dense[1, [3, 60, 5, 6, 40]] = 7  # all of them there
+    dense[2, [60, 6, 40]] = 0  # one column of a gene of several
+    dense[3] = 0
+    dense[3, [5, 6, 40]] = 2  # nothing else in the cell
+    medians = np.ones(64) if n_medians == 1 else rng.lognormal(0, 1, 64)
+    plan = _small_plan(select_above=select_above)
+    for shuffled, keep in ((None, 7), (rng, 64)):
+        cells = _cells(dense, column_to_gene, rng.permutation(64), medians, rng=shuffled)
+        status = _assert_same(cells, device, plan, keep=keep, first=99)
+    if select_above == 64:
+        _assert_same_padded(cells, device, plan, keep=20, last=98)
+    assert n_medians > 1 or not (status & IS_OPEN).any(), "these were settled where they were scored"
+
+
+@pytest.mark.parametrize("select_above", [16, 64])
+@pytest.mark.parametrize("keep", [9, 64])
+def test_open_pairs_of_shared_genes(device, poisoned, keep, select_above):
+    """Sums that tie with other genes of other medians, and are added up once more where the cell is settled."""
+    rng = np.random.default_rng(keep)
+    column_to_gene = np.where(np.arange(64) < 40, np.arange(64), rng.permutation(64) % 20)
+    dense = rng.integers(0, 4, (3, 64)).astype("float32")
+    dense[1] = 0
+    cells = _cells(dense, column_to_gene, rng.permutation(40), rng.choice([1.0, 1.5, 2.0, 3.0], 40), rng=rng)
+    status = _assert_same(cells, device, _small_plan(select_above=select_above), keep=keep, first=99)
+    assert keep == 9 or ((status & IS_OPEN) != 0)[[0, 2]].all()
+    if keep == 9:
+        _assert_same_padded(cells, device, _small_plan(select_above=select_above), keep=keep, last=98)
+
+
+def test_cells_by_bucket(device, poisoned):
+    """The list is what a stable sort gives, for all cells and for hard ones; what fits nowhere is not listed."""
+    rng = np.random.default_rng(0)
+    for n_cells in (1, 2, 9, 23):
+        lengths = rng.choice(np.array(_BORDERS), n_cells)
+        indptr = torch.from_numpy(np.append(0, np.cumsum(lengths))).to(device)
+        n_entries = int(indptr[-1])
+        is_open = rng.random(n_cells) < 0.5
+        buckets = np.searchsorted([0, 16, 32, 64], lengths)
+        for select_above in (64, 32):
+            buckets = np.where(lengths > select_above, 4, buckets)
+            counts = dict(
+                indptr_ptr=indptr, sizes_ptr=torch.full((n_cells,), -5, dtype=torch.int32, device=device),
+                status_ptr=torch.from_numpy(np.where(is_open, IS_OPEN | 8, 8).astype("int32")).to(device),
+            )  # fmt: skip
+            for is_hard in (True, False):
+                plan = _small_plan(select_above=select_above)
+                got = launches._in_buckets(plan, counts, n_entries, is_hard=is_hard)
+                want = np.where(is_open | (buckets == 4), buckets, 0) if is_hard else buckets
+                order = np.argsort(want, kind="stable")[(want == 0).sum() :]
+                assert got["items_ptr"].tolist()[: len(order)] == order.tolist()
+                bounds = np.searchsorted(np.sort(want[want > 0]), np.arange(6))
+                assert got["bounds_ptr"].tolist()[:6] == bounds.tolist()
+                assert (counts["sizes_ptr"] == (-5 if is_hard else 0)).all()
+            assert (counts["status_ptr"] == 0).all()
+
+
+def test_lists_stay_within_their_arrays(device, guarded):
+    """The last block of cells is not full."""
+    _assert_same(_random(1, n_cells=5), device, _small_plan(), keep=30)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +483,8 @@ def _two_sum_tokens(cells: _Cells) -> list[list[int]]:
     ("dtype", "n_dtype"),
     [("float32", "float32"), ("float32", "float64"), ("float64", "float64"), ("float16", "float32")],
 )
-def test_sums_of_shared_genes(device, poisoned, dtype, n_dtype):
+@pytest.mark.parametrize("select_above", [16, 64])
+def test_sums_of_shared_genes(device, poisoned, dtype, n_dtype, select_above):
     """Genes of eight columns, whose sums differ by a rounding or not at all; more than one block of them."""
     rng = np.random.default_rng(4)
     dense = np.repeat(rng.lognormal(0, 1, (2, 1, 8)), 6, axis=1)  # six genes of the same eight counts
@@ -339,7 +495,7 @@ def test_sums_of_shared_genes(device, poisoned, dtype, n_dtype):
     cells = _cells(
         dense.astype(dtype), column_to_gene, rng.permutation(60)[:10], np.ones(10), np.full(2, 7.0, n_dtype), rng=rng
     )
-    values, cu_seqlens, _ = _launched(cells.on(device), _small_plan(), keep=1000)
+    values, cu_seqlens, _ = _launched(cells.on(device), _small_plan(select_above=select_above), keep=1000)
     assert [part.tolist() for part in values.split(cu_seqlens.diff().tolist())] == _two_sum_tokens(cells)
 
 
@@ -347,6 +503,12 @@ def test_sums_outgrow_the_dtype_of_the_counts(device):
     dense = np.full((2, 30), 250, dtype="uint8")
     dense[:, 20:] = 1
     _assert_same(_cells(dense, np.arange(30) % 7, np.arange(7), np.arange(1.0, 8)), device, _small_plan(), keep=9)
+
+
+def test_more_shared_entries_than_threads(device, poisoned):
+    """The first columns of genes stand in every block of shared entries."""
+    dense = np.random.default_rng(0).integers(1, 9, (2, 60)).astype("float32")
+    _assert_same(_cells(dense, np.arange(60) // 2, np.arange(30), np.arange(1.0, 31)), device, _small_plan(), keep=30)
 
 
 def test_known_to_share_no_gene(device):
@@ -464,11 +626,63 @@ def test_no_block_writes_outside_of_the_arrays(device, plan):
     cells.indices, cells.data = cells.indices[:n], cells.data[:n]
     cells.indptr, cells.n_counts = torch.tensor([0, n] * 3), torch.ones(5, dtype=torch.float64)
     columns = on_device.prepare_columns(**cells.on(device).genes)
-    buffer = torch.full((n + 64,), -77, dtype=torch.int64, device=device)
     block = launches.CountBlock.of(*cells.on(device).block)
-    _, status = launches.launch(plan, block, columns.tables, buffer[:n], keep=n, first=-1, last=-1, is_checked=False)
-    assert (buffer[n:] == -77).all()
-    assert status.any()
+    for first, last in ((-1, -1), (1, 2)):
+        buffer = torch.full((n + 64,), -77, dtype=torch.int64, device=device)
+        _, status = launches.launch(
+            plan, block, columns.tables, buffer[:n], keep=n, first=first, last=last, is_checked=False
+        )
+        assert (buffer[n:] == -77).all()
+        assert status.any()
+
+
+def test_padded_rows_that_are_too_short(device, poisoned):
+    """Only the public function looks at the length; rows then run into each other, but not out of the buffer."""
+    on = _random(6).on(device)
+    columns = on_device.prepare_columns(**on.genes)
+    buffer = torch.full((4 * 5 + 64,), -77, dtype=torch.int64, device=device)
+    launches.launch(
+        _small_plan(), launches.CountBlock.of(*on.block), columns.tables, buffer[:20].view(4, 5),
+        keep=60, first=1, last=2, is_checked=True,
+    )  # fmt: skip
+    assert (buffer[20:] == -77).all()
+    assert (buffer[:20] != -77).any()
+
+
+@pytest.mark.parametrize("select_above", [8, 64])
+@pytest.mark.parametrize(
+    "wrong", [[0, 10, 25, 20, 40], [0, 10, 900, 900, 40], [0, 10, -3, -3, 40], [0, 10, 25, 41, 41]]
+)
+def test_a_wrong_indptr_in_the_middle(device, poisoned, wrong, select_above):
+    """Just the rows that do not fit are told, also one without entries; those before them are ranked."""
+    cells = _of_lengths((10, 10, 10, 10), 70, np.arange(70), np.linspace(1, 2, 70))
+    want, _ = cells.reference(keep=70)
+    cells.indptr = torch.tensor(wrong)
+    values, cu_seqlens, status = _launched(cells.on(device), _small_plan(select_above=select_above), keep=70)
+    begins, ends = cells.indptr[:-1], cells.indptr[1:]
+    is_wrong = (begins < 0) | (ends < begins) | (ends > 40)
+    assert is_wrong.any()
+    assert torch.equal((status & WRONG_INDPTR) != 0, is_wrong)
+    assert torch.equal(cu_seqlens.diff() == 0, is_wrong | (begins == ends))
+    assert torch.equal(values[:10], want[:10])
+
+
+@pytest.mark.parametrize("select_above", [16, 64])
+def test_what_is_wrong_with_each_cell(device, poisoned, select_above):
+    """Every bit of the status, from the pass over the counts and from the kernel that scores what it does not take."""
+    cells = _of_lengths((20,) * 7, 70, np.arange(70), np.ones(70), dtype="float64")
+    indices, data = cells.indices.view(7, 20), cells.data.view(7, 20)
+    indices[1] = indices[1].flip(0)
+    indices[2, 5] = indices[2, 9]  # and so the columns do not ascend
+    indices[3, 19] = 70
+    cells.n_counts[4] = 0
+    data[5, 7] = 1 + 2.0**-50
+    indices[6, 0] = -1
+    _, _, status = _launched(cells.on(device), _small_plan(select_above=select_above), keep=70)
+    wrong = status & (WRONG_COLUMN | WRONG_TOTAL | REPEATED_COLUMN | WRONG_INDPTR)
+    assert wrong.tolist() == [0, 0, REPEATED_COLUMN, WRONG_COLUMN, WRONG_TOTAL, 0, WRONG_COLUMN]
+    assert ((status & kernel._NOT_ASCENDING.value) != 0).tolist() == [False, True, True, False, False, False, True]
+    assert ((status & kernel._IS_FINE.value) != 0).tolist() == [False] * 5 + [True, False]
 
 
 @pytest.mark.parametrize("select_above", [16, 64])
@@ -501,7 +715,7 @@ def test_custom_operator(device):
     for padded_length in (None, 30):
         # What lies behind the tokens is not initialised, so only the schema and the shapes can be compared.
         torch.library.opcheck(
-            on_device.rank_genes_fwd, (*arguments, padded_length, 0, False),
+            on_device.rank_genes_fwd.overload, (*arguments, padded_length, 0, False),
             test_utils=("test_schema", "test_faketensor") if padded_length else ("test_faketensor",),
         )  # fmt: skip
 
@@ -549,15 +763,16 @@ def test_plans(card):
     assert plan.select_above == widths[-1] == (4096 if card in ("T4", "V100") else 8192)
     assert widths[plan.settle_small] == 2048
     for sort in plan.sorts:
-        threads = 32 * sort.launch.num_warps
-        assert threads << sort.constexprs["LOG_EACH"] == sort.width == 1 << sort.constexprs["LOG_N"]
+        for launch in (sort.rows, sort.scored, sort.settled):
+            threads, constexprs = 32 * launch.num_warps, sort.constexprs(launch)
+            assert threads << constexprs["LOG_EACH"] == sort.width == 1 << constexprs["LOG_N"]
+            assert threads * (launch.max_registers or 0) <= 65536
         assert 8 * sort.width < target.smem_bytes
-        assert threads * (sort.launch.max_registers or 0) <= 65536
         assert sort.n_programs >= target.n_sms
     assert plan.sort_of_selected(100).width == widths[0]
     assert plan.sort_of_selected(2048).width == 2048
     assert plan.sort_of_selected(10**6).width == widths[-1]
-    for launch in (plan.score, plan.sum, *(sort.launch for sort in plan.sorts)):
+    for launch in (plan.score, plan.sum, *(sort.rows for sort in plan.sorts), *(sort.scored for sort in plan.sorts)):
         assert not launch.enable_fp_fusion, "contraction changes scores"
     options = candidates("rank_genes", "float64", target)
     assert [option.impl for option in options] == [Impl.TRITON, Impl.REFERENCE, Impl.NUMBA]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from geneformer_kernels.on_device import target_for
+from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.rank_genes.columns import RepeatedColumnError
 from geneformer_kernels.ops.rank_genes.launches import ColumnTables, CountBlock, launch
 from geneformer_kernels.ops.rank_genes.plan import (
@@ -186,7 +187,7 @@ def capacity_of(n_entries: int, n_cells: int, keep: int, n_specials: int) -> int
     return torch.sym_min(n_entries, n_cells * keep) + n_cells * n_specials
 
 
-@torch.library.custom_op("geneformer_kernels::rank_genes_fwd", mutates_args=())
+@operator("rank_genes_fwd")
 def rank_genes_fwd(
     indptr: torch.Tensor,
     indices: torch.Tensor,

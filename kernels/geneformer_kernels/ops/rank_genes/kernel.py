@@ -1,18 +1,26 @@
-"""Ranking on a GPU: scores, exact sums of columns that share a gene, selection in wide cells, and the sort.
+"""Ranking on a GPU: one pass that scores and sorts the cells, and kernels for the few that one sort cannot settle.
 
-Between the kernels a cell's scored entries stand where its CSR entries stand, without gaps: the bits of the float64
-score, which order positive numbers like the numbers themselves, and the *rank* of the gene, its place among all genes
-in order of token id. The rank names the token and decides between equal scores.
+One program takes a cell at a time: it reads the row's CSR entries straight into registers, one entry to each of
+2^LOG_N slots, scores them in float64, sorts the slots and writes tokens. No matrix is ever dense, the counts are read
+once and scores stay in registers, but for genes that several columns share. Cells are put in buckets by how many
+entries their rows have, which is known before anything is read of them, so each bucket has a sort just wide enough.
 
-The counts are read once, and no matrix is ever dense. Scoring and sorting are launches of their own because a packed
-cell can only be written when the sizes of all cells before it are known, and because it then takes a sort as wide as
-its kept genes rather than its row. Between them lie 12 bytes per kept entry, by estimate 5 % of the time a sort takes.
+A packed cell begins where the cells before it end, and their sizes are known only when all are ranked. So tokens of
+packed cells are staged as int32 where the cell's CSR entries stand, and copied to their place when the sizes are
+summed: 8 bytes more per token, where scores that pass from one launch to another take 24 bytes per entry; and no cell
+waits for another. Padded rows are written where they belong at once.
+
+*Hard* cells are those of more entries than the widest sort has slots, and those whose sort leaves a pair open (below).
+Only they are scored to memory, when the others are done: the bits of the float64 score, which order positive numbers
+like the numbers themselves, and the *rank* of the gene, its place among all genes in order of token id, without gaps
+where the CSR entries stand. From there wide cells are cut to what one sort takes, and open ones are sorted twice more.
 
 Why sorting words of 64 bits is exact
 -------------------------------------
-A word is the leading ``63 - rank_bits`` bits of the score's complement with the gene's rank below them. Sorting words
-upwards is right for all but neighbours that agree in those leading bits and yet differ in score. Of two neighbours that
-agree, it is certain that their scores are equal, so that the ranks decided rightly, if
+A word is the leading ``63 - rank_bits`` bits of the score's complement with the gene's rank below them, which names the
+token and decides between equal scores. Sorting words upwards is right for all but neighbours that agree in those
+leading bits and yet differ in score. Of two neighbours that agree, it is certain that their scores are equal, so that
+the ranks decided rightly, if
 
 - both genes have the same weight (the median or its reciprocal, bit for bit),
 - the counts have at most 31 significant bits, as integers below 2^31 and float32 numbers have, and
@@ -45,6 +53,8 @@ _NOT_ASCENDING = tl.constexpr(8)
 _REPEATED_COLUMN = tl.constexpr(16)
 _IS_FINE = tl.constexpr(32)
 _IS_OPEN = tl.constexpr(64)
+# Columns of the counts by bucket: up to five sorts, what goes to none, wide cells, and the end of these.
+_N_BUCKETS = tl.constexpr(8)
 
 
 @triton.jit
@@ -76,110 +86,386 @@ def _score_bits(x, factor, weight, IS_SINGLE: tl.constexpr, IS_DIVISION: tl.cons
     return tl.maximum(score.to(tl.int64, bitcast=True), 0)
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_columns"])
-def rank_genes_score_kernel(
-    indptr_ptr, indices_ptr, data_ptr, n_counts_ptr, codes_ptr, weights_ptr, bits_ptr, ranks_ptr, shared_x_ptr,
-    shared_ranks_ptr, sizes_ptr, n_shared_ptr, status_ptr, n_entries, n_columns,
-    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """one program = one cell: its CSR entries -> scored entries without gaps, and how many there are.
+@triton.jit
+def _loaded(indices_ptr, data_ptr, codes_ptr, o_entry, length, n_columns):
+    """Entries of a row: codes (-1 where there is nothing to rank), counts, and bits of the cell's status.
 
-    indptr [B + 1] i64, indices and data [nnz], n_counts [B], codes [G] i32 (rank; -1 dropped; -2 - rank shared by
-    columns), weights [n] f64 by rank -> bits i64 and ranks i32 [nnz], shared_x f64 and shared_ranks i32 [nnz] (entries
-    of shared genes as they are, for the next kernel), sizes, n_shared and status i32 [B].
+    The pointers point at the row; a code that is not negative is the gene's rank, ``-2 - rank`` waits for its sum.
     """
-    i_cell = tl.program_id(0).to(tl.int64)
-    begin = tl.load(indptr_ptr + i_cell)
-    end = tl.load(indptr_ptr + i_cell + 1)
-    is_fit = (begin >= 0) & (begin <= end) & (end <= n_entries)
-    begin = tl.where(is_fit, begin, 0)
-    end = tl.where(is_fit, end, 0)
-    n = tl.load(n_counts_ptr + i_cell)
-    factor = _factor(n, IS_DIVISION)
-    n_kept = 0
-    n_shared = 0
-    found = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(begin, end, BLOCK):
-        o_entry = start + tl.arange(0, BLOCK)
-        m_entry = o_entry < end
-        column = tl.load(indices_ptr + o_entry, mask=m_entry, other=0)
-        before = tl.load(indices_ptr + o_entry - 1, mask=m_entry & (o_entry > begin), other=-1)
-        x = tl.load(data_ptr + o_entry, mask=m_entry, other=0)
-        m_column = m_entry & (column >= 0) & (column < n_columns)
-        code = tl.load(codes_ptr + column, mask=m_column, other=-1)
-        m_kept = (code >= 0) & (x != 0)
-        m_shared = (code < -1) & (x != 0)
-        weight = tl.load(weights_ptr + code, mask=m_kept, other=1.0)
-
-        bits = _score_bits(x, factor, weight, IS_SINGLE, IS_DIVISION)
-        found |= tl.where(m_entry & (column <= before), _NOT_ASCENDING, 0)
-        found |= tl.where(m_entry & (m_column == 0), _WRONG_COLUMN, 0)
-        if data_ptr.dtype.element_ty.primitive_bitwidth == 64:
-            is_fine = x.to(tl.float32).to(tl.float64) != x.to(tl.float64)
-            found |= tl.where(m_kept & is_fine, _IS_FINE, 0)
-        # One scan counts both kinds: a block has less than 2^15 entries.
-        both = m_kept.to(tl.int32) + (m_shared.to(tl.int32) << 16)
-        place = tl.cumsum(both, 0) - both
-        to = begin + n_kept + (place & 0xFFFF)
-        shared_to = begin + n_shared + (place >> 16)
-
-        tl.store(bits_ptr + to, bits, mask=m_kept)
-        tl.store(ranks_ptr + to, code, mask=m_kept)
-        tl.store(shared_x_ptr + shared_to, x.to(tl.float64), mask=m_shared)
-        tl.store(shared_ranks_ptr + shared_to, -2 - code, mask=m_shared)
-        total = tl.sum(both, 0)
-        n_kept += total & 0xFFFF
-        n_shared += total >> 16
-    status = tl.max(found & _NOT_ASCENDING, 0) + tl.max(found & _WRONG_COLUMN, 0) + tl.max(found & _IS_FINE, 0)
-    is_total = (n > 0) & (n < float("inf"))
-    status += tl.where((end > begin) & (is_total == 0), _WRONG_TOTAL, 0)
-    status += tl.where(is_fit, 0, _WRONG_INDPTR)
-    tl.store(sizes_ptr + i_cell, n_kept)
-    tl.store(n_shared_ptr + i_cell, n_shared)
-    tl.store(status_ptr + i_cell, status)
+    m_entry = o_entry < length
+    column = tl.load(indices_ptr + o_entry, mask=m_entry, other=0)
+    before = tl.load(indices_ptr + o_entry - 1, mask=m_entry & (o_entry > 0), other=-1)
+    x = tl.load(data_ptr + o_entry, mask=m_entry, other=0)
+    m_column = m_entry & (column >= 0) & (column < n_columns)
+    code = tl.load(codes_ptr + column, mask=m_column, other=-1)
+    code = tl.where(x != 0, code, -1)
+    found = tl.where(m_entry & (column <= before), _NOT_ASCENDING, 0)
+    found |= tl.where(m_entry & (m_column == 0), _WRONG_COLUMN, 0)
+    if data_ptr.dtype.element_ty.primitive_bitwidth == 64:
+        is_fine = x.to(tl.float32).to(tl.float64) != x.to(tl.float64)
+        found |= tl.where((code >= 0) & is_fine, _IS_FINE, 0)
+    return code, x, found
 
 
 @triton.jit
-def rank_genes_sum_kernel(
-    indptr_ptr, n_counts_ptr, weights_ptr, shared_x_ptr, shared_ranks_ptr, n_shared_ptr, bits_ptr, ranks_ptr,
-    sizes_ptr, status_ptr,
-    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, IS_ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """one program = one cell: entries of genes that several columns share -> one scored entry per gene.
+def _scored(x, code, factor, weights_ptr, IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr):
+    """Score bits of counts whose codes are ranks; of others something."""
+    weight = tl.load(weights_ptr + code, mask=code >= 0, other=1.0)
+    return _score_bits(x, factor, weight, IS_SINGLE, IS_DIVISION)
+
+
+@triton.jit
+def _status(found, n):
+    """Status of a cell that has entries, from what was found in each, and its total."""
+    status = tl.max(found & _NOT_ASCENDING, 0) + tl.max(found & _WRONG_COLUMN, 0) + tl.max(found & _IS_FINE, 0)
+    is_total = (n > 0) & (n < float("inf"))
+    return status + tl.where(is_total, 0, _WRONG_TOTAL)
+
+
+@triton.jit
+def _summed(shared_x_ptr, shared_ranks_ptr, o_entry, n_shared, IS_ROUNDED: tl.constexpr):
+    """Sums of the genes of a cell's shared entries, their ranks, and which entries are the first of their gene.
 
     Summed in the order of the row, in twice float64's precision (Knuth's two-sum), as the CPU does; IS_ROUNDED: counts
     are float32, and the sum is rounded to it. Every entry gathers the sum of its gene, the gene's first entry keeps it:
     quadratic, but a cell has some dozens of them, and no order of execution can change the sum.
     """
+    rank = tl.load(shared_ranks_ptr + o_entry, mask=o_entry < n_shared, other=-1)
+    total = tl.zeros(o_entry.shape, dtype=tl.float64)
+    error = tl.zeros(o_entry.shape, dtype=tl.float64)
+    n_earlier = tl.zeros(o_entry.shape, dtype=tl.int32)
+    for i_other in range(0, n_shared):
+        x = tl.load(shared_x_ptr + i_other)
+        is_same = rank == tl.load(shared_ranks_ptr + i_other)
+        grown = total + x
+        part = grown - total
+        error = tl.where(is_same, error + ((total - (grown - part)) + (x - part)), error)
+        total = tl.where(is_same, grown, total)
+        n_earlier += (is_same & (i_other < o_entry)).to(tl.int32)
+    total += error
+    if IS_ROUNDED:
+        total = total.to(tl.float32).to(tl.float64)
+    return total, rank, (rank >= 0) & (n_earlier == 0)
+
+
+@triton.jit
+def _word(bits, rank, rank_bits):
+    """What is sorted: leading bits of the score's complement, and the rank below them."""
+    return (((bits ^ _GREATEST) >> rank_bits) << rank_bits) | rank.to(tl.int64)
+
+
+@triton.jit
+def _words(
+    x, code, length, factor, weights_ptr, rank_bits,
+    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, LOG_N: tl.constexpr, LOG_EACH: tl.constexpr,
+):  # fmt: skip
+    """Words of a row's 2^LOG_N slots: -1 where there is nothing to rank, -2 for entries of shared genes."""
+    word = tl.minimum(tl.maximum(code, -2), -1).to(tl.int64)
+    if IS_DIVISION:
+        # A division of float64 takes 20 registers for itself, so only one of a thread's slots is scored at a time.
+        SIDE: tl.constexpr = 1 << (LOG_N - LOG_EACH)
+        o_row = tl.arange(0, 1 << LOG_EACH)[:, None]
+        x = tl.reshape(x, [1 << LOG_EACH, SIDE])
+        code = tl.reshape(code, [1 << LOG_EACH, SIDE])
+        word = tl.reshape(word, [1 << LOG_EACH, SIDE])
+        for i_row in range(0, tl.cdiv(length, SIDE)):
+            x_row = tl.sum(tl.where(o_row == i_row, x, 0), 0)
+            code_row = tl.sum(tl.where(o_row == i_row, code, 0), 0)
+            bits = _scored(x_row, code_row, factor, weights_ptr, IS_SINGLE, True)
+            scored = (o_row == i_row) & (code >= 0)
+            word = tl.where(scored, _word(bits, code_row, rank_bits)[None, :], word)
+        word = tl.reshape(word, [1 << LOG_N])
+    else:
+        bits = _scored(x, code, factor, weights_ptr, IS_SINGLE, False)
+        word = tl.where(code >= 0, _word(bits, code, rank_bits), word)
+    return word
+
+
+@triton.jit
+def _buckets(
+    indptr_ptr, status_ptr, o_cell, n_cells, n_entries, select_above,
+    IS_HARD: tl.constexpr, LOG_FIRST: tl.constexpr, N_SORTS: tl.constexpr,
+):  # fmt: skip
+    """Bucket of each cell, and whether its row lies within the entries.
+
+    0: nothing to do, for cells without entries, cells that are not there, and with IS_HARD those that are not hard.
+    From 1 on the sort that takes the row, 2^LOG_FIRST entries and twice as many each time; after the last, wide cells.
+    """
+    m_cell = o_cell < n_cells
+    begin = tl.load(indptr_ptr + o_cell, mask=m_cell, other=0)
+    end = tl.load(indptr_ptr + o_cell + 1, mask=m_cell, other=0)
+    is_fit = (begin >= 0) & (begin <= end) & (end <= n_entries)
+    length = tl.where(is_fit, end - begin, 0)
+    bucket = (length > 0).to(tl.int32)
+    for i_sort in tl.static_range(N_SORTS):
+        bucket += (length > (1 << (LOG_FIRST + i_sort))).to(tl.int32)
+    is_wide = length > select_above
+    bucket = tl.where(is_wide, N_SORTS + 1, bucket)
+    if IS_HARD:
+        is_open = (tl.load(status_ptr + o_cell, mask=m_cell, other=0) & _IS_OPEN) != 0
+        bucket = tl.where(is_wide | is_open, bucket, 0)
+    return bucket, is_fit
+
+
+@triton.jit(do_not_specialize=["n_cells", "n_entries", "select_above"])
+def rank_genes_count_kernel(
+    indptr_ptr, sizes_ptr, status_ptr, counts_ptr, n_cells, n_entries, select_above,
+    IS_HARD: tl.constexpr, LOG_FIRST: tl.constexpr, N_SORTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """one program = BLOCK cells: how many of them are in each bucket.
+
+    indptr [B + 1] i64 -> counts [n blocks, 8] i32; and unless IS_HARD, sizes [B] i32 of cells without entries and
+    status [B] i32 of rows that do not fit, which no later kernel looks at.
+    """
+    o_cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bucket, is_fit = _buckets(
+        indptr_ptr, status_ptr, o_cell, n_cells, n_entries, select_above, IS_HARD, LOG_FIRST, N_SORTS
+    )
+    if not IS_HARD:
+        tl.store(sizes_ptr + o_cell, tl.zeros([BLOCK], dtype=tl.int32), mask=o_cell < n_cells)
+        tl.store(status_ptr + o_cell, tl.where(is_fit, 0, _WRONG_INDPTR), mask=o_cell < n_cells)
+    o_bucket = tl.arange(0, _N_BUCKETS)
+    is_in = (bucket[:, None] == o_bucket[None, :]) & (bucket[:, None] > 0)
+    tl.store(counts_ptr + tl.program_id(0) * _N_BUCKETS + o_bucket, tl.sum(is_in.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["n_cells", "n_entries", "select_above", "n_blocks"])
+def rank_genes_list_kernel(
+    indptr_ptr, status_ptr, counts_ptr, items_ptr, bounds_ptr, n_cells, n_entries, select_above, n_blocks,
+    IS_HARD: tl.constexpr, LOG_FIRST: tl.constexpr, N_SORTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """one program = BLOCK cells: their places in the list of cells by bucket.
+
+    counts [n blocks, 8] i32 -> items [B] i32, the cells of bucket 1, then of bucket 2 and so on, each in ascending
+    order, and bounds [8] i32, where in items each bucket begins (and the one before it ends). A stable sort would do,
+    but takes several times as long.
+    """
+    o_bucket = tl.arange(0, _N_BUCKETS)
+    n_before = tl.zeros([_N_BUCKETS], dtype=tl.int32)
+    n_all = tl.zeros([_N_BUCKETS], dtype=tl.int32)
+    for start in range(0, n_blocks, ROWS):
+        o_block = start + tl.arange(0, ROWS)
+        counts = tl.load(
+            counts_ptr + o_block[:, None] * _N_BUCKETS + o_bucket[None, :], mask=o_block[:, None] < n_blocks, other=0
+        )
+        n_all += tl.sum(counts, 0)
+        n_before += tl.sum(tl.where(o_block[:, None] < tl.program_id(0), counts, 0), 0)
+    bound = tl.cumsum(n_all, 0) - n_all
+    tl.store(bounds_ptr + o_bucket, bound, mask=tl.program_id(0) + o_bucket * 0 == 0)
+
+    o_cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bucket, _ = _buckets(indptr_ptr, status_ptr, o_cell, n_cells, n_entries, select_above, IS_HARD, LOG_FIRST, N_SORTS)
+    is_in = ((bucket[:, None] == o_bucket[None, :]) & (bucket[:, None] > 0)).to(tl.int32)
+    place = (bound + n_before)[None, :] + tl.cumsum(is_in, 0) - is_in
+    tl.store(items_ptr + tl.sum(place * is_in, 1), o_cell, mask=bucket > 0)
+
+
+@triton.jit
+def _has_open_pair(word, size, classes_ptr, rank_bits, is_fine, LOG_N: tl.constexpr, LOG_EACH: tl.constexpr):
+    """Whether sorted words have neighbours whose leading bits agree and whose scores may differ all the same."""
+    following_position = position_of(tl.arange(0, 1 << LOG_N), LOG_N, LOG_EACH) + 1
+    following = tl.gather(word, place_of(following_position & ((1 << LOG_N) - 1), LOG_N, LOG_EACH), 0)
+    rank_mask = (tl.full((), 1, tl.int64) << rank_bits) - 1
+    is_alike = (following_position < size) & (((word ^ following) >> rank_bits) == 0)
+    class_ = tl.load(classes_ptr + (word & rank_mask).to(tl.int32), mask=is_alike, other=0)
+    following_class = tl.load(classes_ptr + (following & rank_mask).to(tl.int32), mask=is_alike, other=0)
+    # The exponent of a subnormal number is 0, and its complement 2047.
+    is_open = is_alike & ((class_ != following_class) | ((word >> 52) == 2047) | is_fine)
+    return tl.max(is_open.to(tl.int32), 0)
+
+
+@triton.jit
+def _with_sums(
+    word, factor, begin_ptr, indices_ptr, data_ptr, codes_ptr, weights_ptr, shared_x_ptr, shared_ranks_ptr, summed_ptr,
+    rank_bits, IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, IS_ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Words of a cell with the sums of its shared genes, each in the gene's first slot; and _IS_FINE if a sum is that.
+
+    A slot whose word is -2 waits for it. The entries of shared genes meet in memory, where the row's entries stand, and
+    each slot fetches its word there; until then its place among them stands in its word, as -2 - place.
+    """
+    found = tl.zeros([BLOCK], dtype=tl.int32)
+    is_shared = (word == -2).to(tl.int32)
+    n_shared = tl.sum(is_shared, 0)
+    if n_shared > 0:
+        # Registers are short: what the slots had loaded is loaded again, and from a row that begins where memory says
+        # once more, or else the compiler keeps the 64-bit addresses of all slots from the first time.
+        begin = tl.load(begin_ptr)
+        o_word = tl.arange(0, word.shape[0])
+        m_shared = word == -2
+        place = tl.cumsum(is_shared, 0) - is_shared
+        word = tl.where(m_shared, -2 - place, word)
+        x = tl.load(data_ptr + begin + o_word, mask=m_shared, other=0)
+        tl.store(shared_x_ptr + begin + place, x.to(tl.float64), mask=m_shared)
+        column = tl.load(indices_ptr + begin + o_word, mask=m_shared, other=0)
+        code = tl.load(codes_ptr + column, mask=m_shared, other=-2)
+        tl.store(shared_ranks_ptr + begin + place, -2 - code, mask=m_shared)
+        tl.debug_barrier()
+        for start in range(0, n_shared, BLOCK):
+            o_shared = start + tl.arange(0, BLOCK)
+            total, rank, m_first = _summed(
+                shared_x_ptr + begin, shared_ranks_ptr + begin, o_shared, n_shared, IS_ROUNDED
+            )
+            bits = _scored(total, tl.where(m_first, rank, -1), factor, weights_ptr, IS_SINGLE, IS_DIVISION)
+            found |= tl.where(m_first & (total.to(tl.float32).to(tl.float64) != total), _IS_FINE, 0)
+            summed = tl.where(m_first, _word(bits, rank, rank_bits), -1)
+            tl.store(summed_ptr + begin + o_shared, summed, mask=o_shared < n_shared)
+        tl.debug_barrier()
+        summed = tl.load(summed_ptr + begin + (-2 - word), mask=word < -1, other=-1)
+        word = tl.where(word < -1, summed, word)
+    return word, tl.max(found, 0)
+
+
+@triton.jit
+def _store_specials(out_ptr, start, n_ranked, first, last, capacity):
+    """The tokens around a cell's genes, where it has any of both."""
+    end = start + (first >= 0).to(tl.int64) + n_ranked
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + start, first.to(kind), mask=(n_ranked > 0) & (first >= 0) & (start < capacity))
+    tl.store(out_ptr + end, last.to(kind), mask=(n_ranked > 0) & (last >= 0) & (end < capacity))
+
+
+@triton.jit(
+    do_not_specialize=["n_columns", "keep", "first", "last", "rank_bits", "padded_length", "capacity", "i_bucket"]
+)
+def rank_genes_cells_kernel(
+    indptr_ptr, indices_ptr, data_ptr, n_counts_ptr, codes_ptr, weights_ptr, tokens_ptr, classes_ptr, items_ptr,
+    bounds_ptr, shared_x_ptr, shared_ranks_ptr, bits_ptr, sizes_ptr, status_ptr, out_ptr,
+    n_columns, keep, first, last, rank_bits, padded_length, capacity, i_bucket,
+    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, IS_ROUNDED: tl.constexpr, HAS_SHARED: tl.constexpr,
+    LOG_N: tl.constexpr, LOG_EACH: tl.constexpr,
+):  # fmt: skip
+    """one program = cells of one bucket, one after another: CSR entries -> ranked tokens, if no pair is open.
+
+    indptr [B + 1] i64, indices and data [nnz], n_counts [B], codes [G] i32 (rank; -1 dropped; -2 - rank shared by
+    columns); weights f64, tokens and classes i32 [n] by rank, classes equal where weights are; items [B] and bounds [8]
+    i32, the cells by bucket, of which this launch takes those of i_bucket; rows have at most 2^LOG_N entries.
+    -> sizes (genes that are not zero) and status i32 [B]; out [capacity], i32 where a packed cell's tokens stand at its
+    indptr (padded_length 0; no specials), or rows of padded_length i64. shared_x f64, shared_ranks i32 and bits i64
+    [nnz] are room for the sums of shared genes. A cell with an open pair is marked in its status and sorted again.
+    """
+    o_word = tl.arange(0, 1 << LOG_N)
+    rank_mask = (tl.full((), 1, tl.int64) << rank_bits) - 1
+    stop = tl.load(bounds_ptr + i_bucket + 1)
+    for i_item in range(tl.load(bounds_ptr + i_bucket) + tl.program_id(0), stop, tl.num_programs(0)):
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
+        begin = tl.load(indptr_ptr + i_cell)
+        length = (tl.load(indptr_ptr + i_cell + 1) - begin).to(tl.int32)
+        n = tl.load(n_counts_ptr + i_cell)
+        factor = _factor(n, IS_DIVISION)
+        code, x, found = _loaded(indices_ptr + begin, data_ptr + begin, codes_ptr, o_word, length, n_columns)
+        status = _status(found, n)
+        word = _words(x, code, length, factor, weights_ptr, rank_bits, IS_SINGLE, IS_DIVISION, LOG_N, LOG_EACH)
+        if HAS_SHARED:
+            word, found_in_sums = _with_sums(
+                word, factor, indptr_ptr + i_cell, indices_ptr, data_ptr, codes_ptr, weights_ptr, shared_x_ptr,
+                shared_ranks_ptr, bits_ptr, rank_bits, IS_SINGLE, IS_DIVISION, IS_ROUNDED, 1 << (LOG_N - LOG_EACH),
+            )  # fmt: skip
+            status |= found_in_sums
+        size = tl.sum((word >= 0).to(tl.int32), 0)
+        word = sorted_places(tl.where(word >= 0, word, _GREATEST), LOG_N, LOG_EACH)
+        is_fine = (status & _IS_FINE) != 0
+        status |= _has_open_pair(word, size, classes_ptr, rank_bits, is_fine, LOG_N, LOG_EACH) * _IS_OPEN
+        tl.store(sizes_ptr + i_cell, size)
+        tl.store(status_ptr + i_cell, status)
+
+        n_ranked = tl.minimum(size, keep)
+        start = tl.where(padded_length > 0, i_cell * padded_length, begin)
+        out = start + (first >= 0).to(tl.int64)
+        n_out = tl.minimum(n_ranked.to(tl.int64), capacity - out).to(tl.int32)
+        rank = in_order((word & rank_mask).to(tl.int32), LOG_N, LOG_EACH)
+        token = tl.load(tokens_ptr + rank, mask=o_word < n_out, other=0)
+        tl.store(out_ptr + out + o_word, token.to(out_ptr.dtype.element_ty), mask=o_word < n_out)
+        _store_specials(out_ptr, start, n_ranked, first, last, capacity)
+
+
+@triton.jit(do_not_specialize=["keep", "first", "last", "capacity"])
+def rank_genes_place_kernel(
+    staged_ptr, indptr_ptr, sizes_ptr, offsets_ptr, values_ptr, keep, first, last, capacity, BLOCK: tl.constexpr
+):  # fmt: skip
+    """one program = one packed cell: its tokens from staged i32 [nnz], at its indptr, to values i64, at its offset.
+
+    Of hard cells there is something else in ``staged``, and what is written here is overwritten with their tokens.
+    """
     i_cell = tl.program_id(0).to(tl.int64)
     begin = tl.load(indptr_ptr + i_cell)
-    n_shared = tl.load(n_shared_ptr + i_cell)
-    if n_shared > 0:
+    n_ranked = tl.minimum(tl.load(sizes_ptr + i_cell), keep)
+    start = tl.load(offsets_ptr + i_cell)
+    out = start + (first >= 0).to(tl.int64)
+    for i_block in range(0, n_ranked, BLOCK):
+        o_token = i_block + tl.arange(0, BLOCK)
+        token = tl.load(staged_ptr + begin + o_token, mask=o_token < n_ranked, other=0)
+        m_out = (o_token < n_ranked) & (out + o_token < capacity)
+        tl.store(values_ptr + out + o_token, token.to(tl.int64), mask=m_out)
+    _store_specials(values_ptr, start, n_ranked, first, last, capacity)
+
+
+@triton.jit(do_not_specialize=["n_columns", "last_bucket"])
+def rank_genes_score_kernel(
+    indptr_ptr, indices_ptr, data_ptr, n_counts_ptr, codes_ptr, weights_ptr, items_ptr, bounds_ptr, bits_ptr, ranks_ptr,
+    shared_x_ptr, shared_ranks_ptr, sizes_ptr, n_shared_ptr, status_ptr, n_columns, last_bucket,
+    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """one program = hard cells, one after another: CSR entries -> scored entries without gaps, and how many there are.
+
+    indptr [B + 1] i64, indices and data [nnz], n_counts [B], codes [G] i32, weights [n] f64 and the list of hard cells
+    as above -> bits i64 and ranks i32 [nnz], shared_x f64 and shared_ranks i32 [nnz] (entries of shared genes as they
+    are, for the next kernel), sizes, n_shared and status i32 [B].
+    """
+    stop = tl.load(bounds_ptr + last_bucket + 1)
+    for i_item in range(tl.program_id(0), stop, tl.num_programs(0)):
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
+        begin = tl.load(indptr_ptr + i_cell)
+        length = tl.load(indptr_ptr + i_cell + 1) - begin
+        n = tl.load(n_counts_ptr + i_cell)
+        factor = _factor(n, IS_DIVISION)
+        n_kept = 0
+        n_shared = 0
+        found = tl.zeros([BLOCK], dtype=tl.int32)
+        for start in range(0, length, BLOCK):
+            o_entry = start + tl.arange(0, BLOCK)
+            code, x, found_here = _loaded(indices_ptr + begin, data_ptr + begin, codes_ptr, o_entry, length, n_columns)
+            bits = _scored(x, code, factor, weights_ptr, IS_SINGLE, IS_DIVISION)
+            found |= found_here
+            m_kept, m_shared = code >= 0, code < -1
+            # One scan counts both kinds: a block has less than 2^15 entries.
+            both = m_kept.to(tl.int32) + (m_shared.to(tl.int32) << 16)
+            place = tl.cumsum(both, 0) - both
+            to = begin + n_kept + (place & 0xFFFF)
+            shared_to = begin + n_shared + (place >> 16)
+            tl.store(bits_ptr + to, bits, mask=m_kept)
+            tl.store(ranks_ptr + to, code, mask=m_kept)
+            tl.store(shared_x_ptr + shared_to, x.to(tl.float64), mask=m_shared)
+            tl.store(shared_ranks_ptr + shared_to, -2 - code, mask=m_shared)
+            total = tl.sum(both, 0)
+            n_kept += total & 0xFFFF
+            n_shared += total >> 16
+        tl.store(sizes_ptr + i_cell, n_kept)
+        tl.store(n_shared_ptr + i_cell, n_shared)
+        # What is known already, that a pair is open, stays known.
+        tl.store(status_ptr + i_cell, tl.load(status_ptr + i_cell) | _status(found, n))
+
+
+@triton.jit(do_not_specialize=["last_bucket"])
+def rank_genes_sum_kernel(
+    indptr_ptr, n_counts_ptr, weights_ptr, items_ptr, bounds_ptr, shared_x_ptr, shared_ranks_ptr, n_shared_ptr,
+    bits_ptr, ranks_ptr, sizes_ptr, status_ptr, last_bucket,
+    IS_SINGLE: tl.constexpr, IS_DIVISION: tl.constexpr, IS_ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """one program = hard cells, one after another: entries of shared genes -> one scored entry per gene."""
+    stop = tl.load(bounds_ptr + last_bucket + 1)
+    for i_item in range(tl.program_id(0), stop, tl.num_programs(0)):
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
+        begin = tl.load(indptr_ptr + i_cell)
+        n_shared = tl.load(n_shared_ptr + i_cell)
         size = tl.load(sizes_ptr + i_cell)
         factor = _factor(tl.load(n_counts_ptr + i_cell), IS_DIVISION)
         is_fine = tl.zeros([BLOCK], dtype=tl.int32)
         for start in range(0, n_shared, BLOCK):
             o_entry = start + tl.arange(0, BLOCK)
-            rank = tl.load(shared_ranks_ptr + begin + o_entry, mask=o_entry < n_shared, other=-1)
-            total = tl.zeros([BLOCK], dtype=tl.float64)
-            error = tl.zeros([BLOCK], dtype=tl.float64)
-            n_earlier = tl.zeros([BLOCK], dtype=tl.int32)
-            for i_other in range(0, n_shared):
-                x = tl.load(shared_x_ptr + begin + i_other)
-                is_same = rank == tl.load(shared_ranks_ptr + begin + i_other)
-                grown = total + x
-                part = grown - total
-                error = tl.where(is_same, error + ((total - (grown - part)) + (x - part)), error)
-                total = tl.where(is_same, grown, total)
-                n_earlier += (is_same & (i_other < o_entry)).to(tl.int32)
-            x = total + error
-            if IS_ROUNDED:
-                x = x.to(tl.float32).to(tl.float64)
-            m_first = (rank >= 0) & (n_earlier == 0)
-            weight = tl.load(weights_ptr + rank, mask=m_first, other=1.0)
-            bits = _score_bits(x, factor, weight, IS_SINGLE, IS_DIVISION)
+            x, rank, m_first = _summed(shared_x_ptr + begin, shared_ranks_ptr + begin, o_entry, n_shared, IS_ROUNDED)
+            bits = _scored(x, tl.where(m_first, rank, -1), factor, weights_ptr, IS_SINGLE, IS_DIVISION)
             is_fine |= (m_first & (x.to(tl.float32).to(tl.float64) != x)).to(tl.int32)
-
             is_first = m_first.to(tl.int32)
             to = begin + size + tl.cumsum(is_first, 0) - is_first
             tl.store(bits_ptr + to, bits, mask=m_first)
@@ -262,10 +548,10 @@ def _cut(bits_ptr, ranks_ptr, size, n_wanted, rank_bits, BLOCK: tl.constexpr):
     return low, low_rank
 
 
-@triton.jit(do_not_specialize=["keep", "first", "rank_bits", "capacity", "i_bucket"])
+@triton.jit(do_not_specialize=["keep", "first", "rank_bits", "capacity", "i_bucket", "needed"])
 def rank_genes_select_kernel(
-    bits_ptr, ranks_ptr, indptr_ptr, sizes_ptr, items_ptr, bounds_ptr, offsets_ptr, values_ptr,
-    keep, first, rank_bits, capacity, i_bucket, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    bits_ptr, ranks_ptr, indptr_ptr, sizes_ptr, status_ptr, items_ptr, bounds_ptr, offsets_ptr, values_ptr,
+    keep, first, rank_bits, capacity, i_bucket, needed, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """one program = cells of more entries than one sort takes, one after another: which entries each sort gets.
 
@@ -274,10 +560,11 @@ def rank_genes_select_kernel(
     """
     stop = tl.load(bounds_ptr + i_bucket + 1)
     for i_item in range(tl.load(bounds_ptr + i_bucket) + tl.program_id(0), stop, tl.num_programs(0)):
-        i_cell = tl.load(items_ptr + i_item)
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
         begin = tl.load(indptr_ptr + i_cell)
         size = tl.load(sizes_ptr + i_cell)
-        n_ranked = tl.minimum(size, keep)
+        is_wanted = (tl.load(status_ptr + i_cell) & needed) == needed
+        n_ranked = tl.where(is_wanted, tl.minimum(size, keep), 0)
         out = tl.load(offsets_ptr + i_cell) + (first >= 0).to(tl.int64)
         # The last entry of the slab before; at first there is none, and nothing stands up to it.
         upper = tl.full((), _GREATEST, tl.int64)
@@ -304,12 +591,10 @@ def rank_genes_select_kernel(
 
 @triton.jit
 def _entries(bits_ptr, ranks_ptr, listed_ptr, o_entry, m_entry, is_selected):
-    """Complement of the score bits, and rank, of a cell's entries, or of those that the selection listed."""
+    """Score bits and rank of a cell's scored entries, or of those that the selection listed."""
     if is_selected:
         o_entry = tl.load(listed_ptr + o_entry, mask=m_entry, other=0).to(tl.int32)
-    inverse = tl.load(bits_ptr + o_entry, mask=m_entry, other=0) ^ _GREATEST
-    rank = tl.load(ranks_ptr + o_entry, mask=m_entry, other=0).to(tl.int64)
-    return inverse, rank
+    return tl.load(bits_ptr + o_entry, mask=m_entry, other=0), tl.load(ranks_ptr + o_entry, mask=m_entry, other=0)
 
 
 @triton.jit
@@ -331,60 +616,41 @@ def _store_tokens(out_ptr, tokens_ptr, rank, n_out, N: tl.constexpr):
     tl.store(out_ptr + o_word, token.to(tl.int64), mask=o_word < n_out)
 
 
-@triton.jit
-def _has_open_pair(word, size, classes_ptr, rank_bits, is_fine, LOG_N: tl.constexpr, LOG_EACH: tl.constexpr):
-    """Whether sorted words have neighbours whose leading bits agree and whose scores may differ all the same."""
-    following_position = position_of(tl.arange(0, 1 << LOG_N), LOG_N, LOG_EACH) + 1
-    following = tl.gather(word, place_of(following_position & ((1 << LOG_N) - 1), LOG_N, LOG_EACH), 0)
-    rank_mask = (tl.full((), 1, tl.int64) << rank_bits) - 1
-    is_alike = (following_position < size) & (((word ^ following) >> rank_bits) == 0)
-    class_ = tl.load(classes_ptr + (word & rank_mask).to(tl.int32), mask=is_alike, other=0)
-    following_class = tl.load(classes_ptr + (following & rank_mask).to(tl.int32), mask=is_alike, other=0)
-    # The exponent of a subnormal number is 0, and its complement 2047.
-    is_open = is_alike & ((class_ != following_class) | ((word >> 52) == 2047) | is_fine)
-    return tl.max(is_open.to(tl.int32), 0)
-
-
-@triton.jit(do_not_specialize=["keep", "first", "last", "rank_bits", "capacity", "i_bucket", "is_selected"])
+@triton.jit(do_not_specialize=["keep", "first", "last", "rank_bits", "capacity", "i_bucket"])
 def rank_genes_sort_kernel(
     bits_ptr, ranks_ptr, indptr_ptr, sizes_ptr, items_ptr, bounds_ptr, offsets_ptr, status_ptr, tokens_ptr,
-    classes_ptr, values_ptr, keep, first, last, rank_bits, capacity, i_bucket, is_selected,
+    classes_ptr, values_ptr, keep, first, last, rank_bits, capacity, i_bucket,
     LOG_N: tl.constexpr, LOG_EACH: tl.constexpr,
 ):  # fmt: skip
-    """one program = cells of one bucket, one after another: scored entries -> ranked tokens, if no pair is open.
+    """one program = wide cells, one after another: entries that the selection listed -> tokens, if no pair is open.
 
-    bits i64 and ranks i32 [nnz], status and sizes i32 [B], indptr i64 [B + 1]; items i64 [B], the cells in order of
-    bucket, of which this launch sorts those from bounds[i_bucket] on; offsets i64 [B], where in values a cell begins;
-    tokens and classes i32 [n] by rank, classes equal where weights are; values i64 [capacity]. Sorts 2^LOG_N words at
-    a time. A cell with an open pair is marked in its status, and sorted again by the next kernel.
+    Arguments as for the selection; status i32 [B]; tokens and classes i32 [n] by rank, classes equal where weights are.
+    Sorts 2^LOG_N words at a time. A cell with an open pair is marked in its status, and sorted again.
     """
     N: tl.constexpr = 1 << LOG_N
     o_word = tl.arange(0, N)
     rank_mask = (tl.full((), 1, tl.int64) << rank_bits) - 1
     stop = tl.load(bounds_ptr + i_bucket + 1)
     for i_item in range(tl.load(bounds_ptr + i_bucket) + tl.program_id(0), stop, tl.num_programs(0)):
-        i_cell = tl.load(items_ptr + i_item)
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
         begin = tl.load(indptr_ptr + i_cell)
         n_ranked = tl.minimum(tl.load(sizes_ptr + i_cell), keep)
-        n_sorted = tl.where(is_selected > 0, n_ranked, tl.load(sizes_ptr + i_cell))
         status = tl.load(status_ptr + i_cell)
         start = tl.load(offsets_ptr + i_cell)
         out = start + (first >= 0).to(tl.int64)
-        for slab in range(0, n_sorted, N):
-            room = capacity - (out + slab)
-            size, n_out = _extent(n_sorted, n_ranked, slab, room, is_selected, N)
-            inverse, rank = _entries(
-                bits_ptr + begin, ranks_ptr + begin, values_ptr + out + slab, o_word, o_word < size, is_selected
+        for slab in range(0, n_ranked, N):
+            _, n_out = _extent(n_ranked, n_ranked, slab, capacity - (out + slab), 1, N)
+            bits, rank = _entries(
+                bits_ptr + begin, ranks_ptr + begin, values_ptr + out + slab, o_word, o_word < n_out, True
             )
-            word = tl.where(o_word < size, ((inverse >> rank_bits) << rank_bits) | rank, _GREATEST)
+            word = tl.where(o_word < n_out, _word(bits, rank, rank_bits), _GREATEST)
             word = sorted_places(word, LOG_N, LOG_EACH)
             is_fine = (status & _IS_FINE) != 0
-            if _has_open_pair(word, size, classes_ptr, rank_bits, is_fine, LOG_N, LOG_EACH) > 0:
+            if _has_open_pair(word, n_out, classes_ptr, rank_bits, is_fine, LOG_N, LOG_EACH) > 0:
                 tl.store(status_ptr + i_cell, status | _IS_OPEN)
             rank = in_order((word & rank_mask).to(tl.int32), LOG_N, LOG_EACH)
             _store_tokens(values_ptr + out + slab, tokens_ptr, rank, n_out, N)
-        tl.store(values_ptr + start, first.to(tl.int64), mask=(first >= 0) & (start < capacity))
-        tl.store(values_ptr + out + n_ranked, last.to(tl.int64), mask=(last >= 0) & (out + n_ranked < capacity))
+        _store_specials(values_ptr, start, n_ranked, first, last, capacity)
 
 
 @triton.jit
@@ -394,8 +660,8 @@ def _exact_ranks(
     """Ranks of a cell's entries in their final order, by the two sorts that are exact for any scores."""
     o_word = tl.arange(0, 1 << LOG_N)
     m_word = o_word < size
-    inverse, _ = _entries(bits_ptr, ranks_ptr, listed_ptr, o_word, m_word, is_selected)
-    word = tl.where(m_word, ((inverse >> LOG_N) << LOG_N) | o_word, _GREATEST)
+    bits, _ = _entries(bits_ptr, ranks_ptr, listed_ptr, o_word, m_word, is_selected)
+    word = tl.where(m_word, (((bits ^ _GREATEST) >> LOG_N) << LOG_N) | o_word, _GREATEST)
     # A loop, so that the network, which is thousands of instructions, is there once.
     i_sort = tl.full((), 0, tl.int32)
     n_sorts = tl.where(rank_bits > 0, 2, 1)
@@ -406,16 +672,16 @@ def _exact_ranks(
             previous = tl.gather(word, tl.maximum(o_word - 1, 0), 0)
             group = tl.cumsum((((word ^ previous) >> LOG_N) != 0).to(tl.int32), 0).to(tl.int64)
             o_entry = (word & ((1 << LOG_N) - 1)).to(tl.int32)
-            exact, exact_rank = _entries(bits_ptr, ranks_ptr, listed_ptr, o_entry, m_word, is_selected)
-            low = exact & ((1 << LOG_N) - 1)
-            word = tl.where(m_word, (((group << LOG_N) | low) << rank_bits) | exact_rank, _GREATEST)
+            bits, rank = _entries(bits_ptr, ranks_ptr, listed_ptr, o_entry, m_word, is_selected)
+            low = (bits ^ _GREATEST) & ((1 << LOG_N) - 1)
+            word = tl.where(m_word, (((group << LOG_N) | low) << rank_bits) | rank.to(tl.int64), _GREATEST)
         i_sort += 1
     return in_order((word & ((tl.full((), 1, tl.int64) << rank_bits) - 1)).to(tl.int32), LOG_N, LOG_EACH)
 
 
 @triton.jit(do_not_specialize=["keep", "first", "rank_bits", "capacity", "first_bucket", "last_bucket", "is_selected"])
 def rank_genes_settle_kernel(
-    bits_ptr, ranks_ptr, indptr_ptr, sizes_ptr, items_ptr, bounds_ptr, offsets_ptr, tokens_ptr, values_ptr,
+    bits_ptr, ranks_ptr, indptr_ptr, sizes_ptr, status_ptr, items_ptr, bounds_ptr, offsets_ptr, tokens_ptr, values_ptr,
     keep, first, rank_bits, capacity, first_bucket, last_bucket, is_selected,
     LOG_N: tl.constexpr, LOG_EACH: tl.constexpr,
 ):  # fmt: skip
@@ -425,10 +691,11 @@ def rank_genes_settle_kernel(
     """
     stop = tl.load(bounds_ptr + last_bucket + 1)
     for i_item in range(tl.load(bounds_ptr + first_bucket) + tl.program_id(0), stop, tl.num_programs(0)):
-        i_cell = tl.load(items_ptr + i_item)
+        i_cell = tl.load(items_ptr + i_item).to(tl.int64)
         begin = tl.load(indptr_ptr + i_cell)
         n_ranked = tl.minimum(tl.load(sizes_ptr + i_cell), keep)
         n_sorted = tl.where(is_selected > 0, n_ranked, tl.load(sizes_ptr + i_cell))
+        n_sorted = tl.where((tl.load(status_ptr + i_cell) & _IS_OPEN) != 0, n_sorted, 0)
         out = tl.load(offsets_ptr + i_cell) + (first >= 0).to(tl.int64)
         for slab in range(0, n_sorted, 1 << LOG_N):
             room = capacity - (out + slab)

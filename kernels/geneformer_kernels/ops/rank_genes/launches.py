@@ -10,6 +10,7 @@ from geneformer_kernels.on_device import launching_on
 from geneformer_kernels.ops.rank_genes.plan import (
     COUNT_DTYPES,
     IS_OPEN,
+    N_BUCKETS,
     NARROW_COUNTS,
     WIDENED_COUNTS,
     DevicePlan,
@@ -31,7 +32,7 @@ class ColumnTables(NamedTuple):
     is_division
         Whether scores are quotients; see :func:`geneformer_kernels.rank_genes`.
     has_shared
-        False where it is known that no gene has several columns, which saves memory and a kernel.
+        False where it is known that no gene has several columns, which saves memory, code and a kernel.
     """
 
     codes: torch.Tensor
@@ -77,102 +78,151 @@ def launch(
     is_checked: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernels of a plan, which write to ``values`` ([capacity], or [B, padded_length]); cu_seqlens, status."""
+    from geneformer_kernels.ops.rank_genes import kernel
+
     keep = min(keep, 2**31 - 1)  # an int32 in the kernels
-    n_cells = len(block.n_counts)
+    n_cells, n_entries = len(block.n_counts), len(block.indices)
     if n_cells == 0:
         return block.indptr.new_zeros(1), block.indptr.new_zeros(0, dtype=torch.int32)
     n_specials = int(first >= 0) + int(last >= 0)
     with launching_on(block.data):
-        bits, ranks, sizes, status = _score(plan, block, columns, is_checked)
+        # Per entry scores and ranks of hard cells, which are scored last; until then, in the same place, the words of
+        # shared genes and the staged tokens.
+        bits = torch.empty(n_entries, dtype=torch.int64, device=values.device)
+        ranks = torch.empty(n_entries, dtype=torch.int32, device=values.device)
+        # Without shared genes nothing is ever written here, and any pointers will do.
+        shared_x = torch.empty_like(bits, dtype=torch.float64) if columns.has_shared else columns.weights
+        shared_ranks = torch.empty_like(ranks) if columns.has_shared else ranks
+        sizes, status = (torch.empty(n_cells, dtype=torch.int32, device=values.device) for _ in range(2))
+        counts = dict(
+            indptr_ptr=block.indptr, n_counts_ptr=block.n_counts, weights_ptr=columns.weights, bits_ptr=bits,
+            shared_x_ptr=shared_x, shared_ranks_ptr=shared_ranks, sizes_ptr=sizes, status_ptr=status,
+        )  # fmt: skip
+        output = dict(keep=keep, first=first, last=last, capacity=values.numel())
+        is_padded = values.dim() == 2
+        staged = {} if is_padded else dict(first=-1, last=-1, capacity=n_entries)
+        _rank_rows(
+            plan, block, columns, _in_buckets(plan, counts, n_entries, is_hard=False), counts,
+            dict(out_ptr=values if is_padded else ranks, padded_length=values.shape[1] if is_padded else 0)
+            | output | staged,
+        )  # fmt: skip
+        hard = _in_buckets(plan, counts, n_entries, is_hard=True)
+        _score(plan, block, columns, hard, counts | dict(ranks_ptr=ranks))
+        if not is_checked:
+            tile = dict(zip(("BLOCK_I", "BLOCK_J"), plan.repeats_tile, strict=True))
+            kernel.rank_genes_repeats_kernel[(n_cells,)](
+                indptr_ptr=block.indptr, indices_ptr=block.indices, status_ptr=status, **tile, **plan.repeats.options
+            )
         lengths = torch.where(sizes > 0, sizes.clamp(max=keep) + n_specials, 0)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         offsets = cu_seqlens
-        if values.dim() == 2:
+        if is_padded:
             offsets = torch.arange(n_cells, device=values.device) * values.shape[1]
+        else:
+            kernel.rank_genes_place_kernel[(n_cells,)](
+                staged_ptr=ranks, indptr_ptr=block.indptr, sizes_ptr=sizes, offsets_ptr=cu_seqlens, values_ptr=values,
+                **output, BLOCK=plan.place_block, **plan.place.options,
+            )  # fmt: skip
         cells = dict(
-            bits_ptr=bits, ranks_ptr=ranks, indptr_ptr=block.indptr, sizes_ptr=sizes, offsets_ptr=offsets,
-            values_ptr=values, keep=keep, first=first, capacity=values.numel(),
-            rank_bits=max(1, (len(columns.tokens) - 1).bit_length()),
+            bits_ptr=bits, ranks_ptr=ranks, indptr_ptr=block.indptr, sizes_ptr=sizes, status_ptr=status,
+            offsets_ptr=offsets, values_ptr=values, rank_bits=_rank_bits(columns), **hard, **output,
         )  # fmt: skip
-        _sort(plan, cells, columns, _buckets(plan, sizes), status, last)
+        _settle(plan, cells, columns, n_cells)
     return cu_seqlens, status
 
 
-def _score(plan: DevicePlan, block: CountBlock, columns: ColumnTables, is_checked: bool) -> tuple[torch.Tensor, ...]:
-    """bits and ranks of the scored entries [nnz], how many of them each cell has, and its status [B]."""
+def _rank_bits(columns: ColumnTables) -> int:
+    return max(1, (len(columns.tokens) - 1).bit_length())
+
+
+def _arithmetic(block: CountBlock, columns: ColumnTables) -> dict[str, bool]:
+    return dict(IS_SINGLE=block.is_single, IS_DIVISION=columns.is_division)
+
+
+def _is_rounded(block: CountBlock) -> bool:
+    """Whether sums of counts are rounded to float32, as sums in a matrix of them are."""
+    return block.data.dtype in (torch.float16, torch.float32)
+
+
+def _in_buckets(plan: DevicePlan, counts: dict, n_entries: int, *, is_hard: bool) -> dict[str, torch.Tensor]:
+    """The cells by bucket, all or the hard ones, and where each bucket begins; sizes and status of all others."""
     from geneformer_kernels.ops.rank_genes import kernel
 
-    n_cells, n_entries = len(block.n_counts), len(block.indices)
-    bits = torch.empty(n_entries, dtype=torch.int64, device=block.data.device)
-    ranks = torch.empty_like(bits, dtype=torch.int32)
-    # Without shared genes nothing is ever written here, and any pointers will do.
-    shared_x = torch.empty_like(bits, dtype=torch.float64) if columns.has_shared else columns.weights
-    shared_ranks = torch.empty_like(ranks) if columns.has_shared else ranks
-    sizes, n_shared, status = (torch.empty(n_cells, dtype=torch.int32, device=bits.device) for _ in range(3))
-    shared = dict(shared_x_ptr=shared_x, shared_ranks_ptr=shared_ranks, n_shared_ptr=n_shared)
-    scored = dict(bits_ptr=bits, ranks_ptr=ranks, sizes_ptr=sizes, status_ptr=status)
-    of_cells = dict(indptr_ptr=block.indptr, n_counts_ptr=block.n_counts, weights_ptr=columns.weights)
-    arithmetic = dict(IS_SINGLE=block.is_single, IS_DIVISION=columns.is_division)
-    kernel.rank_genes_score_kernel[(n_cells,)](
-        **of_cells, indices_ptr=block.indices, data_ptr=block.data, codes_ptr=columns.codes, **scored, **shared,
-        n_entries=n_entries, n_columns=len(columns.codes), **arithmetic, BLOCK=plan.score_block, **plan.score.options,
+    sizes = counts["sizes_ptr"]
+    n_cells, n_blocks = len(sizes), -(-len(sizes) // plan.list_block)
+    n_in_blocks = torch.empty((n_blocks, N_BUCKETS), dtype=torch.int32, device=sizes.device)
+    cells = dict(
+        indptr_ptr=counts["indptr_ptr"], status_ptr=counts["status_ptr"], counts_ptr=n_in_blocks, n_cells=n_cells,
+        n_entries=n_entries, select_above=plan.select_above, IS_HARD=is_hard, LOG_FIRST=plan.log_first,
+        N_SORTS=len(plan.sorts), BLOCK=plan.list_block, **plan.listing.options,
+    )  # fmt: skip
+    kernel.rank_genes_count_kernel[(n_blocks,)](sizes_ptr=sizes, **cells)
+    items = torch.empty_like(sizes)
+    bounds = torch.empty(N_BUCKETS, dtype=torch.int32, device=sizes.device)
+    kernel.rank_genes_list_kernel[(n_blocks,)](
+        items_ptr=items, bounds_ptr=bounds, n_blocks=n_blocks, ROWS=plan.list_rows, **cells
+    )
+    return {"items_ptr": items, "bounds_ptr": bounds}
+
+
+def _rank_rows(
+    plan: DevicePlan, block: CountBlock, columns: ColumnTables, items: dict, counts: dict, output: dict
+) -> None:
+    """Tokens, sizes and status of all cells whose rows one sort takes."""
+    from geneformer_kernels.ops.rank_genes import kernel
+
+    for i_bucket, sort in enumerate(plan.sorts, start=1):
+        kernel.rank_genes_cells_kernel[(min(sort.n_programs, len(block.n_counts)),)](
+            **counts, **items, **output, indices_ptr=block.indices, data_ptr=block.data, codes_ptr=columns.codes,
+            tokens_ptr=columns.tokens, classes_ptr=columns.classes, n_columns=len(columns.codes),
+            rank_bits=_rank_bits(columns), i_bucket=i_bucket, **_arithmetic(block, columns),
+            IS_ROUNDED=_is_rounded(block), HAS_SHARED=columns.has_shared, **sort.constexprs(sort.rows),
+            **sort.rows.options,
+        )  # fmt: skip
+
+
+def _score(plan: DevicePlan, block: CountBlock, columns: ColumnTables, hard: dict, counts: dict) -> None:
+    """Scores, ranks, sizes and status of hard cells."""
+    from geneformer_kernels.ops.rank_genes import kernel
+
+    n_programs = min(plan.n_score_programs, len(block.n_counts))
+    n_shared = torch.empty_like(counts["sizes_ptr"])
+    common = dict(**counts, **hard, n_shared_ptr=n_shared, last_bucket=len(plan.sorts) + 1)
+    kernel.rank_genes_score_kernel[(n_programs,)](
+        **common, indices_ptr=block.indices, data_ptr=block.data, codes_ptr=columns.codes,
+        n_columns=len(columns.codes), **_arithmetic(block, columns), BLOCK=plan.score_block, **plan.score.options,
     )  # fmt: skip
     if columns.has_shared:
-        is_rounded = block.data.dtype in (torch.float16, torch.float32)
-        kernel.rank_genes_sum_kernel[(n_cells,)](
-            **of_cells, **scored, **shared, **arithmetic, IS_ROUNDED=is_rounded, BLOCK=plan.sum_block,
+        kernel.rank_genes_sum_kernel[(n_programs,)](
+            **common, **_arithmetic(block, columns), IS_ROUNDED=_is_rounded(block), BLOCK=plan.sum_block,
             **plan.sum.options,
         )  # fmt: skip
-    if not is_checked:
-        tile = dict(zip(("BLOCK_I", "BLOCK_J"), plan.repeats_tile, strict=True))
-        kernel.rank_genes_repeats_kernel[(n_cells,)](
-            indptr_ptr=block.indptr, indices_ptr=block.indices, status_ptr=status, **tile, **plan.repeats.options
-        )
-    return bits, ranks, sizes, status
 
 
-def _buckets(plan: DevicePlan, sizes: torch.Tensor) -> torch.Tensor:
-    """[B] int32: 0 for an empty cell, from 1 on the sort a cell fits in, and after the last those to select first."""
-    doublings = torch.frexp(((sizes - 1) // plan.sorts[0].width).float()).exponent
-    buckets = torch.where(sizes > 0, doublings + 1, 0)
-    return torch.where(sizes > plan.select_above, len(plan.sorts) + 1, buckets)
-
-
-def _in_buckets(buckets: torch.Tensor, n_sorts: int) -> dict[str, torch.Tensor]:
-    """The cells in order of bucket, and where in that order each bucket begins and the last one ends."""
-    in_order, items = torch.sort(buckets, stable=True)
-    numbers = torch.arange(n_sorts + 3, dtype=torch.int32, device=buckets.device)
-    return {"items_ptr": items, "bounds_ptr": torch.searchsorted(in_order, numbers)}
-
-
-def _sort(
-    plan: DevicePlan, cells: dict, columns: ColumnTables, buckets: torch.Tensor, status: torch.Tensor, last: int
-) -> None:
-    """Tokens of all cells: wide ones are selected, every bucket is sorted, and what is open is settled."""
+def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int) -> None:
+    """Tokens of hard cells: wide ones are selected and sorted, and what is open is settled."""
     from geneformer_kernels.ops.rank_genes import kernel
 
-    n_cells, n_sorts = len(buckets), len(plan.sorts)
+    n_sorts = len(plan.sorts)
     wide = plan.sort_of_selected(cells["keep"])
+    unsorted = {name: value for name, value in cells.items() if name != "last"}
 
-    def select(items: dict[str, torch.Tensor]) -> None:
+    def select(needed: int) -> None:
         kernel.rank_genes_select_kernel[(min(plan.n_select_programs, n_cells),)](
-            **cells, **items, i_bucket=n_sorts + 1, WIDTH=wide.width, BLOCK=plan.select_block, **plan.select.options
-        )
-
-    items = _in_buckets(buckets, n_sorts)
-    select(items)
-    for i_bucket, sort in enumerate((*plan.sorts, wide), start=1):
-        kernel.rank_genes_sort_kernel[(min(sort.n_programs, n_cells),)](
-            **cells, **items, status_ptr=status, tokens_ptr=columns.tokens, classes_ptr=columns.classes, last=last,
-            i_bucket=i_bucket, is_selected=int(i_bucket > n_sorts), **sort.constexprs, **sort.launch.options,
+            **unsorted, i_bucket=n_sorts + 1, needed=needed, WIDTH=wide.width, BLOCK=plan.select_block,
+            **plan.select.options,
         )  # fmt: skip
 
-    open_items = _in_buckets(torch.where((status & IS_OPEN) != 0, buckets, 0), n_sorts)
-    select(open_items)
+    select(0)
+    kernel.rank_genes_sort_kernel[(min(wide.n_programs, n_cells),)](
+        **cells, tokens_ptr=columns.tokens, classes_ptr=columns.classes, i_bucket=n_sorts + 1,
+        **wide.constexprs(wide.scored), **wide.scored.options,
+    )  # fmt: skip
+    select(IS_OPEN)
     small = plan.settle_small
     again = ((plan.sorts[small], 1, small + 1), (plan.sorts[-1], small + 2, n_sorts), (wide, n_sorts + 1, n_sorts + 1))
     for sort, first_bucket, last_bucket in again:
         kernel.rank_genes_settle_kernel[(min(sort.n_programs, n_cells),)](
-            **cells, **open_items, tokens_ptr=columns.tokens, first_bucket=first_bucket, last_bucket=last_bucket,
-            is_selected=int(first_bucket > n_sorts), **sort.constexprs, **sort.settle_launch.options,
+            **unsorted, tokens_ptr=columns.tokens, first_bucket=first_bucket, last_bucket=last_bucket,
+            is_selected=int(first_bucket > n_sorts), **sort.constexprs(sort.settled), **sort.settled.options,
         )  # fmt: skip
