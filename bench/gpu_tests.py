@@ -38,7 +38,7 @@ FILE = "tests.json"
 _FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
 # With this many at once the card is shared well, and compiling, which takes most of the time, is spread over cores.
 MOST_AT_ONCE = 8
-#: Processes of a group, where pytest-xdist is there.
+#: Processes of a group at least, where pytest-xdist is there; fewer groups have more each.
 WORKERS = 2
 
 
@@ -91,10 +91,12 @@ def run_tests(
     waiting = [group for group in groups if known.get(group, {}).get("status") != "passed"]
     running: list[Running] = []
     deadline = time.monotonic() + seconds
-    n_at_once = max(1, min(MOST_AT_ONCE, len(os.sched_getaffinity(0)) // 2))
+    n_cores = len(os.sched_getaffinity(0))
+    n_at_once = max(1, min(MOST_AT_ONCE, n_cores // 2))
+    n_workers = max(WORKERS, n_cores // max(1, min(n_at_once, len(waiting))))
     while waiting or running:
         while waiting and len(running) < n_at_once and time.monotonic() < deadline:
-            running.append(_start(waiting.pop(0), out))
+            running.append(_start(waiting.pop(0), out, n_workers))
         if time.monotonic() >= deadline:
             for group in waiting:
                 known[group] = {"status": "timeout", "log": "", "why": "no time was left to start it"}
@@ -109,15 +111,15 @@ def run_tests(
     return known
 
 
-def command_of(group: str, report: Path) -> Sequence[str]:
+def command_of(group: str, report: Path, n_workers: int = WORKERS) -> Sequence[str]:
     """The pytest of a group."""
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--durations=5"]
     if find_spec("xdist") is not None:
-        options += ["-n", str(WORKERS)]
+        options += ["-n", str(n_workers)]
     return [sys.executable, "-m", "pytest", *files_of(group), *options]
 
 
-def _start(group: str, out: Path) -> Running:
+def _start(group: str, out: Path, n_workers: int) -> Running:
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log, report = logs / f"tests_{group}.log", logs / f"tests_{group}.xml"
@@ -125,7 +127,7 @@ def _start(group: str, out: Path) -> Running:
     if not files_of(group):
         command: Sequence[str] = [sys.executable, "-c", "print('there are no such tests')"]
     else:
-        command = command_of(group, report)
+        command = command_of(group, report, n_workers)
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True

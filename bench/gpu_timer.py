@@ -185,4 +185,9 @@ def as_graph(run: Run, device: torch.device) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(_kept_alive: Run = run) -> None:
+        # The graph reads its inputs where they were: they must not be freed as long as it can be replayed.
+        graph.replay()
+
+    return replay
