@@ -127,7 +127,7 @@ def launch(
             bits_ptr=bits, ranks_ptr=ranks, indptr_ptr=block.indptr, sizes_ptr=sizes, status_ptr=status,
             offsets_ptr=offsets, values_ptr=values, rank_bits=_rank_bits(columns), **hard, **output,
         )  # fmt: skip
-        _settle(plan, cells, columns, n_cells)
+        _settle(plan, cells, columns, n_cells, n_entries)
     return cu_seqlens, status
 
 
@@ -171,7 +171,11 @@ def _rank_rows(
     """Tokens, sizes and status of all cells whose rows one sort takes."""
     from geneformer_kernels.ops.rank_genes import kernel
 
+    # No row has more entries than all together: what nothing can come to is neither compiled nor launched.
+    too_wide = [False, *(sort.width >= len(block.indices) for sort in plan.sorts)]
     for i_bucket, sort in enumerate(plan.sorts, start=1):
+        if too_wide[i_bucket - 1]:
+            break
         kernel.rank_genes_cells_kernel[(min(sort.n_programs, len(block.n_counts)),)](
             **counts, **items, **output, indices_ptr=block.indices, data_ptr=block.data, codes_ptr=columns.codes,
             tokens_ptr=columns.tokens, classes_ptr=columns.classes, n_columns=len(columns.codes),
@@ -199,7 +203,7 @@ def _score(plan: DevicePlan, block: CountBlock, columns: ColumnTables, hard: dic
         )  # fmt: skip
 
 
-def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int) -> None:
+def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int, n_entries: int) -> None:
     """Tokens of hard cells: wide ones are selected and sorted, and what is open is settled."""
     from geneformer_kernels.ops.rank_genes import kernel
 
@@ -213,14 +217,19 @@ def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int) 
             **plan.select.options,
         )  # fmt: skip
 
-    select(0)
-    kernel.rank_genes_sort_kernel[(min(wide.n_programs, n_cells),)](
-        **cells, tokens_ptr=columns.tokens, classes_ptr=columns.classes, i_bucket=n_sorts + 1,
-        **wide.constexprs(wide.scored), **wide.scored.options,
-    )  # fmt: skip
-    select(IS_OPEN)
+    if n_entries > plan.select_above:
+        select(0)
+        kernel.rank_genes_sort_kernel[(min(wide.n_programs, n_cells),)](
+            **cells, tokens_ptr=columns.tokens, classes_ptr=columns.classes, i_bucket=n_sorts + 1,
+            **wide.constexprs(wide.scored), **wide.scored.options,
+        )  # fmt: skip
+        select(IS_OPEN)
     small = plan.settle_small
-    again = ((plan.sorts[small], 1, small + 1), (plan.sorts[-1], small + 2, n_sorts), (wide, n_sorts + 1, n_sorts + 1))
+    again = [(plan.sorts[small], 1, small + 1)]
+    if n_entries > plan.sorts[small].width:
+        again.append((plan.sorts[-1], small + 2, n_sorts))
+    if n_entries > plan.select_above:
+        again.append((wide, n_sorts + 1, n_sorts + 1))
     for sort, first_bucket, last_bucket in again:
         kernel.rank_genes_settle_kernel[(min(sort.n_programs, n_cells),)](
             **unsorted, tokens_ptr=columns.tokens, first_bucket=first_bucket, last_bucket=last_bucket,
