@@ -15,7 +15,7 @@ import torch
 from bench.gpu_timer import Clock, Run
 from bench.machine import ROOT, provenance
 
-#: Name of the commit where the checkout has no .git.
+#: Name of the commit, said by who starts it: a copy of a checkout may lie inside another one.
 COMMIT = "GENEFORMER_FAST_COMMIT"
 # What a result depends on; a number can be traced to a commit by this even where git was not there.
 _SOURCES = ("kernels", "geneformer_fast", "bench")
@@ -24,7 +24,7 @@ _SOURCES = ("kernels", "geneformer_fast", "bench")
 def gpu_provenance(device: torch.device) -> dict[str, Any]:
     """As :func:`bench.machine.provenance`, with the card and a digest of the sources."""
     found = provenance()
-    found["commit"] = found["commit"] or os.environ.get(COMMIT, "")
+    found["commit"] = os.environ.get(COMMIT, "") or found["commit"]
     return {**found, "source": source_digest(), "gpu": card(device)}
 
 

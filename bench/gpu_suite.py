@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no rivals that are slow or compiled first")
     parser.add_argument("--archive", type=Path, metavar="FILE", help="keep a .tar.gz of --out up to date there")
-    parser.add_argument("--commit", default="", help="name of the commit, where the checkout has no .git")
+    parser.add_argument("--commit", default="", help="name of the commit, where git does not know it")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="sizes that try the procedure; no measurement")
     parser.add_argument("--floors", action="store_true", help="measure nothing, print what an H200 needs at least")
