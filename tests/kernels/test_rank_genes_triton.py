@@ -821,7 +821,10 @@ def test_full_size(n_columns, n_genes, density, dtype):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     cells = _many(300, n_columns, n_genes, density, dtype)
-    for keep, is_division in ((2048, False), (4094, True), (n_columns, False)):
+    sizes = [(2048, False), (n_columns, False)]
+    if dtype in ("float32", "int32"):  # another five sorts to compile
+        sizes.append((4094, True))
+    for keep, is_division in sizes:
         options = dict(keep=keep, first=20_001, last=20_002, is_division=is_division)
         want, want_ends = cells.reference(**options)
         on = cells.on("cuda")
