@@ -233,7 +233,13 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float 
     monkeypatch.setattr(
         gpu_tests,
         "command_of",
-        lambda group, report, n_workers: [sys.executable, "-S", "-c", f"import os, sys, time; {scripts[group]}", str(report)],
+        lambda group, report, n_workers: [
+            sys.executable,
+            "-S",
+            "-c",
+            f"import os, sys, time; {scripts[group]}",
+            str(report),
+        ],
     )
 
 
