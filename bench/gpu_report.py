@@ -59,6 +59,8 @@ def _card(results: Sequence[Result]) -> str:
         rows = [row(result, name, found) for result, name, found in _variants(results, prefix)]
         if rows:
             blocks.append("\n".join([f"{title}:", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]))
+    if missing := _missing(results):
+        blocks.append(f"Not measured on this card yet: {', '.join(missing)}.")
     commits = sorted({f"`{r['provenance']['commit'] or r['provenance']['source']}`" for r in results})
     dates = sorted({r["provenance"]["date"] for r in results})
     blocks.append(
@@ -66,6 +68,22 @@ def _card(results: Sequence[Result]) -> str:
         f"all tests of the operations were green.{_quick(results)}</sub>"
     )
     return "\n\n".join(blocks)
+
+
+def _missing(results: Sequence[Result]) -> list[str]:
+    """Cases without a result, and variants of which nothing of ours is in it."""
+    # Imported late: the cases need torch, a table of results does not.
+    from bench.gpu_cases import CASES
+
+    found = {result["case"]: result for result in results}
+    names = []
+    for case in CASES:
+        if case.name not in found:
+            names.append(case.name)
+        else:
+            lost = [*found[case.name]["failed"], *found[case.name]["skipped"]]
+            names += [f"{case.name} ({name})" for name in lost]
+    return names
 
 
 def _variants(results: Sequence[Result], prefix: str) -> Iterator[tuple[Result, str, Result]]:
