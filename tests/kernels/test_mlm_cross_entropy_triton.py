@@ -52,10 +52,13 @@ def test_every_split_of_the_vocabulary(device: str, blocks_per_split: int, monke
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("n_vocab", [200, 197])  # a last chunk of a multiple of 8, and one that begins earlier
 @pytest.mark.parametrize("chunk_v", [64, 128, 256])
-def test_every_chunk_of_the_vocabulary(device: str, chunk_v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_chunk_of_the_vocabulary(
+    device: str, chunk_v: int, n_vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "backward_plan", lambda *a: plan.BackwardPlan(plan.INTERPRETED, chunk_v))
-    tensors = on(device, torch.float16, (40, 20, 200))
+    tensors = on(device, torch.float16, (40, 20, n_vocab))
     check(tensors, "triton", torch.linspace(1, 2, 40, device=device))
 
 
