@@ -10,6 +10,7 @@ import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import use_impl
 from geneformer_kernels.ops.varlen_attention import library, reference, sdpa
+from geneformer_kernels.ops.varlen_attention.launches import lists_of
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, is_for_cudnn
 from geneformer_kernels.target import CARDS
 from tolerance import assert_as_good_as
@@ -203,6 +204,15 @@ def test_the_host_knows_a_common_length_only_where_it_was_told() -> None:
         bounds = torch.arange(0, 13, 4, dtype=torch.int32)
         sdpa.remember_longest(bounds, 4)
         assert sdpa.equal_length(bounds, 12) == 0  # it could change without anybody knowing
+
+
+def test_lists_of_tiles_are_those_of_the_cells_as_they_are() -> None:
+    bounds = torch.tensor([0, 4, 8])
+    lists_of(bounds)[0, 8, 64] = torch.zeros(1)
+    assert list(lists_of(bounds)) == [(0, 8, 64)]
+    assert lists_of(bounds.clone()) == {}
+    bounds[1] = 5
+    assert lists_of(bounds) == {}
 
 
 def test_cells_of_one_length_are_views(monkeypatch: pytest.MonkeyPatch) -> None:

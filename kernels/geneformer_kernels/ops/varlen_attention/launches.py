@@ -21,7 +21,7 @@ from geneformer_kernels.ops.varlen_attention.plan import (
 _LOG2_E = math.log2(math.e)
 
 
-# cu_seqlens -> its lists of tiles by (version, stream, tokens, rows), of which every layer of a model wants the same.
+# cu_seqlens -> (its version, its lists of tiles by stream, tokens and rows), of which every layer wants the same.
 _tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -35,12 +35,19 @@ def tiles_of(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.
     is_lasting = cu_seqlens.is_cuda and not cu_seqlens.is_inference() and not torch.cuda.is_current_stream_capturing()
     if not is_lasting:
         return _make_tiles(cu_seqlens, n_tokens, block_rows)
-    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream
-    key = (cu_seqlens._version, stream, n_tokens, block_rows)
-    lists = _tiles.setdefault(cu_seqlens, {})
+    key = (torch.cuda.current_stream(cu_seqlens.device).cuda_stream, n_tokens, block_rows)
+    lists = lists_of(cu_seqlens)
     if key not in lists:
         lists[key] = _make_tiles(cu_seqlens, n_tokens, block_rows)
     return lists[key]
+
+
+def lists_of(cu_seqlens: torch.Tensor) -> dict[tuple[int, int, int], torch.Tensor]:
+    """What is remembered of the cells as they are now; what was remembered before they changed is dropped."""
+    known = _tiles.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        known = _tiles[cu_seqlens] = (cu_seqlens._version, {})
+    return known[1]
 
 
 def _make_tiles(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
