@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if is_whole and getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
         option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
         option.dist = "loadfile"
+        option.maxworkerrestart = "0"  # a test that ends its worker would end eight more
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +64,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """``-m gpu`` on a machine without a card skips."""
+    """``-m gpu`` on a machine without a card skips; what is known to take long has no limit of seconds."""
+    if any(item.get_closest_marker(name) is not None for name in ("slow", "gpu", "bench")):
+        faulthandler.cancel_dump_traceback_later()
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,10 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
     try:
         yield Ranks.current()
     finally:
+        # gloo's threads take the GIL to free what a backward pass had pinned (torch.autograd.graph), and whoever
+        # destroys their group holds the GIL and waits for them: for good, where an error leads here right after a
+        # backward pass. While we sleep the GIL is theirs.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

@@ -46,6 +46,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     all_begun = Barrier(n_threads + 1)
 
     def begin() -> None:
+        torch.get_num_threads()  # a thread's first question to torch sets its number to the process's; now it is over
         torch.set_num_threads(1)
         all_begun.wait()
 

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from process_groups import group_of_one
 from small_berts import N_TOKENS, bert, inputs, labels_for
 
 import geneformer_fast as gf
@@ -155,8 +156,6 @@ def test_prepared_by_accelerate_and_undone_inside(keeps_wrapper: bool) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 def test_distributed_data_parallel(options: dict[str, bool], tmp_path: Path) -> None:
-    import torch.distributed as dist
-
     model = bert("BertForMaskedLM").train()
     given = inputs()
     labels = labels_for(model, given)
@@ -164,20 +163,17 @@ def test_distributed_data_parallel(options: dict[str, bool], tmp_path: Path) -> 
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     gf.accelerate(model)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
         output = wrapped(**given, **labels)
         output.loss.backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4, msg=name)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_fully_sharded(tmp_path: Path) -> None:
     """FSDP2 shards each layer: parameters are there only while the layer's own hooks say so."""
-    import torch.distributed as dist
+    from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = bert("BertForMaskedLM").train()
@@ -187,14 +183,11 @@ def test_fully_sharded(tmp_path: Path) -> None:
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     gf.accelerate(model)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
+    with group_of_one(tmp_path):
+        mesh = init_device_mesh("cpu", (1,))
         for layer in model.bert.encoder.layer:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         model(**given, **labels).loss.backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4, msg=name)
-    finally:
-        dist.destroy_process_group()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_groups import group_of_one
 from sample_encoders import CONFIGS, SMALL, Batch, batch, config_of, gradients_of, loss_of, relative
 from torch import nn
 
@@ -125,7 +127,7 @@ class Step(nn.Module):
 
 
 @pytest.fixture
-def one_process(place: Any, tmp_path: Any) -> Iterator[None]:
+def one_process(place: Any, tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
     import torch.distributed as dist
 
@@ -134,9 +136,8 @@ def one_process(place: Any, tmp_path: Any) -> Iterator[None]:
         pytest.skip(f"torch has no {backend}")
     if place.name == "cuda":
         torch.cuda.set_device(0)
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one(tmp_path, backend):
+        yield
 
 
 @pytest.mark.usefixtures("one_process")
