@@ -76,6 +76,7 @@ def hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     yield write_and_hash
     kernel_source.read_module.cache_clear()
+    kernel_source.kernel_module.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "shapes"]:
         del sys.modules[name]
 
@@ -110,6 +111,18 @@ def test_what_does_not_reach_the_machine_changes_nothing(hashes, old, new):
 def test_what_reaches_the_machine_changes_the_kernels_that_use_it(hashes, old, new, changed):
     before, after = hashes(), hashes((old, new))
     assert tuple(a != b for a, b in zip(before, after, strict=True)) == changed
+
+
+def test_kernels_of_an_operation_may_be_in_several_files(hashes, tmp_path):
+    hashes()
+    folder = tmp_path / "shapes"
+    (folder / "kernel_more.py").write_text(KERNEL.replace("second_kernel", "third_kernel"))
+    (folder / "kernels.py").write_text(KERNEL.replace("second_kernel", "fourth_kernel"))
+    kernel_source.kernel_module.cache_clear()
+    assert [path.name for path in kernel_source.kernel_files(folder)] == ["kernel.py", "kernel_more.py"]
+    found = [kernel_source.kernel_module("shapes", f"{name}_kernel") for name in ("second", "third", "fourth")]
+    assert found == ["shapes.kernel", "shapes.kernel_more", "shapes.kernel"]
+    assert kernel_source.source_hash("shapes.kernel_more", "third_kernel")
 
 
 def test_kernel_functions_and_unknown_names(hashes, tmp_path):

@@ -64,6 +64,9 @@ GOOD = {
     "kernels/geneformer_kernels/ops/sum/reference.py": "import torch\n",
     "kernels/geneformer_kernels/ops/sum/plan.py": "import math\nfrom geneformer_kernels.target import Target\n",
     "kernels/geneformer_kernels/ops/sum/kernel.py": "import triton\nimport triton.language as tl\n",
+    "kernels/geneformer_kernels/ops/sum/kernel_wide.py": (
+        "import triton\nfrom geneformer_kernels.ops.sum.kernel import each\nfrom geneformer_kernels.tiles import tile\n"
+    ),
 }
 
 
@@ -98,6 +101,9 @@ BROKEN = {
     "heavy under if": ("geneformer_fast/errors.py", "try:\n    import scipy\nexcept ImportError: ...\n", "scipy when"),
     "operations meet": (f"{OPS}/sum/op.py", "from geneformer_kernels.ops.max import op\n", "never import each other"),
     "eager kernel": (f"{OPS}/sum/op.py", "from geneformer_kernels.ops.sum.kernel import k\n", "inside a function"),
+    "eager second kernel": (f"{OPS}/sum/op.py", "from geneformer_kernels.ops.sum import kernel_wide\n", "inside a"),
+    "torch in a second kernel": (f"{OPS}/sum/kernel_wide.py", "import torch\n", "device code needs triton only"),
+    "a plan in a kernel": (f"{OPS}/sum/kernel_wide.py", "from geneformer_kernels.ops.sum import plan\n", "plan.py"),
     "torch in a kernel": (f"{OPS}/sum/kernel.py", "import torch\n", "device code needs triton only"),
     "torch in a plan": (f"{OPS}/sum/plan.py", "import torch\n", "pure standard library"),
     "triton in a reference": (f"{OPS}/sum/reference.py", "import triton\n", "triton, which belongs in kernel.py"),

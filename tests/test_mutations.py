@@ -9,10 +9,11 @@ from pathlib import Path
 import mutations
 import pytest
 from geneformer_kernels.target import cpu_features
-from kernel_source import kernel_functions
+from kernel_source import kernel_files, kernel_functions
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted((ROOT / "kernels" / "geneformer_kernels" / "ops").glob("*/kernel.py"))
+OPS = ROOT / "kernels" / "geneformer_kernels" / "ops"
+KERNELS = [path for folder in sorted(OPS.iterdir()) for path in kernel_files(folder)]
 
 
 def test_every_fault_applies_as_written():

@@ -47,7 +47,7 @@ from aot_tables import (  # noqa: E402
 from geneformer_kernels.dispatch import OPERATIONS  # noqa: E402
 from geneformer_kernels.launch import KernelCase  # noqa: E402
 from geneformer_kernels.target import Target  # noqa: E402
-from kernel_source import source_hash  # noqa: E402
+from kernel_source import kernel_module, source_hash  # noqa: E402
 
 MAX_SPILL_BYTES = 64
 MAX_LINES = 80
@@ -134,7 +134,7 @@ def collect(ops: Iterable[str], sms: Iterable[int], *, package: str = PACKAGE) -
         plan = plan_of(op, package)
         for sm in sms if plan is not None else ():
             for case in plan.kernel_cases(Target.cuda(sm)):
-                module = f"{package}.{op}.kernel"
+                module = kernel_module(f"{package}.{op}", case.kernel)
                 try:
                     task = Task(case, sm, module, hash_once(module, case.kernel))
                 except LookupError as error:

@@ -73,6 +73,24 @@ def kernel_functions(path: Path) -> dict[str, range]:
     return found
 
 
+def kernel_files(folder: Path) -> list[Path]:
+    """Where an operation's kernels are: ``kernel.py`` and, where it is split by meaning, ``kernel_*.py``."""
+    return [
+        path for path in sorted(folder.glob("kernel*.py")) if path.stem == "kernel" or path.stem.startswith("kernel_")
+    ]
+
+
+@functools.cache
+def kernel_module(package: str, name: str) -> str:
+    """The module of an operation's package that defines a kernel; ``kernel`` if none does."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in kernel_files(Path(folder)):
+            if name in kernel_functions(path):
+                return f"{package}.{path.stem}"
+    return f"{package}.kernel"
+
+
 @functools.cache
 def read_module(module: str) -> Source:
     """A module's source; its packages are imported to find it, the module itself is not."""

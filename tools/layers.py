@@ -116,7 +116,7 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
         {"dispatch", "target", "on_device", "operators", "packed", "norm_rows", "dropout"},
     ),
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
-    "kernel": (set(), {"tiles"}),
+    "kernel": ({"kernel"}, {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
     "reference": (set(), set()),
 }
@@ -299,8 +299,9 @@ def _kernels(item: Import) -> Iterator[str]:
     if parts[:1] != ["ops"] or len(parts) < 2:
         yield from _kernels_package_file(item, parts)
         return
-    operation, file = parts[1], parts[2] if len(parts) > 2 else "__init__"
+    operation, file = parts[1], _part(parts[2] if len(parts) > 2 else "__init__")
     target = item.target.split(".")[1:]
+    target[2:3] = map(_part, target[2:3])
     if library == KERNELS:
         own_files, package_files = OPERATION_FILES.get(file, (set(OPERATION_FILES), PACKAGE_FILES))
         if target[:1] == ["ops"] and target[1:2] != [operation]:
@@ -313,6 +314,11 @@ def _kernels(item: Import) -> Iterator[str]:
             yield "must import kernel.py inside a function: triton may be absent"
     elif not item.is_typing:
         yield from _operation_library(file, library)
+
+
+def _part(file: str) -> str:
+    """What a file of an operation counts as: device code may be split by meaning, kernel.py and kernel_*.py."""
+    return "kernel" if file.startswith("kernel_") else file
 
 
 def _operation_library(file: str, library: str) -> Iterator[str]:

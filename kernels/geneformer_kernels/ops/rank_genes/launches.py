@@ -78,7 +78,7 @@ def launch(
     is_checked: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernels of a plan, which write to ``values`` ([capacity], or [B, padded_length]); cu_seqlens, status."""
-    from geneformer_kernels.ops.rank_genes import kernel
+    from geneformer_kernels.ops.rank_genes import kernel, kernel_hard
 
     keep = min(keep, 2**31 - 1)  # an int32 in the kernels
     n_cells, n_entries = len(block.n_counts), len(block.indices)
@@ -110,7 +110,7 @@ def launch(
         _score(plan, block, columns, hard, counts | dict(ranks_ptr=ranks))
         if not is_checked:
             tile = dict(zip(("BLOCK_I", "BLOCK_J"), plan.repeats_tile, strict=True))
-            kernel.rank_genes_repeats_kernel[(n_cells,)](
+            kernel_hard.rank_genes_repeats_kernel[(n_cells,)](
                 indptr_ptr=block.indptr, indices_ptr=block.indices, status_ptr=status, **tile, **plan.repeats.options
             )
         lengths = torch.where(sizes > 0, sizes.clamp(max=keep) + n_specials, 0)
@@ -187,17 +187,17 @@ def _rank_rows(
 
 def _score(plan: DevicePlan, block: CountBlock, columns: ColumnTables, hard: dict, counts: dict) -> None:
     """Scores, ranks, sizes and status of hard cells."""
-    from geneformer_kernels.ops.rank_genes import kernel
+    from geneformer_kernels.ops.rank_genes import kernel_hard
 
     n_programs = min(plan.n_score_programs, len(block.n_counts))
     n_shared = torch.empty_like(counts["sizes_ptr"])
     common = dict(**counts, **hard, n_shared_ptr=n_shared, last_bucket=len(plan.sorts) + 1)
-    kernel.rank_genes_score_kernel[(n_programs,)](
+    kernel_hard.rank_genes_score_kernel[(n_programs,)](
         **common, indices_ptr=block.indices, data_ptr=block.data, codes_ptr=columns.codes,
         n_columns=len(columns.codes), **_arithmetic(block, columns), BLOCK=plan.score_block, **plan.score.options,
     )  # fmt: skip
     if columns.has_shared:
-        kernel.rank_genes_sum_kernel[(n_programs,)](
+        kernel_hard.rank_genes_sum_kernel[(n_programs,)](
             **common, **_arithmetic(block, columns), IS_ROUNDED=_is_rounded(block), BLOCK=plan.sum_block,
             **plan.sum.options,
         )  # fmt: skip
@@ -205,21 +205,21 @@ def _score(plan: DevicePlan, block: CountBlock, columns: ColumnTables, hard: dic
 
 def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int, n_entries: int) -> None:
     """Tokens of hard cells: wide ones are selected and sorted, and what is open is settled."""
-    from geneformer_kernels.ops.rank_genes import kernel
+    from geneformer_kernels.ops.rank_genes import kernel_hard
 
     n_sorts = len(plan.sorts)
     wide = plan.sort_of_selected(cells["keep"])
     unsorted = {name: value for name, value in cells.items() if name != "last"}
 
     def select(needed: int) -> None:
-        kernel.rank_genes_select_kernel[(min(plan.n_select_programs, n_cells),)](
+        kernel_hard.rank_genes_select_kernel[(min(plan.n_select_programs, n_cells),)](
             **unsorted, i_bucket=n_sorts + 1, needed=needed, WIDTH=wide.width, BLOCK=plan.select_block,
             **plan.select.options,
         )  # fmt: skip
 
     if n_entries > plan.select_above:
         select(0)
-        kernel.rank_genes_sort_kernel[(min(wide.n_programs, n_cells),)](
+        kernel_hard.rank_genes_sort_kernel[(min(wide.n_programs, n_cells),)](
             **cells, tokens_ptr=columns.tokens, classes_ptr=columns.classes, i_bucket=n_sorts + 1,
             **wide.constexprs(wide.scored), **wide.scored.options,
         )  # fmt: skip
@@ -231,7 +231,7 @@ def _settle(plan: DevicePlan, cells: dict, columns: ColumnTables, n_cells: int, 
     if n_entries > plan.select_above:
         again.append((wide, n_sorts + 1, n_sorts + 1))
     for sort, first_bucket, last_bucket in again:
-        kernel.rank_genes_settle_kernel[(min(sort.n_programs, n_cells),)](
+        kernel_hard.rank_genes_settle_kernel[(min(sort.n_programs, n_cells),)](
             **unsorted, tokens_ptr=columns.tokens, first_bucket=first_bucket, last_bucket=last_bucket,
             is_selected=int(first_bucket > n_sorts), **sort.constexprs(sort.settled), **sort.settled.options,
         )  # fmt: skip
