@@ -129,7 +129,9 @@ def test_killed_while_overwriting(corpus, tmp_path):
 def _command(corpus, out, vocabulary, *options, seconds_per_rename=0.0):
     """The command in a process of its own, slowed down by writing many shards, and by so much for each of them."""
     program = (
-        "import os, sys, time; from geneformer_fast.tokenization import run, output; run.BLOCK_ROWS = 64\n"
+        "import os, signal, sys, time; from geneformer_fast.tokenization import run, output; run.BLOCK_ROWS = 64\n"
+        # Whoever started the tests in the background may have had their children ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "replace = os.replace\n"
         f"os.replace = lambda *a, **k: (time.sleep({seconds_per_rename}), replace(*a, **k))[1]\n"
         "tokenize = run.tokenize\n"
