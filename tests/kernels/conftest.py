@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,30 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def one_value_per_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels fail where one store gives an address several values: on a card any of them may win.
+
+    The interpreter stores element after element, and would hide that a mask keeps the wrong ones out.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def checked(self, ptrs, value, mask, *options):
+        is_stored = np.broadcast_to(mask.data, ptrs.data.shape)
+        addresses = ptrs.data[is_stored]
+        order = np.argsort(addresses, kind="stable")
+        addresses = addresses[order]
+        is_again = addresses[1:] == addresses[:-1]
+        if is_again.any():
+            values = np.ascontiguousarray(np.broadcast_to(value.data, ptrs.data.shape)[is_stored][order])
+            values = values.view(f"u{values.itemsize}")
+            assert (values[1:] == values[:-1])[is_again].all(), "a store gives one address several values"
+        return store(self, ptrs, value, mask, *options)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked)
 
 
 @pytest.fixture
