@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 Result = Mapping[str, Any]
@@ -27,20 +28,22 @@ def is_gpu(result: Result) -> bool:
     return result.get("suite") == "gpu"
 
 
-def render(folders: Iterable[Sequence[Result]]) -> str:
+def render(folders: Iterable[Sequence[Result]], outcomes: Iterable[Result] = ()) -> str:
     """The Markdown for all cards; one plain sentence while there are none.
 
     Parameters
     ----------
     folders
         Per folder its results, of whatever suite.
+    outcomes
+        Per folder what its ``tests.json`` says of the groups of tests; nothing where there is none.
     """
     cards = [[result for result in results if is_gpu(result) and result["is_measurement"]] for results in folders]
-    measured = [_card(results) for results in cards if results]
+    measured = [_card(results, groups) for results, groups in zip_longest(cards, outcomes) if results]
     return "\n\n".join([*measured, OTHERS] if measured else [NOTHING])
 
 
-def _card(results: Sequence[Result]) -> str:
+def _card(results: Sequence[Result], groups: Result | None) -> str:
     at = results[0]["provenance"]["gpu"]
     versions = results[0]["provenance"]["packages"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if name in versions)
@@ -61,6 +64,8 @@ def _card(results: Sequence[Result]) -> str:
             blocks.append("\n".join([f"{title}:", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]))
     if missing := _missing(results):
         blocks.append(f"Not measured on this card yet: {', '.join(missing)}.")
+    if groups:
+        blocks.append(_tests(groups))
     commits = sorted({f"`{r['provenance']['commit'] or r['provenance']['source']}`" for r in results})
     dates = sorted({r["provenance"]["date"] for r in results})
     blocks.append(
@@ -68,6 +73,18 @@ def _card(results: Sequence[Result]) -> str:
         f"all tests of the operations were green.{_quick(results)}</sub>"
     )
     return "\n\n".join(blocks)
+
+
+def _tests(groups: Result) -> str:
+    """How many tests passed on the card, and which groups have no green run."""
+    from bench.gpu_tests import GROUPS
+
+    words = {"timeout": "ended by its limit of time", "none": "all skipped", "failed": "red"}
+    statuses = {group: groups.get(group, {}).get("status", "") for group in GROUPS}
+    open_ = [f"{name} ({words.get(status, 'not run')})" for name, status in statuses.items() if status != "passed"]
+    n_passed = sum(found.get("passed", 0) for found in groups.values() if found["status"] == "passed")
+    said = f"Tests on this card: {n_passed} passed, in {len(GROUPS) - len(open_)} of {len(GROUPS)} groups"
+    return said + (f"; without a green run of these sources: {', '.join(open_)}." if open_ else ".")
 
 
 def _missing(results: Sequence[Result]) -> list[str]:

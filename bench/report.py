@@ -24,7 +24,8 @@ def render(results: Path) -> str:
     folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
     found = [_read(folder) for folder in folders]
     parts = [_machine([result for result in machine if not gpu_report.is_gpu(result)]) for machine in found]
-    return "\n\n".join([*filter(None, parts)] or [NOTHING]) + "\n\n" + gpu_report.render(found)
+    tests = [_outcomes(folder) for folder in folders]
+    return "\n\n".join([*filter(None, parts)] or [NOTHING]) + "\n\n" + gpu_report.render(found, tests)
 
 
 def replaced(text: str, tables: str) -> str:
@@ -45,6 +46,12 @@ def _read(folder: Path) -> list[Result]:
     # A file that begins with something else than a case (the outcomes of tests) is no result.
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [result for result in found if "case" in result]
+
+
+def _outcomes(folder: Path) -> Result:
+    """Groups of tests that ran on the machine's card."""
+    path = folder / "tests.json"
+    return json.loads(path.read_text())["groups"] if path.exists() else {}
 
 
 def _machine(results: Sequence[Result]) -> str:

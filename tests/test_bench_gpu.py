@@ -453,6 +453,21 @@ def test_the_readme_gets_a_table_per_card() -> None:
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(widths) <= 1
     assert gpu_report.render([[{**results[0], "is_measurement": False}]]) == gpu_report.NOTHING
+    assert "Tests on this card" not in text
+
+
+def test_the_readme_says_which_tests_ran_on_a_card() -> None:
+    results = [gpu_result("encoder_x", "some preset, inference", {"ours": row_of(80.0, is_ours=True)}, [], cells=64)]
+    del results[0]["variants"]["full"]["rows"]["ours"]
+    green = {group: {"status": "passed", "passed": 10} for group in gpu_tests.GROUPS}
+    n_groups = len(green)
+    text = gpu_report.render([[], results], [{}, green])
+    assert f"Tests on this card: {10 * n_groups} passed, in {n_groups} of {n_groups} groups." in text
+    some = {**green, "encoder": {"status": "timeout"}, "wrapped": {"status": "failed", "passed": 9, "failed": 1}}
+    del some["sanitizer"]
+    text = gpu_report.render([results], [some])
+    assert f"Tests on this card: {10 * (n_groups - 3)} passed, in {n_groups - 3} of {n_groups} groups; " in text
+    assert "encoder (ended by its limit of time), wrapped (red), sanitizer (not run)." in text
 
 
 def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
