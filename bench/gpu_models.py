@@ -35,9 +35,11 @@ def tiny_config(config: EncoderConfig) -> EncoderConfig:
 def random_encoder(config: EncoderConfig, device: torch.device) -> Encoder:
     """Ours in float32 with random weights, away from the trivial start.
 
-    Biases and norms are no zeros and ones, and attention matters as in a trained model: scores have a spread of 1 and
-    its output is as large as what it is added to. With fresh weights every token averages all others and adds a little
-    of that: cells that see each other then change V1-10M's hidden states by 16 %, here by more than half.
+    Biases and norms are no zeros and ones, and attention matters as in a trained model: scores have a spread of 1. With
+    fresh weights every token averages all others and adds a little of that: cells that see each other then change
+    V1-10M's hidden states by 16 %, here by 65 %, like those of the other presets (68 to 75 %). What attention adds is a
+    quarter of what it is added to: were it as much, all tokens of a deep model would become one, and the little by
+    which they differ would be what bfloat16 rounds away (V2-316M: 19 %, here 2 %).
     """
     torch.manual_seed(0)
     with torch.device(device):
@@ -47,7 +49,7 @@ def random_encoder(config: EncoderConfig, device: torch.device) -> Encoder:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
             elif name.endswith(("qkv.weight", "out.weight")):
-                parameter.normal_(0.0, config.width**-0.5)
+                parameter.normal_(0.0, config.width**-0.5 * (1.0 if name.endswith("qkv.weight") else 0.25))
     return encoder.eval()
 
 

@@ -30,10 +30,9 @@ from bench.gpu_timer import as_graph
 from bench.gpu_workload import Mix, Packed, Padded, Workload, fitted
 from geneformer_fast import Encoder, EncoderConfig
 
-# Whether it is the same function; how exact it is, the tests judge. Random weights multiply what bfloat16 rounds away:
-# on an H200 the hidden states of V2-104M's full cells are off by 32 % (ours) and 50 % (transformers), V2-316M's of real
-# cells by 39 and 66 %, ours of full ones by 64 %. Cells that see each other change V2-104M by 99 %.
-TOLERANCE = {"hidden": 0.8, "loss": 0.02, **dict.fromkeys(CHECKED_GRADIENTS, 0.3)}
+# Whether it is the same function; how exact it is, the tests judge. What bfloat16 rounds away is 2 % of hidden states'
+# differences between tokens, cells that see each other change 65 % and more (``random_encoder``).
+TOLERANCE = {"hidden": 0.2, "loss": 0.02, **dict.fromkeys(CHECKED_GRADIENTS, 0.3)}
 # Twelve layers through torch.compile.
 COMPILE_S = 25.0
 
