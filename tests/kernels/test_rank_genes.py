@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from geneformer_kernels.ops.rank_genes.plan import plan
 from geneformer_kernels.target import CARDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _oracle_scores(x, n, medians, is_division):
@@ -192,6 +196,92 @@ def test_no_cells_and_no_entries():
     )
     assert len(values) == 0
     assert lengths.tolist() == [0, 0, 0]
+
+
+GENES = dict(column_to_gene=[0, 1, 2], token_ids=[0, 1, 2], medians=[1.0, 1.0, 1.0])
+every_implementation = pytest.mark.parametrize(
+    "impl",
+    ["numba", "reference", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled here"))],
+)
+
+
+def _rank(impl, indptr=(0, 2), indices=(0, 1), n_counts=(5.0,), data=None, **changes):
+    """The public function on a small block that is fine but for ``changes``; the tokens of each cell."""
+    genes = {name: torch.as_tensor(value) for name, value in (GENES | changes).items()}
+    data = torch.ones(len(indices)) if data is None else torch.as_tensor(data)
+    block = torch.tensor(indptr), torch.tensor(indices, dtype=torch.int64), data, torch.tensor(n_counts)
+    values, cu_seqlens = rank_genes(*block, **genes, keep=5, impl=impl)
+    return _split(values, np.diff(cu_seqlens))
+
+
+@every_implementation
+def test_wrong_blocks_and_genes(impl):
+    assert _rank(impl) == [[0, 1]]
+    for indptr, indices, row in (((0, 3), (2, 0, 2), 0), ((0, 1, 4), (1, 2, 0, 2), 1), ((0, 3), (0, 1, 1), 0)):
+        with pytest.raises(host.RepeatedColumnError, match=f"row {row} names a column twice"):
+            _rank(impl, indptr, indices, (5.0,) * (len(indptr) - 1))
+    for indices in ([0, 3], [-1, 1], [0, 2**32 + 1]):
+        with pytest.raises(ValueError, match="row 0: a column index is out of range"):
+            _rank(impl, indices=indices)
+    for indptr in ([0, 9], [1, 0], [-1, 2]):
+        with pytest.raises(ValueError, match="row 0: indptr does not fit"):
+            _rank(impl, indptr)
+    for n in (0.0, -3.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="row 0 has entries but n_counts"):
+            _rank(impl, n_counts=[n])
+    for wrong in ([1.0, 0.0, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="medians must be positive"):
+            _rank(impl, medians=wrong)
+    for wrong in ([4, 4, 5], [-1, 4, 5], [1, 2, 2**31], [1, 2, 2**32 + 4]):
+        with pytest.raises(ValueError, match="unique"):
+            _rank(impl, token_ids=wrong)
+    with pytest.raises(ValueError, match="a gene that is not there"):
+        _rank(impl, column_to_gene=[0, 1, 3])
+
+
+@every_implementation
+def test_cells_with_nothing_to_rank_need_no_total(impl):
+    """Cells without entries, and such whose entries are stored zeros or columns that are left out."""
+    assert _rank(impl, (0, 0), (), (0.0,)) == [[]]
+    for n in (0.0, float("nan")):
+        options = dict(n_counts=(n, n, 3.0), data=[0, 0, 4, 0, 2], column_to_gene=[0, 1, -1])
+        assert _rank(impl, (0, 2, 4, 5), (0, 1, 2, 0, 1), **options) == [[], [], [1]]
+
+
+@every_implementation
+def test_rows_need_not_begin_with_the_first_entry(impl):
+    assert _rank(impl, (1, 3), (2, 0, 1, 2)) == [[0, 1]]
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("dtype", "addends", "other", "is_greater"),
+    [
+        ("int32", [2**30] * 3, 2**31 - 1, True),  # more than the dtype holds
+        ("int64", [2**62] * 3, 2**63 - 1, True),
+        ("float64", [0.1, 0.2, 0.3], 0.6, False),  # added one after another they are more
+        ("float32", [2.0**24, 1.0, 1.0], 2.0**24, True),  # and these are not
+        ("bfloat16", [256.0, 0.5, 0.5], 256.0, True),  # rounded to float32
+    ],
+)
+def test_sums_of_columns_that_share_a_gene(impl, dtype, addends, other, is_greater):
+    """Three columns are gene 1; the fourth is gene 0, which goes first if both are equal."""
+    for sum_of in (addends, addends[::-1]):
+        data = torch.tensor([*sum_of, other], dtype=getattr(torch, dtype))
+        genes = dict(column_to_gene=[1, 1, 1, 0], token_ids=[0, 1], medians=[1.0, 1.0])
+        assert _rank(impl, (0, 4), (0, 1, 2, 3), (1.0,), data, **genes) == [[1, 0] if is_greater else [0, 1]]
+
+
+@pytest.mark.parametrize("signs", [[1, -1], [-1, -1], [-1, 1, 1]])
+def test_negative_counts_do_no_harm(signs):
+    """They are not allowed, and nobody looks for them; the order means nothing, but each gene comes once."""
+    for n_genes in (2, 4000):  # many columns to a gene, and one
+        columns = host.prepare_columns(np.arange(4000) % n_genes, np.arange(n_genes), np.ones(n_genes))
+        data = np.resize(signs, 4000) * np.resize([1.0, 2.5, 3e-300, 1e300], 4000)
+        block = np.array([0, 4000]), np.arange(4000), data, np.ones(1)
+        values, lengths = host.rank_block(*block, columns, is_division=False, keep=4000)
+        assert sorted(values.tolist()) == list(range(n_genes))
+        assert lengths.tolist() == [n_genes]
 
 
 def test_what_is_refused():

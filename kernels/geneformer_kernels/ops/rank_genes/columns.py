@@ -46,15 +46,19 @@ def prepare_columns(column_to_gene: np.ndarray, token_ids: np.ndarray, medians: 
     Raises
     ------
     ValueError
-        Two genes share a token id, a token id is negative, or a median is not a positive finite number.
+        Two genes share a token id, a token id is negative or no int32, a median is not a positive finite number, or
+        ``column_to_gene`` names a gene that is not there.
     """
     column_to_gene = np.asarray(column_to_gene, dtype=np.int64)
-    token_ids = np.asarray(token_ids, dtype=np.int32)
+    token_ids = np.asarray(token_ids, dtype=np.int64)
     medians = np.asarray(medians, dtype=np.float64)
     if not np.all((medians > 0) & np.isfinite(medians)):
         raise ValueError("medians must be positive finite numbers")
-    if (token_ids < 0).any() or len(np.unique(token_ids)) != len(token_ids):
-        raise ValueError("token ids must be unique and not negative")
+    if ((token_ids < 0) | (token_ids >= 2**31)).any() or len(np.unique(token_ids)) != len(token_ids):
+        raise ValueError("token ids must be unique, not negative and less than 2**31")
+    if (column_to_gene >= len(token_ids)).any():
+        raise ValueError("column_to_gene names a gene that is not there")
+    token_ids = token_ids.astype(np.int32)
     is_kept = column_to_gene >= 0
     genes = column_to_gene[is_kept]
     shared = np.flatnonzero(np.bincount(genes, minlength=len(token_ids)) > 1)

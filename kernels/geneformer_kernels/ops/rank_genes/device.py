@@ -27,7 +27,7 @@ from geneformer_kernels.ops.rank_genes.plan import (
 _COLUMN_PROBLEMS = (
     "",
     "medians must be positive finite numbers",
-    "token ids must be unique and not negative",
+    "token ids must be unique, not negative and less than 2**31",
     "column_to_gene names a gene that is not there",
 )
 
@@ -96,13 +96,12 @@ def prepare_columns(
         raise ValueError(f"ranking on a GPU knows at most {1 << MAX_RANK_BITS} genes, not {n_genes}: impl='reference'")
     if n_genes == 0:  # tables of one entry that no column points at
         token_ids, medians = token_ids.new_zeros(1), medians.new_ones(1)
-        column_to_gene = column_to_gene.clamp(max=-1)
     medians = medians.double()
     tokens, order = torch.sort(token_ids.to(torch.int64))
     rank_of_gene = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     gene = column_to_gene.to(torch.int64)
     is_kept = gene >= 0
-    is_there = gene < len(order)
+    is_there = gene < n_genes
     gene = torch.where(is_kept & is_there, gene, 0)
     n_columns = torch.zeros_like(order).index_add_(0, gene, (is_kept & is_there).to(torch.int64))
     rank = rank_of_gene[gene]
@@ -161,18 +160,22 @@ def wait(ranked: RankedCells, columns: DeviceColumns, n_counts: torch.Tensor) ->
     RepeatedColumnError
         A row names a column twice.
     ValueError
-        The block was no CSR matrix over the prepared columns, a cell with counts had no positive finite n_counts, or
-        the columns, prepared without waiting, were wrong.
+        The block was no CSR matrix over the prepared columns, a cell with something to rank had no positive finite
+        n_counts, or the columns, prepared without waiting, were wrong.
     """
-    bad = ranked.status & (WRONG_INDPTR | WRONG_COLUMN | WRONG_TOTAL | REPEATED_COLUMN)
+    bad = ranked.status & (WRONG_INDPTR | WRONG_COLUMN | REPEATED_COLUMN)
+    # The kernels look at the totals of all rows with entries, but if these are all dropped there is nothing to divide.
+    bad |= torch.where(ranked.cu_seqlens.diff() > 0, ranked.status & WRONG_TOTAL, 0)
     found = [columns.problem, ranked.cu_seqlens[-1]]
-    found += [bad.amax(), bad.argmax()] if len(bad) else []
-    number, n_tokens, *worst = torch.stack([value.to(torch.int64) for value in found]).tolist()
+    if len(bad):
+        row = torch.where(bad != 0, torch.arange(len(bad), device=bad.device), len(bad) - 1).amin()
+        found += [bad.gather(0, row[None]).squeeze(0), row]  # bad[row] would wait
+    number, n_tokens, *first_bad = torch.stack([value.to(torch.int64) for value in found]).tolist()
     if number:
         raise ValueError(_COLUMN_PROBLEMS[number])
-    if not worst or not worst[0]:
+    if not first_bad or not first_bad[0]:
         return n_tokens
-    kind, row = worst
+    kind, row = first_bad
     if kind & WRONG_INDPTR:
         raise ValueError(f"row {row}: indptr does not fit")
     if kind & WRONG_COLUMN:

@@ -108,7 +108,7 @@ def _order(n, keep, scores, tokens, words, spare, histogram):
         smallest = min(smallest, bits[i])
     span = largest - smallest
     n_bits = 0
-    while span >> np.uint64(n_bits) != 0:
+    while n_bits < 64 and span >> np.uint64(n_bits) != 0:  # all 64 only where a count was negative
         n_bits += 1
     right = np.uint64(max(n_bits - _KEY_BITS, 0))
     left = np.uint64(max(_KEY_BITS - max(n_bits, 1), 0)) + _POSITION_BITS
@@ -171,11 +171,14 @@ def _score(x, factor, weight, is_single, is_division):
 
 
 @numba.njit(nogil=True, cache=True)
-def _score_row(indices, data, factor, is_single, is_division, columns, slots, sums, errors, touched, scores, tokens):
+def _score_row(
+    row, indices, data, factor, is_single, is_division, is_rounded, columns, slots,
+    sums, errors, last_row, touched, scores, tokens,
+):  # fmt: skip
     """Scores and tokens of one row's entries that have a token and are not zero; returns how many there are.
 
     Columns that share a gene are summed first, in twice float64's precision (Knuth's two-sum), so that the sum does not
-    depend on the order of the columns, and rounded to the dtype of the counts.
+    depend on the order of the columns, and with ``is_rounded`` rounded to float32, as the counts are.
     """
     codes, weights = columns
     slot_tokens, slot_weights = slots
@@ -186,7 +189,8 @@ def _score_row(indices, data, factor, is_single, is_division, columns, slots, su
         if code < -1:
             slot = -2 - code
             if x != 0:
-                if sums[slot] == 0.0:
+                if last_row[slot] != row:
+                    last_row[slot] = row
                     touched[n_touched] = slot
                     n_touched += 1
                 addend = np.float64(x)
@@ -200,7 +204,9 @@ def _score_row(indices, data, factor, is_single, is_division, columns, slots, su
         n += (code >= 0) & (x != 0)
     for i in range(n_touched):
         slot = touched[i]
-        total = data.dtype.type(sums[slot] + errors[slot])
+        total = sums[slot] + errors[slot]
+        if is_rounded:
+            total = np.float64(np.float32(total))
         sums[slot], errors[slot] = 0.0, 0.0
         scores[n] = _score(total, factor, slot_weights[slot], is_single, is_division)
         tokens[n] = slot_tokens[slot]
@@ -210,21 +216,23 @@ def _score_row(indices, data, factor, is_single, is_division, columns, slots, su
 
 @numba.njit(nogil=True, cache=True)
 def _rank_rows(
-    indptr, indices, data, factors, is_single, is_division, columns, slots, keep, first, last, n_widest, out, lengths
+    indptr, indices, data, factors, is_single, is_division, is_rounded, columns, slots, keep, first, last, n_widest,
+    out, lengths,
 ):  # fmt: skip
     """Rank every row into ``out``, one after another; returns the number of tokens written."""
     n_slots = slots[0].size
     # One more than the widest row: the score of a dropped entry is written before it is known to be dropped.
     scores, tokens = np.empty(n_widest + 1), np.empty(n_widest + 1, np.int32)
     words, spare = np.empty(n_widest + 1, np.uint64), np.empty(n_widest, np.uint64)
-    sums, errors, touched = np.zeros(n_slots), np.zeros(n_slots), np.empty(n_slots, np.int32)
+    sums, errors = np.zeros(n_slots), np.zeros(n_slots)
+    touched, last_row = np.empty(n_slots, np.int32), np.full(n_slots, -1, np.int64)
     histogram = np.empty((2, 256), np.int64)
     cursor = 0
     for row in range(indptr.size - 1):
         begin, end = indptr[row], indptr[row + 1]
         n = _score_row(
-            indices[begin:end], data[begin:end], factors[row], is_single, is_division,
-            columns, slots, sums, errors, touched, scores, tokens,
+            row, indices[begin:end], data[begin:end], factors[row], is_single, is_division, is_rounded,
+            columns, slots, sums, errors, last_row, touched, scores, tokens,
         )  # fmt: skip
         start = cursor
         if n > 0:
@@ -330,9 +338,15 @@ def rank_block(
     RepeatedColumnError
         A row names a column twice.
     ValueError
-        The block is no CSR matrix over the prepared columns, or a cell with counts has no positive finite n_counts.
+        The block is no CSR matrix over the prepared columns, or a cell with something to rank has no positive finite
+        n_counts.
     """
     indptr = np.ascontiguousarray(indptr, dtype=np.int64)
+    if not is_checked and np.asarray(indices).dtype.itemsize > 4:  # before they lose what int32 does not hold
+        is_out = (indices < 0) | (indices >= len(columns.codes))
+        if is_out.any():
+            row = np.searchsorted(indptr, np.flatnonzero(is_out)[0], side="right") - 1
+            raise ValueError(f"row {row}: a column index is out of range")
     indices = np.ascontiguousarray(indices, dtype=np.int32)
     n_rows = len(indptr) - 1
     if len(data) != len(indices) or len(n_counts) != n_rows:
@@ -343,22 +357,24 @@ def rank_block(
         _check_block(indptr, indices, len(columns.codes))
     row_sizes = np.diff(indptr)
     n_counts = np.asarray(n_counts)
-    is_bad = (row_sizes > 0) & ~((n_counts > 0) & np.isfinite(n_counts))
-    if is_bad.any():
-        raise ValueError(f"row {np.flatnonzero(is_bad)[0]} has entries but n_counts {n_counts[is_bad][0]}")
+    for row in np.flatnonzero((row_sizes > 0) & ~((n_counts > 0) & np.isfinite(n_counts))):
+        entries = slice(indptr[row], indptr[row + 1])
+        if ((columns.codes[indices[entries]] != -1) & (data[entries] != 0)).any():
+            raise ValueError(f"row {row} has entries but n_counts {n_counts[row]}")
     block = plan(widest_row=int(row_sizes.max(initial=0)), keep=keep)
     factors = n_counts if n_counts.dtype == np.float32 else n_counts.astype(np.float64)
     is_single = np.result_type(data.dtype, factors.dtype) == np.float32
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         factors = (factors if is_division else np.true_divide(1.0, factors)).astype(np.float64)
         weights = (columns.medians, columns.sum_medians)
         weights = weights if is_division else tuple(np.true_divide(1.0, weight) for weight in weights)
     n_specials = int(first >= 0) + int(last >= 0)
     out = np.empty(int((np.minimum(row_sizes, keep) + n_specials).sum()), dtype=out_dtype)
     lengths = np.empty(n_rows, dtype=np.int64)
+    is_rounded = data.dtype.name in ("float16", "float32")
     n_tokens = _rank_rows(
         indptr, indices, np.ascontiguousarray(data, dtype=_WIDENED.get(data.dtype.name, data.dtype)), factors,
-        bool(is_single), bool(is_division), (columns.codes, weights[0]), (columns.sum_tokens, weights[1]),
+        bool(is_single), bool(is_division), is_rounded, (columns.codes, weights[0]), (columns.sum_tokens, weights[1]),
         block.keep, first, last, block.widest_row, out, lengths,
     )  # fmt: skip
     return out[:n_tokens], lengths

@@ -46,7 +46,8 @@ import triton.language as tl
 from geneformer_kernels.tiles import in_order, place_of, position_of, sorted_places
 
 GREATEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-# Bits of a cell's status; plan.py says in words what each means.
+# Bits of a cell's status. Wrong ones and a repeated column are mistakes, which device.wait says in words; of columns
+# that do not ascend another kernel asks whether they repeat; fine counts have more bits than two words can settle.
 WRONG_INDPTR = tl.constexpr(1)
 WRONG_COLUMN = tl.constexpr(2)
 WRONG_TOTAL = tl.constexpr(4)

@@ -37,10 +37,11 @@ def rank_genes(
     ----------
     indptr, indices, data
         [B + 1], [nnz] and [nnz]: the counts of B cells as CSR; finite, not negative, of any real dtype. Columns of a
-        row may be in any order. Stored zeros are no entries.
+        row may be in any order, but on a GPU rows whose columns ascend save looking for repeated ones, which takes the
+        square of a row's length. Stored zeros are no entries.
     n_counts
-        [B] total counts per cell, positive where the cell has entries. With float32 n_counts and float32 (or 8- and
-        16-bit integer) counts the first two steps of the score round to float32, as they do in numpy; otherwise
+        [B] total counts per cell, positive where a cell has something to rank. With float32 n_counts and float32 (or
+        8- and 16-bit integer) counts the first two steps of the score round to float32, as they do in numpy; otherwise
         everything is float64.
     column_to_gene
         [G] integers: index of each column's gene in ``token_ids`` and ``medians``, -1 for columns to leave out. Columns
@@ -70,7 +71,8 @@ def rank_genes(
     Raises
     ------
     ValueError
-        Shapes do not fit, a column is named twice in a row, a median is not positive, or token ids repeat.
+        Shapes do not fit, the block is no CSR matrix over the columns, a column is named twice in a row, n_counts or a
+        median is not positive and finite, token ids repeat, or ``column_to_gene`` names a gene that is not there.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -94,13 +96,19 @@ def rank_genes(
         n_tokens = device.wait(ranked, on_device, n_counts)
         return ranked.values[:n_tokens] if padded_length is None else ranked.values, ranked.cu_seqlens
     if choice.impl == Impl.REFERENCE:
+        place = "cpu" if data.device.type == "mps" else data.device
         values, lengths = reference.rank_genes(
-            indptr, indices, data, n_counts, column_to_gene, token_ids, medians, is_division, keep, first, last
-        )
+            indptr.to(place), indices.to(place), data.to(place), n_counts.to(place),
+            column_to_gene.to(place), token_ids.to(place), medians.to(place), is_division, keep, first, last,
+        )  # fmt: skip
+        values, lengths = values.to(data.device), lengths.to(data.device)
     else:
         from geneformer_kernels.ops.rank_genes.host import prepare_columns, rank_block
 
-        columns = prepare_columns(column_to_gene.numpy(), token_ids.numpy(), medians.numpy())
+        columns = prepare_columns(column_to_gene.numpy(), token_ids.numpy(), medians.double().numpy())
+        # numpy has no bfloat16. Such counts are ranked as float32 ones, and totals that are not float32 as float64.
+        data = data.float() if data.dtype == torch.bfloat16 else data
+        n_counts = n_counts.double() if n_counts.dtype == torch.bfloat16 else n_counts
         packed, counted = rank_block(
             indptr.numpy(), indices.numpy(), data.numpy(), n_counts.numpy(), columns,
             is_division=is_division, keep=keep, first=first, last=last, out_dtype="int64",

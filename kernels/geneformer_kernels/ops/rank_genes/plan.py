@@ -17,7 +17,7 @@ OP = "rank_genes"
 MAX_ENTRIES_PER_ROW = 1 << 22
 #: Bits of a word that hold a gene's rank on a GPU; with more the proof in kernel.py does not hold.
 MAX_RANK_BITS = 18
-#: Bits of a cell's status on a GPU that make its result no result, in the order in which they are told.
+#: Bits of a cell's status on a GPU that make its result no result; ``device.wait`` says them in words.
 WRONG_INDPTR, WRONG_COLUMN, WRONG_TOTAL, REPEATED_COLUMN = 1, 2, 4, 16
 #: And the one of a cell that one sort leaves undecided.
 IS_OPEN = 64
@@ -30,7 +30,7 @@ WIDENED_COUNTS = {"bool": "uint8", "uint32": "int64", "uint64": "float64", "bflo
 #: What matrices of counts come in; only of these is every width compiled ahead of time.
 USUAL_COUNTS = ("float32", "int32", "uint16")
 #: Counts whose score rounds to float32 at first where n_counts is float32: numpy's rules of promotion.
-NARROW_COUNTS = frozenset(("float32", "float16", "int8", "uint8", "int16", "uint16", "bool"))
+NARROW_COUNTS = frozenset(("float32", "float16", "bfloat16", "int8", "uint8", "int16", "uint16", "bool"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
         if is_cpu
         else "the compiled loop runs on the CPU only",
     )
-    reference = Candidate(Impl.REFERENCE, True, "stable sorts in plain torch, any device")
+    where = "on the CPU: Apple's devices have no float64" if target.kind == "mps" else "any device"
+    reference = Candidate(Impl.REFERENCE, True, f"stable sorts in plain torch, {where}")
     triton = triton_candidate(OP, dtype, target, "one sort per cell, exact in float64")
     return (numba, reference, triton) if is_cpu else (triton, reference, numba)
 
