@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from geneformer_kernels import (
     residual_layernorm,
     varlen_attention_qkv,
 )
+from geneformer_kernels.dispatch import as_chosen_now
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -316,7 +318,10 @@ class Encoder(nn.Module):
         is_final = self.config.norm == "pre" and index + 1 == self.config.n_layers and self.final_norm is not None
         inputs = (stream, x, cu_seqlens, self.final_norm if is_final else self._norm_after(index), is_final)
         if self.is_recomputing and self.training and torch.is_grad_enabled():
-            stream, x = checkpoint(self._block(index), *inputs, use_reentrant=False)
+            block: Callable[..., Any] = self._block(index)
+            if not torch.compiler.is_compiling():  # a compiled model's choices are made already
+                block = as_chosen_now(block)
+            stream, x = checkpoint(block, *inputs, use_reentrant=False)
         else:
             stream, x = self.blocks[index](*inputs)
         if index + 1 == self.config.n_layers and self.final_norm is not None and not is_final:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from geneformer_kernels import dispatch
@@ -50,11 +51,74 @@ def test_block_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "varlen_attention=triton")
     with pytest.raises(ImplUnavailableError, match="GENEFORMER_KERNELS_IMPL"):
         impl_of("varlen_attention")
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
-    with pytest.raises(ImplUnavailableError, match="names no implementation"):
-        impl_of("varlen_attention")
     with pytest.raises(ValueError, match="no operation"), use_impl("torch", "attention"):
         pass
+    with pytest.raises(ValueError, match="no implementation named 'cuda'; there are triton"), use_impl("cuda"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fastest", "no implementation named 'fastest'"),
+        ("feed_forward=fastest", "no implementation named 'fastest'"),
+        ("atention=torch", "'atention=torch' names no operation; there are rank_genes"),
+        ("torch=varlen_attention", "'torch=varlen_attention' names no operation"),
+        ("reference,atention=torch", "names no operation"),
+    ],
+)
+def test_mistakes_in_the_environment_are_named(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever operation is asked about."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, text)
+    for op in ("varlen_attention", "linear"):
+        with pytest.raises(ImplUnavailableError, match=f"GENEFORMER_KERNELS_IMPL.*{message}"):
+            choose(op, "float32", CPU)
+
+
+@pytest.mark.parametrize("text", ["torch, varlen_attention=reference", "varlen_attention=reference,torch"])
+def test_the_environment_may_name_one_operation_and_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, text)
+    assert choose("varlen_attention", "float32", CPU).impl == Impl.REFERENCE
+    assert choose("feed_forward", "float32", CPU).impl == Impl.TORCH
+    assert choose("rank_genes", "float64", CPU).impl == Impl.NUMBA  # it has none in torch
+
+
+def test_all_operations_means_those_that_have_it() -> None:
+    with use_impl("triton"):
+        assert choose("linear", "float16", CARDS["A100"]).impl == Impl.TORCH
+        assert choose("feed_forward", "float16", CARDS["A100"]).reason == "asked for by use_impl"
+        with pytest.raises(ImplUnavailableError, match="triton was asked for by use_impl"):
+            choose("feed_forward", "float16", CARDS["T4"])
+    with use_impl("triton", "linear"), pytest.raises(ImplUnavailableError, match="linear has no triton"):
+        choose("linear", "float16", CARDS["A100"])
+
+
+def test_blocks_hold_in_all_threads_which_may_leave_them_in_any_order() -> None:
+    def impl_here() -> Impl:
+        return choose("feed_forward", "float32", CPU).impl
+
+    with ThreadPoolExecutor(1) as pool:
+        first, second = use_impl("reference"), use_impl("reference", "feed_forward")
+        first.__enter__()
+        assert pool.submit(impl_here).result() == Impl.REFERENCE
+        pool.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert impl_here() == Impl.REFERENCE
+        assert choose("varlen_attention", "float32", CPU).impl == Impl.TORCH
+        pool.submit(second.__exit__, None, None, None).result()
+        assert impl_here() == pool.submit(impl_here).result() == Impl.TORCH
+
+
+def test_a_function_may_keep_the_choices_of_its_making() -> None:
+    def impl_here() -> Impl:
+        return choose("feed_forward", "float32", CPU).impl
+
+    with use_impl("reference"):
+        as_then = dispatch.as_chosen_now(impl_here)
+    before = dispatch.as_chosen_now(impl_here)
+    assert (as_then(), impl_here()) == (Impl.REFERENCE, Impl.TORCH)
+    with use_impl("reference"):
+        assert (before(), impl_here()) == (Impl.TORCH, Impl.REFERENCE)
 
 
 def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +137,8 @@ def test_targets() -> None:
     assert CARDS["T4"].fastest_dtype == CARDS["V100"].fastest_dtype == "float16"
     assert CARDS["A100"].fastest_dtype == "bfloat16"
     assert Target.cpu().fastest_dtype == "float32"
-    assert Target.cuda(100).smem_bytes == 232_448
+    assert Target.cuda(100).smem_bytes == Target.cuda(103).smem_bytes == 232_448
+    assert Target.cuda(120).smem_bytes == CARDS["L4"].smem_bytes
 
 
 def rows(*measured: tuple[dict[str, int], dict[str, float]]) -> dict:
@@ -145,8 +210,8 @@ def test_other_makers_devices_are_told_once(
             for op in OPERATIONS:
                 assert choose(op, "float64" if op == "rank_genes" else "float32", target).impl != Impl.TRITON
     assert len(caplog.records) == len(OPERATIONS)
-    assert all("AMD and Apple devices take the torch path" in record.getMessage() for record in caplog.records)
-    with pytest.raises(ImplUnavailableError, match="AMD and Apple devices"):
+    assert all("AMD, Apple and other devices take the" in record.getMessage() for record in caplog.records)
+    with pytest.raises(ImplUnavailableError, match="AMD, Apple and other devices"):
         choose("feed_forward", "float32", target, "triton")
 
 
@@ -158,6 +223,17 @@ def test_a_fallback_says_what_could_not_run() -> None:
         choose("feed_forward", "float16", old).reason
     )
     assert choose("feed_forward", "float16", Target.cuda(80, triton=(3, 6), name="A100")).impl == Impl.TRITON
+
+
+@pytest.mark.parametrize(("sm", "is_loud"), [(75, False), (80, True), (90, True)])
+def test_a_card_made_for_the_kernels_is_told_that_it_goes_without(
+    sm: int, is_loud: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    with caplog.at_level(logging.INFO, "geneformer_kernels"):
+        choose("varlen_attention", "float16", Target.cuda(sm, triton=None, name="some card"))
+        choose("varlen_attention", "float16", CARDS["H100"])
+    assert [record.levelno for record in caplog.records] == [logging.WARNING if is_loud else logging.INFO, logging.INFO]
 
 
 def test_volta_refuses_bfloat16_with_advice() -> None:

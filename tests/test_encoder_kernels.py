@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from geneformer_kernels.dispatch import OPERATIONS, Impl, candidates, use_impl
-from geneformer_kernels.target import target_of
+from geneformer_kernels.dispatch import use_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged
@@ -30,11 +29,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
     """Every operation that has a kernel runs on it."""
-    with contextlib.ExitStack() as stack:
-        for op in OPERATIONS:
-            options = candidates(op, "float64" if op == "rank_genes" else "float32", target_of("cpu"))
-            if any(option.impl == Impl.TRITON and option.can_run for option in options):
-                stack.enter_context(use_impl(Impl.TRITON, op))
+    with use_impl("triton"):
         yield
 
 

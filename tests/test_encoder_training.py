@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from geneformer_kernels.dispatch import use_impl
 
 from geneformer_fast import Encoder, EncoderConfig
 from geneformer_fast.ragged import Ragged
@@ -76,6 +79,39 @@ def test_recomputation_changes_nothing(kind: str, has_dropout: bool) -> None:
     assert torch.equal(plain, again)
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("op", ["varlen_attention", "feed_forward", None])
+def test_recomputation_makes_the_choices_of_the_forward_pass(op: str | None) -> None:
+    """In other threads too, where autograd recomputes on a card."""
+    encoder, tokens = model(dropout=0.0, attention_dropout=0.0).train(), batch()
+    rows, targets = masked(tokens)
+    found = []
+    for encoder.is_recomputing in (False, True):
+        with use_impl("reference", op):
+            loss = encoder.mlm_loss(encoder(tokens), rows, targets)
+        encoder.zero_grad()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        found.append({name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None})
+    assert found[1]
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+def test_choices_cannot_be_made_within_a_compiled_function() -> None:
+    """Its operations are chosen while it is compiled, so the block would come too late: it breaks the graph."""
+    encoder, tokens = model().eval(), batch()
+
+    def run() -> torch.Tensor:
+        with use_impl("reference"):
+            return encoder(tokens).values
+
+    with torch.no_grad():
+        with use_impl("reference"):
+            expected = encoder(tokens).values
+        torch.testing.assert_close(torch.compile(run, backend="eager")(), expected, atol=0, rtol=0)
 
 
 def test_dropout_depends_on_the_seed_alone() -> None:

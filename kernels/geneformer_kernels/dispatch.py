@@ -5,6 +5,9 @@ what a kernel compiles to on a card is read from the generated table of architec
 implementations (``measured.py``, generated too), the faster one for a problem of this shape goes first. :func:`choose`
 takes the first that can run, unless the caller, a :func:`use_impl` block or the environment variable
 ``GENEFORMER_KERNELS_IMPL`` asks for one by name; what is asked for by name runs or raises, it never falls back.
+
+The variable holds ``"torch"``, for every operation that has such an implementation, or names operations,
+``"varlen_attention=reference,feed_forward=torch"``, or both: an operation that is named is not concerned by the rest.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from geneformer_kernels.capability import CAPABILITY
 from geneformer_kernels.measured import MEASURED
@@ -43,7 +47,7 @@ OLDEST_TRITON = (3, 6)
 LEAST_GAIN = 1.03
 #: Sizes of a problem that are flags: they agree or the row says nothing. Others may differ up to a factor of two.
 FLAGS = ("needs_grad", "has_dropout", "has_layernorm", "is_dynamic")
-NOT_NVIDIA = "AMD and Apple devices take the torch path: these kernels are tested on NVIDIA cards only"
+NOT_NVIDIA = "AMD, Apple and other devices take the torch path: these kernels are tested on NVIDIA cards only"
 
 
 class Impl(StrEnum):
@@ -77,7 +81,22 @@ class ImplUnavailableError(RuntimeError):
     """An implementation asked for by name cannot run here; the message lists what can."""
 
 
-_forced: ContextVar[tuple[tuple[str, Impl], ...]] = ContextVar("geneformer_kernels_forced", default=())
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Wish(NamedTuple):
+    """What somebody asked for: an implementation of an operation, or (op "") of all that have it."""
+
+    op: str
+    impl: Impl
+
+
+# Blocks of use_impl that are open, the last one first. Of the process, not of a thread or context: batches are embedded
+# in worker threads, and autograd recomputes in threads of its own.
+_blocks: list[Wish] = []
+# What was asked for in the forward pass, while a backward pass computes it again.
+_as_then: ContextVar[tuple[Wish, ...] | None] = ContextVar("geneformer_kernels_as_then", default=None)
 _told: set[tuple[str, str, str, str]] = set()
 
 
@@ -183,7 +202,8 @@ def choose(
         The device, real or made up.
     impl
         An implementation by name. None asks :func:`use_impl`, then the environment variable, then picks the first
-        candidate that can run, and logs the reason once per operation, dtype and target.
+        candidate that can run, and logs the reason once per operation, dtype and target; as a warning where a device
+        made for these kernels, from Ampere on, or one that is not NVIDIA's, has to do without them.
     shape
         Sizes and flags of the problem, as rows of :data:`geneformer_kernels.measured.MEASURED` name them: ``width``,
         ``head_dim``, ``length``, ``needs_grad``, ... What is left out counts as unknown.
@@ -194,6 +214,8 @@ def choose(
     ------
     ImplUnavailableError
         The implementation asked for by name cannot run for this dtype on this target.
+    ValueError
+        There is no operation, or no kind of implementation, of that name.
     """
     options = candidates(op, dtype, target)
     if triton_cannot:
@@ -201,9 +223,9 @@ def choose(
             Candidate(option.impl, False, triton_cannot) if option.impl == Impl.TRITON and option.can_run else option
             for option in options
         )
-    wanted, source = _wanted(op, impl)
-    if wanted is not None:
-        match = next((option for option in options if option.impl == wanted), None)
+    wanted, source, is_for_all = _wanted(op, impl)
+    match = next((option for option in options if option.impl == wanted), None)
+    if wanted is not None and not (is_for_all and match is None):
         if match is not None and match.can_run:
             return Choice(op, wanted, f"asked for by {source}")
         why = match.reason if match is not None else f"{op} has no {wanted} implementation on {target.kind}"
@@ -225,7 +247,7 @@ def choose(
             if target.kind not in ("cpu", "cuda"):
                 missed = f"; {NOT_NVIDIA}"
             choice = Choice(op, option.impl, option.reason + missed)
-            tell_once(choice, dtype, target)
+            tell_once(choice, dtype, target, is_fallback=bool(missed))
             return choice
     raise ImplUnavailableError(
         f"{op} cannot run in {dtype} on {target.name or target.kind}: "
@@ -242,20 +264,54 @@ def explain(target: Target, dtype: str | None = None) -> list[Choice]:
 
 @contextlib.contextmanager
 def use_impl(impl: Impl | str, op: str | None = None) -> Iterator[None]:
-    """Within the block, run this implementation, of one operation or (op None) of every one; it runs or raises."""
+    """Within the block, run this implementation, of one operation or (op None) of every one that has it.
+
+    It runs or raises, in all threads. What ``torch.compile`` has compiled keeps the choices made while it was compiled,
+    so the block belongs around the first call; within the function it breaks the graph. A backward pass outside of the
+    block that computes activations again chooses again, which torch refuses where the two differ; ``Encoder`` sees to
+    it that it does not.
+
+    Raises
+    ------
+    ValueError
+        There is no operation, or no kind of implementation, of that name.
+    """
     if op is not None and op not in OPERATIONS:
         raise ValueError(f"no operation named {op!r}; there are {', '.join(OPERATIONS)}")
-    names = (op,) if op is not None else OPERATIONS
-    token = _forced.set(tuple((name, Impl(impl)) for name in names) + _forced.get())
+    import torch  # plans and choices themselves are made without it
+
+    if torch.compiler.is_compiling():  # which would trace the block, and enter it when all choices are made
+        raise RuntimeError("use_impl belongs around a compiled function, not into it")
+    wish = Wish(op or "", _named(impl))
+    _blocks.insert(0, wish)
     try:
         yield
     finally:
-        _forced.reset(token)
+        # Not simply the first: threads may leave their blocks in any order.
+        del _blocks[next(i for i, other in enumerate(_blocks) if other is wish)]
+
+
+def as_chosen_now(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, which sees the :func:`use_impl` blocks that are open now whenever and wherever it is called.
+
+    For activation checkpointing, whose second forward pass has to do what the first one did.
+    """
+    now = _open_blocks()
+
+    @functools.wraps(function)
+    def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        token = _as_then.set(now)
+        try:
+            return function(*arguments, **named)
+        finally:
+            _as_then.reset(token)
+
+    return run
 
 
 def asked_for() -> tuple[object, str]:
     """What :func:`use_impl` and the environment variable say at the moment."""
-    return _forced.get(), os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _open_blocks(), os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 def is_forced(op: str) -> bool:
@@ -263,31 +319,54 @@ def is_forced(op: str) -> bool:
     return _wanted(op, None)[0] is not None
 
 
-def _wanted(op: str, impl: Impl | str | None) -> tuple[Impl | None, str]:
+def _open_blocks() -> tuple[Wish, ...]:
+    then = _as_then.get()
+    return tuple(_blocks) if then is None else then
+
+
+def _named(impl: Impl | str) -> Impl:
+    try:
+        return Impl(impl)
+    except ValueError:
+        raise ValueError(f"no implementation named {str(impl)!r}; there are {', '.join(Impl)}") from None
+
+
+def _wanted(op: str, impl: Impl | str | None) -> tuple[Impl | None, str, bool]:
+    """What was asked for and by whom, and whether it was asked of every operation that has it."""
     if impl is not None:
-        return Impl(impl), "impl="
-    for name, forced in _forced.get():
-        if name == op:
-            return forced, "use_impl"
-    # "torch" for every operation, or "varlen_attention=reference,feed_forward=torch".
-    for part in filter(None, os.environ.get(ENVIRONMENT_VARIABLE, "").replace(" ", "").split(",")):
+        return _named(impl), "impl=", False
+    for wish in _open_blocks():
+        if wish.op in ("", op):
+            return wish.impl, "use_impl", not wish.op
+    wishes = _in_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    name = op if op in wishes else ""
+    return wishes.get(name), ENVIRONMENT_VARIABLE, not name
+
+
+@functools.cache
+def _in_environment(text: str) -> dict[str, Impl]:
+    """The wishes in the environment variable, by operation; of all operations under ""."""
+    wishes = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
         name, _, value = part.rpartition("=")
-        if name in ("", op):
-            try:
-                return Impl(value), ENVIRONMENT_VARIABLE
-            except ValueError:
-                known = ", ".join(Impl)
-                raise ImplUnavailableError(
-                    f"{ENVIRONMENT_VARIABLE}={part!r} names no implementation; known are {known}"
-                ) from None
-    return None, ""
+        if name not in ("", *OPERATIONS):
+            raise ImplUnavailableError(
+                f"{ENVIRONMENT_VARIABLE}: {part!r} names no operation; there are {', '.join(OPERATIONS)}"
+            )
+        try:
+            wishes[name] = _named(value)
+        except ValueError as error:
+            raise ImplUnavailableError(f"{ENVIRONMENT_VARIABLE}: {part!r}: {error}") from None
+    return wishes
 
 
-def tell_once(choice: Choice, dtype: str, target: Target) -> None:
+def tell_once(choice: Choice, dtype: str, target: Target, *, is_fallback: bool = False) -> None:
     """Log what was chosen and why, once per operation, dtype, target and implementation."""
     key = (choice.op, dtype, target.name or target.kind, choice.impl)
     if key not in _told:
         _told.add(key)
-        # Somebody who bought a card of another kind should hear of it without asking.
-        level = logging.INFO if target.kind in ("cpu", "cuda") else logging.WARNING
+        # Who has a card that could do better, or bought one of another kind, should hear of it without asking. On a
+        # CPU, and on Volta and Turing, what stands in for the kernels is what is meant to run.
+        is_loud = target.kind not in ("cpu", "cuda") or (is_fallback and target.sm >= 80)
+        level = logging.WARNING if is_loud else logging.INFO
         logger.log(level, "%s in %s on %s: %s, because %s", choice.op, dtype, key[2], choice.impl, choice.reason)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Shared memory one block may use (bytes), by compute capability: CUDA C++ programming guide, table "technical
 # specifications per compute capability", opt-in maximum.
-SMEM_BYTES = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+SMEM_BYTES = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,21 @@ def test_provenance_survives_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.obsm["emb"], adata.obsm["emb"])
 
 
+def test_implementations_asked_for_by_name_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are encoded in other threads, and these ask for the same."""
+    from geneformer_kernels.dispatch import ImplUnavailableError, use_impl
+    from geneformer_kernels.ops.varlen_attention import reference
+
+    calls = []
+    plain = reference.varlen_attention
+    monkeypatch.setattr(reference, "varlen_attention", lambda *arguments: calls.append(1) or plain(*arguments))
+    with use_impl("reference", "varlen_attention"):
+        embed(toys.cells(9), toys.encoder(), dictionary=toys.vocabulary())
+    assert calls
+    with use_impl("numba", "varlen_attention"), pytest.raises(ImplUnavailableError, match="numba was asked for"):
+        embed(toys.cells(9), toys.encoder(), dictionary=toys.vocabulary())
+
+
 def test_copy_leaves_the_input_alone() -> None:
     words, adata = toys.vocabulary(), toys.cells(9)
     before = adata.copy()

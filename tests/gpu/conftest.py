@@ -31,15 +31,9 @@ class Place:
     @contextlib.contextmanager
     def ours(self) -> Iterator[None]:
         """What runs within uses the implementations of this place."""
-        from geneformer_kernels.dispatch import OPERATIONS, Impl, candidates, use_impl
-        from geneformer_kernels.target import target_of
+        from geneformer_kernels.dispatch import use_impl
 
-        with contextlib.ExitStack() as stack:
-            if self.name == "interpreted":
-                target = target_of("cpu")
-                for op in OPERATIONS:
-                    if Impl.TRITON in [option.impl for option in candidates(op, "float32", target) if option.can_run]:
-                        stack.enter_context(use_impl(Impl.TRITON, op))
+        with use_impl("triton") if self.name == "interpreted" else contextlib.nullcontext():
             yield
 
 
