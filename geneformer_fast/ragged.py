@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from geneformer_kernels.ops.varlen_attention.sdpa import remember_longest
 
 
@@ -129,7 +130,7 @@ def _on(
     """Bounds of cells on a device, where attention need not ask it for the longest cell."""
     # A tensor made in inference mode does not tell when it is changed, so nothing could be remembered of it.
     with torch.inference_mode(False):
-        moved = cu_seqlens.to(device, non_blocking=non_blocking)
+        moved = cu_seqlens.to(device, non_blocking=non_blocking, copy=cu_seqlens.is_inference())
     if moved.is_cuda:
         remember_longest(moved, longest)
     return moved
@@ -168,11 +169,11 @@ class Padding:
             # One question to the device for both answers.
             n_tokens, has_first = torch.stack((counts.sum(), keep[:, :1].all())).tolist()
             if n_tokens < n_cells * length:
-                cu_seqlens = torch.zeros(n_cells + 1, dtype=torch.int32, device=device)
-                cu_seqlens[1:] = counts.cumsum(0)
-                return cls(keep.flatten().nonzero().squeeze(1), cu_seqlens, n_cells, length, bool(has_first))
-        starts = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
-        return cls(None, starts, n_cells, length, True)
+                bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+                index = keep.flatten().nonzero().squeeze(1)
+                return cls(index, _on(device, bounds, length), n_cells, length, bool(has_first))
+        bounds = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
+        return cls(None, _on(device, bounds, length), n_cells, length, True)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [T, ...]."""

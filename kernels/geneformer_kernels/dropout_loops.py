@@ -22,8 +22,8 @@ def keep_scale_of(p: float) -> np.float32:
 
 
 def drop(x: np.ndarray, seed: int, first: int, p: float, out: np.ndarray) -> None:
-    """Dropout of bfloat16 as uint16, from place ``first`` on."""
-    _drop(x, np.uint64(seed), np.uint64(first), threshold_of(p), keep_scale_of(p), out)
+    """Dropout of bfloat16 as uint16, from place ``first`` on; the seed is any int64."""
+    _drop(x, np.uint64(seed % 2**64), np.uint64(first), threshold_of(p), keep_scale_of(p), out)
 
 
 # Two 32-bit multiplications and shifts ("lowbias32", Wellons, "Prospecting for hash functions", 2018). Four times

@@ -50,8 +50,47 @@ class Operator:
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """How gradients come about; see ``torch.library.register_autograd``."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        """How gradients come about; see ``torch.library.register_autograd``.
+
+        Gradients of the gradients are refused: torch by itself would warn, and leave out what it does not know.
+        """
+
+        def differentiable_once(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            return _refusing(self.name, results)
+
+        torch.library.register_autograd(self.name, differentiable_once, setup_context=setup_context, lib=_LIBRARY)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes gradients on, and raises where somebody differentiates them."""
+
+    @staticmethod
+    def forward(name: str, _: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has first derivatives only; the implementation 'reference' has all")
+
+
+def _refusing(name: str, results: Any) -> Any:
+    """The same gradients, as a function of something that asks for theirs."""
+    several = results if isinstance(results, tuple) else (results,)
+    there = [result for result in several if result is not None]
+    if not there:
+        return results
+    anything = torch.empty(0, device=there[0].device, requires_grad=True)
+    passed = iter(_FirstDerivative.apply(name, anything, *there))
+    several = tuple(None if result is None else next(passed) for result in several)
+    return several if isinstance(results, tuple) else several[0]
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from bench.gpu_models import random_encoder
 from geneformer_fast import Encoder
+from geneformer_fast.ragged import Padding
 
 GPU = pytest.mark.gpu
 
@@ -81,6 +82,20 @@ def test_inference_waits_for_nothing_and_replays_as_a_graph(name: str, card: tor
         graph.replay()
         assert torch.equal(out, encoder(others.tokens).values)
         assert not torch.equal(out, expected)
+
+
+@GPU
+def test_attention_of_a_padded_batch_asks_for_no_length(card: torch.device) -> None:
+    """What takes padding out waits once; attention, which torch's kernels tell the longest cell, not again."""
+    from geneformer_kernels.ops.varlen_attention.sdpa import longest_of
+
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], device=card)
+    for places in (None, mask):
+        for is_inference in (False, True):
+            with torch.inference_mode(is_inference):
+                padding = Padding.of(places, 2, 4, card)
+                with no_waiting():
+                    assert longest_of(padding.cu_seqlens, 8) == 4
 
 
 @GPU

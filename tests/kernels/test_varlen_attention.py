@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from geneformer_kernels import attention_scores, varlen_attention
+from geneformer_kernels import attention_scores, varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import ImplUnavailableError
 from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.host import softmax_, varlen_attention_blocked
@@ -95,6 +95,32 @@ def test_no_tokens() -> None:
     assert varlen_attention(q, q, q, cu_seqlens=torch.tensor([0, 0])).shape == (0, 2, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_no_tokens_in_a_compiled_function(dtype: torch.dtype, is_inference: bool) -> None:
+    q, k, v, cu_seqlens = inputs(dtype, lengths=[0, 0])
+    compiled = torch.compile(varlen_attention, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode(is_inference):
+        assert compiled(q, k, v, cu_seqlens=cu_seqlens).shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_takes_any_seed_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    """Chance in bfloat16 would have 256 values, of which none is below 0.003."""
+    q, k, v, cu_seqlens = inputs(dtype, 1, 32, [300])
+    v = torch.ones_like(v, requires_grad=True)
+    for seed in (-1, -(2**63), 2**63 - 1):
+        options = dict(cu_seqlens=cu_seqlens, dropout_p=0.003, seed=torch.tensor([seed]))
+        expected = varlen_attention(q, k, v, **options)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            found = varlen_attention(q, k, v, **options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, expected)
+        assert (found != 1).any()
+
+
 def test_bad_arguments() -> None:
     q, k, v, cu_seqlens = inputs(torch.float32)
     with pytest.raises(ValueError, match="one shape"):
@@ -107,6 +133,16 @@ def test_bad_arguments() -> None:
         varlen_attention(q, k, v, cu_seqlens=torch.tensor([0, 9, 3, 469]))
     with pytest.raises(ImplUnavailableError, match=r"numba.*torch"):
         varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="numba")
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"takes float16, bfloat16, float32 and float64, not {dtype}"):
+            varlen_attention(*(q.to(dtype),) * 3, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="heads must have elements"):
+        varlen_attention(*(q[..., :0],) * 3, cu_seqlens=cu_seqlens)
+    for function, heads in ((varlen_attention, (q, k, v)), (varlen_attention_qkv, (torch.stack((q, k, v), 1),))):
+        with pytest.raises(ValueError, match="cu_seqlens must be integers"):
+            function(*heads, cu_seqlens=cu_seqlens.float())
+        with pytest.raises(ValueError, match=r"must be \[B \+ 1\]"):
+            function(*heads, cu_seqlens=cu_seqlens[0])
 
 
 def test_routes() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import use_impl
-from geneformer_kernels.ops.varlen_attention import library, reference, sdpa
+from geneformer_kernels.ops.varlen_attention import library, op, reference, sdpa
 from geneformer_kernels.ops.varlen_attention.launches import lists_of
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, is_for_cudnn
 from geneformer_kernels.target import CARDS
@@ -241,6 +241,37 @@ def test_cells_of_one_length_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_where_cudnn_is_faster(card: str, dtype: str, head_dim: int, length: int, is_it: bool) -> None:
     assert is_for_cudnn(dtype, head_dim, length, CARDS[card]) == is_it
+
+
+@pytest.mark.gpu
+def test_a_graph_of_cells_of_one_length_is_right_for_others() -> None:
+    """cuDNN would read a replay's cells as if they were as long as those that were captured."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    qkv, _, equal = inputs(dtype, 64, [1024, 1024], "cuda")
+    bounds = equal.clone()
+    sdpa.remember_longest(bounds, 1024)
+    with torch.no_grad():
+        varlen_attention_qkv(qkv, cu_seqlens=bounds)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = varlen_attention_qkv(qkv, cu_seqlens=bounds)
+        bounds.copy_(torch.tensor([0, 700, 2048]))
+        graph.replay()
+    truth = reference.varlen_attention(*qkv.double().unbind(1), bounds, 0.125)
+    witness = reference.varlen_attention(*qkv.unbind(1), bounds, 0.125)
+    assert_as_good_as(out, witness, truth)
+
+
+def test_cudnn_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, _, bounds = inputs(torch.bfloat16, 64, [1024, 1024])
+    sdpa.remember_longest(bounds, 1024)
+    monkeypatch.setattr(op, "target_for", lambda x: CARDS["H100"])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for is_capturing, length in ((False, 1024), (True, 0)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_it=is_capturing: is_it)
+        assert op._length_for_cudnn(qkv[:, 0], None, 0.0, bounds, False) == length
 
 
 @pytest.mark.gpu

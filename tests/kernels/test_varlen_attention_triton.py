@@ -219,24 +219,40 @@ def test_views(device: str) -> None:
         torch.testing.assert_close(gradient, expected[1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("n_heads", "strides"), [(1, (2**30, 16, 1)), (3, (16, 2**30, 1))], ids=["rows", "heads"])
-def test_more_elements_than_int32_counts(device: str, n_heads: int, strides: tuple[int, ...]) -> None:
-    """Rows, or heads, 2**30 elements apart; most of the storage is never touched."""
+_FARTHEST = launches._LONGEST_STRIDE
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_heads", "strides"),
+    [
+        ([1] * 3, 1, (2**30, 16, 1)),
+        ([1] * 3, 3, (16, 2**30, 1)),
+        ([20], 1, (2**27, 16, 1)),  # a tile of it would reach beyond int32, so it is copied
+        ([1] * 130, 1, (_FARTHEST, 16, 1)),  # not copied
+    ],
+    ids=["rows", "heads", "rows of a tile", "the farthest rows"],
+)
+def test_more_elements_than_int32_counts(
+    device: str, lengths: list[int], n_heads: int, strides: tuple[int, ...]
+) -> None:
+    """Rows, or heads, far apart; most of the storage is never touched."""
     try:
         storage = torch.empty(2**31 + 2**30 + 64, dtype=torch.float16, device=device)
     except RuntimeError:
         pytest.skip("not that much memory")
-    far = storage.as_strided((3, n_heads, 16), strides)
-    near, _, _ = inputs(torch.float16, 16, [1, 1, 1], device, n_heads=n_heads)
-    cu_seqlens = cumulative([1, 1, 1], device)
-    far.copy_(near[:, 0])
-    for q, k, v in (
-        (far, near[:, 1], near[:, 2]),
-        (near[:, 0], far, near[:, 2]),
-        (near[:, 0], near[:, 1], far),
-    ):
-        out = varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="triton")
-        assert torch.equal(out, v)  # one key: its value
+    n_tokens = sum(lengths)
+    far = storage.as_strided((n_tokens, n_heads, 16), strides)
+    near, _, cu_seqlens = inputs(torch.float16, 16, lengths, device, n_heads=n_heads)
+    expected = varlen_attention(*near.unbind(1), cu_seqlens=cu_seqlens, impl="triton")
+    for i in range(3):
+        far.copy_(near[:, i])
+        parts = [far if i == j else near[:, j] for j in range(3)]
+        assert torch.equal(varlen_attention(*parts, cu_seqlens=cu_seqlens, impl="triton"), expected)
+    leaf = near.clone().requires_grad_()
+    out = varlen_attention_qkv(leaf, cu_seqlens=cu_seqlens, impl="triton")
+    far.copy_(expected)
+    (gradient,) = torch.autograd.grad(out, leaf, far, retain_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(out, leaf, expected)[0])
 
 
 def test_no_tokens(device: str) -> None:
@@ -245,6 +261,44 @@ def test_no_tokens(device: str) -> None:
         out = varlen_attention_qkv(qkv, cu_seqlens=cumulative(lengths, device), impl="triton")
         assert out.shape == (0, 2, 16)
         assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """What hands no gradient down, as a loss does that does not depend on its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return None
+
+
+def test_no_gradient_comes_back(device: str) -> None:
+    qkv, _, cu_seqlens = inputs(torch.float32, 16, [5, 3], device)
+    qkv.requires_grad_()
+    for out in (
+        varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton"),
+        varlen_attention(*qkv.unbind(1), cu_seqlens=cu_seqlens, impl="triton"),
+    ):
+        (_WithoutGradient.apply(out).sum() + qkv.sum()).backward()
+        assert (qkv.grad == 1).all()
+        qkv.grad = None
+
+
+def test_second_derivatives_are_refused(device: str) -> None:
+    qkv, d_out, cu_seqlens = inputs(torch.float32, 16, [5, 3], device)
+    qkv.requires_grad_()
+    expected = torch.autograd.grad(varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton"), qkv, d_out)[0]
+    for out in (
+        varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton"),
+        varlen_attention(*qkv.unbind(1), cu_seqlens=cu_seqlens, impl="triton"),
+    ):
+        (gradient,) = torch.autograd.grad(out, qkv, d_out, create_graph=True)
+        assert torch.equal(gradient, expected)
+        with pytest.raises(NotImplementedError, match=r"varlen_attention_.*first derivatives only"):
+            gradient.square().sum().backward()
 
 
 def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +526,7 @@ def test_plans(target: Target) -> None:
 def test_large_tiles_need_much_shared_memory() -> None:
     assert plan("float16", 128, CARDS["H100"]).fwd.launch.num_stages == 4
     assert plan("float16", 128, CARDS["A10"]).fwd.launch.num_stages == 2
-    assert plan("float16", 64, Target.cuda(120, triton=(3, 7))) != plan("float16", 64, Target("cuda", 120, 101_376))
+    assert plan("float16", 64, Target.cuda(100, triton=(3, 7))) != plan("float16", 64, CARDS["A10"])
 
 
 def test_routes_through_torch() -> None:

@@ -43,7 +43,7 @@ class Attention:
         self.cells = [(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop]
         self.scale, self.block_rows = scale, host.whole_steps(block_rows)
         self.threshold, self.keep_scale = threshold_of(dropout_p), keep_scale_of(dropout_p)
-        self.seed = np.uint64(seed)
+        self.seed = np.uint64(seed % 2**64)  # of any int64
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H, D] bfloat16 each -> the output, and log2 of the sum of 2**(score * log2(e)), [H, T] float32."""

@@ -1,7 +1,7 @@
 """Attention over packed cells on the GPU: a list of tiles, forward, and backward without atomics.
 
 Shapes: T tokens, H heads, D head dimension, B cells. q, k, v, out and their gradients are [T, H, D] with any strides of
-tokens and heads and adjacent elements. lse and delta are [H, T] float32.
+heads, strides of tokens up to 2^24, and adjacent elements. lse and delta are [H, T] float32.
 """
 
 import triton

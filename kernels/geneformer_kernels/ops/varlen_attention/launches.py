@@ -11,6 +11,7 @@ from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.varlen_attention.plan import (
     BLOCK_CELLS,
+    MAX_HEAD_DIM,
     TILES_LAUNCH,
     AttentionPlan,
     TilePlan,
@@ -151,9 +152,16 @@ def backward(
         )
 
 
+# Tiles have at most 128 rows, whose distances from the first of them the kernels count in int32.
+_LONGEST_STRIDE = (1 << 31) // 128 - MAX_HEAD_DIM
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its innermost elements are adjacent, which is what the kernels read; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The tensor itself if its innermost elements are adjacent, which is what the kernels read; else a copy.
+
+    A copy too if its tokens are so far apart that the rows of a tile lie beyond what the kernels can count.
+    """
+    return x if x.stride(-1) == 1 and x.stride(0) <= _LONGEST_STRIDE else x.contiguous()
 
 
 def _pointers(**tensors: torch.Tensor) -> dict[str, torch.Tensor | int]:
@@ -263,12 +271,16 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, d_out, _d_lse):
+    if d_out is None:
+        return (None,) * 7
     *saved, seed = ctx.saved_tensors
     dq, dk, dv = varlen_attention_bwd(d_out, *saved, ctx.scale, ctx.dropout_p, seed)
     return dq, dk, dv, None, None, None, None
 
 
 def _qkv_backward(ctx, d_out, _d_lse):
+    if d_out is None:
+        return (None,) * 5
     *saved, seed = ctx.saved_tensors
     return varlen_attention_qkv_bwd(d_out, *saved, ctx.scale, ctx.dropout_p, seed), None, None, None, None
 

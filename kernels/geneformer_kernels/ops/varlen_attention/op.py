@@ -12,15 +12,28 @@ from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, nee
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_kinds(q: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """ValueError where dtypes or dimensions are none that any implementation takes."""
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"attention takes float16, bfloat16, float32 and float64, not {q.dtype}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"heads must have elements: the shape is {[*q.shape]}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
+    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(f"cu_seqlens must be integers, not {cu_seqlens.dtype}")
+
 
 def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropout_p: float) -> float:
     """The scale; ValueError where arguments do not fit together."""
+    _check_kinds(q, cu_seqlens)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, not {scale}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
     if len(cu_seqlens) == 1 and len(q) > 0:  # on a card no program would run, and the result be whatever was there
         raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), and has one number")
     # By value on the CPU only: on a card that would wait for the device, and it would break a compiled graph.
@@ -52,6 +65,8 @@ def _length_for_cudnn(
 ) -> int:
     """The length of every cell where cuDNN is the faster way, which was asked for by nobody else; otherwise 0."""
     if impl is not None or needs_grad or dropout_p > 0 or not q.is_cuda or torch.compiler.is_compiling():
+        return 0
+    if torch.cuda.is_current_stream_capturing():  # the graph will be replayed on cells of other lengths
         return 0
     length, dtype, target = sdpa.equal_length(cu_seqlens, len(q)), DTYPE_NAMES[q.dtype], target_for(q)
     if not is_for_cudnn(dtype, q.shape[-1], length, target) or is_forced(OP):
@@ -167,6 +182,7 @@ def varlen_attention_qkv(
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
     q, k, v = qkv.unbind(1)
+    _check_kinds(q, cu_seqlens)
     # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
     is_triton = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) == Impl.TRITON
     if not is_triton or _length_for_cudnn(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)):

@@ -170,6 +170,8 @@ def attend_cells(
     Dropout draws from a generator with a seed of its own, so that the backward pass sees the same mask.
     """
     bounds = cu_seqlens.tolist()
+    if q.shape[0] == 0:
+        return q.new_empty(q.shape)
     if dropout_p == 0:
         route = _route(DTYPE_NAMES[q.dtype], "cpu", None, is_inference, False)
         if route.route in ("blocked", "registers"):
@@ -215,7 +217,9 @@ def _weights_of(q, k, bounds, scale, dropout_p, seed):
         weights = torch.softmax(cell_q @ cell_k.transpose(1, 2) * scale, dim=-1)
         kept = weights
         if generator is not None:
-            kept = weights * (torch.rand(weights.shape, generator=generator) >= dropout_p) / (1 - dropout_p)
+            # Of float32, whatever the default dtype is: bfloat16 would have 256 chances.
+            chance = torch.rand(weights.shape, generator=generator, dtype=torch.float32)
+            kept = weights * (chance >= dropout_p) / (1 - dropout_p)
         yield start, stop, weights, kept
 
 
