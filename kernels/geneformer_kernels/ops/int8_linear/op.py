@@ -181,7 +181,8 @@ def _int8_product(q: torch.Tensor, weight_q: torch.Tensor) -> torch.Tensor:
         # cuBLAS takes more than 16 rows, and multiples of 8 of the rest: zeros add nothing.
         even = width + -width % 8
         q, weight_q = _padded(q, max(17, n_rows), even), _padded(weight_q, n_columns + -n_columns % 8, even)
-    return torch._int_mm(q, weight_q.T)[:n_rows, :n_columns]
+    # On the CPU the product reads a weight expanded over its channels as if it were not.
+    return torch._int_mm(q, weight_q.contiguous().T)[:n_rows, :n_columns]
 
 
 def _padded(x: torch.Tensor, n_rows: int, width: int) -> torch.Tensor:

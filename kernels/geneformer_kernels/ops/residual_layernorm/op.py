@@ -130,7 +130,7 @@ def residual_layernorm_bwd(
         residual_layernorm_bwd_kernel[(chosen.n_programs,)](
             d_stream_ptr=None if d_stream is None else d_stream.contiguous(),
             d_out_ptr=None if d_out is None else d_out.contiguous(),
-            total_ptr=total,
+            total_ptr=total.contiguous(),  # x itself, with the strides it came with, where pre-norm adds nothing to it
             mean_ptr=mean,
             rstd_ptr=rstd,
             weight_ptr=weight.contiguous(),
