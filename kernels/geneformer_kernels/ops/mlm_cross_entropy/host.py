@@ -1,10 +1,14 @@
-"""Bfloat16 on the CPU: logits of a chunk of the vocabulary at a time, chunks shared by threads.
+"""Bfloat16 on the CPU: logits of a block of rows and a chunk of the vocabulary at a time, chunks shared by threads.
 
 One compiled pass over a chunk that is still in the cache takes the place of six or seven of torch's, and a chunk of the
 vocabulary, unlike one of rows, has its part of the decoder's gradient to itself: no sums over chunks of V x C numbers.
+Every chunk has its own part of the gradient of hidden, though, and chunks get narrower the more rows there are, so
+rows are cut as well, where all parts together are as large as the decoder's gradient in float32.
 """
 
 from __future__ import annotations
+
+import math
 
 import numba
 import numpy as np
@@ -39,9 +43,19 @@ def forward(
         A target is outside the vocabulary.
     """
     column, is_counted, _ = row_chunks.columns(targets, ignore_index, len(weight))
+    row_max, row_sum, picked = torch.empty(3, len(hidden), dtype=torch.float32)
+    for rows in _row_blocks(len(hidden)):
+        row_max[rows], row_sum[rows] = _softmax_of(hidden[rows], weight, bias, column[rows], picked[rows])
+    # The difference from the largest logit first: exact where logits are huge.
+    return torch.where(is_counted, row_sum.log() - (picked - row_max), 0), row_max, row_sum
+
+
+def _softmax_of(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, column: torch.Tensor, picked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest logit, sum of exponentials) of a block of rows; fills ``picked`` with the logits of the targets."""
     bounds = _bounds(len(hidden), len(weight))
-    largest, total = torch.empty(2, len(bounds), len(hidden))
-    picked = torch.empty(len(hidden))
+    largest, total = torch.empty(2, len(bounds), len(hidden), dtype=torch.float32)
 
     def compute(chunks: list[tuple[int, int, int]]) -> None:
         buffer = _buffer(hidden, chunks)
@@ -54,9 +68,7 @@ def forward(
 
     in_shares(compute, bounds, _width)
     row_max = largest.amax(0)
-    row_sum = (total * (largest - row_max).exp_()).sum(0)
-    # The difference from the largest logit first: exact where logits are huge.
-    return torch.where(is_counted, row_sum.log() - (picked - row_max), 0), row_max, row_sum
+    return row_max, (total * (largest - row_max).exp_()).sum(0)
 
 
 def backward(
@@ -71,10 +83,34 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients in float32 for rows weighted by row_scale."""
     needs_hidden, needs_weight, _ = needs
+    d_hidden = torch.empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
+    d_weight = torch.zeros(weight.shape, dtype=torch.float32) if needs_weight else None
+    d_bias = torch.zeros(len(bias), dtype=torch.float32)
+    for rows in _row_blocks(len(hidden)):
+        part = _differentiate_rows(
+            hidden[rows], weight, bias, targets[rows], row_max[rows], row_sum[rows], row_scale[rows],
+            needs_hidden, d_weight, d_bias,
+        )  # fmt: skip
+        if d_hidden is not None:
+            torch.sum(part, 0, dtype=torch.float32, out=d_hidden[rows])
+    return d_hidden, d_weight, d_bias
+
+
+def _differentiate_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    row_scale: torch.Tensor,
+    needs_hidden: bool,
+    d_weight: torch.Tensor | None,
+    d_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Every chunk's part of the gradient of a block of hidden rows; what they give the others is added to those."""
     bounds = _bounds(len(hidden), len(weight))
-    d_hidden = hidden.new_empty(len(bounds) if needs_hidden else 0, *hidden.shape)
-    d_weight = torch.empty(weight.shape) if needs_weight else None
-    d_bias = torch.zeros(len(bias))
+    parts = hidden.new_empty(len(bounds) if needs_hidden else 0, *hidden.shape)
     factor = (row_scale / row_sum).numpy()
 
     def compute(chunks: list[tuple[int, int, int]]) -> None:
@@ -86,12 +122,19 @@ def backward(
                 row_scale.numpy(), d_bias[first:last].numpy(),
             )  # fmt: skip
             if needs_hidden:
-                torch.mm(logits, weight[first:last], out=d_hidden[i_chunk])
+                torch.mm(logits, weight[first:last], out=parts[i_chunk])
             if d_weight is not None:
-                d_weight[first:last] = torch.mm(logits.t(), hidden)
+                d_weight[first:last] += torch.mm(logits.t(), hidden)
 
     in_shares(compute, bounds, _width)
-    return d_hidden.sum(0, dtype=torch.float32) if needs_hidden else None, d_weight, d_bias
+    return parts
+
+
+def _row_blocks(n_rows: int) -> list[slice]:
+    """Blocks of about the same size, of so many rows that a chunk of the vocabulary is half as wide."""
+    n_blocks = -(-n_rows // math.isqrt(_CHUNK_BYTES))
+    size = -(-n_rows // n_blocks)
+    return [slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)]
 
 
 def _bounds(n_rows: int, n_vocab: int) -> list[tuple[int, int, int]]:

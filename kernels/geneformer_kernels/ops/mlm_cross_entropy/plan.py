@@ -101,7 +101,7 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     """Implementations for a dtype on a target, best first."""
     library = {"cpu": "oneDNN or MKL", "cuda": "cuBLAS"}.get(target.kind, "the vendor's library")
     triton = triton_candidate(OP, dtype, target, "logits tile by tile, never written")
-    torch = Candidate(Impl.TORCH, True, f"logits of a chunk of rows at a time, through {library}")
+    torch = Candidate(Impl.TORCH, True, f"logits of a chunk at a time, through {library}")
     reference = Candidate(Impl.REFERENCE, True, "plain torch with all logits in memory, any device and dtype")
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
