@@ -23,7 +23,7 @@ def add_layer_norm(
     if not x.numel():
         return stream, out
     if residual is None:
-        residual = torch.zeros(1, width).expand(x.numel() // width, width)
+        residual = torch.zeros(1, width, dtype=torch.float32).expand(x.numel() // width, width)
     _norm_rows(
         _bits(x.contiguous()),
         residual.contiguous().view(-1, width).numpy(),
