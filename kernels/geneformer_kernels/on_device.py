@@ -119,6 +119,13 @@ def launching_on(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def plainly_on(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off: the dtypes of the products are those of the tensors, in the backward pass as in the forward."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def draw_seed(device: torch.device) -> torch.Tensor:
     """[1] int64 seed of a counter-based dropout mask, drawn from torch's generator on the device.
 

@@ -328,6 +328,44 @@ def test_operators_are_registered_properly(device: str) -> None:
             torch.library.opcheck(operators.int8_linear_fwd.overload, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("mode", plan.MODES)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("card", [None, "V100"])
+def test_autocast_does_not_reach_inside(
+    card: str | None, impl: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the float32 products that stand for integers on Volta nor those of the gradients become half."""
+    if card is not None:
+        monkeypatch.setattr(operators, "target_of", lambda _: CARDS[card])
+    x, weight_q, weight_scale, bias = inputs((40, 2048, 9), torch.float32, "cpu")
+
+    def results() -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        out = int8_linear(leaf, weight_q, weight_scale, bias, activation="gelu", mode=mode, impl=impl)
+        out.sum().backward()
+        return [out.detach(), leaf.grad]
+
+    expected = results()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            found = results()
+        for value, other in zip(found, expected, strict=True):
+            assert value.dtype == torch.float32
+            assert torch.equal(value, other)
+
+
+def test_sums_that_int32_cannot_hold() -> None:
+    width = operators.MAX_DYNAMIC_WIDTH
+    assert width * 127**2 < 2**31 <= (width + 1) * 127**2
+    x, scale = torch.ones(33, width + 1), torch.ones(1)
+    weight_q = torch.full((1, width + 1), 127, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"133,145 products of int8 .* up to 133,144"):
+        int8_linear(x, weight_q, scale, mode="dynamic")
+    torch.testing.assert_close(int8_linear(x, weight_q, scale), torch.full((33, 1), 127.0 * (width + 1)))
+    widest = int8_linear(x[:, 1:], weight_q[:, 1:], scale, mode="dynamic")
+    torch.testing.assert_close(widest, torch.full((33, 1), 127.0 * width))
+
+
 def test_bad_arguments() -> None:
     x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, "cpu")
     with pytest.raises(ValueError, match="activation must be"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on, plainly_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.int8_linear import reference
 from geneformer_kernels.ops.int8_linear.plan import (
@@ -24,6 +24,8 @@ from geneformer_kernels.target import target_of
 
 # Sums of int8 products over so many columns are integers below 2**24, which float32 holds exactly.
 EXACT_COLUMNS = 1024
+# ... and over so many below 2**31, which int32 holds.
+MAX_DYNAMIC_WIDTH = (2**31 - 1) // 127**2
 
 
 @operator("quantize_rows")
@@ -77,20 +79,22 @@ def int8_linear_fwd(
 ) -> torch.Tensor:
     """The linear layer on rows [M, K] by one implementation, with a gradient for ``x`` and ``bias``."""
     if impl == Impl.REFERENCE:
-        return reference.int8_linear(x, weight_q, weight_scale, bias, activation, mode, out_dtype)
+        with plainly_on(x):
+            return reference.int8_linear(x, weight_q, weight_scale, bias, activation, mode, out_dtype)
     if impl == Impl.TRITON and x.numel() and weight_q.numel():
         out = torch.empty((x.shape[0], weight_q.shape[0]), dtype=out_dtype, device=x.device)
         launch = _launch_dynamic if mode == "dynamic" else _launch_weight_only
         launch(x, weight_q.contiguous(), weight_scale.contiguous(), bias, activation, out)
         return out
-    if mode == "dynamic":
-        q, row_scale = reference.quantize_rows(x)
-        product = _int8_product(q, weight_q).float() * row_scale[:, None]
-    else:
-        product = x @ _dequantised(weight_q, weight_scale, x.dtype).T
-        product = product if product.dtype == torch.float64 else product.float()
-        weight_scale = torch.ones_like(weight_scale)
-    return reference.finish(product, weight_scale, bias, activation, out_dtype)
+    with plainly_on(x):
+        if mode == "dynamic":
+            q, row_scale = reference.quantize_rows(x)
+            product = _int8_product(q, weight_q).float() * row_scale[:, None]
+        else:
+            product = x @ _dequantised(weight_q, weight_scale, x.dtype).T
+            product = product if product.dtype == torch.float64 else product.float()
+            weight_scale = torch.ones_like(weight_scale)
+        return reference.finish(product, weight_scale, bias, activation, out_dtype)
 
 
 def _dequantised(weight_q: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -212,7 +216,8 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
             d_pre = torch.ops.aten.gelu_backward(d_pre, pre, approximate=approximate)
     dx = d_bias = None
     if ctx.needs_input_grad[0]:
-        dx = d_pre.to(ctx.x_dtype) @ _dequantised(weight_q, weight_scale, ctx.x_dtype)
+        with plainly_on(d_pre):
+            dx = d_pre.to(ctx.x_dtype) @ _dequantised(weight_q, weight_scale, ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         d_bias = d_pre.sum(0).to(bias.dtype)
     return dx, None, None, d_bias, None, None, None, None
@@ -283,7 +288,7 @@ def int8_linear(
     Parameters
     ----------
     x
-        [..., K], float16, bfloat16 or float32; float64 without Triton.
+        [..., K], float16, bfloat16 or float32; float64 without Triton. Autocast changes nothing: ``x`` keeps its dtype.
     weight_q, weight_scale
         [N, K] int8 and [N] float32, as :func:`quantize_weight` makes them.
     bias
@@ -293,7 +298,7 @@ def int8_linear(
     mode
         ``"dynamic"``: each row of ``x`` is rounded to int8, and the product is one of integers. ``"weight_only"``:
         ``x`` stays as it is, and weights are widened where they are multiplied. None: weight_only up to 32 rows and
-        where there is no product of int8 (Volta), dynamic otherwise.
+        where there is no product of int8 (Volta, K above 133,144), dynamic otherwise.
     out_dtype
         Dtype of the result; None is that of ``x``.
     impl
@@ -308,7 +313,8 @@ def int8_linear(
     Raises
     ------
     ValueError
-        Shapes or dtypes do not fit, ``activation`` or ``mode`` is unknown.
+        Shapes or dtypes do not fit, ``activation`` or ``mode`` is unknown, or ``"dynamic"`` for K above 133,144, where
+        sums of integer products leave int32.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -329,7 +335,14 @@ def int8_linear(
         if each is not None and each.shape != weight_q.shape[:1]:
             raise ValueError(f"{name} {[*each.shape]} must be [{weight_q.shape[0]}]")
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    mode = mode or mode_for(rows.shape[0], _has_int8_product(x.device.type, x.device.index))
+    is_too_wide = weight_q.shape[1] > MAX_DYNAMIC_WIDTH
+    if mode == "dynamic" and is_too_wide:
+        raise ValueError(
+            f"{weight_q.shape[1]:,} products of int8 may add up to more than int32 holds: "
+            f'mode="dynamic" is for K up to {MAX_DYNAMIC_WIDTH:,}'
+        )
+    has_product = not is_too_wide and _has_int8_product(x.device.type, x.device.index)
+    mode = mode or mode_for(rows.shape[0], has_product)
     shape = {"width": weight_q.shape[1], "n_columns": weight_q.shape[0], "is_dynamic": mode == "dynamic"}
     chosen = choose_for("int8_linear", x, impl, shape=shape)
     out = int8_linear_fwd(rows, weight_q, weight_scale, bias, activation, mode, out_dtype or x.dtype, chosen)

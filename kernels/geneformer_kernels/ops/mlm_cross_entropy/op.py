@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, target_for
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, plainly_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.mlm_cross_entropy import plan, reference, row_chunks
 
@@ -28,7 +28,7 @@ def mlm_cross_entropy_fwd(
     logarithm of the sum. weight is brought to the dtype of hidden here rather than outside, so that its gradient is not
     rounded to half on the way back to a float32 parameter.
     """
-    with _plainly_on(hidden):
+    with plainly_on(hidden):
         hidden, weight, bias = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), _wide(bias, hidden)
         targets = targets.contiguous()
         if len(hidden) == 0:
@@ -76,7 +76,7 @@ def mlm_cross_entropy_bwd(
             x.new_zeros(x.shape if n else 0) for x, n in zip((hidden, weight, bias), needs, strict=True)
         )
         return d_hidden, d_weight, d_bias
-    with _plainly_on(hidden):
+    with plainly_on(hidden):
         scale = torch.where(targets != ignore_index, d_loss, 0)
         largest = scale.abs().amax()
         scale = scale / torch.where(largest > 0, largest, 1)
@@ -115,11 +115,6 @@ def _backward(ctx, d_loss, *_):  # type: ignore[no-untyped-def]
 
 
 mlm_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
-
-
-def _plainly_on(x: torch.Tensor) -> torch.autocast:
-    """Autocast off: the dtypes of the products are those of the tensors, in the backward pass as in the forward."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _is_compiled(hidden: torch.Tensor) -> bool:
