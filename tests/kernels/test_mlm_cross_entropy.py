@@ -181,12 +181,28 @@ def test_memory_is_a_chunk_of_rows() -> None:
     assert largest.n_bytes < 2 * n_rows * n_vocab / 4
 
 
-def test_bad_target_is_named() -> None:
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [12, -1, 2**32 + 5])
+def test_bad_target_is_named(dtype: torch.dtype, impl: str, wrong: int) -> None:
+    hidden, weight, bias, targets = inputs(5, 8, 12, dtype)
+    targets[3] = wrong
+    with pytest.raises(ValueError, match=f"target {wrong} is outside the vocabulary of 12"):
+        mlm_cross_entropy(hidden, weight, bias, targets, impl=impl)
+
+
+@pytest.mark.parametrize("wrong", [12, -1, 2**32 + 5])
+def test_bad_target_has_no_gradient(wrong: int) -> None:
+    """The torch path on a card: nobody raises there, and the backward pass must not take another target for it."""
     hidden, weight, bias, targets = inputs(5, 8, 12, torch.float32)
-    for wrong in (12, -1):
-        targets[3] = wrong
-        with pytest.raises(IndexError, match=f"target {wrong} is outside the vocabulary of 12"):
-            mlm_cross_entropy(hidden, weight, bias, targets)
+    statistics = op.mlm_cross_entropy_fwd(hidden, weight, bias, targets, IGNORED, "torch")[1:]
+    targets[3] = wrong
+    d_hidden, d_weight, d_bias = op.mlm_cross_entropy_bwd(
+        hidden, weight, bias, targets, *statistics, torch.ones(5), IGNORED, "torch", True, True, True
+    )
+    assert d_hidden.isnan().any(-1).tolist() == [row == 3 for row in range(5)]
+    assert d_weight.isnan().all()
+    assert d_bias.isnan().all()
 
 
 def test_bad_arguments() -> None:

@@ -147,6 +147,13 @@ def test_bad_target_makes_its_row_nan(device: str, wrong: int) -> None:
     assert loss[3].isnan()
     right[3] = loss[3]
     torch.testing.assert_close(loss, right, equal_nan=True, rtol=0, atol=0)
+    row_weights = torch.ones(5, device=device)
+    _, d_hidden, d_weight, d_bias = gradients(
+        mlm_cross_entropy, [hidden, weight, bias, targets], row_weights, impl="triton"
+    )
+    assert d_hidden.isnan().all(-1).tolist() == d_hidden.isnan().any(-1).tolist() == [row == 3 for row in range(5)]
+    assert d_weight.isnan().all()
+    assert d_bias.isnan().all()
 
 
 def test_reductions(device: str) -> None:

@@ -39,7 +39,7 @@ def forward(
 
     Raises
     ------
-    IndexError
+    ValueError
         A target is outside the vocabulary.
     """
     column, is_counted, _ = row_chunks.columns(targets, ignore_index, len(weight))

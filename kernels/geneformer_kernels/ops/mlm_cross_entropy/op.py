@@ -68,7 +68,8 @@ def mlm_cross_entropy_bwd(
     """Gradients of hidden, weight and bias in their dtypes, from d_loss [R]; an empty tensor where none is needed.
 
     Rows are weighted by ``d_loss / max |d_loss|``: half precision holds the logits' gradients in [-1, 1], whether the
-    loss is a mean over 50,000 rows or scaled by 2**16. The maximum is multiplied in at the end, in float32.
+    loss is a mean over 50,000 rows or scaled by 2**16. The maximum is multiplied in at the end, in float32. The weight
+    of a row whose target is outside the vocabulary is NaN, as its loss is.
     """
     needs = (needs_hidden, needs_weight, needs_bias)
     if len(hidden) == 0:
@@ -77,9 +78,10 @@ def mlm_cross_entropy_bwd(
         )
         return d_hidden, d_weight, d_bias
     with plainly_on(hidden):
-        scale = torch.where(targets != ignore_index, d_loss, 0)
+        is_counted, is_valid = row_chunks.counted_and_valid(targets, ignore_index, len(weight))
+        scale = torch.where(is_valid, d_loss, 0)
         largest = scale.abs().amax()
-        scale = scale / torch.where(largest > 0, largest, 1)
+        scale = torch.where(is_counted & ~is_valid, torch.nan, scale / torch.where(largest > 0, largest, 1))
         rows = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), _wide(bias, hidden), targets.contiguous()
         if impl == Impl.TRITON:
             gradients = _launch_bwd(*rows, row_max, row_sum, scale, needs)
@@ -262,11 +264,12 @@ def mlm_cross_entropy(
         [V, C], the decoder, usually the token table itself: float32 parameters or any floating dtype. Computed in the
         dtype of ``hidden``; the gradient comes back in its own.
     bias
-        [V] or None; added in float32.
+        [V] or None; added in float32, but in the dtype of ``hidden`` by the reference, and on a CPU in float16.
     targets
         [R] int64, the vocabulary entry that was masked.
     ignore_index
-        Rows with this target count for nothing: loss 0, gradient exactly 0.
+        Rows with this target count for nothing: loss 0, gradient exactly 0 where ``hidden`` is finite. (NaN times 0 is
+        NaN, in torch's cross entropy too.)
     reduction
         ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
     impl
@@ -281,9 +284,10 @@ def mlm_cross_entropy(
     Raises
     ------
     ValueError
-        Shapes, dtypes or the reduction do not fit.
-    IndexError
-        On the CPU, a target is outside the vocabulary. On a card nobody waits to see it: the loss becomes NaN.
+        Shapes, dtypes or the reduction do not fit; on the CPU: a target is outside the vocabulary and not
+        ``ignore_index``. On a card nobody waits to see that: the row's loss becomes NaN, and so do its row of the
+        gradient of ``hidden`` and all of the gradients of ``weight`` and ``bias``. (The reference ends in torch's
+        device-side assertion there.)
 
     Notes
     -----
@@ -302,6 +306,9 @@ def mlm_cross_entropy(
     shape = {"width": hidden.shape[1], "n_vocab": weight.shape[0], "needs_grad": needs_gradient(hidden, weight, bias)}
     chosen = choose_for(plan.OP, hidden, impl, shape=shape)
     if chosen == Impl.REFERENCE:
+        # torch raises an IndexError, and a compiled graph cannot look into tensors.
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            row_chunks.refuse_outside(targets, ignore_index, len(weight))
         return reference.mlm_cross_entropy(hidden, weight, bias, targets, ignore_index, reduction)
     if bias is None:
         bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)

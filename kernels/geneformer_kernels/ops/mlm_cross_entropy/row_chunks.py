@@ -36,19 +36,37 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     return F.linear(hidden, weight, bias.to(hidden.dtype)).to(wide_dtype(hidden.dtype))
 
 
+def counted_and_valid(targets: torch.Tensor, ignore_index: int, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets count, and which of those are in the vocabulary."""
+    is_counted = targets != ignore_index
+    return is_counted, is_counted & (targets >= 0) & (targets < n_vocab)
+
+
+def refuse_outside(targets: torch.Tensor, ignore_index: int, n_vocab: int) -> None:
+    """Looks at targets on the CPU.
+
+    Raises
+    ------
+    ValueError
+        A target is outside the vocabulary.
+    """
+    is_counted, is_valid = counted_and_valid(targets, ignore_index, n_vocab)
+    if not torch.equal(is_valid, is_counted):
+        wrong = targets[is_counted & ~is_valid][0].item()
+        raise ValueError(f"target {wrong} is outside the vocabulary of {n_vocab} and is not ignore_index")
+
+
 def columns(targets: torch.Tensor, ignore_index: int, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Targets made safe to index with, which of them count, and which of those are in the vocabulary.
 
     Raises
     ------
-    IndexError
+    ValueError
         On the CPU: a target is outside the vocabulary.
     """
-    is_counted = targets != ignore_index
-    is_valid = is_counted & (targets >= 0) & (targets < n_vocab)
-    if targets.device.type == "cpu" and not torch.equal(is_valid, is_counted):
-        wrong = targets[is_counted & ~is_valid][0].item()
-        raise IndexError(f"target {wrong} is outside the vocabulary of {n_vocab} and is not ignore_index")
+    if targets.device.type == "cpu":
+        refuse_outside(targets, ignore_index, n_vocab)
+    is_counted, is_valid = counted_and_valid(targets, ignore_index, n_vocab)
     return torch.where(is_valid, targets, 0), is_counted, is_valid
 
 
@@ -64,7 +82,7 @@ def forward(
 
     Raises
     ------
-    IndexError
+    ValueError
         On the CPU: a target is outside the vocabulary. Other devices are not waited for; there the loss is NaN.
     """
     column, is_counted, is_valid = columns(targets, ignore_index, weight.shape[0])
@@ -102,7 +120,7 @@ def backward(
     d_hidden = torch.empty_like(hidden, dtype=wide) if needs_hidden else None
     d_weight = None
     d_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-    column = targets.clamp(0, weight.shape[0] - 1)[:, None]
+    column = targets.clamp(0, weight.shape[0] - 1)[:, None]  # a row whose target that changes is weighted by NaN
     for first in range(0, len(targets), rows):
         chunk = slice(first, first + rows)
         scale = row_scale[chunk, None]
