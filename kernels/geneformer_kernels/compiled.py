@@ -68,7 +68,9 @@ def from_bfloat16(bits):
 def to_bfloat16(value):
     """A float32 rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = as_bits(value)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    # What is carried out of the lower half makes a number, zero even, of a NaN with many of its bits set.
+    return np.uint16((rounded if value == value else bits | np.uint32(0x400000)) >> np.uint32(16))
 
 
 # The callers of these two must not let the compiler reorder, which would simplify the rounding away.
@@ -91,4 +93,5 @@ def power_of_two_float32(power):
     shifted = power + ROUND_FLOAT32
     rest = power - (shifted - ROUND_FLOAT32)
     fraction = ((((_D5 * rest + _D4) * rest + _D3) * rest + _D2) * rest + _D1) * rest + np.float32(1)
-    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23)))
+    # The low bits of a NaN, which a bias in float32 may have, would be added to its exponent.
+    return as_float(as_bits(fraction) + (as_bits(shifted) << np.uint32(23))) if power == power else power

@@ -30,6 +30,7 @@ from geneformer_kernels.shares import in_shares
 # Of one thread's logits. They travel through the shared cache; larger chunks leave it, smaller ones are many products.
 _CHUNK_BYTES = 4 * 2**20
 _STEP = 32
+_NAN_BITS = np.int32(0x7FC00000)
 
 
 def forward(
@@ -194,10 +195,11 @@ def _add(logits, bias, row):
 
 @numba.njit(**LOOP)
 def _largest(row):
-    # As integers, which become vector code and let NaN win: flipping the lower bits of negative floats sorts them.
+    # As integers, which become vector code and let NaN win, once it is positive: flipping the lower bits of negative
+    # floats sorts them.
     largest = np.int32(-(2**31))
     for j in range(len(row)):
-        bits = np.int32(as_bits(row[j]))
+        bits = np.int32(as_bits(row[j])) if row[j] == row[j] else _NAN_BITS
         largest = max(largest, bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
     return as_float(np.uint32(largest ^ ((largest >> np.int32(31)) & np.int32(0x7FFFFFFF))))
 
