@@ -127,6 +127,34 @@ def test_bad_arguments(change: dict[str, torch.Tensor | None], message: str) -> 
         embed_tokens(**(tensors() | change))
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_wrong_indices_raise(impl: str) -> None:
+    given = tensors()
+    ids = given["token_ids"].clone()
+    for wrong in (-1, len(given["token_table"])):
+        ids[1] = wrong
+        with pytest.raises(IndexError):
+            embed_tokens(**(given | {"token_ids": ids}), impl=impl)
+    with pytest.raises(IndexError):
+        embed_tokens(**(given | {"position_table": given["position_table"][:1]}), impl=impl)
+    given["position_table"] = torch.zeros(2 * sum(LENGTHS), C)
+    n_tokens = sum(LENGTHS)
+    for end in (1, n_tokens - 1, n_tokens + 1):
+        with pytest.raises(RuntimeError):
+            embed_tokens(**(given | {"cu_seqlens": torch.tensor([0, end])}), impl=impl)
+
+
+@pytest.mark.parametrize("name", ["token_table", "position_table"])
+def test_empty_tables(name: str) -> None:
+    given = tensors() | {name: torch.zeros(0, C)}
+    for impl in ("triton", "torch", "reference"):
+        with pytest.raises(ValueError, match="must have rows for"):
+            embed_tokens(**given, impl=impl)
+        if impl != "triton":
+            nothing = {"token_ids": torch.zeros(0, dtype=torch.int64), "cu_seqlens": torch.zeros(1).int()}
+            assert embed_tokens(**(given | nothing), impl=impl)[0].shape == (0, C)
+
+
 def test_bad_dropout() -> None:
     with pytest.raises(ValueError, match="dropout_p"):
         embed_tokens(**tensors(), dropout_p=-0.1)

@@ -294,7 +294,8 @@ def embed_tokens(
         [T] int32 or int64, the tokens of all cells. On the CPU a wrong id raises; on a card it gives undefined numbers.
     cu_seqlens
         [B + 1] integers, cumulative cell lengths from 0 to T; positions count from each cell's start. Empty cells are
-        allowed.
+        allowed. A last one that is not T raises on the CPU. On a card nobody waits to see it: the Triton kernel never
+        reads it, so that the last cell goes on to the last token; other implementations give undefined numbers.
     token_table, position_table
         [V, C] and [L, C] float32 (or float64), L at least the length of the longest cell.
     type_row
@@ -322,7 +323,11 @@ def embed_tokens(
     Raises
     ------
     ValueError
-        Shapes or dtypes do not fit, or ``dropout_p`` is no probability.
+        Shapes or dtypes do not fit, a table is empty and tokens are there, or ``dropout_p`` is no probability.
+    IndexError
+        On the CPU: a token or a position is outside its table.
+    RuntimeError
+        On the CPU: ``cu_seqlens`` do not end at T.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -373,6 +378,11 @@ def _check(
         raise ValueError(
             f"the tables of tokens {[*token_table.shape]} and positions {[*position_table.shape]} must be [V, C] and "
             "[L, C]"
+        )
+    if token_ids.shape[0] and not (token_table.shape[0] and position_table.shape[0]):
+        raise ValueError(
+            f"the tables of tokens {[*token_table.shape]} and positions {[*position_table.shape]} must have rows for "
+            f"{token_ids.shape[0]} tokens"
         )
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must both be there or both be None")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def embed_tokens(
@@ -21,10 +22,11 @@ def embed_tokens(
     """Token + type + position, normalised if there is a weight, then dropout by a mask ``keep`` [T, C]."""
     lengths = cu_seqlens.diff().tolist()
     positions = torch.cat([torch.arange(length) for length in lengths] or [torch.arange(0)])
-    total = token_table[token_ids.long()]
+    # Unlike an index, this takes no -1 for the last row.
+    total = F.embedding(token_ids.long(), token_table)
     if type_row is not None:
         total = total + type_row
-    total = total + position_table[positions.to(total.device)]
+    total = total + position_table[positions.to(total.device)].view(total.shape)
     if weight is not None and bias is not None:
         mean = total.mean(-1, keepdim=True)
         variance = (total - mean).square().mean(-1, keepdim=True)
