@@ -27,6 +27,11 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return F.dropout(x, p)
 
 
+def keep_scale(p: float) -> float:
+    """What the kernels multiply kept elements by; at probability 1 a threshold of 16 bits may still keep some."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
 @operator("seeded_dropout")
 def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Bfloat16 on the CPU; ``seed`` [1] int64."""

@@ -19,6 +19,10 @@ TRITON_TYPES = {
 }
 
 
+#: Widest row of the kernels that hold a row in the registers of one block.
+MAX_WIDTH = 4096
+
+
 @dataclass(frozen=True)
 class Launch:
     """The options every plan carries beside its block sizes.
@@ -82,6 +86,22 @@ class KernelCase:
     divisible: frozenset[str] = field(default_factory=frozenset)
     has_dot: bool = False
     is_default: bool = True
+
+
+def too_wide(width: int) -> str:
+    """Why kernels that hold a row in one block cannot take rows of a width; empty where they can."""
+    return "" if width <= MAX_WIDTH else f"the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {width:,}"
+
+
+def check_width(width: int) -> None:
+    """Raise ValueError for rows that are too wide for kernels that hold a row in one block."""
+    if why := too_wide(width):
+        raise ValueError(f'{why}: ask for impl="torch"')
+
+
+def precision_of(dtype: str) -> str:
+    """How a product multiplies: float32 as three tf32 products, near float32's own accuracy; ignored for halves."""
+    return "tf32x3" if dtype == "float32" else "tf32"
 
 
 def pointer(dtype: str) -> str:

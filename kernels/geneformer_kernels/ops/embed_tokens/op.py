@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.dropout import keep_scale
+from geneformer_kernels.launch import too_wide
 from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, needs_gradient, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.embed_tokens import reference
-from geneformer_kernels.ops.embed_tokens.plan import MAX_WIDTH, EmbedTokensPlan, plan
+from geneformer_kernels.ops.embed_tokens.plan import EmbedTokensPlan, plan
 
 
 @operator("embed_tokens_fwd")
@@ -64,7 +66,7 @@ def embed_tokens_fwd(
                 width=width,
                 eps=eps,
                 threshold=round(dropout_p * 65536),
-                keep_scale=_keep_scale(dropout_p),
+                keep_scale=keep_scale(dropout_p),
                 BLOCK_ROWS=chosen.fwd_block_rows,
                 BLOCK_C=chosen.block_c,
                 **chosen.fwd_launch.options,
@@ -108,10 +110,6 @@ def _empty_outputs(
         empty((n_rows,), needs_grad and weight is not None),
         empty((n_rows,), needs_grad and weight is not None),
     )
-
-
-def _keep_scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 @operator("embed_tokens_bwd")
@@ -165,7 +163,7 @@ def embed_tokens_bwd(
                 n_vocabulary=len(token_table),
                 width=width,
                 threshold=round(dropout_p * 65536),
-                keep_scale=_keep_scale(dropout_p),
+                keep_scale=keep_scale(dropout_p),
                 N_PARTIALS=n_partials,
                 BLOCK_ROWS=chosen.bwd_block_rows,
                 BLOCK_C=chosen.block_c,
@@ -306,6 +304,7 @@ def embed_tokens(
         Added to the variance.
     dropout_p
         Probability of dropping an element of the result (training only); the rest is scaled by ``1 / (1 - dropout_p)``.
+        The Triton kernel rounds the probability, not the scale, to a multiple of 2**-16.
     seed
         [1] int64 on the device: determines the mask of the Triton kernel; None draws one from torch's generator. The
         other implementations draw their masks from that generator themselves.
@@ -341,8 +340,7 @@ def embed_tokens(
     inputs = (token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
     shape = {"width": token_table.shape[1], "needs_grad": needs_gradient(*inputs[2:])}
     narrow = wide if wide == torch.float64 else out_dtype
-    is_wide = token_table.shape[1] > MAX_WIDTH
-    cannot = f"the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {token_table.shape[1]:,}" if is_wide else ""
+    cannot = too_wide(token_table.shape[1])
     chosen = choose_for("embed_tokens", token_table, impl, dtype=narrow, shape=shape, triton_cannot=cannot)
     if chosen == "triton":
         if not dropout_p:

@@ -7,12 +7,10 @@ import math
 from dataclasses import dataclass
 
 from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
-from geneformer_kernels.launch import KernelCase, Launch, pointer
+from geneformer_kernels.launch import KernelCase, Launch, check_width, pointer
 from geneformer_kernels.target import Target
 
 OP = "embed_tokens"
-#: Widest row of the Triton kernels, which hold a row in the registers of one block.
-MAX_WIDTH = 4096
 # One width per size of a block of columns; the published models are 256, 512, 640, 768, 896 and 1,280 wide.
 CASE_WIDTHS = (128, 256, 512, 768, 1280, 4096)
 
@@ -57,12 +55,6 @@ class EmbedTokensPlan:
     table_block_c: int
     table_launch: Launch
     chunk: int
-
-
-def check_width(width: int) -> None:
-    """Raise ValueError for rows that are too wide for the Triton kernels."""
-    if width > MAX_WIDTH:
-        raise ValueError(f'the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {width:,}: ask for impl="torch"')
 
 
 def plan(n_rows: int, width: int, target: Target) -> EmbedTokensPlan:

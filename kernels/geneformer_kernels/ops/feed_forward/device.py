@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from geneformer_kernels.dropout import keep_scale
+from geneformer_kernels.launch import precision_of
 from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, launching_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.feed_forward.plan import (
@@ -15,7 +17,6 @@ from geneformer_kernels.ops.feed_forward.plan import (
     is_one_kernel,
     is_up_by_library,
     layernorm_plan,
-    precision_of,
     up_plan,
 )
 from geneformer_kernels.target import target_of
@@ -155,7 +156,7 @@ def _launch_fused(
             ff_width=ff_width,
             eps=eps,
             threshold=_threshold(dropout_p),
-            keep_scale=_keep_scale(dropout_p),
+            keep_scale=keep_scale(dropout_p),
             ACTIVATION=activation,
             IS_POST=is_post,
             PRECISION=precision_of(dtype),
@@ -169,11 +170,6 @@ def _launch_fused(
 
 def _threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 65536), 65535)
-
-
-def _keep_scale(dropout_p: float) -> float:
-    # At probability 1 what 16 bits still keep is multiplied by 0.
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 @operator("feed_forward_bwd")
@@ -256,6 +252,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     x, up_weight, up_bias, down_weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
+    # Once, for an expanded one: every product would make a copy of its own.
     grads = feed_forward_bwd(dy.contiguous(), x, up_weight, up_bias, down_weight, ctx.activation, needs)
     return *_cast_gradients(grads, needs, ctx.bias_dtypes), None
 
@@ -367,7 +364,7 @@ def feed_forward_layernorm_bwd(
             partial_ptr=partial,
             n_rows=n_rows,
             threshold=_threshold(dropout_p),
-            keep_scale=_keep_scale(dropout_p),
+            keep_scale=keep_scale(dropout_p),
             IS_POST=is_post,
             WIDTH=width,
             BLOCK_ROWS=planned.block_rows,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
+from geneformer_kernels.layernorm import check_norm
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import (
@@ -17,8 +18,6 @@ from geneformer_kernels.ops.feed_forward.device import (
 )
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
 from geneformer_kernels.packed import is_packable, packed_linear
-
-NORMS = ("post", "pre")
 
 
 def feed_forward(
@@ -165,7 +164,7 @@ def feed_forward_layernorm(
         Dtype of ``out``; None is the dtype of ``x``.
     dropout_p
         Probability of dropping an element (training only); what stays is scaled by ``1 / (1 - dropout_p)``. The fused
-        kernel rounds it to a multiple of 2**-16.
+        kernel rounds the probability, not the scale, to a multiple of 2**-16.
     seed
         [1] int64 on the device of ``x``: determines the mask of the fused kernel; None draws one from torch's
         generator. Everything else draws its mask from that generator itself.
@@ -187,7 +186,8 @@ def feed_forward_layernorm(
 
     Notes
     -----
-    One kernel for C = 128, 256 and, before Hopper, 512 in float16 and bfloat16, if Triton is chosen. Otherwise
+    One kernel for C = 128, 256 and, before Hopper, 512 in float16 and bfloat16, if Triton is chosen and F is a multiple
+    of a block: 64 hidden units, 32 or 16 where shared memory holds no more, as the plan of the card says. Otherwise
     :func:`feed_forward` followed by torch's dropout, addition and LayerNorm. :func:`has_layernorm_inside` tells whether
     this or :func:`feed_forward` followed by :func:`geneformer_kernels.residual_layernorm` is faster.
 
@@ -197,7 +197,7 @@ def feed_forward_layernorm(
     architecture", arXiv:2002.04745 (post and pre).
     """
     _check(x, up_weight, up_bias, down_weight, down_bias, activation)
-    _check_norm(x, residual, weight, bias, norm, dropout_p)
+    check_norm(x, residual, weight, bias, norm, dropout_p)
     out_dtype = out_dtype or x.dtype
     x = _computed_in(x)
     width, ff_width = x.shape[-1], down_weight.shape[1]
@@ -264,24 +264,6 @@ def _check(
     for name, bias, size in (("up_bias", up_bias, hidden_width), ("down_bias", down_bias, x.shape[-1])):
         if bias is not None and bias.shape != (size,):
             raise ValueError(f"{name} {[*bias.shape]} must be [{size}]")
-
-
-def _check_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm: str,
-    dropout_p: float,
-) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"x {[*x.shape]} and residual {[*residual.shape]} must have one shape")
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"weight {[*weight.shape]} and bias {[*bias.shape]} must be [{x.shape[-1]}]")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
 
 
 def _computed_in(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
-from geneformer_kernels.launch import KernelCase, Launch, pointer
+from geneformer_kernels.launch import KernelCase, Launch, pointer, precision_of
 from geneformer_kernels.target import Target
 
 OP = "feed_forward"
@@ -52,11 +52,6 @@ def is_up_by_library(dtype: str, activation: str, target: Target) -> bool:
     SwiGLU would take a pass of its own over twice the hidden units, and float32 three times as long.
     """
     return target.kind == "cuda" and target.sm >= 90 and dtype != "float32" and activation != "swiglu"
-
-
-def precision_of(dtype: str) -> str:
-    """How a product multiplies: float32 as three tf32 products, near float32's own accuracy; ignored for halves."""
-    return "tf32x3" if dtype == "float32" else "tf32"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.launch import precision_of
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on, plainly_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.int8_linear import reference
@@ -16,7 +17,6 @@ from geneformer_kernels.ops.int8_linear.plan import (
     dynamic_plan,
     has_int8_product,
     mode_for,
-    precision_of,
     quantize_plan,
     weight_only_plan,
 )
@@ -234,7 +234,8 @@ def quantize_rows(x: torch.Tensor, *, impl: Impl | str | None = None) -> tuple[t
     x
         [..., K], any floating dtype.
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. All give the same numbers.
+        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. All give the same numbers, but for ``q`` where
+        ``scale`` is NaN.
 
     Returns
     -------

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
-from geneformer_kernels.launch import KernelCase, Launch, pointer
+from geneformer_kernels.launch import KernelCase, Launch, pointer, precision_of
 from geneformer_kernels.target import Target
 
 OP = "int8_linear"
@@ -181,11 +181,6 @@ def _weight_only_case(
         "int8_linear_weight_only_kernel", dtype, activation, target, planned, pointers, width, n_columns,
         {"PRECISION": precision_of(dtype)},
     )  # fmt: skip
-
-
-def precision_of(dtype: str) -> str:
-    """How a product multiplies: float32 as three tf32 products, near float32's own accuracy; ignored for halves."""
-    return "tf32x3" if dtype == "float32" else "tf32"
 
 
 def _product_case(

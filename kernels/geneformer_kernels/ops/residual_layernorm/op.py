@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.dropout import dropout
+from geneformer_kernels.dropout import dropout, keep_scale
+from geneformer_kernels.launch import too_wide
+from geneformer_kernels.layernorm import check_norm
 from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
-from geneformer_kernels.ops.residual_layernorm.plan import MAX_WIDTH, plan
-
-NORMS = ("post", "pre")
+from geneformer_kernels.ops.residual_layernorm.plan import plan
 
 
 @operator("residual_layernorm_fwd")
@@ -58,7 +58,7 @@ def residual_layernorm_fwd(
                 width=x.shape[1],
                 eps=eps,
                 threshold=round(dropout_p * 65536),
-                keep_scale=_keep_scale(dropout_p),
+                keep_scale=keep_scale(dropout_p),
                 IS_POST=is_post,
                 BLOCK_ROWS=chosen.fwd_block_rows,
                 BLOCK_C=chosen.block_c,
@@ -93,10 +93,6 @@ def _empty_outputs(
         empty((n_rows,), needs_grad),
         empty((n_rows,), needs_grad),
     )
-
-
-def _keep_scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 @operator("residual_layernorm_bwd")
@@ -141,7 +137,7 @@ def residual_layernorm_bwd(
             n_rows=n_rows,
             width=width,
             threshold=round(dropout_p * 65536),
-            keep_scale=_keep_scale(dropout_p),
+            keep_scale=keep_scale(dropout_p),
             IS_POST=is_post,
             BLOCK_ROWS=chosen.bwd_block_rows,
             BLOCK_C=chosen.block_c,
@@ -260,6 +256,7 @@ def residual_layernorm(
         Dtype of ``out``; None is the dtype of ``x``.
     dropout_p
         Probability of dropping an element of ``x`` (training only); what stays is scaled by ``1 / (1 - dropout_p)``.
+        The Triton kernel rounds the probability, not the scale, to a multiple of 2**-16.
     seed
         [1] int64 on the device of ``x``: determines the mask of the Triton kernel; None draws one from torch's
         generator. The other implementations draw their masks from that generator themselves.
@@ -284,14 +281,7 @@ def residual_layernorm(
     Ba et al., "Layer normalization", arXiv:1607.06450; Xiong et al., "On layer normalization in the transformer
     architecture", arXiv:2002.04745 (post and pre).
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"x {[*x.shape]} and residual {[*residual.shape]} must have one shape")
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"weight {[*weight.shape]} and bias {[*bias.shape]} must be [{x.shape[-1]}]")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
+    check_norm(x, residual, weight, bias, norm, dropout_p)
     out_dtype = out_dtype or x.dtype
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
@@ -312,11 +302,6 @@ def residual_layernorm(
     total = x.to(wide) if residual is None else residual.to(wide) + x
     normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
-
-
-def too_wide(width: int) -> str:
-    """Why the kernel cannot take rows of a width; empty where it can."""
-    return "" if width <= MAX_WIDTH else f"the Triton kernel takes rows up to {MAX_WIDTH:,} wide, not {width:,}"
 
 
 def _residual_layernorm_triton(
