@@ -8,6 +8,7 @@ import pytest
 import torch
 from geneformer_kernels import mlm_cross_entropy, residual_layernorm
 from geneformer_kernels.compiled import LOOP, power_of_two_float32, to_bfloat16
+from geneformer_kernels.ops.mlm_cross_entropy import host
 
 # Quiet and signalling, of both signs, with few and with many of their bits set.
 NANS = (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FFF8000, 0x7FFF7FFF)
@@ -47,6 +48,14 @@ def test_powers_of_nan_are_nan() -> None:
     _powers(x.numpy(), out.numpy())
     assert out.isnan().tolist() == [True] * len(NANS) + [False]
     assert out[-1] == 1
+
+
+@pytest.mark.parametrize("bits", NANS, ids=hex)
+def test_nan_is_the_largest(bits: int) -> None:
+    row = torch.linspace(-3, 5, 40)
+    assert host._largest(row.numpy()) == 5
+    row[11:12] = nan(bits)
+    assert np.isnan(host._largest(row.numpy()))
 
 
 @pytest.mark.parametrize("bits", NANS, ids=hex)
