@@ -248,7 +248,7 @@ def test_volta_and_turing_run_on_triton_what_has_no_matrix_product(card: str) ->
     """Their products would become scalar arithmetic, or not compile; cuBLAS and torch's attention run them."""
     choices = {choice.op: choice for choice in explain(CARDS[card])}
     on_triton = {op for op, choice in choices.items() if choice.impl == Impl.TRITON}
-    assert on_triton == {"rank_genes", "embed_tokens", "residual_layernorm"}
+    assert on_triton == {"rank_genes", "embed_tokens", "residual_layernorm", "quantize_rows"}
     for op in ("varlen_attention", "feed_forward", "mlm_cross_entropy", "int8_linear"):
         assert choices[op].impl == Impl.TORCH
         with pytest.raises(ImplUnavailableError, match=r"not tensor cores|does not compile"):

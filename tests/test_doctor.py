@@ -50,6 +50,13 @@ def test_every_operation_can_run_on_every_card_and_says_why(target):
     assert all(operation.impl and operation.reason for operation in operations)
 
 
+@pytest.mark.parametrize("card", ["V100", "T4"])
+def test_rows_are_quantised_by_triton_where_int8_products_are_torchs(card):
+    by_name = {operation.name: operation for operation in doctor.operations_on(CARDS[card])}
+    assert by_name["int8_linear"].impl == "torch"
+    assert (by_name["quantize_rows"].impl, by_name["quantize_rows"].reason) == ("triton", "one Triton kernel")
+
+
 def test_a_wish_from_the_environment_is_shown_and_an_impossible_one_is_a_problem(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "feed_forward=reference")
     by_name = {operation.name: operation for operation in doctor.operations_on(Target.cpu())}

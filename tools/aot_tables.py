@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from geneformer_kernels.dispatch import OPERATIONS
+from geneformer_kernels.dispatch import INSIDE, OPERATIONS
 from geneformer_kernels.target import SMEM_BYTES, Target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +55,12 @@ class Row:
     smem_bytes: int | None
     matrix: str
     case: str
+
+    @property
+    def operation(self) -> str:
+        """What ``choose`` is asked for: the kernel's own operation if it has one inside the folder's."""
+        own = self.kernel.removesuffix("_kernel")
+        return own if own in INSIDE else self.op
 
     @property
     def name(self) -> str:
@@ -127,8 +133,8 @@ def capability(rows: Iterable[Row]) -> dict[tuple[str, int, str], str]:
     beside matrix products that do run they say nothing.
     """
     groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (operation_order(row.op), row.sm, row.dtype)):
-        groups.setdefault((row.op, row.sm, row.dtype), []).append(row)
+    for row in sorted(rows, key=lambda row: (operation_order(row.operation), row.sm, row.dtype)):
+        groups.setdefault((row.operation, row.sm, row.dtype), []).append(row)
     return {key: _capability_of(group) for key, group in groups.items()}
 
 
@@ -171,8 +177,8 @@ def readme_text(table: Table) -> str:
     head = ["operation", *(f"sm_{sm} {name}" for sm, name in ARCHITECTURES.items()), "rows", "registers", "spill bytes"]
     lines = [f"| {' | '.join(head)} |", "|---" * (1 + len(ARCHITECTURES)) + "|---:" * 3 + "|"]
     kinds = capability(table.rows)
-    for op in sorted(table.sources, key=operation_order):
-        rows = [row for row in table.rows if row.op == op]
+    for op in sorted({row.operation for row in table.rows}, key=operation_order):
+        rows = [row for row in table.rows if row.operation == op]
         launched = [row for row in rows if row.is_default and row.matrix != NO_CODE]
         most = [max((getattr(row, name) or 0 for row in launched), default=0) for name in ("registers", "spill_bytes")]
         cells = [_cell([row for row in rows if row.sm == sm], kinds, op, sm) for sm in ARCHITECTURES]

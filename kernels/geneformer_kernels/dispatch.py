@@ -38,8 +38,12 @@ OPERATIONS = (
     "residual_layernorm",
     "feed_forward",
     "int8_linear",
+    "quantize_rows",
     "mlm_cross_entropy",
 )
+#: Operations that live in the folder of another one, which is made of them, but are chosen by themselves: their
+#: candidates are ``quantize_candidates`` of that folder's ``plan.py``, and so on.
+INSIDE = {"quantize_rows": ("int8_linear", "quantize_candidates")}
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
 #: The oldest version that all kernels were compiled with (sm_80 and sm_90, 2026-11-26).
 OLDEST_TRITON = (3, 6)
@@ -105,7 +109,9 @@ def candidates(op: str, dtype: str, target: Target) -> tuple[Candidate, ...]:
     """All implementations of an operation for a dtype name and a target, best first."""
     if op not in OPERATIONS:
         raise ValueError(f"no operation named {op!r}; there are {', '.join(OPERATIONS)}")
-    options = importlib.import_module(f"geneformer_kernels.ops.{op}.plan").candidates(dtype, target)
+    folder, function = INSIDE.get(op, (op, "candidates"))
+    plan = importlib.import_module(f"geneformer_kernels.ops.{folder}.plan")
+    options: tuple[Candidate, ...] = getattr(plan, function)(dtype, target)
     if dtype == "bfloat16" and target.kind == "cuda" and target.sm < 75:
         why = f"{target.name or 'this card'} has no bfloat16 (emulated, a tenth of the speed): use float16"
         return tuple(Candidate(option.impl, False, why) for option in options)

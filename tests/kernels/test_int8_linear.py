@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
+import os
 
 import pytest
 import torch
-from geneformer_kernels import int8_linear, quantize_rows, quantize_weight
-from geneformer_kernels.dispatch import Impl, candidates
+from geneformer_kernels import int8_linear, on_device, quantize_rows, quantize_weight
+from geneformer_kernels.dispatch import Impl, candidates, choose
 from geneformer_kernels.ops.int8_linear import op as operators
 from geneformer_kernels.ops.int8_linear import plan, reference
 from geneformer_kernels.target import CARDS, Target
@@ -320,11 +323,12 @@ def test_compiles_without_a_graph_break(device: str, impl: str, n_rows: int) -> 
 def test_operators_are_registered_properly(device: str) -> None:
     x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.quantize_rows_op.overload, (x, "triton"), test_utils=tests)
+    for rows, impl in itertools.product((x, x.T), IMPLS):
+        torch.library.opcheck(operators.quantize_rows_op.overload, (rows, impl), test_utils=tests)
     x, bias = x.requires_grad_(), bias.requires_grad_()
     for mode in plan.MODES:
         for impl in IMPLS:
-            arguments = (x, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl)
+            arguments = (x, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl, impl)
             torch.library.opcheck(operators.int8_linear_fwd.overload, arguments, test_utils=tests)
 
 
@@ -366,6 +370,18 @@ def test_sums_that_int32_cannot_hold() -> None:
     torch.testing.assert_close(widest, torch.full((33, 1), 127.0 * width))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_transposed_rows(device: str, impl: str) -> None:
+    """Results are contiguous whatever the strides of the rows, which is what the compiler is told."""
+    x = torch.randn(33, 6, generator=torch.Generator().manual_seed(1)).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: quantize_rows(x, impl=impl), backend="aot_eager", fullgraph=True)
+    for q, scale in (quantize_rows(x.T, impl=impl), compiled(x.T)):
+        assert q.is_contiguous()
+        assert torch.equal(q, quantize_rows(x.T.contiguous(), impl=impl)[0])
+        assert torch.equal(scale, quantize_rows(x.T.contiguous(), impl=impl)[1])
+
+
 def test_bad_arguments() -> None:
     x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, "cpu")
     with pytest.raises(ValueError, match="activation must be"):
@@ -394,20 +410,24 @@ def test_cases_name_the_kernels_arguments(card: Target) -> None:
     for case in cases:
         assert sorted([*case.signature, *case.constexprs]) == sorted(getattr(KERNELS, case.kernel).arg_names)
         assert case.divisible <= set(case.signature)
-        assert case.is_default == (card.sm >= 80)
+        assert case.is_default == (card.sm >= 80 or case.kernel == "quantize_rows_kernel")
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_plans(card: Target) -> None:
-    small, large = (plan.dynamic_plan("bfloat16", n, 256, 768, None, card) for n in (1, 1 << 20))
-    assert small.block_rows < large.block_rows
-    for planned in (small, large, *(plan.weight_only_plan("float16", n, 768) for n in (1, 32, 33))):
+    small, large, odd = (
+        plan.dynamic_plan("bfloat16", *sizes, None, card) for sizes in ((1, 256), (1 << 20, 256), (1 << 20, 257))
+    )
+    assert small.block_rows < large.block_rows == odd.block_rows
+    assert (odd.launch == large.launch) == (card.sm < 90)
+    few = [plan.weight_only_plan(dtype, n, 768, None) for dtype in ("float16", "float32") for n in (1, 32, 33)]
+    for planned in (small, large, odd, *few):
         one_stage = (planned.block_rows + planned.block_n) * planned.block_k
         assert card.sm < 80 or one_stage * planned.launch.num_stages <= card.smem_bytes
-    tiles = [plan.weight_only_plan("float16", n, 768).block_rows for n in (1, 16, 17, 32, 33)]
+        assert plan.WIDTH_STEP % planned.block_k == 0
+    tiles = [plan.weight_only_plan("float16", n, 768, "gelu").block_rows for n in (1, 16, 17, 32, 33)]
     assert tiles == [16, 16, 32, 32, 128]
-    assert plan.dynamic_plan("bfloat16", 1 << 20, 256, 769, None, card).block_rows == 64
-    assert [plan.weight_only_plan("float16", n, 769).block_rows for n in (16, 33)] == [16, 32]
+    assert plan.weight_only_plan("float16", 33, 769, "gelu").block_rows == 64
     assert not plan.quantize_plan(768).launch.enable_fp_fusion
     assert [plan.quantize_plan(width).is_one_block for width in (1, 4096, 4097)] == [True, True, False]
 
@@ -419,6 +439,32 @@ def test_choice(card: Target) -> None:
     doubles = candidates("int8_linear", "float64", card)
     assert not next(option for option in doubles if option.impl == Impl.TRITON).can_run
     assert plan.has_int8_product(card) == (card.sm >= 75)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_rows_are_quantised_by_triton_on_every_card(card: Target) -> None:
+    """There is no product in it: Volta and Turing have the kernel too."""
+    for dtype in ("float16", "float32", "bfloat16") if card.sm >= 75 else ("float16", "float32"):
+        assert choose("quantize_rows", dtype, card).impl == Impl.TRITON
+        assert choose("quantize_rows", dtype, card, "triton").impl == Impl.TRITON
+        assert choose("quantize_rows", dtype, dataclasses.replace(card, triton=None)).impl == Impl.TORCH
+    assert choose("quantize_rows", "float64", card).impl == Impl.TORCH
+    assert choose("quantize_rows", "float16", Target.cpu()).impl == Impl.TORCH
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_who_quantises_before_a_product(card: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Turing the product is torch's and its rows are quantised by Triton, unless somebody asks for torch."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled for the card in this process")
+    values, asked = inputs((40, 128, 16), torch.float16, "cpu"), []
+    real = operators.quantize_rows_op
+    monkeypatch.setattr(operators, "quantize_rows_op", lambda x, impl: asked.append(impl) or real(x, impl))
+    for module in (operators, on_device):
+        monkeypatch.setattr(module, "target_of", lambda _: card)
+    out = int8_linear(*values, mode="dynamic")
+    torch.testing.assert_close(out, int8_linear(*values, mode="dynamic", impl="torch"))
+    assert asked == ["triton", "torch"]
 
 
 # On a card, at full size

@@ -73,7 +73,6 @@ def int8_linear_dynamic_kernel(
     n_columns,
     width,
     ACTIVATION: tl.constexpr,
-    IS_EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,8 +81,8 @@ def int8_linear_dynamic_kernel(
     """one program = a tile [BLOCK_ROWS, BLOCK_N] of ``activation((q @ weight.T) * row_scale * scale + bias)``.
 
     q [n_rows, width] int8, row_scale [n_rows], weight [n_columns, width] int8, scale [n_columns], bias [n_columns] or
-    absent, out [n_rows, n_columns]. IS_EVEN: width is a multiple of BLOCK_K. Sums are int32 and exact up to a width of
-    133,144. Programs walk through GROUP blocks of rows before they take the next columns, for the second-level cache.
+    absent, out [n_rows, n_columns]. width is a multiple of BLOCK_K. Sums are int32 and exact up to a width of 133,144.
+    Programs walk through GROUP blocks of rows before they take the next columns, for the second-level cache.
     """
     n_row_blocks, n_column_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_columns, BLOCK_N)
     i_group, i_in_group = tl.program_id(0) // (GROUP * n_column_blocks), tl.program_id(0) % (GROUP * n_column_blocks)
@@ -97,11 +96,9 @@ def int8_linear_dynamic_kernel(
 
     b_sum = tl.zeros([BLOCK_ROWS, BLOCK_N], tl.int32)
     for i_k in range(0, width, BLOCK_K):
-        m_q, m_w = m_rows[:, None], m_n[None, :]
-        if not IS_EVEN:
-            m_q, m_w = m_q & (o_k < width - i_k)[None, :], m_w & (o_k < width - i_k)[:, None]
-        b_q = tl.load(p_q + i_k, mask=m_q, other=0)
-        b_sum = tl.dot(b_q, tl.load(p_weight + i_k, mask=m_w, other=0), b_sum, out_dtype=tl.int32)
+        b_q = tl.load(p_q + i_k, mask=m_rows[:, None], other=0)
+        b_weight = tl.load(p_weight + i_k, mask=m_n[None, :], other=0)
+        b_sum = tl.dot(b_q, b_weight, b_sum, out_dtype=tl.int32)
 
     b_row_scale = tl.load(row_scale_ptr + o_rows, mask=m_rows, other=0.0)
     b_scale = tl.load(scale_ptr + o_n, mask=m_n, other=0.0)
@@ -125,7 +122,6 @@ def int8_linear_weight_only_kernel(
     width,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -133,7 +129,7 @@ def int8_linear_weight_only_kernel(
     """one program = a tile of ``activation((x @ weight.T) * scale + bias)``, computed as its transpose.
 
     x [n_rows, width], weight [n_columns, width] int8, scale [n_columns], bias [n_columns] or absent, out [n_rows,
-    n_columns]. IS_EVEN: width is a multiple of BLOCK_K. The weight is the left operand, which tensor cores take from
+    n_columns]. width is a multiple of BLOCK_K. The weight is the left operand, which tensor cores take from
     the registers where it was widened, and the few rows are the side whose least size is small. Neighbouring programs
     share columns, so that a weight is read from memory once.
     """
@@ -147,11 +143,9 @@ def int8_linear_weight_only_kernel(
 
     b_out = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
     for i_k in range(0, width, BLOCK_K):
-        m_x, m_w = m_rows[None, :], m_n[:, None]
-        if not IS_EVEN:
-            m_x, m_w = m_x & (o_k < width - i_k)[:, None], m_w & (o_k < width - i_k)[None, :]
-        b_weight = tl.load(p_weight + i_k, mask=m_w, other=0).to(x_ptr.dtype.element_ty)
-        b_out = tl.dot(b_weight, tl.load(p_x + i_k, mask=m_x, other=0.0), b_out, input_precision=PRECISION)
+        b_weight = tl.load(p_weight + i_k, mask=m_n[:, None], other=0).to(x_ptr.dtype.element_ty)
+        b_x = tl.load(p_x + i_k, mask=m_rows[None, :], other=0.0)
+        b_out = tl.dot(b_weight, b_x, b_out, input_precision=PRECISION)
 
     b_out *= tl.load(scale_ptr + o_n, mask=m_n, other=0.0)[:, None]
     if bias_ptr is not None:

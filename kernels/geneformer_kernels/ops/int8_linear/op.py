@@ -14,6 +14,7 @@ from geneformer_kernels.ops.int8_linear import reference
 from geneformer_kernels.ops.int8_linear.plan import (
     ACTIVATIONS,
     MODES,
+    WIDTH_STEP,
     dynamic_plan,
     has_int8_product,
     mode_for,
@@ -31,6 +32,7 @@ MAX_DYNAMIC_WIDTH = (2**31 - 1) // 127**2
 @operator("quantize_rows")
 def quantize_rows_op(x: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [rows, K], float32 scale [rows]) of [rows, K]."""
+    x = x.contiguous()  # as the results are, whoever makes them
     if impl != Impl.TRITON or not x.numel():
         return reference.quantize_rows(x)
     from geneformer_kernels.ops.int8_linear.kernel import quantize_rows_kernel
@@ -40,7 +42,7 @@ def quantize_rows_op(x: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Te
     planned = quantize_plan(width)
     with launching_on(x):
         quantize_rows_kernel[(-(-n_rows // planned.block_rows),)](
-            x_ptr=x.contiguous(),
+            x_ptr=x,
             q_ptr=q,
             scale_ptr=scale,
             n_rows=n_rows,
@@ -76,8 +78,12 @@ def int8_linear_fwd(
     mode: str,
     out_dtype: torch.dtype,
     impl: str,
+    quantizer: str,
 ) -> torch.Tensor:
-    """The linear layer on rows [M, K] by one implementation, with a gradient for ``x`` and ``bias``."""
+    """The linear layer on rows [M, K] by one implementation, with a gradient for ``x`` and ``bias``.
+
+    ``quantizer`` is the implementation that quantises rows before torch's product of integers.
+    """
     if impl == Impl.REFERENCE:
         with plainly_on(x):
             return reference.int8_linear(x, weight_q, weight_scale, bias, activation, mode, out_dtype)
@@ -88,7 +94,7 @@ def int8_linear_fwd(
         return out
     with plainly_on(x):
         if mode == "dynamic":
-            q, row_scale = reference.quantize_rows(x)
+            q, row_scale = quantize_rows_op(x, quantizer)
             product = _int8_product(q, weight_q).float() * row_scale[:, None]
         else:
             product = x @ _dequantised(weight_q, weight_scale, x.dtype).T
@@ -103,7 +109,7 @@ def _dequantised(weight_q: torch.Tensor, weight_scale: torch.Tensor, dtype: torc
 
 
 @int8_linear_fwd.register_fake
-def _(x, weight_q, weight_scale, bias, activation, mode, out_dtype, impl):
+def _(x, weight_q, weight_scale, bias, activation, mode, out_dtype, impl, quantizer):
     return torch.empty((x.shape[0], weight_q.shape[0]), dtype=out_dtype, device=x.device)
 
 
@@ -118,8 +124,9 @@ def _launch_dynamic(
     from geneformer_kernels.ops.int8_linear.kernel import int8_linear_dynamic_kernel
 
     q, row_scale = quantize_rows_op(x, str(Impl.TRITON))
+    q, weight_q = _in_whole_steps(q), _in_whole_steps(weight_q)
     (n_rows, width), n_columns = q.shape, weight_q.shape[0]
-    planned = dynamic_plan(DTYPE_NAMES[out.dtype], n_rows, n_columns, width, activation, target_of(x.device))
+    planned = dynamic_plan(DTYPE_NAMES[out.dtype], n_rows, n_columns, activation, target_of(x.device))
     with launching_on(x):
         int8_linear_dynamic_kernel[(-(-n_rows // planned.block_rows) * -(-n_columns // planned.block_n),)](
             q_ptr=q,
@@ -132,7 +139,6 @@ def _launch_dynamic(
             n_columns=n_columns,
             width=width,
             ACTIVATION=activation,
-            IS_EVEN=width % planned.block_k == 0,
             BLOCK_ROWS=planned.block_rows,
             BLOCK_N=planned.block_n,
             BLOCK_K=planned.block_k,
@@ -151,8 +157,9 @@ def _launch_weight_only(
 ) -> None:
     from geneformer_kernels.ops.int8_linear.kernel import int8_linear_weight_only_kernel
 
+    x, weight_q = _in_whole_steps(x), _in_whole_steps(weight_q)
     (n_rows, width), n_columns, dtype = x.shape, weight_q.shape[0], DTYPE_NAMES[x.dtype]
-    planned = weight_only_plan(dtype, n_rows, width)
+    planned = weight_only_plan(dtype, n_rows, n_columns, activation)
     with launching_on(x):
         int8_linear_weight_only_kernel[(-(-n_rows // planned.block_rows) * -(-n_columns // planned.block_n),)](
             x_ptr=x.contiguous(),
@@ -165,12 +172,16 @@ def _launch_weight_only(
             width=width,
             ACTIVATION=activation,
             PRECISION=precision_of(dtype),
-            IS_EVEN=width % planned.block_k == 0,
             BLOCK_ROWS=planned.block_rows,
             BLOCK_N=planned.block_n,
             BLOCK_K=planned.block_k,
             **planned.launch.options,
         )
+
+
+def _in_whole_steps(x: torch.Tensor) -> torch.Tensor:
+    """Zeros, which add nothing to a product, up to a width that the kernels take."""
+    return _padded(x, x.shape[0], x.shape[1] + -x.shape[1] % WIDTH_STEP)
 
 
 def _int8_product(q: torch.Tensor, weight_q: torch.Tensor) -> torch.Tensor:
@@ -196,7 +207,7 @@ def _padded(x: torch.Tensor, n_rows: int, width: int) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight_q, weight_scale, bias, ctx.activation, ctx.mode, _, ctx.impl = inputs
+    x, weight_q, weight_scale, bias, ctx.activation, ctx.mode, _, ctx.impl, ctx.quantizer = inputs
     # The input is needed only to compute again what went into the activation.
     ctx.save_for_backward(x if ctx.activation else None, weight_q, weight_scale, bias)
     ctx.x_dtype = x.dtype
@@ -208,7 +219,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
     wide = torch.float64 if ctx.x_dtype == torch.float64 else torch.float32
     d_pre = d_out.to(wide)
     if ctx.activation:
-        pre = int8_linear_fwd(x, weight_q, weight_scale, bias, None, ctx.mode, wide, ctx.impl)
+        pre = int8_linear_fwd(x, weight_q, weight_scale, bias, None, ctx.mode, wide, ctx.impl, ctx.quantizer)
         if ctx.activation == "relu":
             d_pre = torch.where(pre > 0, d_pre, 0.0)
         else:
@@ -220,7 +231,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
             dx = d_pre.to(ctx.x_dtype) @ _dequantised(weight_q, weight_scale, ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         d_bias = d_pre.sum(0).to(bias.dtype)
-    return dx, None, None, d_bias, None, None, None, None
+    return dx, None, None, d_bias, None, None, None, None, None
 
 
 int8_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -252,7 +263,7 @@ def quantize_rows(x: torch.Tensor, *, impl: Impl | str | None = None) -> tuple[t
     ----------
     Dettmers et al., "LLM.int8()", arXiv:2208.07339 (row by row, largest magnitude).
     """
-    chosen = choose_for("int8_linear", x, impl)
+    chosen = choose_for("quantize_rows", x, impl)
     q, scale = quantize_rows_op(x.detach().reshape(-1, x.shape[-1]) if x.ndim != 2 else x.detach(), chosen)
     return q.view(x.shape), scale.view(x.shape[:-1])
 
@@ -346,7 +357,10 @@ def int8_linear(
     mode = mode or mode_for(rows.shape[0], has_product)
     shape = {"width": weight_q.shape[1], "n_columns": weight_q.shape[0], "is_dynamic": mode == "dynamic"}
     chosen = choose_for("int8_linear", x, impl, shape=shape)
-    out = int8_linear_fwd(rows, weight_q, weight_scale, bias, activation, mode, out_dtype or x.dtype, chosen)
+    # The Triton product is preceded by the Triton kernel, torch's by whichever is best here.
+    quantizer = choose_for("quantize_rows", x, impl) if mode == "dynamic" and chosen == Impl.TORCH else chosen
+    out_dtype = out_dtype or x.dtype
+    out = int8_linear_fwd(rows, weight_q, weight_scale, bias, activation, mode, out_dtype, chosen, quantizer)
     return out.view(*x.shape[:-1], weight_q.shape[0])
 
 

@@ -15,7 +15,25 @@ MODES = ("dynamic", "weight_only")
 #: Rows up to which ``mode=None`` leaves activations as they are: so few rows wait for the weights to be read, so
 #: quantising them saves nothing and costs accuracy and a launch. By arithmetic, not measured.
 WEIGHT_ONLY_ROWS = 32
-CASE_WIDTH, CASE_COLUMNS = 768, 3072
+#: Columns of the largest step of a product; other widths are padded to a multiple. Rows that begin anywhere would be
+#: read byte by byte, whose addresses alone spill 880 bytes of the large tile.
+WIDTH_STEP = 128
+# What the cases are compiled for: output channels that are a multiple of 16, and the genes of Geneformer V1's
+# vocabulary, which are not.
+CASE_WIDTH, CASE_COLUMNS = 768, (3072, 25_426)
+# One width per size of a block of columns; and widths that are no multiple of 16.
+QUANTIZE_WIDTHS = (128, 256, 512, 768, 2048, 3072, 8192)
+UNEVEN_QUANTIZE_WIDTHS = (100, 250, 500, 769, 2047, 3420, 8193)
+
+
+def quantize_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
+    """Implementations of quantising rows, best first: there is no product in it, so Triton compiles it everywhere."""
+    triton = triton_candidate("quantize_rows", dtype, target, "one Triton kernel")
+    if dtype == "float64":
+        triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
+    torch = Candidate(Impl.TORCH, True, "torch, several passes over the rows")
+    reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
+    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
 def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
@@ -72,59 +90,48 @@ def quantize_plan(width: int) -> QuantizePlan:
     return QuantizePlan(max(1, 32 * 32 * num_warps // block_c), block_c, width <= block_c, launch)
 
 
-def dynamic_plan(
-    dtype: str, n_rows: int, n_columns: int, width: int, activation: str | None, target: Target
-) -> ProductPlan:
-    """128 x 128 x 128: of 128 x 256 the sums spill below sm_90. Smaller where multiprocessors would be idle.
-
-    Rows that begin anywhere are read byte by byte, whose addresses alone spill 880 bytes of the large tile.
-    """
-    if width % 16:
-        return ProductPlan(64, 64, 64, 8, Launch(num_warps=4, num_stages=2))
+def dynamic_plan(dtype: str, n_rows: int, n_columns: int, activation: str | None, target: Target) -> ProductPlan:
+    """128 x 128 x 128: of 128 x 256 the sums spill below sm_90. Smaller where multiprocessors would be idle."""
     if -(-n_rows // 128) * -(-n_columns // 128) < target.n_sms:
         return ProductPlan(64, 64, 128, 8, Launch(num_warps=4, num_stages=3))
     if target.sm >= 90:
         # Two programs fit on a multiprocessor, and one stores while the other multiplies: on an H200 1.4 and 1.3 times
-        # as fast as 8 warps and 128 columns at a time. Wide epilogues spill with 4 warps.
-        if dtype == "float32" or activation == "gelu":
+        # as fast as 8 warps and 128 columns at a time. Wide epilogues spill with 4 warps, and so do rows of the result
+        # that begin anywhere, stored element by element (up to 1,808 bytes).
+        if dtype == "float32" or activation == "gelu" or n_columns % 16:
             return ProductPlan(128, 128, 64, 8, Launch(num_warps=8, num_stages=4))
         return ProductPlan(128, 128, 128, 8, Launch(num_warps=4, num_stages=3))
     # Three stages of 32 KB: 96 KB, within what sm_86 and sm_89 have.
     return ProductPlan(128, 128, 128, 8, Launch(num_warps=8, num_stages=3))
 
 
-def weight_only_plan(dtype: str, n_rows: int, width: int) -> ProductPlan:
+def weight_only_plan(dtype: str, n_rows: int, n_columns: int, activation: str | None) -> ProductPlan:
     """Few rows: 64 channels, the fewest of a Hopper instruction, so that many programs read weights at once."""
-    if width % 16:
-        return ProductPlan(16 if n_rows <= 16 else 32, 64, 32, 1, Launch(num_warps=4, num_stages=2))
     block_k = 64 if dtype == "float32" else 128
     if n_rows <= WEIGHT_ONLY_ROWS:
         return ProductPlan(16 if n_rows <= 16 else 32, 64, block_k, 1, Launch(num_warps=4, num_stages=4))
     if dtype == "float32":
         return ProductPlan(64, 64, 32, 1, Launch(num_warps=4, num_stages=2))
+    if activation == "gelu" and n_columns % 16:  # the large tile spills 164 bytes on sm_90
+        return ProductPlan(64, 64, 64, 1, Launch(num_warps=4, num_stages=3))
     return ProductPlan(128, 128, 64, 1, Launch(num_warps=8, num_stages=3))
 
 
 def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Every kernel under every plan; before sm_80, where int8 products do not compile, evidence of it."""
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
+    widths = (*QUANTIZE_WIDTHS, *UNEVEN_QUANTIZE_WIDTHS)
+    quantize_cases = [_quantize_case(dtype, width, target) for dtype in dtypes for width in widths]
     if target.sm < 80:
         return (
-            *(_quantize_case(dtype, 768, target) for dtype in dtypes),
-            *(_dynamic_case(dtype, None, target, CASE_WIDTH, CASE_COLUMNS) for dtype in dtypes),
-            *(_weight_only_case(dtype, None, target, 16, CASE_WIDTH, CASE_COLUMNS) for dtype in dtypes),
+            *quantize_cases,
+            *(_dynamic_case(dtype, None, target, CASE_COLUMNS[0]) for dtype in dtypes),
+            *(_weight_only_case(dtype, None, target, 16, CASE_COLUMNS[0]) for dtype in dtypes),
         )
-    cases = []
-    for dtype in dtypes:
-        cases += [_quantize_case(dtype, width, target) for width in (256, 512, 768, 2048, 3072, 8192, 769)]
-        for activation in (None, *ACTIVATIONS):
-            cases.append(_dynamic_case(dtype, activation, target, CASE_WIDTH, CASE_COLUMNS))
-            cases.append(_dynamic_case(dtype, activation, target, CASE_WIDTH, CASE_COLUMNS, is_small=True))
-        for activation, n_rows in itertools.product((None, "gelu"), (16, 32, 64)):
-            cases.append(_weight_only_case(dtype, activation, target, n_rows, CASE_WIDTH, CASE_COLUMNS))
-        # Nothing is a multiple of 16.
-        cases.append(_dynamic_case(dtype, "gelu", target, 769, 1001))
-        cases += [_weight_only_case(dtype, "gelu", target, n_rows, 769, 1001) for n_rows in (16, 32)]
+    cases = quantize_cases
+    for dtype, activation, n_columns in itertools.product(dtypes, (None, *ACTIVATIONS), CASE_COLUMNS):
+        cases += [_dynamic_case(dtype, activation, target, n_columns, is_small=is_small) for is_small in (False, True)]
+        cases += [_weight_only_case(dtype, activation, target, n_rows, n_columns) for n_rows in (16, 32, 64)]
     return tuple(cases)
 
 
@@ -148,10 +155,10 @@ def _quantize_case(dtype: str, width: int, target: Target) -> KernelCase:
 
 
 def _dynamic_case(
-    dtype: str, activation: str | None, target: Target, width: int, n_columns: int, *, is_small: bool = False
+    dtype: str, activation: str | None, target: Target, n_columns: int, *, is_small: bool = False
 ) -> KernelCase:
     # Which tile depends on the number of multiprocessors, of which cards of one architecture have different ones.
-    planned = dynamic_plan(dtype, 1 if is_small else 1 << 20, n_columns, width, activation, replace(target, n_sms=100))
+    planned = dynamic_plan(dtype, 1 if is_small else 1 << 20, n_columns, activation, replace(target, n_sms=1000))
     wide = pointer("float32")
     pointers: dict[str, str | None] = {
         "q_ptr": pointer("int8"),
@@ -162,14 +169,12 @@ def _dynamic_case(
         "out_ptr": pointer(dtype),
     }
     return _product_case(
-        "int8_linear_dynamic_kernel", dtype, activation, target, planned, pointers, width, n_columns, {"GROUP": 8}
+        "int8_linear_dynamic_kernel", dtype, activation, target, planned, pointers, n_columns, {"GROUP": 8}
     )
 
 
-def _weight_only_case(
-    dtype: str, activation: str | None, target: Target, n_rows: int, width: int, n_columns: int
-) -> KernelCase:
-    planned = weight_only_plan(dtype, n_rows, width)
+def _weight_only_case(dtype: str, activation: str | None, target: Target, n_rows: int, n_columns: int) -> KernelCase:
+    planned = weight_only_plan(dtype, n_rows, n_columns, activation)
     pointers: dict[str, str | None] = {
         "x_ptr": pointer(dtype),
         "weight_ptr": pointer("int8"),
@@ -178,7 +183,7 @@ def _weight_only_case(
         "out_ptr": pointer(dtype),
     }
     return _product_case(
-        "int8_linear_weight_only_kernel", dtype, activation, target, planned, pointers, width, n_columns,
+        "int8_linear_weight_only_kernel", dtype, activation, target, planned, pointers, n_columns,
         {"PRECISION": precision_of(dtype)},
     )  # fmt: skip
 
@@ -190,21 +195,21 @@ def _product_case(
     target: Target,
     planned: ProductPlan,
     pointers: dict[str, str | None],
-    width: int,
     n_columns: int,
     more: dict[str, int | str],
 ) -> KernelCase:
     constexprs: dict[str, int | float | bool | str | None] = {
         "ACTIVATION": activation,
-        "IS_EVEN": width % planned.block_k == 0,
         "BLOCK_ROWS": planned.block_rows,
         "BLOCK_N": planned.block_n,
         "BLOCK_K": planned.block_k,
         **more,
     }
     scalars = {"n_rows": "i32", "n_columns": "i32", "width": "i32"}
-    problem = f"K={width} N={n_columns} {activation or 'no activation'} tile {planned.block_rows} x {planned.block_n}"
-    sizes = {name for name, size in (("n_columns", n_columns), ("width", width)) if size % 16 == 0}
+    problem = (
+        f"K={CASE_WIDTH} N={n_columns} {activation or 'no activation'} tile {planned.block_rows} x {planned.block_n}"
+    )
+    sizes = {"width"} if n_columns % 16 else {"width", "n_columns"}
     return _case(kernel, problem, dtype, target, pointers, scalars, constexprs, planned.launch, sizes, True)
 
 
@@ -231,5 +236,5 @@ def _case(
         launch=launch,
         divisible=frozenset(present) | frozenset(sizes),
         has_dot=has_dot,
-        is_default=target.sm >= 80,
+        is_default=target.sm >= 80 or not has_dot,
     )
