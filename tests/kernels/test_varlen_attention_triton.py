@@ -182,12 +182,12 @@ def test_cells_do_not_see_each_other(device: str) -> None:
 def test_nothing_is_read_outside(device: str, lengths: list[int]) -> None:
     """NaN lies behind every head, between the halves of the projection, and behind the last token."""
 
-    def among_nans(x):
-        whole = torch.full((len(x) + 64, *x.shape[1:-1], 16), float("nan"), dtype=x.dtype, device=device)
+    def among_nans(x):  # strides are multiples of 16: the kernels read it as it is
+        whole = torch.full((len(x) + 64, *x.shape[1:-1], 64), float("nan"), dtype=x.dtype, device=device)
         whole[: len(x), ..., : x.shape[-1]] = x
         return whole[: len(x), ..., : x.shape[-1]]
 
-    qkv, d_out, cu_seqlens = inputs(torch.float16, 7, lengths, device)
+    qkv, d_out, cu_seqlens = inputs(torch.float16, 48, lengths, device)
     expected = run(qkv, d_out, cu_seqlens)
     for x, again in zip(expected, run(among_nans(qkv), among_nans(d_out), cu_seqlens), strict=True):
         if device == "cuda":  # other strides are read in another layout, and sums end in another last bit
@@ -217,6 +217,20 @@ def test_views(device: str) -> None:
         gradients.append(torch.autograd.grad(fused.sum(), leaf)[0])
     for gradient in gradients:
         torch.testing.assert_close(gradient, expected[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 17, 100])
+def test_kernels_are_given_what_they_are_compiled_for(head_dim: int) -> None:
+    """Head dimensions and strides that are multiples of 16, elements that are adjacent; nothing is copied twice."""
+    x = torch.randn(5, 3, 2, head_dim)
+    for view in (x, x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0), torch.randn(5, 3, 2, 128)[..., :head_dim]):
+        rows = launches.rows_of(view)
+        assert rows.stride(-1) == 1
+        assert {size % 16 for size in (rows.shape[-1], *rows.stride()[:-1])} == {0}
+        assert torch.equal(rows[..., :head_dim], view)
+        assert (rows[..., head_dim:] == 0).all()
+        assert launches.rows_of(rows) is rows
+    assert (launches.rows_of(x) is x) == (head_dim % 16 == 0)
 
 
 _FARTHEST = launches._LONGEST_STRIDE

@@ -11,6 +11,7 @@ from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.varlen_attention.plan import (
     BLOCK_CELLS,
+    HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     TILES_LAUNCH,
     AttentionPlan,
@@ -157,11 +158,14 @@ _LONGEST_STRIDE = (1 << 31) // 128 - MAX_HEAD_DIM
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its innermost elements are adjacent, which is what the kernels read; else a copy.
-
-    A copy too if its tokens are so far apart that the rows of a tile lie beyond what the kernels can count.
+    """The tensor itself if it is what the kernels are compiled for, else a copy: [..., D] with D and strides multiples
+    of 16, innermost elements adjacent, tokens not so far apart that the rows of a tile lie beyond what the kernels can
+    count. Zeros are added to heads that are narrower; they change no score.
     """
-    return x if x.stride(-1) == 1 and x.stride(0) <= _LONGEST_STRIDE else x.contiguous()
+    if missing := -x.shape[-1] % HEAD_DIM_STEP:
+        return torch.nn.functional.pad(x, (0, missing)).contiguous()
+    is_readable = x.stride(-1) == 1 and all(stride % HEAD_DIM_STEP == 0 for stride in x.stride()[:-1])
+    return x if is_readable and x.stride(0) <= _LONGEST_STRIDE else x.contiguous()
 
 
 def _pointers(**tensors: torch.Tensor) -> dict[str, torch.Tensor | int]:

@@ -81,6 +81,11 @@ def _seed_for(q: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> t
     return draw_seed(q.device) if seed is None else seed
 
 
+def _narrowed(out: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The first columns of every head, without those that were added for the kernels."""
+    return out if out.shape[-1] == head_dim else out[..., :head_dim].contiguous()
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -111,7 +116,7 @@ def varlen_attention(
         on a card draw their own: there it has no effect.
     impl
         ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. The reference has no dropout. Triton serves head
-        dimensions up to 128; wider ones go to torch.
+        dimensions up to 128, those that are no multiple of 16 in a padded copy; wider ones go to torch.
 
     Returns
     -------
@@ -146,9 +151,11 @@ def varlen_attention(
     # Imported late: it registers operators.
     from geneformer_kernels.ops.varlen_attention import launches
 
+    head_dim = q.shape[-1]
     q, k, v = (launches.rows_of(x) for x in (q, k, v))
     seed = _seed_for(q, dropout_p, seed)
-    return launches.varlen_attention_fwd(q, k, v, cu_seqlens.contiguous(), scale, dropout_p, seed)[0]
+    out = launches.varlen_attention_fwd(q, k, v, cu_seqlens.contiguous(), scale, dropout_p, seed)[0]
+    return _narrowed(out, head_dim)
 
 
 def varlen_attention_qkv(
@@ -190,9 +197,10 @@ def varlen_attention_qkv(
     scale = _check(q, cu_seqlens, scale, dropout_p)
     from geneformer_kernels.ops.varlen_attention import launches
 
+    head_dim = qkv.shape[-1]
     qkv, seed = launches.rows_of(qkv), _seed_for(qkv, dropout_p, seed)
     cu_seqlens = cu_seqlens.to(qkv.device).contiguous()
-    return launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, scale, dropout_p, seed)[0]
+    return _narrowed(launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, scale, dropout_p, seed)[0], head_dim)
 
 
 def attention_scores(
