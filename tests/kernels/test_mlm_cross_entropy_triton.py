@@ -227,7 +227,7 @@ def test_nothing_is_written_past_the_end(device: str) -> None:
 
 def test_memory_is_a_chunk_of_the_vocabulary(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "backward_plan", lambda *a: plan.BackwardPlan(plan.INTERPRETED, 64))
-    n_rows, width, n_vocab = 64, 4, 600
+    n_rows, width, n_vocab = 256, 16, 600
     hidden, weight, bias, targets = on(device, torch.float16, (n_rows, width, n_vocab))
     weight = weight.half()
     with LargestTensor() as largest:

@@ -163,7 +163,8 @@ def mlm_cross_entropy_fwd_combine_kernel(
     tl.store(row_sum_ptr + o_r, row_sum, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_vocab"])
+# A chunk of the vocabulary may begin at any entry of the bias.
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_vocab"], do_not_specialize_on_alignment=["bias_ptr"])
 def mlm_cross_entropy_bwd_dlogits_kernel(
     hidden_ptr,
     weight_ptr,

@@ -93,7 +93,7 @@ def mlm_cross_entropy_bwd(
             n_rows = plan.rows_per_chunk(len(weight), target_for(hidden))
             gradients = row_chunks.backward(*rows, row_max, row_sum, scale, needs, n_rows)
         d_hidden, d_weight, d_bias = (
-            x.new_empty(0) if gradient is None else gradient.mul_(largest).to(x.dtype)
+            x.new_empty(0) if gradient is None else gradient.mul_(largest).to(x.dtype).contiguous()
             for x, gradient in zip((hidden, weight, bias), gradients, strict=True)
         )
         return d_hidden, d_weight, d_bias
@@ -128,11 +128,18 @@ def _wide(bias: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return bias.to(row_chunks.wide_dtype(hidden.dtype)).contiguous()
 
 
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix with zeros up to a width that the kernels take; they change no logit."""
+    missing = -matrix.shape[1] % plan.WIDTH_STEP
+    return torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix
+
+
 def _launch_fwd(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from geneformer_kernels.ops.mlm_cross_entropy import kernel
 
+    hidden, weight = _padded(hidden), _padded(weight)
     (n_rows, width), n_vocab = hidden.shape, len(weight)
     forward = plan.forward_plan(n_rows, n_vocab, width, DTYPE_NAMES[hidden.dtype], target_for(hidden))
     combine = plan.combine_plan()
@@ -191,6 +198,8 @@ def _launch_bwd(
     from geneformer_kernels.ops.mlm_cross_entropy import kernel
 
     needs_hidden, needs_weight, needs_bias = needs
+    true_width = hidden.shape[1]
+    hidden, weight = _padded(hidden), _padded(weight)
     (n_rows, width), n_vocab = hidden.shape, len(weight)
     backward = plan.backward_plan(n_rows, n_vocab, width, DTYPE_NAMES[hidden.dtype], target_for(hidden))
     tiles, n_row_blocks = backward.tiles, _ceil(n_rows, backward.tiles.block_r)
@@ -233,6 +242,7 @@ def _launch_bwd(
             d_hidden = row_chunks.add_product(d_hidden, dlogits, weight[chunk])
         if d_bias is not None:
             torch.sum(partial_dbias, 0, out=d_bias[chunk])
+    d_hidden, d_weight = (d if d is None else d[:, :true_width] for d in (d_hidden, d_weight))
     return d_hidden, d_weight, d_bias
 
 
