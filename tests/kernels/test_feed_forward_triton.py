@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from geneformer_kernels import feed_forward, feed_forward_layernorm
-from geneformer_kernels.dispatch import Impl, candidates
+from geneformer_kernels.dispatch import Impl, candidates, choose
 from geneformer_kernels.ops.feed_forward import device as operators
 from geneformer_kernels.ops.feed_forward import plan, reference
 from geneformer_kernels.target import CARDS, Target
@@ -504,7 +504,11 @@ def test_cases_name_the_kernels_arguments(card: Target) -> None:
     for case in cases:
         assert sorted([*case.signature, *case.constexprs]) == sorted(getattr(KERNELS, case.kernel).arg_names)
         assert case.divisible <= set(case.signature)
-        assert case.is_default == (card.sm >= 80)
+        is_by_library = card.sm >= 90 and case.dtype != "float32" and case.constexprs.get("ACTIVATION") != "swiglu"
+        is_never = case.kernel == "feed_forward_up_kernel" or (
+            case.problem.startswith("C=256 ") and "no norm" in case.problem
+        )
+        assert case.is_default == (card.sm >= 80 and not (is_by_library and is_never))
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
@@ -527,9 +531,10 @@ def test_plans(card: Target, activation: str) -> None:
     assert plan.is_one_kernel("bfloat16", 128, 512, **options, has_layernorm=True)
     assert not plan.is_up_by_library("float32", activation, card)
     assert plan.fused_plan("float32", 256, 512, activation, card) is None
-    small, large = (plan.up_plan("bfloat16", n, 768, 1024, activation, card) for n in (1, 1 << 20))
+    small, large = (plan.up_plan("bfloat16", n, 1024, activation, card) for n in (1, 1 << 20))
     assert small.block_rows * small.block_n < large.block_rows * large.block_n
     assert plan.activation_plan(1, 512, activation, card).n_programs == 1
+    assert plan.activation_plan(1, 500, activation, card).block_rows == 16
     assert plan.layernorm_plan(1 << 20, 256, card).n_programs == 2 * card.n_sms
 
 
@@ -537,6 +542,9 @@ def test_plans(card: Target, activation: str) -> None:
 def test_choice(card: Target) -> None:
     first = next(option for option in candidates("feed_forward", "float16", card) if option.can_run)
     assert first.impl == (Impl.TRITON if card.sm >= 80 else Impl.TORCH)
+    # On Hopper what is asked for as Triton is cuBLAS's for the most part, and the reason says so.
+    for dtype in ("float16", "bfloat16", "float32") if card.sm >= 80 else ():
+        assert ("cuBLAS" in choose("feed_forward", dtype, card).reason) == (card.sm >= 90 and dtype != "float32")
     doubles = candidates("feed_forward", "float64", card)
     assert not next(option for option in doubles if option.impl == Impl.TRITON).can_run
 

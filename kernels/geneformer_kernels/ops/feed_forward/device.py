@@ -12,6 +12,7 @@ from geneformer_kernels.launch import precision_of
 from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, launching_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.feed_forward.plan import (
+    WIDTH_STEP,
     activation_plan,
     fused_plan,
     is_one_kernel,
@@ -68,15 +69,17 @@ def _(x, up_weight, up_bias, down_weight, down_bias, activation):
 def _up(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ff_width: int, activation: str
 ) -> torch.Tensor:
-    n_rows, width = x.shape
     dtype, target = DTYPE_NAMES[x.dtype], target_of(x.device)
     if is_up_by_library(dtype, activation, target):
         return _up_by_library(x, weight, None if bias is None else bias.to(x.dtype), activation)
 
     from geneformer_kernels.ops.feed_forward.kernel import feed_forward_up_kernel
 
+    if missing := -x.shape[1] % WIDTH_STEP:  # zeros, which add nothing to a product
+        x, weight = F.pad(x, (0, missing)), F.pad(weight, (0, missing))
+    n_rows, width = x.shape
     hidden = torch.empty((n_rows, ff_width), dtype=x.dtype, device=x.device)
-    planned = up_plan(dtype, n_rows, width, ff_width, activation, target)
+    planned = up_plan(dtype, n_rows, ff_width, activation, target)
     n_programs = -(-n_rows // planned.block_rows) * -(-ff_width // planned.block_n)
     if n_programs:
         with launching_on(x):
@@ -90,7 +93,6 @@ def _up(
                 width=width,
                 ACTIVATION=activation,
                 PRECISION=precision_of(dtype),
-                IS_EVEN=width % planned.block_k == 0,
                 BLOCK_ROWS=planned.block_rows,
                 BLOCK_N=planned.block_n,
                 BLOCK_K=planned.block_k,
@@ -128,7 +130,7 @@ def _launch_fused(
     mean: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
     eps: float = 0.0,
-    is_post: bool = False,
+    is_post: bool = True,  # without a LayerNorm it means nothing, and the kernel is compiled for one of both
     dropout_p: float = 0.0,
 ) -> None:
     from geneformer_kernels.ops.feed_forward.kernel import feed_forward_fwd_kernel

@@ -149,7 +149,6 @@ def feed_forward_up_kernel(
     width,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,8 +157,8 @@ def feed_forward_up_kernel(
     """one program = a tile [BLOCK_ROWS, BLOCK_N] of ``activation(x @ weight.T + bias)``.
 
     x [n_rows, width], weight [n_columns, width] (SwiGLU: [2 n_columns, width], gate rows first), bias [n_columns or
-    2 n_columns] or absent, out [n_rows, n_columns]. IS_EVEN: width is a multiple of BLOCK_K. Programs walk through
-    GROUP blocks of rows before they take the next columns, so that both operands stay in the second-level cache.
+    2 n_columns] or absent, out [n_rows, n_columns]. width is a multiple of BLOCK_K. Programs walk through GROUP blocks
+    of rows before they take the next columns, so that both operands stay in the second-level cache.
     """
     n_row_blocks, n_column_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_columns, BLOCK_N)
     i_group, i_in_group = tl.program_id(0) // (GROUP * n_column_blocks), tl.program_id(0) % (GROUP * n_column_blocks)
@@ -175,13 +174,12 @@ def feed_forward_up_kernel(
     b_hidden = tl.zeros([BLOCK_ROWS, BLOCK_N], tl.float32)
     b_up = tl.zeros([BLOCK_ROWS, BLOCK_N], tl.float32)
     for i_k in range(0, width, BLOCK_K):
-        m_x, m_w = m_rows[:, None], m_n[None, :]
-        if not IS_EVEN:
-            m_x, m_w = m_x & (o_k < width - i_k)[None, :], m_w & (o_k < width - i_k)[:, None]
-        b_x = tl.load(p_x + i_k, mask=m_x, other=0.0)
-        b_hidden = tl.dot(b_x, tl.load(p_weight + i_k, mask=m_w, other=0.0), b_hidden, input_precision=PRECISION)
+        b_x = tl.load(p_x + i_k, mask=m_rows[:, None], other=0.0)
+        b_weight = tl.load(p_weight + i_k, mask=m_n[None, :], other=0.0)
+        b_hidden = tl.dot(b_x, b_weight, b_hidden, input_precision=PRECISION)
         if ACTIVATION == "swiglu":
-            b_up = tl.dot(b_x, tl.load(p_up + i_k, mask=m_w, other=0.0), b_up, input_precision=PRECISION)
+            b_weight = tl.load(p_up + i_k, mask=m_n[None, :], other=0.0)
+            b_up = tl.dot(b_x, b_weight, b_up, input_precision=PRECISION)
 
     if bias_ptr is not None:
         b_hidden += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]

@@ -13,20 +13,34 @@ OP = "feed_forward"
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
 #: Widths whose rows stay in the registers of one block from the input to the LayerNorm after it.
 FUSED_WIDTHS = (128, 256, 512)
+#: Columns of the largest step of the first linear layer's kernel; other widths are padded to a multiple.
+WIDTH_STEP = 64
 # What the cases are compiled for: hidden units beside a compact width, and a width that is not compact.
 CASE_FF_WIDTH = 512
 CASE_WIDE = (768, 3072)
+# Hidden units that are no multiple of 16.
+CASE_UNEVEN = (1280, 3420)
 
 
 def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     """Implementations for a dtype on a target, best first."""
     library = {"cpu": "oneDNN or MKL", "cuda": "cuBLAS", "hip": "hipBLASLt"}.get(target.kind, "the vendor's library")
-    triton = triton_candidate(OP, dtype, target)
+    triton = triton_candidate(OP, dtype, target, _triton_reason(dtype, target))
     if dtype == "float64":
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
     torch = Candidate(Impl.TORCH, True, f"torch linear through {library}")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+
+
+def _triton_reason(dtype: str, target: Target) -> str:
+    """What ``"triton"`` stands for, which on Hopper is cuBLAS's products where these are faster."""
+    if not is_up_by_library(dtype, "relu", target):
+        return "Triton kernel"
+    return (
+        "Triton kernels for SwiGLU, width 128 and gradients of activations; otherwise cuBLAS makes both forward "
+        "products around ReLU or GELU, with ReLU and tanh-GELU in its epilogue (measured faster on an H200)"
+    )
 
 
 def is_one_kernel(
@@ -113,27 +127,23 @@ def fused_plan(dtype: str, width: int, ff_width: int, activation: str, target: T
     return FusedPlan(block_rows, block_f, Launch(num_warps=4 if width == 128 else 8, num_stages=2), block_norm)
 
 
-def up_plan(dtype: str, n_rows: int, width: int, ff_width: int, activation: str, target: Target) -> UpPlan:
-    """The tile of the first linear layer; smaller where large tiles would leave multiprocessors idle.
-
-    And smaller where rows begin anywhere and are read element by element, whose addresses take registers.
-    """
+def up_plan(dtype: str, n_rows: int, ff_width: int, activation: str, target: Target) -> UpPlan:
+    """The tile of the first linear layer; smaller where large tiles would leave multiprocessors idle."""
     is_swiglu = activation == "swiglu"
     n_large = -(-n_rows // 128) * -(-ff_width // (64 if is_swiglu else 128))
-    if dtype == "float32" or width % 16 or n_large < target.n_sms:
-        block_k = 64 // (2 if dtype == "float32" else 1) // (2 if width % 16 else 1)
-        return UpPlan(64, 32 if is_swiglu else 64, block_k, 8, Launch(4, 2))
+    if dtype == "float32" or n_large < target.n_sms:
+        return UpPlan(64, 32 if is_swiglu else 64, 32 if dtype == "float32" else WIDTH_STEP, 8, Launch(4, 2))
     # Three stages of 32 KB: 96 KB, within what sm_86 and sm_89 have.
-    return UpPlan(128, 64 if is_swiglu else 128, 64, 8, Launch(8, 3))
+    return UpPlan(128, 64 if is_swiglu else 128, WIDTH_STEP, 8, Launch(8, 3))
 
 
 def activation_plan(n_rows: int, ff_width: int, activation: str, target: Target) -> RowsPlan:
     """Eight blocks per multiprocessor share the rows of all columns.
 
     Of 16 plans the fastest on an H200: 3.6 to 3.9 TB/s at 512 and 3,072 hidden units (65,536 rows, 2026-11). SwiGLU
-    reads three numbers where others read two, and 32 rows of them spill.
+    reads three numbers where others read two, and 32 rows of them spill; so do 32 rows that begin anywhere.
     """
-    block_rows = 16 if activation == "swiglu" else 32
+    block_rows = 16 if activation == "swiglu" or ff_width % 16 else 32
     n_column_blocks = -(-ff_width // 128)
     n_programs = max(1, min(-(-n_rows // block_rows), 8 * target.n_sms // n_column_blocks))
     return RowsPlan(block_rows, 128, n_programs, Launch(num_warps=4, num_stages=1))
@@ -153,16 +163,17 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
         return (
             _fused_case("float16", 128, "relu", target, "inference", is_post=True),
             *(_up_case(dtype, *CASE_WIDE, "relu", target) for dtype in dtypes),
-            *(_activation_case(dtype, "relu", target) for dtype in dtypes),
+            *(_activation_case(dtype, "relu", target, CASE_WIDE[1]) for dtype in dtypes),
             _layernorm_case("float16", 256, target, is_post=True, is_full=True),
         )
     cases = []
     fused = [width for width in FUSED_WIDTHS if fused_plan("float16", width, CASE_FF_WIDTH, "relu", target)]
     for dtype, activation in itertools.product(dtypes, ACTIVATIONS):
-        cases.append(_activation_case(dtype, activation, target))
-        cases.append(_up_case(dtype, *CASE_WIDE, activation, target, is_small=True))
-        if dtype != "float32":
-            cases.append(_up_case(dtype, *CASE_WIDE, activation, target))
+        for width, ff_width in (CASE_WIDE, CASE_UNEVEN):
+            cases.append(_activation_case(dtype, activation, target, ff_width))
+            cases.append(_up_case(dtype, width, ff_width, activation, target, is_small=True))
+            if dtype != "float32":
+                cases.append(_up_case(dtype, width, ff_width, activation, target))
         for width in fused if dtype != "float32" else ():
             cases.append(_fused_case(dtype, width, activation, target, "no norm", is_post=True))
             cases.append(_fused_case(dtype, width, activation, target, "training, dropout", is_post=True))
@@ -171,8 +182,6 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
         cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=True))
         cases.append(_layernorm_case(dtype, width, target, is_post=is_post, is_full=False))
     cases += [_fused_case("bfloat16", width, "relu", target, "training, dropout", is_post=False) for width in fused]
-    # Nothing is a multiple of 16.
-    cases += [_up_case(dtype, 769, 1001, activation, target) for dtype in dtypes for activation in ("gelu", "swiglu")]
     return tuple(cases)
 
 
@@ -208,9 +217,11 @@ def _fused_case(dtype: str, width: int, activation: str, target: Target, use: st
         "BLOCK_NORM": planned.block_norm if has_norm else planned.block_rows,
     }
     problem = f"C={width} {activation} {use if not has_norm else f'{use}, ' + ('post' if is_post else 'pre')}"
+    # Somebody who asks for both layers and the LayerNorm gets one kernel wherever there is one.
+    is_launched = has_norm or is_one_kernel(dtype, width, CASE_FF_WIDTH, activation, target, has_layernorm=False)
     return _case(
         "feed_forward_fwd_kernel", problem, dtype, target, pointers, scalars, constexprs, planned.launch,
-        sizes={"ff_width"}, has_dot=True,
+        sizes={"ff_width"}, has_dot=True, is_launched=is_launched,
     )  # fmt: skip
 
 
@@ -218,13 +229,12 @@ def _up_case(
     dtype: str, width: int, ff_width: int, activation: str, target: Target, *, is_small: bool = False
 ) -> KernelCase:
     # Which tile depends on the number of multiprocessors, of which cards of one architecture have different ones.
-    planned = up_plan(dtype, 1 if is_small else 1 << 20, width, ff_width, activation, replace(target, n_sms=100))
+    planned = up_plan(dtype, 1 if is_small else 1 << 20, ff_width, activation, replace(target, n_sms=100))
     own = pointer(dtype)
     pointers: dict[str, str | None] = {"x_ptr": own, "weight_ptr": own, "bias_ptr": pointer("float32"), "out_ptr": own}
     constexprs: dict[str, int | float | bool | str | None] = {
         "ACTIVATION": activation,
         "PRECISION": precision_of(dtype),
-        "IS_EVEN": width % planned.block_k == 0,
         "BLOCK_ROWS": planned.block_rows,
         "BLOCK_N": planned.block_n,
         "BLOCK_K": planned.block_k,
@@ -233,12 +243,13 @@ def _up_case(
     return _case(
         "feed_forward_up_kernel", f"C={width} F={ff_width} {activation} tile {planned.block_rows}", dtype, target,
         pointers, {"n_rows": "i32", "n_columns": "i32", "width": "i32"}, constexprs, planned.launch,
-        sizes={name for name, size in (("n_columns", ff_width), ("width", width)) if size % 16 == 0}, has_dot=True,
+        sizes={"width"} if ff_width % 16 else {"width", "n_columns"}, has_dot=True,
+        is_launched=not is_up_by_library(dtype, activation, target),
     )  # fmt: skip
 
 
-def _activation_case(dtype: str, activation: str, target: Target) -> KernelCase:
-    planned = activation_plan(1 << 16, CASE_FF_WIDTH, activation, target)
+def _activation_case(dtype: str, activation: str, target: Target, ff_width: int) -> KernelCase:
+    planned = activation_plan(1 << 16, ff_width, activation, target)
     own, wide = pointer(dtype), pointer("float32")
     pointers: dict[str, str | None] = {"hidden_ptr": own, "d_hidden_ptr": own, "bias_ptr": wide, "partial_ptr": wide}
     constexprs: dict[str, int | float | bool | str | None] = {
@@ -247,8 +258,9 @@ def _activation_case(dtype: str, activation: str, target: Target) -> KernelCase:
         "BLOCK_F": planned.block_columns,
     }
     return _case(
-        "feed_forward_bwd_activation_kernel", activation, dtype, target, pointers,
-        {"n_rows": "i32", "ff_width": "i32"}, constexprs, planned.launch, sizes={"ff_width"}, has_dot=False,
+        "feed_forward_bwd_activation_kernel", f"F={ff_width} {activation}", dtype, target, pointers,
+        {"n_rows": "i32", "ff_width": "i32"}, constexprs, planned.launch,
+        sizes=set() if ff_width % 16 else {"ff_width"}, has_dot=False,
     )  # fmt: skip
 
 
@@ -293,6 +305,7 @@ def _case(
     *,
     sizes: set[str],
     has_dot: bool,
+    is_launched: bool = True,
 ) -> KernelCase:
     present = {name: kind for name, kind in pointers.items() if kind is not None}
     absent = {name: None for name, kind in pointers.items() if kind is None}
@@ -306,5 +319,5 @@ def _case(
         launch=launch,
         divisible=frozenset(present) | frozenset(sizes),
         has_dot=has_dot,
-        is_default=target.sm >= 80,
+        is_default=target.sm >= 80 and is_launched,
     )
