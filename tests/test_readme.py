@@ -1,4 +1,4 @@
-"""Every command and every Python example in the README runs.
+"""Every command and every Python example in the README runs, and those of the kernels' README.
 
 They run in one temporary folder that holds a small quickstart, in the order in which they stand, as a reader would run
 them. The two lines that begin with ``pip install`` need a fresh machine: ``.ci/run`` takes them from the README and
@@ -24,8 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = "pip install -c constraints.txt -e '.[dev]' && "
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def command_lines() -> list[str]:
@@ -34,6 +34,7 @@ def command_lines() -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
+EXAMPLES = blocks("python") + blocks("python", (ROOT / "kernels" / "README.md").read_text(encoding="utf-8"))
 COMMANDS = [line for line in command_lines() if not line.startswith(INSTALL)]
 
 
@@ -81,9 +82,9 @@ def test_command(folder, line):
         assert (folder / words[words.index("--out") + 1]).exists()
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_python_example(folder, number):
-    assert run_in(folder, [sys.executable, "-c", blocks("python")[number]]).strip()
+    assert run_in(folder, [sys.executable, "-c", EXAMPLES[number]]).strip()
 
 
 def test_links_and_paths_exist():
