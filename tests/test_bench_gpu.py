@@ -477,6 +477,22 @@ def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.Monk
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(ROOT / "kernels")]
 
 
+NOT_INSTALLED = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path[:] = [path for path in sys.path if not path.endswith("kernels")]
+import bench.gpu_suite, geneformer_kernels
+print(geneformer_kernels.__file__)
+"""
+
+
+def test_a_checkout_that_is_not_installed_finds_its_kernels() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", NOT_INSTALLED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(ROOT / "kernels")
+
+
 def test_implementations_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen, and what is not, each with its name; a card would run both."""
     from geneformer_kernels import feed_forward
