@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu_sources import tree_digest
 from bench.gpu_timer import Clock, Run
-from bench.machine import ROOT, provenance
+from bench.machine import provenance
 
 #: Name of the commit, said by who starts it: a copy of a checkout may lie inside another one.
 COMMIT = "GENEFORMER_FAST_COMMIT"
@@ -30,12 +30,7 @@ def gpu_provenance(device: torch.device) -> dict[str, Any]:
 
 def source_digest(folders: Sequence[str] = _SOURCES) -> str:
     """12 hexadecimal digits over all Python files of the folders."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode())
-            digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return tree_digest(folders)
 
 
 def card(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,6 +32,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "wrapped": ("tests/gpu/test_wrapped*.py",),
     "sanitizer": ("tests/gpu/test_sanitizer*.py",),
 }
+#: Groups that take minutes (every dtype of counts compiles five sorts): they run when a case that rests on them is due.
+LATE = ("rank_genes",)
 #: No number rests on these: the first run beside the others, the last, which takes minutes, after the measurements.
 BESIDE, AFTER = "wrapped", "sanitizer"
 FILE = "tests.json"
@@ -40,7 +43,7 @@ _FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\
 MOST_AT_ONCE = 8
 #: Processes of a group at least, where pytest-xdist is there; fewer groups have more each.
 WORKERS = 2
-#: And here, where every dtype of counts compiles five sorts.
+#: And of those that take longest.
 MORE_WORKERS = {"rank_genes": 8}
 
 
@@ -69,49 +72,94 @@ def files_of(group: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if _FOR_CARDS.search(path.read_text(encoding="utf-8"))]
 
 
-def outcomes(out: Path, digest: str) -> dict[str, dict[str, Any]]:
-    """What earlier runs in ``out`` said of the same sources: group -> outcome."""
+def outcomes(out: Path, basis: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What earlier runs in ``out`` said on the same card, of the same versions and sources: group -> outcome."""
     path = out / FILE
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())
-    return found["groups"] if found["source"] == digest else {}
+    try:
+        found = json.loads(path.read_text())
+        return found["groups"] if all(found.get(name) == value for name, value in basis.items()) else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{os.path.relpath(path)} cannot be read ({error}): the tests run again", flush=True)
+        return {}
 
 
 def run_tests(
-    groups: Iterable[str], out: Path, digest: str, *, seconds: float, is_again: bool = False
+    groups: Iterable[str],
+    out: Path,
+    basis: Mapping[str, Any],
+    *,
+    seconds: float,
+    about: Mapping[str, Any] | None = None,
+    is_again: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run the groups that have not passed yet; several at once, none longer than ``seconds`` from now.
+
+    Parameters
+    ----------
+    groups
+        Names, in the order in which they begin.
+    out
+        Folder of ``tests.json``, which is complete after every group that ends, and of ``logs``.
+    basis
+        Card, versions and sources (:func:`bench.gpu_sources.basis_of`): green groups of another one are not green here.
+    seconds
+        From now.
+    about
+        Kept beside the outcomes: the commit, the date, digests of parts of the sources.
+    is_again
+        Also what has passed.
 
     Returns
     -------
     dict
         Group -> ``status`` (``"passed"``, ``"failed"``, ``"none"`` ran, ``"timeout"``), counts, seconds, log. Written
-        to ``tests.json`` as well, with the digest of the sources it holds for.
+        to ``tests.json`` as well, with the card, versions and sources it holds for.
     """
-    known = {} if is_again else outcomes(out, digest)
+    known = {} if is_again else outcomes(out, basis)
     waiting = [group for group in groups if known.get(group, {}).get("status") != "passed"]
     running: list[Running] = []
     deadline = time.monotonic() + seconds
     n_cores = len(os.sched_getaffinity(0))
     n_at_once = max(1, min(MOST_AT_ONCE, n_cores // 2))
     n_workers = max(WORKERS, n_cores // max(1, min(n_at_once, len(waiting))))
-    while waiting or running:
-        while waiting and len(running) < n_at_once and time.monotonic() < deadline:
-            group = waiting.pop(0)
-            running.append(_start(group, out, max(n_workers, MORE_WORKERS.get(group, 0))))
-        if time.monotonic() >= deadline:
-            for group in waiting:
-                known[group] = {"status": "timeout", "log": "", "why": "no time was left to start it"}
-            waiting = []
-        for item in [item for item in running if item.process.poll() is not None or time.monotonic() >= deadline]:
-            running.remove(item)
-            known[item.group] = _finish(item)
-            print(f"tests of {item.group}: {summary(known[item.group])}", flush=True)
-        time.sleep(0.2)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps({"source": digest, "groups": known}, indent=1) + "\n")
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_at_once and time.monotonic() < deadline:
+                group = waiting.pop(0)
+                running.append(_start(group, out, max(n_workers, MORE_WORKERS.get(group, 0))))
+            if time.monotonic() >= deadline:
+                for group in waiting:
+                    known[group] = {"status": "timeout", "log": "", "why": "no time was left to start it"}
+                waiting = []
+            for item in [item for item in running if item.process.poll() is not None or time.monotonic() >= deadline]:
+                running.remove(item)
+                known[item.group] = _finish(item)
+                _write(out, basis, about, known)
+                print(f"tests of {item.group}: {summary(known[item.group])}", flush=True)
+            time.sleep(0.2)
+    finally:
+        # Each leads a session of its own, so that nobody else would end it.
+        for item in running:
+            end(item.process)
+    _write(out, basis, about, known)
     return known
+
+
+def _write(out: Path, basis: Mapping[str, Any], about: Mapping[str, Any] | None, known: Mapping[str, Any]) -> None:
+    """``tests.json``, whole at any moment."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{FILE}.partial"
+    partial.write_text(json.dumps({**basis, **(about or {}), "groups": known}, indent=1) + "\n")
+    os.replace(partial, out / FILE)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, with all it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def command_of(group: str, report: Path, n_workers: int = WORKERS) -> Sequence[str]:
@@ -142,8 +190,7 @@ def _finish(item: Running) -> dict[str, Any]:
     """The outcome of a group that ended, or that is ended now because its time is over."""
     found: dict[str, Any] = {"log": item.log.name, "seconds": round(time.monotonic() - item.begin, 1)}
     if item.process.poll() is None:
-        os.killpg(item.process.pid, signal.SIGKILL)
-        item.process.wait()
+        end(item.process)
         return {"status": "timeout", **found}
     counts = counts_of(item.report)
     is_red = item.process.returncode not in (0, 5) or counts["failed"] > 0
