@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 
 from bench.gpu_card import ceilings, gpu_provenance, state
 from bench.gpu_cases import Case, case_named
-from bench.gpu_measure import Place, measure, release
+from bench.gpu_measure import Compiling, Place, measure_or_say_why, release
+from bench.gpu_sources import basis_of, source_of
 from bench.gpu_timer import clock_of
 from bench.machine import RESULTS
 
@@ -27,14 +29,34 @@ def run_case(
     device: torch.device,
     *,
     seconds: float,
+    compile_s: float = float("inf"),
     at_most_s: float = float("inf"),
+    ended_after_s: float = float("inf"),
     is_tiny: bool = False,
     is_quick: bool = False,
     backend: str | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda content: None,
 ) -> dict[str, Any]:
-    """Measure one case, in about ``seconds``; after ``at_most_s`` no further variant is begun.
+    """Measure one case.
 
-    ``backend`` is torch.compile's; None is its usual one, or no compiling at all with ``is_tiny``.
+    Parameters
+    ----------
+    case, device
+        What and where.
+    seconds
+        About that long, compiling apart.
+    compile_s
+        For torch.compile, of all variants together.
+    at_most_s
+        After that no further variant is begun.
+    ended_after_s
+        After that somebody ends this process: nothing is compiled that would take longer.
+    is_tiny, is_quick
+        As in :class:`bench.gpu_measure.Place`.
+    backend
+        Of torch.compile; None is its usual one, or no compiling at all with ``is_tiny``.
+    keep
+        Gets what is known after every variant, with those to come among ``skipped``: what comes later may fail.
 
     Returns
     -------
@@ -47,49 +69,68 @@ def run_case(
     before = state(device)
     at_most = ceilings(device, clock, is_tiny=is_tiny, is_thorough=case.problems is None)
     backend = ("" if is_tiny else "inductor") if backend is None else backend
-    place = Place(device, clock, at_most, begin + seconds, is_tiny, is_quick, backend)
+    compiling = Compiling(compile_s, begin + ended_after_s)
+    place = Place(device, clock, at_most, begin + seconds, is_tiny, is_quick, backend, compiling)
     found: dict[str, Any] = {}
-    failed, skipped = [], []
+    skipped: list[str] = []
     variants = case.problems.variants(place) if case.problems is not None else []
+    about = gpu_provenance(device)
+
+    def content() -> dict[str, Any]:
+        return {
+            "case": case.name,
+            "suite": "gpu",
+            "title": case.title,
+            "is_measurement": device.type == "cuda" and not is_tiny,
+            "is_quick": is_quick,
+            "basis": basis_of(about["gpu"]["name"], source_of(case)),
+            "provenance": about,
+            "state": {"before": before, "after": state(device)},
+            "ceilings": at_most,
+            "variants": found,
+            "goals": [goal.as_json(found[goal.variant]["rows"]) for goal in case.goals if goal.variant in found],
+            "failed": [name for name, one in found.items() if not has_ours(one)],
+            "skipped": [*skipped, *(variant.name for variant in variants)],
+            "wall_s": round(time.monotonic() - begin, 1),
+        }
+
     while variants:
-        # What is left, shared among what is left; half of it for making and compiling.
+        # What is left, shared among what is left; half of it for making.
         share = max(place.seconds_left, 0) / len(variants) / 2
         variant = variants.pop(0)
         if time.monotonic() - begin > at_most_s:
             skipped.append(variant.name)
             continue
-        found[variant.name] = measure(variant, place, seconds=min(share, 20.0))
-        if not any(row["is_ours"] for row in found[variant.name]["rows"].values()):
-            failed.append(variant.name)
+        found[variant.name] = measure_or_say_why(variant, place, seconds=min(share, 20.0))
         print(_line(variant.name, found[variant.name]), flush=True)
         del variant  # and its inputs
+        keep(content())
         release(place)
-    goals = []
-    for goal in case.goals:
-        if goal.variant in found:
-            reached = goal.reached(found[goal.variant]["rows"])
-            goals.append({**vars(goal), "reached": None if reached is None else float(f"{reached:.4g}")})
-    return {
-        "case": case.name,
-        "suite": "gpu",
-        "title": case.title,
-        "is_measurement": device.type == "cuda" and not is_tiny,
-        "is_quick": is_quick,
-        "provenance": gpu_provenance(device),
-        "state": {"before": before, "after": state(device)},
-        "ceilings": at_most,
-        "variants": found,
-        "goals": goals,
-        "failed": failed,
-        "skipped": skipped,
-        "wall_s": round(time.monotonic() - begin, 1),
-    }
+    return content()
+
+
+def has_ours(found: Mapping[str, Any]) -> bool:
+    """Whether anything of ours was measured in a variant."""
+    return any(row["is_ours"] for row in found["rows"].values())
+
+
+def write(content: Mapping[str, Any], out: Path) -> None:
+    """The case's file, whole at any moment; none while nothing of ours is in it."""
+    variants = content["variants"]
+    if variants and not any(map(has_ours, variants.values())):
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{content['case']}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, out / f"{content['case']}.json")
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
     rows = sorted(found["rows"].items(), key=lambda item: item[1]["ms"]["p50"])
     times = ", ".join(f"{row} {value['ms']['p50']:.3f}" for row, value in rows)
-    return f"  {name}: {times or 'nothing'} ms (floor {found['work']['floor_ms']:.3f})"
+    if not times:
+        return f"  {name}: nothing ({found.get('error', 'see above')})"
+    return f"  {name}: {times} ms (floor {found['work']['floor_ms']:.3f})"
 
 
 def main() -> int:
@@ -99,7 +140,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--compile-seconds", type=float, default=float("inf"), help="for torch.compile, besides")
     parser.add_argument("--at-most", type=float, default=float("inf"), help="seconds after which no variant is begun")
+    parser.add_argument("--ended-after", type=float, default=float("inf"), help="seconds until somebody ends this")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tests", default="{}", help="outcome of the tests it rests on, as JSON")
@@ -108,18 +151,21 @@ def main() -> int:
         parser.error("what is no measurement stays out of bench/results")
     case = case_named(args.name)
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
+    tests = json.loads(args.tests)
     content = run_case(
-        case, device, seconds=args.seconds, at_most_s=args.at_most, is_tiny=args.tiny, is_quick=args.quick
+        case,
+        device,
+        seconds=args.seconds,
+        compile_s=args.compile_seconds,
+        at_most_s=args.at_most,
+        ended_after_s=args.ended_after,
+        is_tiny=args.tiny,
+        is_quick=args.quick,
+        keep=lambda known: write({**known, "tests": tests}, args.out),
     )
-    content["tests"] = json.loads(args.tests)
+    write({**content, "tests": tests}, args.out)
     if content["failed"]:
         print(f"{case.name}: ours is missing in {', '.join(content['failed'])}", flush=True)
-    if case.problems is not None and len(content["failed"]) == len(content["variants"]):
-        return 1
-    args.out.mkdir(parents=True, exist_ok=True)
-    partial = args.out / f".{case.name}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, args.out / f"{case.name}.json")
     return 1 if content["failed"] else 0
 
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from bench.gpu_measure import Place, Variant
-from bench.gpu_providers_attention import AttentionCase, length_sets, mixed_sets
-from bench.gpu_providers_encoder import EncoderCase
-from bench.gpu_providers_operations import OperationCase, embed_problems, norm_problems
+from bench.gpu_providers_attention import FLEX_S, AttentionCase, length_sets, mixed_sets
+from bench.gpu_providers_encoder import COMPILE_S, EncoderCase
+from bench.gpu_providers_operations import PLAIN_COMPILE_S, OperationCase, embed_problems, norm_problems
 from bench.gpu_providers_products import feed_forward_problems, int8_problems, loss_problems
 from bench.gpu_providers_rank import RankCase
 from bench.gpu_workload import Mix
@@ -33,6 +33,9 @@ class Goal:
         Numbers; for ``peak_gb`` and ``time_against`` less is better.
     published
         What others reached, in words.
+    impl
+        The implementation whose goal it is (``"triton"``), which another one that was chosen does not reach for it;
+        ``""`` for whatever of ours is the fastest.
     """
 
     variant: str
@@ -40,6 +43,7 @@ class Goal:
     goal: float
     impossible: float
     published: str = ""
+    impl: str = ""
 
     @property
     def is_less_better(self) -> bool:
@@ -49,6 +53,8 @@ class Goal:
     def reached(self, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The number in the rows of the variant, or None if it was not measured."""
         ours = [row for row in rows.values() if row["is_ours"]]
+        if self.impl:  # it may stand beside what was chosen, asked for by name
+            ours = [row for row in rows.values() if row.get("impl") == self.impl]
         kind, _, other = self.metric.partition(":")
         if not ours:
             return None
@@ -61,6 +67,11 @@ class Goal:
         best = min(row["ms"]["p50"] for row in ours)
         ratio = best / rows[other]["ms"]["p50"]
         return ratio if kind == "time_against" else 1 / ratio
+
+    def as_json(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The goal and what was reached, for a result."""
+        reached = self.reached(rows)
+        return {**vars(self), "reached": None if reached is None else float(f"{reached:.4g}")}
 
 
 class Problems(Protocol):
@@ -85,9 +96,12 @@ class Case:
     tests
         Groups of tests (:data:`bench.gpu_tests.GROUPS`) that must be green.
     seconds
-        What it is expected to take, as an H200 took; it is not begun when less is left.
+        What it is expected to take, compiling apart: what an H200 took where there is a result (a quick one takes
+        0.4 of it), and a guess after these elsewhere. It is not begun when less is left.
     goals
         On one H200.
+    compile_s
+        For torch.compile in all variants together, besides.
     """
 
     name: str
@@ -96,11 +110,21 @@ class Case:
     tests: tuple[str, ...]
     seconds: int
     goals: tuple[Goal, ...] = ()
+    compile_s: int = 0
+
+    def expected(self, *, is_quick: bool) -> float:
+        """Seconds that it takes; quick runs compile nothing."""
+        return QUICK * self.seconds if is_quick else self.seconds + self.compile_s
+
+
+#: A quick run's share of the time.
+QUICK = 0.4
 
 
 def _encoder(name: str, preset: str, mode: str, mixes: tuple[Mix, ...], seconds: int, goals: tuple[Goal, ...]) -> Case:
     tests = ENCODER_TESTS if mode == "inference" else TRAINING_TESTS
-    return Case(f"encoder_{name}_{mode}", f"{preset}, {mode}", EncoderCase(preset, mode, mixes), tests, seconds, goals)
+    problems, compile_s = EncoderCase(preset, mode, mixes), round(2 * COMPILE_S * len(mixes))  # ours and a rival
+    return Case(f"encoder_{name}_{mode}", f"{preset}, {mode}", problems, tests, seconds, goals, compile_s)
 
 
 def _attention(
@@ -111,13 +135,14 @@ def _attention(
     problem = AttentionCase(head_dim, 768 // head_dim, mode, lengths, dropout_p)
     name = name or f"attention_d{head_dim}_{mode}"
     dropout = f", {dropout_p:.0%} dropout" if dropout_p else ""
-    return Case(
-        name, f"attention, head dim {head_dim}, {mode}{dropout}", problem, ("varlen_attention",), seconds, goals
-    )
+    compile_s = 0 if dropout_p else round(FLEX_S * len(lengths))  # flex attention has no dropout
+    title = f"attention, head dim {head_dim}, {mode}{dropout}"
+    return Case(name, title, problem, ("varlen_attention",), seconds, goals, compile_s)
 
 
-def _operation(name: str, problems: Any, seconds: int, goals: tuple[Goal, ...] = (), *, op: str = "") -> Case:
-    return Case(name, name, OperationCase(problems), (op or name,), seconds, goals)
+def _operation(name: str, problems: Any, seconds: int, goals: tuple[Goal, ...] = ()) -> Case:
+    compile_s = round(PLAIN_COMPILE_S * sum(problem.has_plain + len(problem.rivals) for problem in problems(False)))
+    return Case(name, name, OperationCase(problems), (name,), seconds, goals, compile_s)
 
 
 _SOME, _ALL = (2048, 4096), (512, 1024, 8192, 16_384)
@@ -127,50 +152,50 @@ _full: Any = partial(Mix, "full")
 _real: Any = partial(Mix, "real", mean=1442)
 
 CASES: tuple[Case, ...] = (
-    Case("ceilings", "what the card reaches at most", None, (), 8),
-    _attention(64, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 30, (
-        Goal("2048", "tflops", 400, 460, "H100: FA3 460, cuDNN 395, Triton 396, FA2 318"),
-        Goal("4096", "tflops", 400, 460, "H100: FA3 460, cuDNN 395, Triton 396, FA2 318"),
+    Case("ceilings", "what the card reaches at most", None, (), 5),
+    _attention(64, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 56, (
+        Goal("2048", "tflops", 400, 460, "H100: FA3 460, cuDNN 395, Triton 396, FA2 318", "triton"),
+        Goal("4096", "tflops", 400, 460, "H100: FA3 460, cuDNN 395, Triton 396, FA2 318", "triton"),
     )),
-    _attention(64, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 35, (
-        Goal("2048", "tflops", 300, 420, "H100: FA3 422, cuDNN 395, FA2 264"),
-        Goal("4096", "tflops", 300, 420, "H100: FA3 422, cuDNN 395, FA2 264"),
+    _attention(64, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 38, (
+        Goal("2048", "tflops", 300, 420, "H100: FA3 422, cuDNN 395, FA2 264", "triton"),
+        Goal("4096", "tflops", 300, 420, "H100: FA3 422, cuDNN 395, FA2 264", "triton"),
     )),
     _encoder("10m", "geneformer-v1-10m", "inference",
-        (_full(256, 131_072), Mix("uniform", 512, 131_072, low=300, high=2048)), 60, (
+        (_full(256, 131_072), Mix("uniform", 512, 131_072, low=300, high=2048)), 77, (
         Goal("full", "cells_per_s", 9_000, 10_500),
         Goal("uniform", "cells_per_s", 19_000, 23_000),
     )),
-    _encoder("106m", "bionemo-106m", "inference", (_full(64, 65_536),), 50, (
+    _encoder("106m", "bionemo-106m", "inference", (_full(64, 65_536),), 54, (
         Goal("full", "cells_per_s", 950, 1_150),
     )),
-    _encoder("10m", "geneformer-v1-10m", "training", (_full(128, 131_072),), 60, (
+    _encoder("10m", "geneformer-v1-10m", "training", (_full(128, 131_072),), 104, (
         Goal("full", "cells_per_s", 1_600, 2_400, "BioNeMo 23 per A100 (run), about 185 (its chart: 36 TFLOP/s)"),
     )),
-    _encoder("106m", "bionemo-106m", "training", (_full(64, 65_536),), 60, (
+    _encoder("106m", "bionemo-106m", "training", (_full(64, 65_536),), 100, (
         Goal("full", "cells_per_s", 240, 300, "5.6 to 19.8 per A100 (runs), about 58 (chart: 102 TFLOP/s)"),
         Goal("full", "peak_gb", 20, 16, "eager attention: over 190"),
     )),
-    _encoder("v2-104m", "geneformer-v2-104m", "inference", (_real(128, 65_536), _full(32, 65_536)), 50, (
+    _encoder("v2-104m", "geneformer-v2-104m", "inference", (_real(128, 65_536), _full(32, 65_536)), 58, (
         Goal("real", "cells_per_s", 1_450, 1_750, "36 (bf16, GB10, stock loop)"),
         Goal("full", "cells_per_s", 350, 420),
     )),
-    _encoder("v2-316m", "geneformer-v2-316m", "inference", (_real(128, 65_536), _full(32, 65_536)), 60, (
+    _encoder("v2-316m", "geneformer-v2-316m", "inference", (_real(128, 65_536), _full(32, 65_536)), 80, (
         Goal("real", "cells_per_s", 500, 600),
         Goal("full", "cells_per_s", 130, 155),
     )),
-    _encoder("v2-316m", "geneformer-v2-316m", "training", (_real(64, 65_536),), 60, (
+    _encoder("v2-316m", "geneformer-v2-316m", "training", (_real(64, 65_536),), 100, (
         Goal("real", "cells_per_s", 130, 170, "8.2 fine-tuning (third party)"),
     )),
-    _attention(64, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 40, (
+    _attention(64, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 65, (
         Goal("2048", "time_against:ours-no-dropout", 1.25, 1.10),
         Goal("4096", "time_against:ours-no-dropout", 1.25, 1.10),
     ), dropout_p=0.1, name="attention_d64_dropout"),
-    _operation("mlm_cross_entropy", loss_problems, 40, (
-        Goal("256_backward", "tflops", 500, 700, "Liger on sm_90: 706 to 738"),
-        Goal("768_backward", "tflops", 500, 700, "Liger on sm_90: 706 to 738"),
+    _operation("mlm_cross_entropy", loss_problems, 37, (
+        Goal("256_backward", "tflops", 500, 700, "Liger on sm_90: 706 to 738", "triton"),
+        Goal("768_backward", "tflops", 500, 700, "Liger on sm_90: 706 to 738", "triton"),
     )),
-    _operation("residual_layernorm", norm_problems, 30),
+    _operation("residual_layernorm", norm_problems, 34),
     _operation("feed_forward", feed_forward_problems, 60),
     _operation("int8_linear", int8_problems, 40, (
         Goal("32768x768x3072", "faster_than:eager", 1.3, 1.7, _INT8),
@@ -180,15 +205,15 @@ CASES: tuple[Case, ...] = (
     Case("rank_genes", "rank_genes", RankCase(), ("rank_genes",), 20, (
         Goal("3000_to_2048", "cells_per_s", 2e6, 5e6, "numpy 25,000 per core"),
     )),
-    _encoder("aido-100m", "aido-cell-100m", "inference", (_full(8, 77_064),), 45, (
+    _encoder("aido-100m", "aido-cell-100m", "inference", (_full(8, 77_064),), 60, (
         Goal("full", "cells_per_s", 12, 16),
     )),
-    _attention(32, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 30),
-    _attention(32, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 35),
-    _attention(128, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 30),
-    _attention(128, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 35),
-    _encoder("v2-104m", "geneformer-v2-104m", "training", (_real(64, 65_536),), 60, ()),
-    *(_attention(d, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 40, dropout_p=0.1,
+    _attention(32, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 56),
+    _attention(32, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 38),
+    _attention(128, "forward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 56),
+    _attention(128, "backward", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 38),
+    _encoder("v2-104m", "geneformer-v2-104m", "training", (_real(64, 65_536),), 100, ()),
+    *(_attention(d, "both", length_sets(_TOKENS, _SOME) | mixed_sets(_TOKENS), 65, dropout_p=0.1,
                  name=f"attention_d{d}_dropout") for d in (32, 128)),
     *(_attention(d, mode, length_sets(_TOKENS, _ALL), 60, name=f"attention_d{d}_{mode}_other-lengths")
       for d in (64, 32, 128) for mode in ("forward", "backward")),

@@ -14,6 +14,8 @@ from bench.gpu_timer import MOST_PER_TURN, Clock, Run, time_in_turns
 
 # What takes longer than that is warm after one run.
 LONG_S = 0.5
+#: Why a candidate is left out that a longer run would have; the first makes a result incomplete.
+NO_TIME, NOT_QUICK = "no time left to compile it", "not part of a quick run"
 
 
 class Unavailable(Exception):
@@ -54,7 +56,7 @@ class Candidate:
     is_same
         False for a rival that computes something else of the same size, timed for scale only, never compared.
     compile_s
-        Seconds that torch.compile may take to make it; left out when less is left. 0 if nothing is compiled so.
+        Seconds that torch.compile may take to make it, out of a budget of its own. 0 if nothing is compiled so.
     is_slow
         Left out of quick runs.
     """
@@ -130,6 +132,29 @@ class Variant:
     question: Mapping[str, Any] | None = None
 
 
+@dataclass
+class Compiling:
+    """Time for torch.compile, kept apart: what is compiled comes last and would find nothing left.
+
+    Attributes
+    ----------
+    seconds
+        For all of a case.
+    until
+        ``time.monotonic()`` at which the process is ended.
+    spent
+        Seconds so far.
+    """
+
+    seconds: float = float("inf")
+    until: float = float("inf")
+    spent: float = 0.0
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether something that takes about so long may begin; estimates may be wrong, the last one's too."""
+        return self.spent < self.seconds and time.monotonic() + seconds < self.until
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and how it is measured.
@@ -141,13 +166,15 @@ class Place:
     at_most
         The card's ceilings, measured in this process.
     deadline
-        ``time.monotonic()`` at which the case should be done.
+        ``time.monotonic()`` at which the case should be done, but for what compiling takes.
     is_tiny
         Sizes that test the procedure on a CPU; no measurement.
     is_quick
         Fewer candidates, fewer rounds.
     backend
         Of ``torch.compile``; ``""`` leaves candidates as they are, so that tests of the procedure take seconds.
+    compiling
+        Time for that.
     """
 
     device: torch.device
@@ -157,6 +184,7 @@ class Place:
     is_tiny: bool = False
     is_quick: bool = False
     backend: str = "inductor"
+    compiling: Compiling = field(default_factory=Compiling)
 
     def compiled(self, function: Any, *, n_shapes: int = 1) -> Any:
         """``function`` through torch.compile, for one shape or for several."""
@@ -170,8 +198,8 @@ class Place:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline."""
-        return self.deadline - time.monotonic()
+        """Until the deadline, which compiling puts off."""
+        return self.deadline + self.compiling.spent - time.monotonic()
 
 
 def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]:
@@ -199,7 +227,10 @@ def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]
     rows: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for candidate in candidates:
+        begin = time.monotonic()
         made = _prepare(candidate, variant, truth, place)
+        if candidate.compile_s:
+            place.compiling.spent += time.monotonic() - begin
         if isinstance(made, str):
             left_out[candidate.name] = made
             print(f"  {variant.name}: {candidate.name} left out: {made}", flush=True)
@@ -218,10 +249,25 @@ def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]
     )
     for name, found in times.items():
         rows[name] |= {**found, **variant.work.rates(found["ms"]["p50"], place.at_most)}
+    return {**described(variant, place), "rows": rows, "left_out": left_out}
+
+
+def described(variant: Variant, place: Place) -> dict[str, Any]:
+    """The problem in a result."""
     work = {"flops": variant.work.flops, "n_bytes": variant.work.n_bytes, **variant.work.counts}
     floor = {"floor_ms": float(f"{variant.work.floor_ms(place.at_most):.5g}")}
     asked = {} if variant.question is None else {"question": dict(variant.question)}
-    return {"what": variant.what, "work": work | floor, **asked, "rows": rows, "left_out": left_out}
+    return {"what": variant.what, "work": work | floor, **asked}
+
+
+def measure_or_say_why(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]:
+    """:func:`measure`, or, where making the inputs, the truth or the clock fails, no rows and the ``error``."""
+    try:
+        return measure(variant, place, seconds=seconds)
+    except Exception as error:
+        raise_if_dead(error, place)
+        why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else said(error)
+    return {**described(variant, place), "rows": {}, "left_out": {}, "error": why}
 
 
 def _prepare(
@@ -229,9 +275,9 @@ def _prepare(
 ) -> tuple[Prepared, dict[str, Any]] | str:
     """The candidate ready and warm, with its error and memory, or the reason why not."""
     if place.is_quick and (candidate.is_slow or candidate.compile_s):
-        return "not part of a quick run"
-    if candidate.compile_s and place.seconds_left < candidate.compile_s and not place.is_tiny:
-        return "no time left to compile it"
+        return NOT_QUICK
+    if candidate.compile_s and not place.is_tiny and not place.compiling.has_time(candidate.compile_s):
+        return NO_TIME
     before = _allocated(place)  # the inputs all share, and what other candidates hold
     try:
         prepared = candidate.make()
@@ -248,13 +294,18 @@ def _prepare(
         return "out of memory"
     except Exception as error:
         # A rival that breaks loses itself only. Ours is missing from the rows then, which fails the case.
-        _raise_if_dead(error, place)
-        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise_if_dead(error, place)
+        return said(error)
     wrong = {name: error for name, error in errors.items() if not error <= variant.tolerance[name]}
     if wrong or (candidate.is_same and not errors):
         return f"computes something else: relative errors {wrong or 'of nothing'}"
     row = {"what": candidate.what, "is_ours": candidate.is_ours, "is_same": candidate.is_same}
     return prepared, {**row, **prepared.notes, "relative_error": errors, "peak_bytes": peak_bytes}
+
+
+def said(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _host_seconds(run: Run, place: Place) -> float:
@@ -299,7 +350,7 @@ def release(place: Place) -> None:
         torch.cuda.empty_cache()
 
 
-def _raise_if_dead(error: Exception, place: Place) -> None:
+def raise_if_dead(error: Exception, place: Place) -> None:
     """After a fault on the card nothing in this process can be trusted: give up."""
     if place.device.type != "cuda":
         return

@@ -26,6 +26,8 @@ Tensors = dict[str, torch.Tensor]
 Function = Callable[[Tensors], Any]
 # What is off by less is rounding of a 16-bit dtype, here and there twice; int8 loses more and is judged by itself.
 TOLERANCE = 0.02
+# What torch.compile may take, of each expression.
+PLAIN_COMPILE_S = 10.0
 # Rows that are compared: all of a large problem in float64 would not fit beside it.
 CHECKED_ROWS = 2048
 
@@ -119,7 +121,7 @@ class _State:
             chosen.append(Candidate(name, what, lambda make=make: self._prepared(make(self.inputs))))
             compiled = lambda make=make: self._prepared(make(self.inputs), self.place.compiled)  # noqa: E731
             tag = "compile" if name == "eager" else f"{name}-compile"
-            chosen.append(Candidate(tag, f"{what}, torch.compile", compiled, compile_s=10.0))
+            chosen.append(Candidate(tag, f"{what}, torch.compile", compiled, compile_s=PLAIN_COMPILE_S))
         return chosen
 
     def truth(self) -> Mapping[str, torch.Tensor]:

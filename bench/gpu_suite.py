@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -10,18 +11,22 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_cases import CASES, Case, floors
-from bench.gpu_tests import AFTER, BESIDE, GROUPS, environment, red_groups, run_tests
+from bench.gpu_cases import CASES, QUICK, Case, floors
+from bench.gpu_measure import NO_TIME
+from bench.gpu_sources import TESTED, basis_of, parts, source_of, tree_digest
+from bench.gpu_tests import AFTER, BESIDE, GROUPS, LATE, end, environment, red_groups, run_tests
 from bench.machine import RESULTS, ROOT
 
 # Starting Python, torch and the card.
 START_S = 8.0
 # How long past its estimate a case may run before it is ended; estimates are guesses.
 PATIENCE = 3.0
+# Share of its estimate that a case aims at; making, comparing and warming up go past it.
+AIM = 0.6
 ENOUGH_TO_SANITIZE_S = 90.0
 
 
@@ -33,33 +38,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
-    from bench.gpu_card import card, card_slug, source_digest
+    from bench.gpu_card import COMMIT, card_slug, gpu_provenance
 
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing was measured (--device cpu --tiny tries the procedure)")
         return 1
     if args.commit:
-        from bench.gpu_card import COMMIT
-
         os.environ[COMMIT] = args.commit
-    is_dry = device.type == "cpu"
-    out = (args.out or RESULTS / card_slug(card(device))).resolve()
+    about = gpu_provenance(device)
+    out = (args.out or RESULTS / card_slug(about["gpu"])).resolve()
+    with ended_like_an_interrupt():
+        return _run(args, out, about, is_dry=device.type == "cpu")
+
+
+def _run(args: argparse.Namespace, out: Path, here: Mapping[str, Any], *, is_dry: bool) -> int:
+    """Tests and cases, on the card and of the commit that ``here`` names."""
     deadline = time.monotonic() + args.minutes * 60
-    digest = source_digest(("kernels", "geneformer_fast", "tests"))
+    card = here["gpu"]["name"]
+    about = {"commit": here["commit"], "is_dirty": here["is_dirty"], "date": here["date"], "parts": parts()}
+
+    def test(groups: Iterable[str], seconds: float) -> dict[str, dict[str, Any]]:
+        found = run_tests(groups, out, basis_of(card, tree_digest(TESTED)), seconds=seconds, about=about)
+        archive(out, args.archive)
+        return found
+
     if args.tests_only:
-        return 1 if red_groups(GROUPS, run_tests(GROUPS, out, digest, seconds=args.minutes * 60)) else 0
+        return 1 if red_groups(GROUPS, test(GROUPS, args.minutes * 60)) else 0
     chosen = [case for case in CASES if args.only in case.name]
-    missing = [case for case in chosen if args.again or not is_there(case, out)]
+    missing = [
+        case
+        for case in chosen
+        if args.again or not is_there(case, out, basis_of(card, source_of(case)), is_quick=args.quick)
+    ]
     known: dict[str, dict[str, Any]] = {}
+    test_s = min(args.test_minutes, args.minutes) * 60
     if missing and not is_dry:
-        needed = [group for group in GROUPS if group == BESIDE or any(group in case.tests for case in missing)]
-        known = run_tests(needed, out, digest, seconds=min(args.test_minutes, args.minutes) * 60)
-        archive(out, args.archive)
-    done = run_cases(missing, out, known, deadline, args, is_dry=is_dry)
+        known = test(needed_groups(missing), test_s)
+    done = run_cases(missing, out, known, deadline, args, is_dry=is_dry, test=lambda groups: test(groups, test_s))
     if not is_dry and deadline - time.monotonic() > ENOUGH_TO_SANITIZE_S:
-        run_tests([AFTER], out, digest, seconds=deadline - time.monotonic())
-        archive(out, args.archive)
+        test([AFTER], deadline - time.monotonic())
     print(f"\n{len(chosen) - len(missing)} were there, " + ", ".join(f"{len(v)} {k}" for k, v in done.items()))
     for kind in ("failed", "refused", "left for the next run"):
         if done[kind]:
@@ -68,6 +86,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"results in {os.path.relpath(out)}" + ("" if is_dry else "; python -m bench.report puts them into the README")
     )
     return 1 if done["failed"] or done["refused"] else 0
+
+
+@contextlib.contextmanager
+def ended_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM within is an exception, as an interrupt is: children are ended, and what is known is written."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def needed_groups(cases: Iterable[Case]) -> list[str]:
+    """Groups of tests before the first case, in the order of the cases they guard, without those that wait."""
+    return [*dict.fromkeys(group for case in cases for group in case.tests if group not in LATE), BESIDE]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -94,10 +131,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def is_there(case: Case, out: Path) -> bool:
-    """Whether a result is there that no time was missing for."""
+def is_there(case: Case, out: Path, basis: Mapping[str, Any], *, is_quick: bool) -> bool:
+    """Whether a whole result is there: of this card, these versions and sources, with nothing failed or left out.
+
+    What a longer run would have had, and what no time was left for, is missing; so it is where the file cannot be read.
+    """
     path = out / f"{case.name}.json"
-    return path.exists() and not json.loads(path.read_text())["skipped"]
+    if not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text())
+        is_whole = not found["skipped"] and not found["failed"] and (is_quick or not found["is_quick"])
+        reasons = [reason for variant in found["variants"].values() for reason in variant["left_out"].values()]
+        return is_whole and found.get("basis") == basis and NO_TIME not in reasons
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{os.path.relpath(path)} cannot be read ({error}): {case.name} is measured again", flush=True)
+        return False
 
 
 def run_cases(
@@ -108,8 +157,11 @@ def run_cases(
     args: argparse.Namespace,
     *,
     is_dry: bool,
+    test: Callable[[Sequence[str]], Mapping[str, Mapping[str, Any]]] = lambda groups: {},
 ) -> dict[str, list[str]]:
     """Each case in a process of its own, in order; what would end too late is left, shorter ones after it are not.
+
+    ``test`` runs groups of tests that waited until a case needs them (:data:`bench.gpu_tests.LATE`).
 
     Returns
     -------
@@ -118,10 +170,13 @@ def run_cases(
     """
     done: dict[str, list[str]] = {"measured": [], "failed": [], "refused": [], "left for the next run": []}
     for case in cases:
+        expected = START_S + case.expected(is_quick=args.quick)
+        late = [group for group in case.tests if group in LATE and known.get(group, {}).get("status") != "passed"]
+        if late and not is_dry and deadline - time.monotonic() >= expected:
+            known = {**known, **test(late)}
         red = [] if is_dry else red_groups(case.tests, known)
-        expected = START_S + case.seconds * (0.4 if args.quick else 1.0)
         left = deadline - time.monotonic()
-        if red:
+        if red and not (late and left < expected):
             print(f"{case.name}: refused, because its tests are not green ({'; '.join(red)})", flush=True)
             done["refused"].append(case.name)
         elif left < expected:
@@ -149,10 +204,12 @@ def run_child(case: Case, out: Path, tests: Mapping[str, Any], *, seconds: float
     """One case; its output goes on to ours and into a log. It aims at its estimate and is ended after ``seconds``."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    aim = min(case.seconds * (0.4 if args.quick else 1.0), max(seconds - START_S, 1.0))
+    ended_after = max(seconds - START_S, 1.0)
+    aim = min(AIM * case.seconds * (QUICK if args.quick else 1.0), ended_after)
     command = [
         *(sys.executable, "-m", "bench.gpu_case", case.name, "--out", str(out), "--device", args.device),
-        *("--seconds", f"{aim:.1f}", "--at-most", f"{seconds * 0.6:.1f}", "--tests", json.dumps(tests)),
+        *("--seconds", f"{aim:.1f}", "--compile-seconds", str(case.compile_s), "--at-most", f"{seconds * 0.6:.1f}"),
+        *("--ended-after", f"{ended_after:.1f}", "--tests", json.dumps(tests)),
         *(["--tiny"] if args.tiny else []),
         *(["--quick"] if args.quick else []),
     ]
@@ -164,12 +221,9 @@ def run_child(case: Case, out: Path, tests: Mapping[str, Any], *, seconds: float
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            end(process)
     print("".join(_last_lines(log)), end="", flush=True)
     if code is None:
         print(f"  ended after {seconds:.0f} s", flush=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +19,24 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_report, gpu_suite, gpu_tests, measured
+from bench import gpu_case, gpu_report, gpu_suite, gpu_tests, measured
 from bench.gpu_case import run_case
-from bench.gpu_cases import CASES, H200, Case, Goal, case_named, floors
+from bench.gpu_cases import CASES, H200, QUICK, Case, Goal, case_named, floors
 from bench.gpu_impls import Question, with_impls
-from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work, measure, relative_error
+from bench.gpu_measure import (
+    NO_TIME,
+    NOT_QUICK,
+    Candidate,
+    Compiling,
+    Place,
+    Prepared,
+    Unavailable,
+    Variant,
+    Work,
+    measure,
+    relative_error,
+)
+from bench.gpu_sources import TESTED, parts, source_of, tree_digest
 from bench.gpu_timer import WallClock, percentiles, time_in_turns
 from bench.lengths import BLOOD, DEEP, real_lengths, uniform_lengths
 
@@ -138,8 +154,61 @@ def test_quick_runs_and_short_times_leave_out_what_takes_long() -> None:
     quick = Place(CPU, WallClock(), H200, deadline=float("inf"), is_quick=True)
     assert set(measure(variant(*candidates), quick, seconds=0)["rows"]) == {"ours"}
     compiled = Candidate("compiled", "compiled", candidate("x", 1.0).make, compile_s=30.0)
-    late = Place(CPU, WallClock(), H200, deadline=time.monotonic() + 10)
-    assert "no time" in measure(variant(candidates[0], compiled), late, seconds=0)["left_out"]["compiled"]
+    assert measure(variant(candidates[0], compiled), quick, seconds=0)["left_out"] == {"compiled": NOT_QUICK}
+    late = Compiling(until=time.monotonic() + 10)
+    place = Place(CPU, WallClock(), H200, deadline=float("inf"), compiling=late)
+    assert measure(variant(candidates[0], compiled), place, seconds=0)["left_out"] == {"compiled": NO_TIME}
+
+
+def test_what_is_compiled_has_time_of_its_own() -> None:
+    """It comes last, when the others have used up theirs, and it takes nothing from variants to come."""
+
+    def slowly() -> Prepared:
+        time.sleep(0.2)
+        return candidate("x", 1.0).make()
+
+    first, second = (Candidate(name, name, slowly, compile_s=0.2) for name in ("first", "second"))
+    place = Place(CPU, WallClock(), H200, deadline=time.monotonic() - 1, compiling=Compiling(seconds=0.1))
+    found = measure(variant(candidate("ours", 1.0, is_ours=True), first, second), place, seconds=0)
+    assert set(found["rows"]) == {"ours", "first"}
+    assert found["left_out"] == {"second": NO_TIME}
+    assert place.compiling.spent >= 0.2
+    assert place.seconds_left - (place.deadline - time.monotonic()) == pytest.approx(place.compiling.spent, abs=0.02)
+
+
+class Some:
+    """Three variants: of the second the inputs cannot be made, and at the third the process dies."""
+
+    def __repr__(self) -> str:
+        return "Some()"
+
+    def variants(self, place: Place) -> list[Variant]:
+        def broken() -> list[Candidate]:
+            raise ValueError("no inputs")
+
+        def dead() -> list[Candidate]:
+            raise KeyboardInterrupt
+
+        first = variant(candidate("ours", 1.0, is_ours=True))
+        return [first, replace(first, name="w", build=broken), replace(first, name="x", build=dead)]
+
+
+def test_a_variant_that_fails_loses_itself_only(tmp_path: Path) -> None:
+    case, known = Case("some", "", Some(), (), 10), []
+
+    def keep(content: dict) -> None:
+        known.append(json.loads(json.dumps(content)))
+        gpu_case.write(content, tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_case(case, CPU, seconds=1, is_tiny=True, keep=keep)
+    assert [(content["failed"], content["skipped"]) for content in known] == [([], ["w", "x"]), (["w"], ["x"])]
+    written = json.loads((tmp_path / "some.json").read_text())
+    assert written["variants"]["v"]["rows"]["ours"]["ms"]
+    assert written["variants"]["w"]["error"] == "ValueError: no inputs"
+    (tmp_path / "some.json").unlink()
+    gpu_case.write({**written, "variants": {"w": written["variants"]["w"]}}, tmp_path)
+    assert not (tmp_path / "some.json").exists()
 
 
 def test_candidates_take_turns_in_changing_order() -> None:
@@ -247,7 +316,9 @@ def test_groups_of_tests_fail_by_themselves_and_are_not_repeated_when_green(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_groups(monkeypatch, tmp_path)
-    known = gpu_tests.run_tests(["green", "red", "dead", "empty"], tmp_path, "digest", seconds=60)
+    here = {"gpu": "X1", "torch": "2.11.0", "triton": "3.6.0", "source": "digest"}
+    groups = ["green", "red", "dead", "empty"]
+    known = gpu_tests.run_tests(groups, tmp_path, here, seconds=60, about={"commit": "0123"})
     assert {name: found["status"] for name, found in known.items()} == {
         "green": "passed", "red": "failed", "dead": "failed", "empty": "none",
     }  # fmt: skip
@@ -255,15 +326,56 @@ def test_groups_of_tests_fail_by_themselves_and_are_not_repeated_when_green(
     assert gpu_tests.red_groups(["green"], known) == []
     assert len(gpu_tests.red_groups(["green", "red", "dead", "empty", "unknown"], known)) == 4
     begun = (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns
-    gpu_tests.run_tests(["green", "red"], tmp_path, "digest", seconds=60)
+    gpu_tests.run_tests(["green", "red"], tmp_path, here, seconds=60, about={"commit": "0123"})
     assert (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns == begun
-    assert gpu_tests.outcomes(tmp_path, "digest")["green"]["status"] == "passed"
-    assert gpu_tests.outcomes(tmp_path, "other sources") == {}
+    assert gpu_tests.outcomes(tmp_path, here)["green"]["status"] == "passed"
+    for name in here:
+        assert gpu_tests.outcomes(tmp_path, {**here, name: "another"}) == {}
+    written = json.loads((tmp_path / "tests.json").read_text())
+    assert {name: written[name] for name in (*here, "commit")} == {**here, "commit": "0123"}
+
+
+def test_outcomes_that_cannot_be_read_are_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_groups(monkeypatch, tmp_path)
+    for text in ('{"source": "dig', "[]", '{"source": "digest"}'):
+        (tmp_path / "tests.json").write_text(text)
+        known = gpu_tests.run_tests(["green"], tmp_path, {"source": "digest"}, seconds=60)
+        assert known["green"]["status"] == "passed"
+        assert "cannot be read" in capsys.readouterr().out
+
+
+INTERRUPTED = """
+import pathlib, signal, sys
+from bench import gpu_suite, gpu_tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored where this was started
+lines = {"green": "import sys; sys.exit(5)", "hanging": f"import os, time; print(os.getpid(), file=open({sys.argv[1]!r} + '/pid', 'w'), flush=True); time.sleep(60)"}
+gpu_tests.files_of = lambda group: ["some"]
+gpu_tests.command_of = lambda group, report, n_workers: [sys.executable, "-S", "-c", lines[group]]
+with gpu_suite.ended_like_an_interrupt():
+    gpu_tests.run_tests(list(lines), pathlib.Path(sys.argv[1]), {"source": "digest"}, seconds=60)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_keeps_outcomes_and_leaves_nobody_behind(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=gpu_tests.environment(), stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not ((tmp_path / "tests.json").exists() and (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) != 0
+    assert json.loads((tmp_path / "tests.json").read_text())["groups"]["green"]["status"] == "none"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_hanging_tests_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_groups(monkeypatch, tmp_path)
-    known = gpu_tests.run_tests(["hanging"], tmp_path, "digest", seconds=1)
+    known = gpu_tests.run_tests(["hanging"], tmp_path, {"source": "digest"}, seconds=1)
     assert known["hanging"]["status"] == "timeout"
     assert gpu_tests.red_groups(["hanging"], known)
 
@@ -356,13 +468,103 @@ def test_cases_are_refused_left_and_run_in_order(monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
 
 
-def test_a_result_that_time_was_missing_for_is_measured_again(tmp_path: Path) -> None:
-    case = Case("some", "", None, (), 10)
-    assert not gpu_suite.is_there(case, tmp_path)
-    (tmp_path / "some.json").write_text('{"skipped": ["4096"]}')
-    assert not gpu_suite.is_there(case, tmp_path)
-    (tmp_path / "some.json").write_text('{"skipped": []}')
-    assert gpu_suite.is_there(case, tmp_path)
+def test_tests_that_take_minutes_wait_until_a_case_needs_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    order: list[object] = []
+    monkeypatch.setattr(gpu_suite, "run_child", lambda case, *args, **options: order.append(case.name) or True)
+    assert gpu_tests.LATE == ("rank_genes",)
+    cases = [Case("first", "", None, ("a",), 10), Case("ranking", "", None, ("rank_genes",), 10)]
+    assert gpu_suite.needed_groups([*cases, Case("last", "", None, ("b", "a"), 10)]) == ["a", "b", "wrapped"]
+    known = {"a": {"status": "passed"}}
+
+    def test(groups: list[str]) -> dict:
+        order.append(list(groups))
+        return {group: {"status": "passed"} for group in groups}
+
+    deadline = time.monotonic() + 60
+    done = gpu_suite.run_cases(cases, tmp_path, known, deadline, arguments(), is_dry=False, test=test)  # type: ignore[arg-type]
+    assert order == ["first", ["rank_genes"], "ranking"]
+    assert done["measured"] == ["first", "ranking"]
+    order.clear()
+    # Without time for the case, its tests are not begun either, and it is left, not refused.
+    done = gpu_suite.run_cases(cases, tmp_path, known, time.monotonic(), arguments(), is_dry=False, test=test)  # type: ignore[arg-type]
+    assert order == []
+    assert done["left for the next run"] == ["first", "ranking"]
+
+
+def test_only_a_whole_result_of_the_same_card_versions_and_source_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, here = Case("some", "", None, (), 10), {"gpu": "X1", "torch": "2.11.0", "triton": "3.6.0", "source": "ab"}
+    whole = {
+        "basis": here, "skipped": [], "failed": [], "is_quick": False,
+        "variants": {"v": {"left_out": {"flash-attn": "flash-attn is not installed"}}},
+    }  # fmt: skip
+
+    def is_there(content: dict | str, *, is_quick: bool = False) -> bool:
+        (tmp_path / "some.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return gpu_suite.is_there(case, tmp_path, here, is_quick=is_quick)
+
+    assert not gpu_suite.is_there(case, tmp_path, here, is_quick=False)
+    assert is_there(whole)
+    assert not is_there({**whole, "skipped": ["4096"]})
+    assert not is_there({**whole, "failed": ["4096"]})
+    assert not is_there({**whole, "is_quick": True})
+    assert is_there({**whole, "is_quick": True}, is_quick=True)
+    assert is_there(whole, is_quick=True)
+    assert not is_there({**whole, "variants": {"v": {"left_out": {"flex": NO_TIME}}}})
+    for name in here:
+        assert not is_there({**whole, "basis": {**here, name: "another"}})
+    assert not is_there({name: value for name, value in whole.items() if name != "basis"})
+    assert not is_there('{"skipped": [')
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def copied(tmp_path: Path) -> Path:
+    for folder in ("kernels", "geneformer_fast", "bench", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    return tmp_path
+
+
+def test_the_source_of_a_case_is_what_it_runs(tmp_path: Path) -> None:
+    root, names = copied(tmp_path), ("attention_d64_forward", "encoder_10m_inference", "residual_layernorm")
+    ops = "kernels/geneformer_kernels/ops"
+
+    def changed(file: str) -> tuple[list[str], list[str]]:
+        """Cases and parts that a changed file makes others."""
+        sources, before = {name: source_of(case_named(name), root) for name in names}, parts(root)
+        (root / file).write_text((root / file).read_text() + "# changed\n")
+        after = parts(root)
+        return (
+            [name for name in names if source_of(case_named(name), root) != sources[name]],
+            [name for name in before if before[name] != after[name]],
+        )
+
+    assert changed(f"{ops}/varlen_attention/kernel.py") == ([*names[:2]], ["varlen_attention: kernels"])
+    assert changed(f"{ops}/rank_genes/launches.py") == ([], ["rank_genes: launches"])
+    assert changed("geneformer_fast/encoder.py") == ([names[1]], ["the encoder"])
+    assert changed("bench/gpu_models.py") == ([*names], ["the random encoders that are compared"])
+    assert changed("bench/gpu_measure.py") == ([*names], [])
+    assert changed("kernels/geneformer_kernels/launch.py") == ([*names], ["what all kernels share"])
+    # What comes from results, and what does not run on a card.
+    assert changed("kernels/geneformer_kernels/measured.py") == ([], [])
+    assert changed("bench/gpu_report.py") == ([], [])
+    assert source_of(case_named(names[0])) != source_of(case_named("attention_d32_forward"))  # another problem
+
+
+def test_tests_run_again_when_the_models_they_compare_change(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    before = tree_digest(TESTED, root=root)
+    assert before == tree_digest(TESTED)
+    (root / "bench" / "gpu_models.py").write_text("")
+    assert tree_digest(TESTED, root=root) != before
+
+
+def test_estimates_are_what_results_took() -> None:
+    for result in measured.committed():
+        if result.get("suite") != "gpu" or not result["variants"]:
+            continue
+        case = case_named(result["case"])
+        assert 0.95 <= QUICK ** result["is_quick"] * case.seconds / result["wall_s"] <= 1.6, case.name
 
 
 def test_dry_runs_never_reach_the_results(tmp_path: Path) -> None:

@@ -204,8 +204,11 @@ def test_the_command_runs_tests_and_then_cases(
     asked: list[tuple[list[str], float]] = []
     begun: list[str] = []
 
-    def run_tests(groups, out, digest, *, seconds, is_again=False):  # type: ignore[no-untyped-def]
+    def run_tests(groups, out, basis, *, seconds, about):  # type: ignore[no-untyped-def]
         asked.append((list(groups), seconds))
+        assert basis["gpu"] == "NVIDIA Imaginary X1"
+        assert about["parts"]
+        assert about["commit"]
         return {group: {"status": "failed" if group == "embed_tokens" else "passed"} for group in groups}
 
     monkeypatch.setattr(gpu_suite, "run_tests", run_tests)
@@ -215,8 +218,9 @@ def test_the_command_runs_tests_and_then_cases(
     assert begun[:3] == ["ceilings", "attention_d64_forward", "attention_d64_backward"]
     assert not any(name.startswith("encoder") for name in begun)
     assert "embed_tokens" not in begun
-    (first, seconds), (last, _) = asked
-    assert first[0] == "encoder"
+    (first, seconds), (late, _), (last, _) = asked
+    assert first[:2] == ["varlen_attention", "encoder"]
+    assert late == ["rank_genes"]
     assert "wrapped" in first
     assert "sanitizer" not in first
     assert seconds == 300
