@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from geneformer_kernels.on_device import DTYPE_NAMES
 
 from bench.gpu_card import half_dtype
-from bench.gpu_impls import Question, with_impls
+from bench.gpu_impls import Question, uses_cudnn, with_impls
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.lengths import real_lengths, uniform_lengths
 from geneformer_fast.ragged import Ragged
@@ -193,7 +193,7 @@ def candidates(problem: _Problem) -> list[Candidate]:
     packed = lambda function: lambda: problem.prepared(function(), lambda x: x, lambda x: x)  # noqa: E731
     ours = Candidate("ours", "this project", packed(lambda: _ours(problem, p)), is_ours=True)
     chosen = [
-        *with_impls(ours, problem.question, problem.device),
+        *with_impls(ours, problem.question, problem.device, is_cudnn=uses_cudnn),
         *(
             Candidate(f"sdpa-{name}", f"torch SDPA, {what}", lambda backend=backend: _sdpa(problem, backend, p))
             for name, backend, what in (

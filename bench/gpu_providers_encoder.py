@@ -12,6 +12,7 @@ import torch
 from geneformer_kernels.dispatch import use_impl
 
 from bench.gpu_card import half_dtype
+from bench.gpu_impls import CUDNN, uses_cudnn
 from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.gpu_models import (
     CHECKED_GRADIENTS,
@@ -202,7 +203,10 @@ class Inference(Side):
             packed = self.check.packed(1 << 30, self.device)
             return {"hidden": torch.cat([once(batch) for batch in packed]).float() - self._mean}
 
-        return Prepared(lambda: _all(steps), result, {"batch_tokens": n_tokens, "batches": len(batches)})
+        notes: dict[str, Any] = {"batch_tokens": n_tokens, "batches": len(batches)}
+        if not how and uses_cudnn(lambda: once(batches[0])):
+            notes["attention"] = CUDNN
+        return Prepared(lambda: _all(steps), result, notes)
 
     def _rival(self, attention: str, *, is_compiled: bool = False) -> Prepared:
         model = self.stock(attention).to(self.dtype)

@@ -22,7 +22,7 @@ import torch
 from bench import gpu_case, gpu_report, gpu_suite, gpu_tests, measured
 from bench.gpu_case import run_case
 from bench.gpu_cases import CASES, H200, QUICK, Case, Goal, case_named, floors
-from bench.gpu_impls import Question, with_impls
+from bench.gpu_impls import Question, uses_cudnn, with_impls
 from bench.gpu_measure import (
     NO_TIME,
     NOT_QUICK,
@@ -727,6 +727,65 @@ def test_implementations_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> 
     assert prepared.notes == {"impl": "triton"}
     assert seen.count("triton") == 3
     assert not triton.is_ours
+
+
+def test_what_ran_is_noted_and_not_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of cells of one length is left to cuDNN on Hopper, whatever is chosen; the kernel stands beside it."""
+    from geneformer_kernels import dispatch
+    from geneformer_kernels.ops.varlen_attention import op, sdpa
+    from geneformer_kernels.target import target_of
+
+    monkeypatch.setattr("bench.gpu_impls.target_of", lambda device: target_of("cpu"))
+    monkeypatch.setattr(sdpa, "attend_equal", lambda q, k, v, length, scale: q)
+    q = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0))
+
+    def attend() -> torch.Tensor:
+        return op.varlen_attention(q, q, q, cu_seqlens=torch.tensor([0, 4, 8]))
+
+    assert not uses_cudnn(attend)
+    ours = Candidate("ours", "this project", lambda: Prepared(attend, lambda: {"out": attend()}), is_ours=True)
+    question = Question("varlen_attention", "float32", {"head_dim": 4, "length": 4, "needs_grad": False})
+    card = SimpleNamespace(type="cuda")
+    first, triton, torch_ = with_impls(ours, question, card, is_cudnn=uses_cudnn)  # type: ignore[arg-type]
+    assert first.make().notes == {"impl": "torch"}
+    with pytest.raises(Unavailable, match="ours runs it already"):
+        torch_.make()
+    monkeypatch.setattr(
+        op, "_length_for_cudnn", lambda q, impl, *args: 0 if dispatch.is_forced("varlen_attention") else 4
+    )
+    assert uses_cudnn(attend)
+    first, triton, torch_ = with_impls(ours, question, card, is_cudnn=uses_cudnn)  # type: ignore[arg-type]
+    assert first.make().notes == {"impl": "cudnn"}
+    assert torch_.make().notes == {"impl": "torch"}
+    # Asked for by name: what cuDNN did not compute.
+    assert not torch.equal(torch_.make().result()["out"], q)
+    assert torch_.is_slow
+    assert not triton.is_slow
+    assert with_impls(ours, question, card)[1].is_slow  # type: ignore[arg-type]
+
+
+def test_times_of_cudnn_are_no_times_of_a_kernel() -> None:
+    rows = {
+        "ours": {**row_of(1.0, is_ours=True), "impl": "cudnn", "tflops": 500.0},
+        "ours-torch": {**row_of(2.0), "impl": "torch"},
+    }
+    result = gpu_result("attention_d64_forward", "attention", rows, [])
+    result["variants"]["full"]["question"] = Question("varlen_attention", "bfloat16", {"head_dim": 64}).as_json()
+    assert "varlen_attention" not in measured.render([result])
+    goal = Goal("full", "tflops", 400, 460, impl="triton")
+    assert goal.reached(rows) is None
+    rows["ours-triton"] = {**row_of(1.5), "impl": "triton", "tflops": 410.0}
+    assert "{'torch': 2.0, 'triton': 1.5}" in measured.render([result])
+    assert goal.reached(rows) == 410
+    for row in rows.values():
+        row.pop("impl")
+    assert Goal("full", "tflops", 400, 460).reached(rows) == 500
+    # The committed rows of equal lengths, forward, ran on cuDNN, and are no goal's.
+    (forward,) = (found for found in measured.committed() if found["case"] == "attention_d64_forward")
+    for name in ("2048", "4096"):
+        ours, cudnn = (forward["variants"][name]["rows"][row] for row in ("ours", "sdpa-cudnn"))
+        assert ours["impl"] == "cudnn" or "ours-triton" in forward["variants"][name]["rows"]
+        assert ours["ms"]["p50"] == pytest.approx(cudnn["ms"]["p50"], rel=0.01)
 
 
 def test_rows_of_a_card_become_choices(monkeypatch: pytest.MonkeyPatch) -> None:

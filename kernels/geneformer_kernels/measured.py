@@ -12,8 +12,6 @@ MEASURED: dict[tuple[str, str, str], tuple[tuple[dict[str, int], dict[str, float
         ({'head_dim': 64, 'length': 4096, 'needs_grad': 1, 'has_dropout': 0}, {'torch': 10.6497, 'triton': 5.18355}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
         ({'head_dim': 64, 'length': 1440, 'needs_grad': 1, 'has_dropout': 0}, {'torch': 7.95158, 'triton': 3.50338}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
         ({'head_dim': 64, 'length': 1174, 'needs_grad': 1, 'has_dropout': 0}, {'torch': 4.17786, 'triton': 2.05011}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
-        ({'head_dim': 64, 'length': 2048, 'needs_grad': 0, 'has_dropout': 0}, {'torch': 1.37234, 'triton': 0.86429}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
-        ({'head_dim': 64, 'length': 4096, 'needs_grad': 0, 'has_dropout': 0}, {'torch': 2.65882, 'triton': 1.67237}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
         ({'head_dim': 64, 'length': 1440, 'needs_grad': 0, 'has_dropout': 0}, {'torch': 1.81312, 'triton': 1.23493}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
         ({'head_dim': 64, 'length': 1174, 'needs_grad': 0, 'has_dropout': 0}, {'torch': 1.05754, 'triton': 0.72346}, '2026-11-26 at 5e584531e0b3'),  # noqa: E501
     ),
