@@ -16,6 +16,7 @@ _SHARED = "kernels/geneformer_kernels/*.py"
 _GENERATED = "measured.py"
 # What runs on a CPU only.
 _HOST = re.compile(r"host.*|avx512|blocked|reference|__init__")
+_CALLED = {("rank_genes", "kernels"): "the fused pass and its other kernels"}
 #: Name for people -> patterns, of what the operations' folders do not hold.
 _OTHER_PARTS = {
     "what all kernels share": (_SHARED,),
@@ -62,7 +63,8 @@ def parts(root: Path = ROOT) -> dict[str, str]:
         kernels = [path for path in files if path.stem.startswith("kernel")]
         for name, some in (("kernels", kernels), ("launches", [path for path in files if path not in kernels])):
             if some:
-                found[f"{folder.name}: {name}"] = digest_of(some, root=root)
+                called = _CALLED.get((folder.name, name), name)
+                found[f"{folder.name}: {called}"] = digest_of(some, root=root)
     return found | {name: digest_of(_files(patterns, root), root=root) for name, patterns in _OTHER_PARTS.items()}
 
 

@@ -22,7 +22,7 @@ import torch
 from bench import gpu_case, gpu_report, gpu_suite, gpu_tests, measured
 from bench.gpu_case import run_case
 from bench.gpu_cases import CASES, H200, QUICK, Case, Goal, case_named, floors
-from bench.gpu_impls import Question, uses_cudnn, with_impls
+from bench.gpu_impls import CUDNN, Question, uses_cudnn, with_impls
 from bench.gpu_measure import (
     NO_TIME,
     NOT_QUICK,
@@ -609,7 +609,7 @@ def test_floors_are_printed_without_a_card() -> None:
 def row_of(ms: float, *, is_ours: bool = False, what: str = "this project", **rates: float) -> dict:
     return {
         "what": what, "is_ours": is_ours, "is_same": True, "ms": {"p10": ms * 0.9, "p50": ms, "p90": ms * 1.1},
-        "peak_bytes": 2.5e9, "share_of_floor": 0.5, **rates,
+        "peak_bytes": 2.5e9, "share_of_floor": 0.5, "relative_error": {}, **rates,
     }  # fmt: skip
 
 
@@ -642,9 +642,8 @@ def test_the_readme_gets_a_table_per_card() -> None:
     text = gpu_report.render([results, [{"case": "tokenize_v1"}]])
     assert "### Imaginary X1, 80 GiB" in text
     assert "700 TFLOP/s" in text
-    assert (
-        "| some preset, inference | 64 cells | 1,000 (909 to 1,111) | 400 | 2.5 | 50% | a rival | 400 | 2.50x |" in text
-    )
+    row = "| some preset, inference | 64 cells | 1,000 (909 to 1,111) | 400 | 2.5 (without its graph) | 50% | a rival |"
+    assert f"{row} 400 | 2.50x |" in text
     assert "**900**, 1,200 |" in text
     missing = text.partition("Not measured on this card yet: ")[2].partition(".\n")[0].split(", ")
     assert "ceilings" in missing
@@ -663,13 +662,77 @@ def test_the_readme_says_which_tests_ran_on_a_card() -> None:
     del results[0]["variants"]["full"]["rows"]["ours"]
     green = {group: {"status": "passed", "passed": 10} for group in gpu_tests.GROUPS}
     n_groups = len(green)
-    text = gpu_report.render([[], results], [{}, green])
+    text = gpu_report.render([[], results], [{}, {"groups": green}])
     assert f"Tests on this card: {10 * n_groups} passed, in {n_groups} of {n_groups} groups." in text
+    assert "Which sources have changed since was not kept." in text
+    assert "no tests of encoder_x." in text
     some = {**green, "encoder": {"status": "timeout"}, "wrapped": {"status": "failed", "passed": 9, "failed": 1}}
     del some["sanitizer"]
-    text = gpu_report.render([results], [some])
-    assert f"Tests on this card: {10 * (n_groups - 3)} passed, in {n_groups - 3} of {n_groups} groups; " in text
+    about = {"commit": "0123456789ab", "torch": "2.11.0", "triton": "3.6.0", "parts": parts()}
+    text = gpu_report.render([results], [{**about, "groups": some}])
+    assert "Tests on this card (commit `0123456789ab`, torch 2.11.0, triton 3.6.0): " in text
+    assert f"{10 * (n_groups - 3)} passed, in {n_groups - 3} of {n_groups} groups; " in text
     assert "encoder (ended by its limit of time), wrapped (red), sanitizer (not run)." in text
+    assert "Nothing that runs on a card has changed since." in text
+
+
+def test_the_readme_says_what_has_changed_since_the_tests() -> None:
+    results = [gpu_result("encoder_x", "some preset", {"ours": row_of(80.0, is_ours=True, tflops=1.0)}, [], cells=64)]
+    green = {group: {"status": "passed", "passed": 10, "seconds": 1.0} for group in gpu_tests.GROUPS}
+    old = {**parts(), "rank_genes: launches": "another", "the encoder": "another"}
+    del old["rank_genes: the fused pass and its other kernels"]
+    found = {"commit": "ba9876543210", "parts": old, "groups": green}
+    results[0]["tests"] = {"encoder": green["encoder"]}
+    text = gpu_report.render([results], [found])
+    assert (
+        "**not run on a card** as it is now: rank_genes (the fused pass and its other kernels, launches); the encoder."
+        in text
+    )
+    assert "were green; those of numbers at `0123456789ab` had run at `ba9876543210`." in text
+    text = gpu_report.render([results], [{**found, "commit": "0123456789ab"}])
+    assert "the tests that each number rests on were green.</sub>" in text
+    results[0]["tests"] = {"encoder": {"status": "failed"}}
+    text = gpu_report.render([results], [found])
+    assert "red tests of encoder_x." in text
+    assert "were green" not in text
+
+
+def test_the_readme_says_what_is_missing_and_why() -> None:
+    goals = [
+        {"variant": "full", "metric": "tflops", "goal": 400, "impossible": 460, "reached": None, "impl": "triton"},
+        {"variant": "full", "metric": "time_against:ours-no-dropout", "goal": 1.25, "impossible": 1.1, "reached": 1.51},
+    ]
+    rows = {"ours": {**row_of(0.8, is_ours=True, tflops=477.0), "impl": "cudnn", "relative_error": {"out": 0.002}}}
+    attention = gpu_result("attention_x", "attention", rows, goals)
+    off = "computes something else: relative errors {'hidden': 0.391}"
+    attention["variants"]["full"]["left_out"] = {"flex": NO_TIME}
+    ours = row_of(80.0, is_ours=True, tflops=1.0, cells_per_s=8.0)
+    model = gpu_result(
+        "encoder_x", "some preset", {"ours": {**ours, "relative_error": {"hidden": 0.243}}}, [], cells=64
+    )
+    model["variants"]["full"]["left_out"] = {"transformers-sdpa": off, "ours-compile": NOT_QUICK}
+    model["corrections"] = ["some label"]
+    text = gpu_report.render([[attention, model]])
+    assert "inference, 64 cells, **run by cuDNN** | 0.800" in text
+    assert (
+        "| goals of the Triton kernel, not timed here: 400 TFLOP/s, 460 TFLOP/s; 1.51x the time of ours-no-dropout; "
+        in text
+    )
+    assert "to cuDNN. So it was in attention_x (full)." in text
+    assert "| transformers-sdpa: refused, off by 39% |  |  |" in text
+    assert "Ours is off from float32 in: encoder_x (full), hidden states by 24%." in text
+    assert "allowed: transformers-sdpa in encoder_x (full), by 39%." in text
+    assert "No time was left to compile: flex in attention_x." in text
+    assert "left out: ours-compile in encoder_x." in text
+    assert "Labels corrected after the run, as the files say: encoder_x." in text
+    rows["ours-triton"] = {**row_of(0.9, tflops=410.0), "impl": "triton", "relative_error": {}}
+    goals[0]["reached"] = 410.0
+    text = gpu_report.render([[attention]])
+    assert "| goals of the Triton kernel, 410 TFLOP/s: **400 TFLOP/s**, 460 TFLOP/s;" in text
+
+
+def test_the_report_knows_what_the_suite_says() -> None:
+    assert (gpu_report.NO_TIME, gpu_report.NOT_QUICK, gpu_report.CUDNN) == (NO_TIME, NOT_QUICK, CUDNN)
 
 
 def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
