@@ -75,7 +75,11 @@ def _run(args: argparse.Namespace, out: Path, here: Mapping[str, Any], *, is_dry
     test_s = min(args.test_minutes, args.minutes) * 60
     if missing and not is_dry:
         known = test(needed_groups(missing), test_s)
-    done = run_cases(missing, out, known, deadline, args, is_dry=is_dry, test=lambda groups: test(groups, test_s))
+
+    def test_late(groups: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return test(groups, min(test_s, deadline - time.monotonic()))
+
+    done = run_cases(missing, out, known, deadline, args, is_dry=is_dry, test=test_late)
     if not is_dry and deadline - time.monotonic() > ENOUGH_TO_SANITIZE_S:
         test([AFTER], deadline - time.monotonic())
     print(f"\n{len(chosen) - len(missing)} were there, " + ", ".join(f"{len(v)} {k}" for k, v in done.items()))

@@ -218,7 +218,8 @@ def test_the_command_runs_tests_and_then_cases(
     assert begun[:3] == ["ceilings", "attention_d64_forward", "attention_d64_backward"]
     assert not any(name.startswith("encoder") for name in begun)
     assert "embed_tokens" not in begun
-    (first, seconds), (late, _), (last, _) = asked
+    (first, seconds), (late, at_most), (last, _) = asked
+    assert at_most == 300
     assert first[:2] == ["varlen_attention", "encoder"]
     assert late == ["rank_genes"]
     assert "wrapped" in first
@@ -228,6 +229,12 @@ def test_the_command_runs_tests_and_then_cases(
     said = capsys.readouterr().out
     assert "encoder_10m_inference: refused" in said
     assert "embed_tokens: failed" in said
+    asked.clear()
+    # What waited has what is left, not a time of its own.
+    arguments = ["--out", str(tmp_path), "--minutes", "2", "--only", "rank_genes"]
+    gpu_suite.main(arguments)
+    assert asked[1][0] == ["rank_genes"]
+    assert asked[1][1] <= 120
     asked.clear()
     assert gpu_suite.main(["--out", str(tmp_path), "--tests-only"]) == 1
     assert set(asked[0][0]) == set(gpu_suite.GROUPS)
