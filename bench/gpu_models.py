@@ -117,9 +117,11 @@ class StockBert(Stock):
             raise Unavailable("flash-attn is not installed")
         from transformers import BertForMaskedLM
 
-        with torch.device(encoder.device):
-            self.model = BertForMaskedLM(stock_config(encoder.config))
-        self.model.set_attn_implementation(attention)
+        try:
+            with torch.device(encoder.device):
+                self.model = BertForMaskedLM(stock_config(encoder.config, attention))
+        except ValueError as error:  # transformers 4.46 to 4.51 have no flash-attention for BERT
+            raise Unavailable(str(error).splitlines()[0]) from error
         self.is_full = is_full
         self._config = encoder.config
         if encoder.config.norm == "post":
@@ -218,7 +220,7 @@ def _norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
 
 
-def stock_config(config: EncoderConfig) -> Any:
+def stock_config(config: EncoderConfig, attention: str) -> Any:
     """A BertConfig of the same shape."""
     from transformers import BertConfig
 
@@ -235,6 +237,7 @@ def stock_config(config: EncoderConfig) -> Any:
         attention_probs_dropout_prob=config.attention_dropout,
         pad_token_id=0,
         type_vocab_size=max(config.n_token_types, 1),
+        attn_implementation=attention,  # in every version; set_attn_implementation is newer than 4.51
     )
 
 

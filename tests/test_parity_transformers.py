@@ -85,9 +85,8 @@ def test_float32_parity_on_every_layer(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["tiny", "odd"])
 def test_attention_weights_of_every_layer(case: str, tmp_path: Path) -> None:
     changes, lengths = CASES[case]
-    model = stock_model(**changes)
+    model = stock_model(**changes, attn_implementation="eager")  # the only one that gives weights
     model.save_pretrained(tmp_path)
-    model.set_attn_implementation("eager")  # the only one that gives weights
     encoder = load(tmp_path)
     tokens, ids, mask = batch(changes["vocab_size"], lengths)
     with torch.no_grad():
@@ -126,7 +125,7 @@ def test_bfloat16_is_no_worse_than_twice_stock_bfloat16(case: str, tmp_path: Pat
         encoder = load(tmp_path, dtype="bfloat16")
         states = encoder.hidden_states(tokens)
         truth = model.double()(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        low = transformers.BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        low = transformers.BertForMaskedLM.from_pretrained(tmp_path).bfloat16().eval()
         stock = low(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
     assert states[-1].values.dtype == torch.float32
     for state, witness, exact in zip(states, stock.hidden_states, truth.hidden_states, strict=True):
@@ -150,7 +149,7 @@ def test_large_scores_survive_bfloat16(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = load(tmp_path, dtype="bfloat16")(tokens)
         truth = model.double().bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
-        low = transformers.BertModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        low = transformers.BertModel.from_pretrained(tmp_path).bfloat16().eval()
         stock = low(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
     assert max_error(ours.values, truth) <= 2 * max_error(stock, truth)
 
