@@ -71,6 +71,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What an old card has no kernel for skips there (``old_cards``), with the reason that ``doctor`` gives."""
+    try:
+        return (yield)
+    except Exception as error:
+        # Not at the top: tests of the tokenizer do without the kernels.
+        from geneformer_kernels import on_device
+        from old_cards import refused_by_old_card
+
+        target = on_device.target_of("cuda" if torch.cuda.is_available() else "cpu")
+        if why := refused_by_old_card(error, target):
+            pytest.skip(why)
+        raise
+
+
 @pytest.fixture(autouse=True)
 def threads_kept() -> Iterator[None]:
     """Every test finds torch with as many threads as the first one did: sums depend on it, in their last bits."""

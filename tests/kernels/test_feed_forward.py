@@ -11,19 +11,21 @@ from tolerance import assert_as_good_as
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "swiglu"]
 
 
-def inputs(activation: str, dtype: torch.dtype, n: int = 9, width: int = 21, ff_width: int = 34) -> list[torch.Tensor]:
+def inputs(
+    activation: str, dtype: torch.dtype, n: int = 9, width: int = 21, ff_width: int = 34, device: str = "cpu"
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = ff_width * (2 if activation == "swiglu" else 1)
     shapes = [(n, width), (rows, width), (rows,), (width, ff_width), (width,)]
-    return [(torch.randn(*shape, generator=generator) * 0.5 + 0.1).to(dtype) for shape in shapes]
+    return [(torch.randn(*shape, generator=generator) * 0.5 + 0.1).to(device, dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_forward(impl: str, activation: str, dtype: torch.dtype, has_bias: bool) -> None:
-    x, up, up_bias, down, down_bias = inputs(activation, dtype)
+def test_forward(device: str, impl: str, activation: str, dtype: torch.dtype, has_bias: bool) -> None:
+    x, up, up_bias, down, down_bias = inputs(activation, dtype, device=device)
     if not has_bias:
         up_bias = down_bias = None
     out = feed_forward(x, up, up_bias, down, down_bias, activation=activation, impl=impl)
@@ -49,8 +51,8 @@ def test_reference_means_what_torch_means(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients(activation: str) -> None:
-    arguments = [t.requires_grad_() for t in inputs(activation, torch.float64, n=3, width=4, ff_width=5)]
+def test_gradients(device: str, activation: str) -> None:
+    arguments = [t.requires_grad_() for t in inputs(activation, torch.float64, n=3, width=4, ff_width=5, device=device)]
     torch.autograd.gradcheck(lambda *a: feed_forward(*a, activation=activation), arguments)
 
 

@@ -23,7 +23,8 @@ SHAPES = [(37, 131, 70), (64, 256, 128), (1, 1, 1), (3, 17, 5)]
 
 
 def dtypes_on(device: str) -> list[torch.dtype]:
-    return [torch.float16, torch.float32] if device == "cpu" else [torch.float16, torch.float32, torch.bfloat16]
+    has_bfloat16 = device == "cuda" and torch.cuda.get_device_capability() >= (7, 5)
+    return [torch.float16, torch.float32, *([torch.bfloat16] if has_bfloat16 else [])]
 
 
 def inputs(

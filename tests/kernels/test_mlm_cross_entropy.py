@@ -84,14 +84,14 @@ def test_reference_means_what_torch_means() -> None:
 @pytest.mark.usefixtures("three_rows", "poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n_rows", "width", "n_vocab"), [(10, 20, 37), (3, 16, 64), (1, 1, 1)])
-def test_torch_path(dtype: torch.dtype, n_rows: int, width: int, n_vocab: int) -> None:
-    row_weights = torch.linspace(-1, 2, n_rows)
-    check(inputs(n_rows, width, n_vocab, dtype), "torch", row_weights)
+def test_torch_path(device: str, dtype: torch.dtype, n_rows: int, width: int, n_vocab: int) -> None:
+    row_weights = torch.linspace(-1, 2, n_rows, device=device)
+    check([tensor.to(device) for tensor in inputs(n_rows, width, n_vocab, dtype)], "torch", row_weights)
 
 
 @pytest.mark.usefixtures("three_rows")
-def test_torch_path_gradcheck() -> None:
-    hidden, weight, bias, targets = inputs(5, 4, 6, torch.float64)
+def test_torch_path_gradcheck(device: str) -> None:
+    hidden, weight, bias, targets = (tensor.to(device) for tensor in inputs(5, 4, 6, torch.float64))
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
     for reduction in op.REDUCTIONS:
         assert torch.autograd.gradcheck(
