@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterator
 
@@ -44,6 +45,68 @@ def one_value_per_address(monkeypatch: pytest.MonkeyPatch) -> None:
         return store(self, ptrs, value, mask, *options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels fail where they read or write outside of the tensors of their launch, whatever lies there.
+
+    A tensor is what lies from its first element to its last, by shape and strides. To stray from one into another of
+    the same launch is not noticed here: tests of results must see that.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    starts, ends = [], []  # of the launch that runs, in bytes: ascending, disjoint
+
+    def reaches(argument):
+        argument = getattr(argument, "base", argument)  # of descriptors, and of tensors under another type
+        if isinstance(argument, tuple):
+            for inner in argument:
+                yield from reaches(inner)
+        elif isinstance(argument, torch.Tensor) and argument.numel() > 0:
+            last = sum((n - 1) * stride for n, stride in zip(argument.shape, argument.stride(), strict=True))
+            yield argument.data_ptr(), argument.data_ptr() + (last + 1) * argument.element_size()
+
+    def launched(self, arguments, named, copied=executor._init_args_hst):
+        arguments, named = copied(self, arguments, named)
+        starts.clear()
+        ends.clear()
+        for start, end in sorted(reaches((*arguments, *named.values()))):
+            if ends and start < ends[-1]:
+                ends[-1] = max(end, ends[-1])
+            else:
+                starts.append(start)
+                ends.append(end)
+        return arguments, named
+
+    def check(ptrs, mask=None):
+        addresses = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        if addresses.size == 0:
+            return
+        n_bytes = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+        lowest = int(addresses.min())
+        i_span = bisect.bisect_right(starts, lowest) - 1
+        if i_span >= 0 and int(addresses.max()) + n_bytes <= ends[i_span]:
+            return
+        # Not all in one tensor, which is no fault yet.
+        i_spans = np.searchsorted(np.array(starts, np.uint64), addresses, side="right")
+        is_outside = addresses + np.uint64(n_bytes) > np.array([0, *ends], np.uint64)[i_spans]
+        assert not is_outside.any(), f"{is_outside.sum()} addresses lie outside of every tensor of the launch"
+
+    def checked(name, i_ptrs, i_mask):
+        function = getattr(builder, name)
+
+        def call(self, *options):
+            check(options[i_ptrs], None if i_mask is None else options[i_mask])
+            return function(self, *options)
+
+        monkeypatch.setattr(builder, name, call)
+
+    monkeypatch.setattr(executor, "_init_args_hst", launched)
+    checked("create_masked_load", 0, 1)  # what loads and stores of all kinds end in
+    checked("create_masked_store", 0, 2)
+    checked("create_atomic_rmw", 1, 3)
+    checked("create_atomic_cas", 0, None)
 
 
 @pytest.fixture
