@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import mutations
@@ -13,6 +16,7 @@ from kernel_source import kernel_files, kernel_functions
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ROOT / "kernels" / "geneformer_kernels" / "ops"
+TILES = ROOT / "kernels" / "geneformer_kernels" / "tiles.py"
 KERNELS = [path for folder in sorted(OPS.iterdir()) for path in kernel_files(folder)]
 
 
@@ -37,6 +41,35 @@ def test_every_kernel_has_a_fault():
         if not any(place in lines for place in places.get(path, []))
     ]
     assert bare == []
+
+
+def accesses(path: Path) -> list[ast.Call]:
+    """Calls of ``tl.load``, ``tl.store`` and the atomic operations."""
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and re.match(r"tl\.(load|store|atomic_)", ast.unparse(node.func))
+    ]
+
+
+@pytest.mark.parametrize("path", [*KERNELS, TILES], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_mask_has_a_fault(path):
+    """One per condition, or a reason why no test can see that it is gone."""
+    file = path.relative_to(ROOT).as_posix()
+    by_place = [call for call in accesses(path) if len(call.args) > (1 if "load" in ast.unparse(call.func) else 2)]
+    assert [ast.unparse(call) for call in by_place] == []  # a mask has its name, or it is not seen here
+    masked = [call for call in accesses(path) if any(keyword.arg == "mask" for keyword in call.keywords)]
+    possible = mutations.mask_faults("", file, "tests", root=ROOT)
+    bare = {call.lineno for call in masked} - {int(fault.origin.rpartition(" ")[2]) for fault in possible}
+    assert bare == set()
+
+    tables = [tomllib.loads(path.read_text()) for path in (ROOT / mutations.FOLDER).glob("*.toml")]
+    rows = [row for table in tables for row in table.get("masks", []) if row["file"] == file]
+    reasons = {key: why for row in rows for key, why in row.get("without_effect", {}).items()}
+    tried = {(fault.find, fault.replace) for fault in mutations.read_faults() if fault.file == file}
+    left_out = [fault.why for fault in possible if (fault.find, fault.replace) not in tried]
+    assert [why for why in left_out if not why.startswith(tuple(reasons))] == []
+    assert all(reasons.values())
 
 
 @pytest.mark.slow
@@ -149,6 +182,73 @@ def test_files_of_another_form_are_refused(toy, capsys):
     path.write_text(ROWS)
     assert mutations.main(["--op", "other"], root) == 1
     assert "there is no tools/mutations/other.toml" in capsys.readouterr().out
+
+
+MASKED = """
+def kernel(p, q, n):
+    m = (o < n) & (o >= 0) & ~hidden
+    x = tl.load(p + o, mask=m, other=0.0)
+    y = tl.load(q + o, mask=m[:, None] & (x > 0)[None, :], other=0.0)
+    y = tl.load(q + o, mask=m[:, None] & (x > 0)[None, :], other=0.0)
+    tl.store(q + o, x + tl.load(p), mask=o < n)
+"""
+MASKS = """
+[[masks]]
+file = "kernels/masked.py"
+tests = "tests/test_toy.py"
+"""
+
+
+def test_masks_lose_one_condition_at_a_time(toy):
+    root = toy({})
+    (root / "kernels/masked.py").write_text(MASKED)
+    path = root / "tools/mutations/toy.toml"
+    path.write_text(ROWS + MASKS)
+    _, *faults = mutations.read_faults(root)
+    changes = []
+    for fault in faults:
+        lines = zip(MASKED.splitlines(), mutations.mutated(fault, root).splitlines(), strict=True)
+        changes.append([(i, line.strip()) for i, (before, line) in enumerate(lines, 1) if line != before])
+    assert changes == [
+        [(3, "m = (o >= 0) & ~hidden")],
+        [(3, "m = (o < n) & ~hidden")],
+        [(3, "m = (o < n) & (o >= 0)")],
+        [(4, "x = tl.load(p + o)")],
+        [(5, "y = tl.load(q + o, mask=(x > 0)[None, :], other=0.0)")],
+        [(5, "y = tl.load(q + o, mask=m[:, None], other=0.0)")],
+        [(6, "y = tl.load(q + o, mask=(x > 0)[None, :], other=0.0)")],
+        [(6, "y = tl.load(q + o, mask=m[:, None], other=0.0)")],
+        [(7, "tl.store(q + o, x + tl.load(p))")],
+    ]
+    assert str(faults[3]) == ("toy.toml masks, masked.py line 4 (without m: x = tl.load(p + o, mask=m, other=0.0))")
+
+    path.write_text(ROWS + MASKS + 'without_effect = { "without o >= 0: m =" = "o is positive" }')
+    assert [fault.why for fault in mutations.read_faults(root)[1:]] == [
+        fault.why for fault in faults if "without o >= 0" not in fault.why
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('without_effect = { "without o < 1" = "" }', "no mask of kernels/masked.py is without o < 1"),
+        ('why = ""', "must hold file, tests and without_effect, has file, tests, why"),
+    ],
+)
+def test_masks_of_another_form_are_refused(toy, capsys, line, message):
+    root = toy({})
+    (root / "tools/mutations/toy.toml").write_text(MASKS + line)
+    assert mutations.main([], root) == 1
+    assert "toy.toml: there is no kernels/masked.py" in capsys.readouterr().out or "why" in line
+    (root / "kernels/masked.py").write_text(MASKED)
+    assert mutations.main([], root) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_faults_are_chosen_by_what_they_say(toy, capsys):
+    root = toy({}, {"find": "x * 2", "replace": "x * 3", "why": "nobody looks"})
+    assert mutations.main(["--match", "fault 1 |too much"], root) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 faults, 0 not proven to be caught"
 
 
 def test_a_run_that_does_not_end_proves_nothing(toy):

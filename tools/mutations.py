@@ -9,6 +9,15 @@ Faults stand in ``tools/mutations/<op>.toml``::
     tests = "tests/kernels/test_varlen_attention_triton.py -k forward"
     why = "keys of the next cell take part"
 
+Masks of loads and stores are not written down one by one: each file of kernels that a file of faults names has a fault
+for every condition of every mask, made from its syntax tree::
+
+    [[masks]]
+    file = "kernels/geneformer_kernels/ops/varlen_attention/kernel.py"
+    tests = "tests/kernels/test_varlen_attention_triton.py"
+    [masks.without_effect]
+    "without m_rows[:, None]: m = " = "why no test can see it; such faults are left out"
+
 Each fault is applied to a copy of the working tree, in which the tests run with Triton's interpreter. The exit code is
 1, with a line per fault, if a fault survives its tests, cannot be applied, or if the tests are red without it.
 """
@@ -17,7 +26,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,15 +90,104 @@ def read_faults(root: Path = ROOT, ops: Iterable[str] | None = None) -> list[Fau
     faults = []
     for path in paths:
         try:
-            rows = tomllib.loads(path.read_text(encoding="utf-8")).get("fault", [])
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise FaultError(f"{path.name}: {error}") from None
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(tables.get("fault", []), 1):
             origin = f"{path.name} fault {number}"
             if sorted(row) != sorted(KEYS) or not all(isinstance(value, str) for value in row.values()):
                 raise FaultError(f"{origin}: must hold exactly the texts {', '.join(KEYS)}, has {', '.join(row)}")
             faults.append(Fault(origin, **row))
+        for row in tables.get("masks", []):
+            if not {"file", "tests"} <= set(row) <= {"file", "tests", "without_effect"}:
+                raise FaultError(f"{path.name} masks: must hold file, tests and without_effect, has {', '.join(row)}")
+            faults += mask_faults(path.name, root=root, **row)
     return faults
+
+
+def masked_calls(tree: ast.AST) -> list[ast.Call]:
+    """Every call with a mask: loads, stores, atomic operations."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and any(keyword.arg == "mask" for keyword in node.keywords)
+    ]
+
+
+def mask_faults(
+    origin: str, file: str, tests: str, without_effect: dict[str, str] | None = None, *, root: Path = ROOT
+) -> list[Fault]:
+    """A fault per condition of every mask of a file of kernels: loads and stores that do without it.
+
+    The conditions ``a & b`` of a mask are left out one at a time, where the call says them and where the function gives
+    them a name. Keys of without_effect are beginnings of what such a fault says of itself (its why).
+
+    Raises
+    ------
+    FaultError
+        There is no such file, or a key of without_effect is the beginning of none.
+    """
+    path = root / file
+    if not path.is_file():
+        raise FaultError(f"{origin}: there is no {file}")
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    faults = []
+    for node, changed, condition in sorted(_without_conditions(ast.parse(text)), key=lambda found: found[0].lineno):
+        find, replace = _in_text(text, node, ast.unparse(changed))
+        why = f"without {ast.unparse(condition)}: {lines[node.lineno - 1].strip()}"
+        faults.append(Fault(f"{origin} masks, {path.name} line {node.lineno}", file, find, replace, tests, why))
+    spared = tuple(without_effect or ())
+    for key in spared:
+        if not any(fault.why.startswith(key) for fault in faults):
+            raise FaultError(f"{origin}: no mask of {file} is {key}")
+    return [fault for fault in faults if not fault.why.startswith(spared)]
+
+
+def _without_conditions(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, ast.expr]]:
+    """For every condition of every mask, what to replace by what, and the condition."""
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        names = set()
+        for call in masked_calls(function):
+            (mask,) = (keyword.value for keyword in call.keywords if keyword.arg == "mask")
+            names |= {node.id for node in ast.walk(mask) if isinstance(node, ast.Name)}
+            for condition, rest in _one_left_out(mask):
+                keywords = [keyword for keyword in call.keywords if keyword.arg not in ("mask", "other")]
+                if rest is not None:
+                    others = [keyword for keyword in call.keywords if keyword.arg == "other"]
+                    keywords += [ast.keyword("mask", rest), *others]
+                yield call, ast.Call(call.func, call.args, keywords), condition
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in names:
+                for condition, rest in _one_left_out(node.value):
+                    if rest is not None:
+                        yield node.value, rest, condition
+
+
+def _one_left_out(mask: ast.expr) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """Each condition of ``a & b & c``, and the others."""
+    conditions = _conditions(mask)
+    for i, condition in enumerate(conditions):
+        rest = conditions[:i] + conditions[i + 1 :]
+        yield condition, functools.reduce(lambda a, b: ast.BinOp(a, ast.BitAnd(), b), rest) if rest else None
+
+
+def _conditions(mask: ast.expr) -> list[ast.expr]:
+    if isinstance(mask, ast.BinOp) and isinstance(mask.op, ast.BitAnd):
+        return _conditions(mask.left) + _conditions(mask.right)
+    return [mask]
+
+
+def _in_text(text: str, node: ast.expr, replacement: str) -> tuple[str, str]:
+    """The text of a node and what to replace it with, with as many lines before it as make it the only one."""
+    lines = text.splitlines(keepends=True)
+    inside = ast.get_source_segment(text, node) or ""
+    before = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+    for i_line in reversed(range(node.lineno - 1)):
+        if text.count(before + inside) == 1:
+            break
+        before = lines[i_line] + before
+    return before + inside, before + replacement
 
 
 def place_of(fault: Fault, root: Path) -> int:
@@ -238,11 +338,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Try every fault and name those that no test catches."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", help="this file of faults only (may be repeated)")
+    parser.add_argument("--match", default="", help="faults only whose line in the output matches this expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="test runs at a time (%(default)s)")
     parser.add_argument("--limit-s", type=float, default=600.0, help="seconds one test run may take (%(default)s)")
     wanted = parser.parse_args(arguments)
     try:
-        faults = read_faults(root, wanted.op)
+        faults = [fault for fault in read_faults(root, wanted.op) if re.search(wanted.match, str(fault))]
     except FaultError as error:
         print(error)
         return 1

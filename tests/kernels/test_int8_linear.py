@@ -63,6 +63,16 @@ def test_quantize_rows(device: str, impl: str, shape: tuple[int, int], poisoned:
             assert (q.abs().amax(1) == 127).all()
 
 
+def test_wide_rows_of_which_a_program_takes_several(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of today: rows that one block of columns does not hold come alone."""
+    x = inputs((5, 150, 1), torch.float32, device)[0]
+    monkeypatch.setattr(operators, "quantize_plan", lambda _: plan.QuantizePlan(4, 64, False, plan.Launch(1, 1)))
+    q, scale = quantize_rows(x, impl="triton")
+    q_true, scale_true = reference.quantize_rows(x)
+    assert torch.equal(q, q_true)
+    assert torch.equal(scale, scale_true)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_go_to_even(device: str, impl: str) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0, 126.5, 0.49999997]], device=device)
