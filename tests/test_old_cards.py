@@ -23,7 +23,7 @@ SUBSET = {
     f"{KERNELS}/test_feed_forward_triton.py::test_composed[cpu-post-torch]": (True, True),
     f"{KERNELS}/test_feed_forward.py::test_forward[cpu-True-dtype1-relu-torch]": (True, True),
     f"{KERNELS}/test_feed_forward.py::test_forward[cpu-True-dtype2-relu-torch]": (False, True),
-    f"{KERNELS}/test_int8_linear.py::test_ties_go_to_even[cpu-triton]": (False, False),
+    f"{KERNELS}/test_int8_linear.py::test_ties_go_to_even[cpu-triton]": (True, True),
     f"{KERNELS}/test_int8_linear.py::test_ties_go_to_even[cpu-torch]": (True, True),
     f"{KERNELS}/test_int8_linear.py::test_compiles_without_a_graph_break[cpu-3-triton]": (False, False),
     f"{KERNELS}/test_mlm_cross_entropy_triton.py::test_no_rows[cpu]": (False, False),

@@ -44,7 +44,8 @@ def forward(
         A target is outside the vocabulary.
     """
     column, is_counted, _ = row_chunks.columns(targets, ignore_index, len(weight))
-    row_max, row_sum, picked = torch.empty(3, len(hidden), dtype=torch.float32)
+    # Not three rows of one tensor: an operator's results share no memory.
+    row_max, row_sum, picked = (torch.empty(len(hidden), dtype=torch.float32) for _ in range(3))
     for rows in _row_blocks(len(hidden)):
         row_max[rows], row_sum[rows] = _softmax_of(hidden[rows], weight, bias, column[rows], picked[rows])
     # The difference from the largest logit first: exact where logits are huge.
