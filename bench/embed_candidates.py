@@ -162,8 +162,9 @@ def _extractor(place: Workplace) -> Run:
 def _stock(place: Workplace) -> Run:
     from transformers import BertModel
 
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "add_pooling_layer": False}
-    model = BertModel.from_pretrained(place.model, **options).eval()
+    # Not with dtype=, which transformers before 4.56 calls torch_dtype.
+    model = BertModel.from_pretrained(place.model, attn_implementation="sdpa", add_pooling_layer=False)
+    model = model.bfloat16().eval()
     has_cls = place.geometry.family == "V2"
     return lambda cells, batch_size: stock_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
