@@ -304,7 +304,7 @@ def as_chosen_now(function: Callable[Arguments, Result]) -> Callable[Arguments, 
     """
     now = _open_blocks()
 
-    @functools.wraps(function)
+    # Without functools.wraps, which would copy a module's parameters into the function's attributes.
     def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         token = _as_then.set(now)
         try:
