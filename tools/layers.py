@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.tokenization.genes", f"{FAST}.tokenization.sources"),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
+    (f"{FAST}.files",),
     (KERNELS,),
     (f"{FAST}.errors",),
 )
@@ -64,6 +65,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
+    "pydantic": (f"{FAST}.files.schema",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
     "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.hf"),  # the latter for its error class only
     "dill": (),
@@ -85,6 +87,7 @@ HEAVY = frozenset(
             "optuna",
             "pynvml",
             "psutil",
+            "pydantic",
             "tqdm",
         ),
     )
