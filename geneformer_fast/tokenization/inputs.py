@@ -138,15 +138,21 @@ class Task:
     carried: dict[str, pa.Array]
 
 
-def prepare(inputs: Iterable[Any], vocabulary: Vocabulary, options: ReadOptions) -> list[PreparedInput]:
-    """Look at every input: gene ids, carried columns, fingerprint; before anything is written."""
+def prepare(
+    inputs: Iterable[Any], vocabulary: Vocabulary, options: ReadOptions, *, is_resumable: bool = False
+) -> list[PreparedInput]:
+    """Look at every input: gene ids, carried columns, fingerprint; before anything is written.
+
+    ``is_resumable`` says that a later run may go on with what this one made, so that all of an AnnData in memory has
+    to be told from another one.
+    """
     prepared: list[PreparedInput] = []
     known: dict[bytes, tuple[GeneMap, Columns]] = {}
     try:
         for data in inputs:
             source = options.open(data)
             try:
-                entry = _prepare_one(data, source, vocabulary, options, known)
+                entry = _prepare_one(data, source, vocabulary, options, known, is_resumable)
             except BaseException:
                 source.close()
                 raise
@@ -174,6 +180,7 @@ def _prepare_one(
     vocabulary: Vocabulary,
     options: ReadOptions,
     known: dict[bytes, tuple[GeneMap, Columns]],
+    is_resumable: bool,
 ) -> PreparedInput:
     from geneformer_kernels.ops.rank_genes.host import prepare_columns
 
@@ -190,7 +197,7 @@ def _prepare_one(
     n_counts_column = _n_counts_column(source, vocabulary, options)
     has_filter = options.use_filter_pass and "filter_pass" in source.obs_columns
     description = {
-        **source.fingerprint(),
+        **source.fingerprint(is_whole=is_resumable),
         "kind": source.kind,
         "n_cells": source.n_cells,
         "n_genes": source.n_genes,
@@ -201,6 +208,7 @@ def _prepare_one(
         "n_counts_from": f"obs/{n_counts_column}" if n_counts_column else _computed_over(vocabulary),
         "n_counts_dtype": None if n_counts_column is None else _dtype_name(source.obs(n_counts_column)),
         "filter_pass": has_filter,
+        **(_obs_digest(source, options, n_counts_column, has_filter) if is_resumable else {}),
         "genes": {**gene_map.report.to_dict(), "source": source.name},
     }
     return PreparedInput(
@@ -215,6 +223,22 @@ def _prepare_one(
         has_filter=has_filter,
         source=source,
     )
+
+
+def _obs_digest(
+    source: CountSource, options: ReadOptions, n_counts_column: str | None, has_filter: bool
+) -> dict[str, str]:
+    """SHA-256 of the columns of obs that tokens depend on, for an AnnData in memory; files have their own."""
+    if source.kind != "anndata":
+        return {}
+    digest = sha256()
+    for name in (*options.carried, n_counts_column, "filter_pass" if has_filter else None):
+        if name is not None:
+            values = source.obs(name)
+            array = values if isinstance(values, pa.Array) else number_array(values)
+            digest.update(f"{name}\0{array.type}\0".encode("utf-8", "surrogatepass"))
+            digest.update("\n".join(map(repr, array.to_pylist())).encode("utf-8", "surrogatepass"))
+    return {"obs_sha256": digest.hexdigest()}
 
 
 def _dtype_name(values: Any) -> str:

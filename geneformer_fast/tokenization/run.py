@@ -236,7 +236,7 @@ def _tokenize_to_folder(
     shard_bytes: int,
     progress: bool | None,
 ) -> None:
-    prepared = reading.prepare(entries, vocabulary, options)
+    prepared = reading.prepare(entries, vocabulary, options, is_resumable=True)
     try:
         types = reading.carried_types(prepared, options)
         names = [entry.name for entry in prepared]

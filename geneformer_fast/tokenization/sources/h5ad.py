@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def open_anndata_store(
     gene_column: str | None,
     allow_float: bool,
     paths: list[Path],
+    parts: Mapping[str, Path] | None = None,
     close: Any,
 ) -> CountSource:
     """Open anything laid out as AnnData writes it, HDF5 or zarr."""
@@ -87,5 +89,6 @@ def open_anndata_store(
         gene_column=gene_column,
         allow_float=allow_float,
         paths=paths,
+        parts=parts,
         close=close,
     )

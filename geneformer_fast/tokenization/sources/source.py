@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Where gene ids are looked for, best first; then the row names of var.
 GENE_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl")
 _HASHED_BYTES = 1 << 16
+_HASHED_ROWS = 4096
 _MAX_NAMED = 3
 
 
@@ -58,6 +59,7 @@ class CountSource:
         gene_column: str | None = None,
         allow_float: bool = False,
         paths: Iterable[Path] = (),
+        parts: Mapping[str, Path] | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -71,6 +73,7 @@ class CountSource:
         self._var = var
         self._whole = not allow_float
         self._paths = list(paths)
+        self._parts = dict(parts or {})
         self._close = close
         if self.n_cells == 0:
             raise InputError(f"{name}: has no cells ({counts_from} is 0 x {self.n_genes})")
@@ -221,20 +224,33 @@ class CountSource:
         except InputError:
             return f"number {i}"
 
-    def fingerprint(self) -> dict[str, Any]:
-        """A cheap digest that changes when the input does: sizes, times, and both ends of every file.
+    def fingerprint(self, *, is_whole: bool = False) -> dict[str, Any]:
+        """A digest that changes when the input does.
+
+        Of a file: its size, time, and both ends; of a store of many files: that of its metadata, and size and time of
+        every chunk. Of an AnnData in memory, which has no time: its shape, names and values.
+
+        Parameters
+        ----------
+        is_whole
+            Whether an AnnData's values are all looked at, which takes about as long as ranking them, or a sample.
 
         Returns
         -------
         dict
-            ``path``, ``bytes``, ``mtime_ns`` and ``sha256``; for an AnnData in memory ``path`` is ``"<AnnData>"`` and
-            the digest covers its shape, names and a sample of its values.
+            ``path``, ``bytes``, ``mtime_ns`` and ``sha256``; for an AnnData ``path`` is ``"<AnnData>"``.
         """
         digest = sha256(f"{self.n_cells}x{self.n_genes} {self.counts_from}".encode())
         if not self._paths:
             for names in (self.cell_names(), self.gene_ids()):
                 digest.update("\n".join(names.tolist()).encode("utf-8", "surrogatepass"))
-            digest.update(np.ascontiguousarray(self._matrix.sample().values).tobytes())
+            if is_whole:
+                for block in self._matrix.blocks(0, self.n_cells, _HASHED_ROWS):
+                    for array in (block.indptr, block.indices, block.data):
+                        digest.update(np.ascontiguousarray(array).data)
+                    block.release()
+            else:
+                digest.update(np.ascontiguousarray(self._matrix.sample().values).data)
             return {"path": self.name, "bytes": None, "mtime_ns": None, "sha256": digest.hexdigest()}
         total, newest = 0, 0
         with reading(self.name, "file"):
@@ -248,4 +264,9 @@ class CountSource:
                     if status.st_size > _HASHED_BYTES:
                         file.seek(-_HASHED_BYTES, os.SEEK_END)
                         digest.update(file.read(_HASHED_BYTES))
+            for part, path in self._parts.items():
+                status = path.stat()
+                total += status.st_size
+                newest = max(newest, status.st_mtime_ns)
+                digest.update(f"{part} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return {"path": self.name, "bytes": total, "mtime_ns": newest, "sha256": digest.hexdigest()}

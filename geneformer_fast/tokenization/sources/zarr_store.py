@@ -24,6 +24,7 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         root = zarr.open(str(path), mode="r")
     if not hasattr(root, "keys"):
         raise InputError(f"{name}: is a single zarr array, not an AnnData store with X, obs and var")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
     return open_anndata_store(
         root,
         name,
@@ -32,7 +33,8 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         layer=layer,
         gene_column=gene_column,
         allow_float=allow_float,
-        paths=sorted(file for file in path.rglob("*") if file.name in _METADATA),
+        paths=[file for file in files if file.name in _METADATA],
+        parts={str(file.relative_to(path)): file for file in files if file.name not in _METADATA},
         close=lambda: None,
     )
 
@@ -45,5 +47,5 @@ def _vector(array: Any) -> Vector:
     return SlicedVector(array)
 
 
-# Sizes and digests of these tell whether a store changed; its chunks may be a hundred thousand files.
+# These are read to tell whether a store changed; of its chunks, which may be a hundred thousand files, size and time.
 _METADATA = frozenset({".zgroup", ".zattrs", ".zarray", ".zmetadata", "zarr.json"})
