@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NEW=OLD",
-        help="carry an obs column along; --obs cell_type=celltype",
+        help="carry an obs column along; --obs cell_type=celltype. The names of cells always are, as obs_names, or "
+        "--obs barcode=obs_names",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="ranking threads (default: all cores)")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished folder")

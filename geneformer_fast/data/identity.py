@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.data.stored import StoredCells, without_padding
 from geneformer_fast.errors import VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.tokenization.vocabulary import SPECIAL
@@ -18,6 +19,9 @@ _CELLS_LOOKED_AT = 64
 
 def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
     """The vocabulary of a folder's tokens, after making sure that a model reads it.
+
+    From then on the folder gives its cells as that model may read them: padding after the genes is left out with a
+    warning, and special tokens in places where none may be are refused (:class:`StoredCells`).
 
     Parameters
     ----------
@@ -34,6 +38,8 @@ def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
     """
     identity = dict(folder.vocabulary or _assumed(config, folder))
     config.check_vocabulary(identity)
+    if getattr(folder.on_read, "special", None) != identity["special"]:
+        folder.on_read = StoredCells(folder, identity["special"])
     return identity
 
 
@@ -57,7 +63,8 @@ def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
 
 def _begins_with_cls(folder: TokenFolder) -> bool:
     """Whether the first cells lie between CLS and EOS of Geneformer V2."""
-    values, bounds = folder.read(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
-    cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
     special = SPECIAL["v2"]
+    stored = folder.read_stored(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
+    _, values, bounds = without_padding(*stored, special["pad"])
+    cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
     return bool(cells) and all(cell[0] == special["cls"] and cell[-1] == special["eos"] for cell in cells)

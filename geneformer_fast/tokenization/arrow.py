@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,13 @@ class TokenFolder:
         The Arrow schema.
     dtype
         Integer dtype of the stored tokens.
+    on_read
+        Called with the cells that ``read`` gives, and what it would give of them; its result is given instead.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)
+        self.on_read: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
         state = manifest.state_of(self.path)
         if state == "absent":
             raise OutputError(f"{self.path}: no such token folder")
@@ -272,7 +275,7 @@ class TokenFolder:
         return described.get("names") if isinstance(described, dict) else None
 
     def read(self, cells: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of some cells, in the order asked for.
+        """Tokens of some cells, in the order asked for, as ``on_read`` leaves them.
 
         Parameters
         ----------
@@ -284,6 +287,13 @@ class TokenFolder:
         values, cu_seqlens
             The packed tokens in the stored dtype, and [len(cells) + 1] int64 where each cell begins and ends.
         """
+        values, cu_seqlens = self.read_stored(cells)
+        if self.on_read is None:
+            return values, cu_seqlens
+        return self.on_read(np.asarray(cells), values, cu_seqlens)
+
+    def read_stored(self, cells: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
+        """What is stored of some cells, whatever ``on_read`` makes of it."""
         cells = np.arange(cells.start, cells.stop, cells.step) if isinstance(cells, range) else np.asarray(cells)
         cells = cells.astype(np.int64, copy=False)
         if len(cells) and not 0 <= cells.min() <= cells.max() < self.n_cells:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from geneformer_fast.tokenization.genes import GeneMap, map_genes
 from geneformer_fast.tokenization.manifest import OWN_COLUMNS
 from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
 from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
+from geneformer_fast.tokenization.sources.source import OBS_NAMES
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 #: Inputs kept open between preparation and reading; further ones are opened again.
 _MOST_OPEN = 8
+
+
+def carried_columns(obs: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """{column of obs: name in the result} for what a user asks to carry along.
+
+    The names of cells are always carried, as ``obs_names``, or as what they are to be called.
+    """
+    names = [obs] if isinstance(obs, str) else obs
+    return {
+        OBS_NAMES: OBS_NAMES,
+        **(dict(names) if isinstance(names, Mapping) else {name: name for name in names or ()}),
+    }
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class ReadOptions:
             wrong = taken[0] if taken else next(name for name in names if names.count(name) > 1)
             raise InputError(
                 f"the name {wrong!r} for a carried obs column is taken; name it otherwise, as in "
-                f"--obs {next(old for old, new in self.carried.items() if new == wrong)}=another_name"
+                f"--obs another_name={[old for old, new in self.carried.items() if new == wrong][-1]}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,8 +280,8 @@ def _no_column(source: CountSource, name: str, purpose: str) -> str:
 
 
 def _arrow_type(source: CountSource, name: str) -> pa.DataType:
-    if name not in source.obs_columns:
-        raise InputError(_no_column(source, name, "to carry along"))
+    if not source.has_obs(name):
+        raise InputError(f"{_no_column(source, name, 'to carry along')} (and {OBS_NAMES})")
     values = source.obs(name)
     kind = values.type if isinstance(values, pa.Array) else pa.from_numpy_dtype(values.dtype)
     if pa.types.is_boolean(kind):

@@ -96,7 +96,9 @@ def tokenize(
     layer, gene_column, allow_float, allow_duplicate_cells
         Which matrix, which column of var holds gene ids, whether TPM-like values and equal cell names pass.
     obs
-        Columns of obs to carry along: names, or ``{name in obs: name in the result}``.
+        Columns of obs to carry along: names, or ``{name in obs: name in the result}``. The names of cells (barcodes)
+        always are, as ``obs_names``, or as ``{"obs_names": name in the result}`` says; ``index`` means them too, where
+        obs has no column of that name.
     n_counts
         Total counts per cell: ``"auto"`` (the obs column n_counts where there is one, else computed), ``"computed"``,
         or the name of an obs column.
@@ -135,7 +137,7 @@ def tokenize(
         gene_column=gene_column,
         allow_float=allow_float,
         allow_duplicate_cells=allow_duplicate_cells,
-        carried=dict(obs) if isinstance(obs, Mapping) else {name: name for name in obs or ()},
+        carried={} if out is None else reading.carried_columns(obs),
         n_counts=n_counts,
         use_filter_pass=filter_pass,
     )
@@ -144,6 +146,8 @@ def tokenize(
     if out is None:
         if not is_object:
             raise OutputError("tokenize needs a folder to write to (out=) unless it is given an AnnData")
+        if obs:
+            raise InputError("columns of obs go into a folder (out=); in memory, adata.obs.iloc[kept_rows] has them")
         return _tokenize_in_memory(data, vocabulary, options, workers)
     entries = [data] if is_object else expand_inputs(_as_paths(data))  # type: ignore[arg-type]
     _tokenize_to_folder(

@@ -93,7 +93,7 @@ def test_read_by_position_is_what_pyarrow_reads(folder):
         for wrong in ([2996], [-1]):
             with pytest.raises(IndexError, match="not within"):
                 tokens.read(wrong)
-        with pytest.raises(OutputError, match="no column 'sex'; there are cluster"):
+        with pytest.raises(OutputError, match="no column 'sex'; there are obs_names, cluster"):
             tokens.column("sex")
 
 

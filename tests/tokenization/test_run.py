@@ -78,7 +78,7 @@ def test_cells_columns_and_sources(corpus, vocabulary, tmp_path):
     assert [tally["read"] for tally in tokens.manifest["cells"]] == [300] * 3
     assert sum(tally["full"] for tally in tokens.manifest["cells"]) == sum(len(cell) == 40 for cell in cells) > 0
     assert tokens.vocabulary["fingerprint"] == vocabulary.fingerprint
-    assert tokens.manifest["options"]["obs"] == [list(pair) for pair in OBS.items()]
+    assert tokens.manifest["options"]["obs"] == [["obs_names", "obs_names"], *map(list, OBS.items())]
 
 
 @pytest.mark.parametrize("spelling", ["folder", "files", "glob", "doubled"])
@@ -313,7 +313,7 @@ def test_command(corpus, vocabulary, tmp_path, capsys):
     assert "600 read, 596 written" in said
     assert "4 left out as empty" in said
     tokens = open_tokens(out)
-    assert tokens.columns == ["input_ids", "leiden", "donor", "length", "source_file", "source_row"]
+    assert tokens.columns == ["input_ids", "obs_names", "leiden", "donor", "length", "source_file", "source_row"]
     assert main(arguments) == 2
     assert "holds finished tokens" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--obs", "=x"]) == 2

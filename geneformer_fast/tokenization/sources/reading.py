@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ _FOREIGN = (
     MemoryError,
     NotImplementedError,
     zlib.error,
-    struct.error,
 )
 
 

@@ -14,13 +14,17 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import CHOSEN_BY, shown
-from geneformer_fast.tokenization.sources.table import Table, as_text
+from geneformer_fast.tokenization.sources.table import Table, as_text, text_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # Where gene ids are looked for, best first; then the row names of var.
 GENE_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl")
+#: What the row names of obs are called, as in scanpy; ``tokenize`` carries them along.
+OBS_NAMES = "obs_names"
+# These mean the row names where no column is called so; anndata itself stores them as ``_index``.
+_INDEX = ("index", "_index")
 _HASHED_BYTES = 1 << 16
 _HASHED_ROWS = 4096
 _MAX_NAMED = 3
@@ -96,7 +100,7 @@ class CountSource:
         self._close()
 
     def _choose_gene_column(self, asked: str | None) -> str:
-        if asked in ("var_names", "index"):
+        if asked == "var_names" or (asked in _INDEX and asked not in self._var.columns):
             return "var_names"
         if asked is not None:
             if asked not in self._var.columns:
@@ -121,8 +125,17 @@ class CountSource:
         """Names of the cell annotations."""
         return self._obs.columns
 
+    def has_obs(self, name: str) -> bool:
+        """Whether ``obs(name)`` is there."""
+        return name in self._obs.columns or name == OBS_NAMES or name in _INDEX
+
     def obs(self, name: str) -> np.ndarray | pa.Array:
-        """One cell annotation; categories are decoded, text and missing values come as pyarrow."""
+        """One cell annotation; categories are decoded, text and missing values come as pyarrow.
+
+        ``obs_names`` are the cell names, and so is ``index`` where no column is called that.
+        """
+        if name == OBS_NAMES or (name in _INDEX and name not in self._obs.columns):
+            return text_array(self._obs.index())
         return self._obs.read(name)
 
     def cell_names(self) -> np.ndarray:
