@@ -63,6 +63,8 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),
     ),
+    "zarr": (f"{FAST}.tokenization.sources",),
+    "hdf5plugin": (f"{FAST}.tokenization.sources",),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
     "pydantic": (f"{FAST}.files.schema",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,23 @@ from geneformer_fast.tokenization.sources.block import CountMatrix
 from geneformer_fast.tokenization.sources.dense import DenseMatrix
 from geneformer_fast.tokenization.sources.sparse import CsrMatrix
 from geneformer_fast.tokenization.sources.spool import SpooledMatrix, csc_entries
+from geneformer_fast.tokenization.sources.stored import Absent, readable
 from geneformer_fast.tokenization.sources.table import Table, decode_categories, text_array, with_missing
 from geneformer_fast.tokenization.sources.vectors import SlicedVector, Vector
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MakeVector = Callable[[Any], Vector]
+# NA_integer_
+_R_MISSING = np.iinfo(np.int32).min
+
+
+def plain_vector(array: Any) -> Vector:
+    """A stored array read through its own library."""
+    if len(array.shape) != 1:
+        raise ValueError(f"has shape {tuple(array.shape)}, expected one dimension")
+    return SlicedVector(readable(array))
 
 
 def is_group(node: Any) -> bool:
@@ -23,36 +36,81 @@ def is_group(node: Any) -> bool:
     return not hasattr(node, "shape")
 
 
-def read_array(node: Any) -> Any:
-    """A one-dimensional array: numbers as numpy in native byte order, text as pyarrow."""
+def member(group: Any, key: str) -> Any:
+    """``group[key]``; a link into another HDF5 file that does not lead to anything is named as such."""
+    try:
+        return group[key]
+    except (KeyError, OSError):
+        link = group.get(key, getlink=True) if hasattr(group, "file") else None
+        if link is None or not hasattr(link, "filename"):
+            raise
+        raise InputError(
+            f"{group.file.filename}: {group.name.rstrip('/')}/{key} is a link to {link.path} in {link.filename}, which "
+            "is not there or cannot be opened; put that file beside this one"
+        ) from None
+
+
+def read_array(node: Any, *, absent: Absent = "refuse") -> Any:
+    """A one-dimensional array: numbers as numpy in native byte order, text and what misses values as pyarrow."""
+    if is_group(node):
+        raise ValueError(f"is a group of {', '.join(node) or 'nothing'}, expected an array")
     if len(node.shape) != 1:
         raise ValueError(f"has shape {tuple(node.shape)}, expected one dimension")
-    values = node[...] if not _is_text(node) or not hasattr(node, "asstr") else node[:]
-    values = np.asarray(values)
+    node = readable(node, absent=absent)
+    values = np.asarray(node[...])
     if values.dtype.kind in "OSUT":
         return text_array(values)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"has type {values.dtype}, expected numbers or text")
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
+    described = values.dtype.metadata
+    if described is not None and "enum" in described:
+        return _named(values, described["enum"])
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        return values.astype(np.float64)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return _without_r_missing(values)
 
 
-def _is_text(node: Any) -> bool:
-    return np.dtype(node.dtype).kind in "OSUT"
+def _named(values: np.ndarray, names: dict[str, int]) -> pa.Array:
+    """Values of an HDF5 enumeration: R's logical (FALSE, TRUE, NA) as booleans, of any other the names."""
+    from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
+
+    if {name.upper() for name in names} <= {"FALSE", "TRUE", "NA"}:
+        code = {name.upper(): number for name, number in names.items()}
+        is_true, is_false = (values == code.get(name, -1) for name in ("TRUE", "FALSE"))
+        return number_array(is_true, ~(is_true | is_false))
+    name_of = {number: name for name, number in names.items()}
+    return text_list_array([name_of.get(int(value)) for value in values])
+
+
+def _without_r_missing(values: np.ndarray) -> Any:
+    """R stores a missing integer, or logical, as the least int32."""
+    from geneformer_fast.tokenization.sources.arrays import number_array
+
+    if values.dtype != np.int32 or not (missing := values == _R_MISSING).any():
+        return values
+    return number_array(np.where(missing, 0, values).astype(np.int32), missing)
 
 
 def read_column(node: Any, root: Any) -> Any:
     """A column of a table in any encoding; `root` resolves references to categories (anndata 0.7)."""
     if is_group(node):
         if "codes" in node and "categories" in node:
-            return decode_categories(node["codes"][...], read_array(node["categories"]))
+            return _categorical(node["codes"], read_column(node["categories"], root))
         if "values" in node and "mask" in node:
-            return with_missing(read_array(node["values"]), node["mask"][...])
-        raise ValueError(f"unknown encoding {node.attrs.get('encoding-type')!r}")
+            # nothing is missing where a writer left the empty mask out
+            return with_missing(read_array(node["values"]), read_array(node["mask"], absent="warn"))
+        kind = _plain(node.attrs.get("encoding-type", "none given"))
+        raise ValueError(f"its encoding ({kind}) is none of numbers, text, categories or nullable values")
     categories = node.attrs.get("categories")
     if categories is None:
         return read_array(node)
-    target = root[categories]
-    return decode_categories(node[...], read_array(target))
+    return _categorical(node, read_column(root[categories], root))
+
+
+def _categorical(codes: Any, categories: Any) -> Any:
+    # one category needs no codes: absent ones are written for it, and read as it
+    return decode_categories(read_array(codes, absent="accept" if len(categories) == 1 else "refuse"), categories)
 
 
 def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:
@@ -81,6 +139,7 @@ def _plain(key: Any) -> str:
 
 
 def _compound_table(dataset: Any, root: Any, name: str, n_rows: int) -> Table:
+    dataset = readable(dataset)
     fields = dataset.dtype.names
     if not fields:
         raise InputError(f"{name}: is an array of {dataset.dtype}, not a table")
@@ -111,16 +170,15 @@ def stored_shape(node: Any) -> tuple[int, int]:
     return n_rows, n_columns
 
 
-def read_matrix(
-    node: Any, make_vector: MakeVector = SlicedVector, make_dense: Callable[[Any], Any] | None = None
-) -> CountMatrix:
+def read_matrix(node: Any, make_vector: MakeVector = plain_vector) -> CountMatrix:
     """The matrix stored in `node`: sparse by rows, sparse by columns, or dense."""
     shape = stored_shape(node)
     if not is_group(node):
-        return DenseMatrix(node if make_dense is None else make_dense(node))
+        return DenseMatrix(readable(node, absent="warn"))
     encoding = _plain(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-    indptr = np.asarray(node["indptr"][...])
-    data, indices = make_vector(node["data"]), make_vector(node["indices"])
+    data, indices = make_vector(member(node, "data")), make_vector(member(node, "indices"))
+    # without values every cell begins and ends at 0
+    indptr = read_array(member(node, "indptr"), absent="refuse" if len(data) else "accept")
     if encoding.startswith("csr"):
         return CsrMatrix(data, indices, indptr, shape)
     if encoding.startswith("csc"):

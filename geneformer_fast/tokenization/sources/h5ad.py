@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.encodings import is_group, read_matrix, read_table
+from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table
+from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
 from geneformer_fast.tokenization.sources.source import CountSource
@@ -19,18 +19,18 @@ def open_h5ad(
     file: Any, path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool
 ) -> CountSource:
     """Open an h5ad from an h5py file; the source closes it."""
-    fd = os.open(path, os.O_RDONLY)
+    own = OwnBytes(file)
 
     def close() -> None:
         file.close()
-        os.close(fd)
+        own.close()
 
     try:
         return open_anndata_store(
             file,
             name,
             kind="h5ad",
-            make_vector=lambda dataset: hdf5_vector(dataset, fd),
+            make_vector=lambda dataset: hdf5_vector(dataset, own),
             layer=layer,
             gene_column=gene_column,
             allow_float=allow_float,
@@ -59,12 +59,12 @@ def open_anndata_store(
     with reading(name, "the list of matrices"):
         nodes: dict[str, Any] = {}
         if "X" in root:
-            nodes["X"] = root["X"]
+            nodes["X"] = member(root, "X")
         for key in ("raw/X", "raw.X"):
             if key in root:
                 nodes["raw/X"] = root[key]
-        if "layers" in root and is_group(root["layers"]):
-            nodes.update({f"layers/{key}": root["layers"][key] for key in root["layers"]})
+        if "layers" in root and is_group(layers := member(root, "layers")):
+            nodes.update({f"layers/{key}": member(layers, key) for key in layers})
         for table in ("obs", "var"):
             if table not in root:
                 raise InputError(f"{name}: has no {table}; this is not a complete AnnData file")
@@ -77,8 +77,8 @@ def open_anndata_store(
         var_key = "var"
         if counts_from == "raw/X":
             var_key = next((key for key in ("raw/var", "raw.var") if key in root), "var")
-        obs = read_table(root["obs"], root, f"{name}: obs", matrix.shape[0])
-        var = read_table(root[var_key], root, f"{name}: {var_key}", matrix.shape[1])
+        obs = read_table(member(root, "obs"), root, f"{name}: obs", matrix.shape[0])
+        var = read_table(member(root, var_key), root, f"{name}: {var_key}", matrix.shape[1])
     return CountSource(
         name=name,
         kind=kind,

@@ -11,6 +11,7 @@ from geneformer_fast.tokenization.sources.encodings import is_group, read_array
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
 from geneformer_fast.tokenization.sources.source import CountSource
+from geneformer_fast.tokenization.sources.stored import readable
 from geneformer_fast.tokenization.sources.table import Table
 
 _CELL_NAMES = ("CellID", "cell_names", "obs_names", "barcode")
@@ -28,7 +29,7 @@ def open_loom(
         if is_group(file["matrix"]):
             raise InputError(f"{name}: matrix is a group, expected the dense matrix of a loom file")
     candidates = [
-        Candidate(label, lambda node=node: DenseMatrix(node, cells_in_columns=True))  # type: ignore[misc]
+        Candidate(label, lambda node=node: DenseMatrix(readable(node, absent="warn"), cells_in_columns=True))  # type: ignore[misc]
         for label, node in nodes.items()
     ]
     counts_from, matrix = choose_counts(name, candidates, layer=layer, allow_float=allow_float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _FOREIGN = (
     MemoryError,
     NotImplementedError,
     zlib.error,
+    struct.error,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.encodings import is_group, read_array
+from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
 from geneformer_fast.tokenization.sources.source import CountSource
@@ -27,23 +27,23 @@ def open_tenx_h5(
     file: Any, path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool
 ) -> CountSource:
     """Open a 10x .h5 from an h5py file; the source closes it."""
-    fd = os.open(path, os.O_RDONLY)
+    own = OwnBytes(file)
 
     def close() -> None:
         file.close()
-        os.close(fd)
+        own.close()
 
     try:
         with reading(name, "matrix"):
             group, genome = _find_matrix(file, name, layer)
             features = _features(group, name)
             # 10x stores features x barcodes by column, which is cells x features by row
-            n_features, n_cells = (int(n) for n in group["shape"][...])
+            n_features, n_cells = (int(n) for n in read_array(group["shape"]))
             barcodes = as_text(read_array(group["barcodes"]))
 
             def open_matrix() -> CsrMatrix:
-                vectors = (hdf5_vector(group["data"], fd), hdf5_vector(group["indices"], fd))
-                return CsrMatrix(*vectors, np.asarray(group["indptr"][...]), (n_cells, n_features))
+                vectors = (hdf5_vector(group["data"], own), hdf5_vector(group["indices"], own))
+                return CsrMatrix(*vectors, read_array(group["indptr"]), (n_cells, n_features))
 
             _, matrix = choose_counts(name, [Candidate("X", open_matrix)], layer=None, allow_float=allow_float)
             kept, var = gene_features(name, matrix, features, genome)

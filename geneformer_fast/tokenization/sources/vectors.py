@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+
+from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
+from geneformer_fast.tokenization.sources.inflate import inflated
+from geneformer_fast.tokenization.sources.stored import readable
 
 Job = Callable[[], None]
 
@@ -104,7 +107,6 @@ class ChunkedVector:
         self._sizes = np.zeros(n_chunks, dtype=np.int64)
         self._skipped = np.zeros(n_chunks, dtype=np.uint32)
         dataset.id.chunk_iter(self._note_chunk)
-        self._fill = dataset.fillvalue
         self._lock = threading.Lock()
         self._cache: dict[int, np.ndarray] = {}
 
@@ -152,8 +154,8 @@ class ChunkedVector:
 
     def _inflate(self, i: int) -> np.ndarray:
         size = int(self._sizes[i])
-        if size == 0:  # never written
-            return np.full(self._chunk, self._fill, dtype=self.dtype)
+        if size == 0:
+            raise ValueError(f"chunk {i} is not in the file; the file is corrupt")
         n_bytes = self._chunk * self.dtype.itemsize
         if size > 2 * n_bytes + 1024:
             raise ValueError(f"chunk {i} claims {size} bytes for {n_bytes} bytes of values; the file is corrupt")
@@ -167,7 +169,7 @@ class ChunkedVector:
             if skipped >> position & 1:
                 continue
             if self._filters[position] == _GZIP:
-                raw = zlib.decompress(raw, bufsize=n_bytes)
+                raw = inflated(raw, n_bytes)
             elif self._filters[position] == _SHUFFLE:
                 shuffled = True
         if len(raw) != n_bytes:
@@ -178,17 +180,23 @@ class ChunkedVector:
         return np.ascontiguousarray(planes.T).reshape(-1).view(self.dtype)
 
 
-def hdf5_vector(dataset: Any, fd: int | None) -> Vector:
-    """The fastest reader for a one-dimensional HDF5 dataset; `fd` belongs to its file, None forbids shortcuts."""
-    if fd is None or not dataset.dtype.isnative or dataset.dtype.kind not in "iuf" or dataset.file.userblock_size:
+def hdf5_vector(dataset: Any, own: OwnBytes | None) -> Vector:
+    """The fastest reader for a one-dimensional HDF5 dataset; ``own`` are the bytes of the opened file.
+
+    Without it, and for what does not lie in that file (links, virtual data sets), everything goes through h5py.
+    """
+    dataset = readable(dataset)
+    if len(dataset.shape) != 1:
+        raise ValueError(f"{dataset.name} has shape {tuple(dataset.shape)}, expected one dimension")
+    if own is None or not dataset.dtype.isnative or dataset.dtype.kind not in "iuf" or not own.hold(dataset):
         return SlicedVector(dataset)
     if dataset.chunks is None:
         offset = dataset.id.get_offset()
-        if offset is None or dataset.external or dataset.is_virtual:
-            return SlicedVector(dataset)
-        return ContiguousVector(fd, offset, dataset.dtype, int(dataset.shape[0]))
+        return (
+            SlicedVector(dataset) if offset is None else ContiguousVector(own.fd, offset, dataset.dtype, len(dataset))
+        )
     properties = dataset.id.get_create_plist()
     filters = tuple(properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
     if all(code in (_GZIP, _SHUFFLE) for code in filters) and hasattr(dataset.id, "chunk_iter"):
-        return ChunkedVector(fd, dataset, filters)
+        return ChunkedVector(own.fd, dataset, filters)
     return SlicedVector(dataset)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.tokenization.sources.encodings import plain_vector
 from geneformer_fast.tokenization.sources.h5ad import open_anndata_store
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.vectors import SlicedVector, Vector
 
 
 def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool) -> CountSource:
@@ -20,6 +19,11 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         raise UnsupportedError(
             f"{name}: reading .zarr needs the zarr package: pip install 'geneformer-fast[zarr]', or save as .h5ad"
         ) from None
+    if tuple(map(int, zarr.__version__.split(".")[:2])) < _LEAST_ZARR:
+        raise UnsupportedError(
+            f"{name}: reading .zarr needs zarr 3.1 or later, here is {zarr.__version__}: pip install -U "
+            "'geneformer-fast[zarr]', or save as .h5ad"
+        )
     with reading(name, "store"):
         root = zarr.open(str(path), mode="r")
     if not hasattr(root, "keys"):
@@ -29,7 +33,7 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         root,
         name,
         kind="zarr",
-        make_vector=_vector,
+        make_vector=plain_vector,
         layer=layer,
         gene_column=gene_column,
         allow_float=allow_float,
@@ -39,13 +43,7 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
     )
 
 
-def _vector(array: Any) -> Vector:
-    """zarr reads a chunk file that is not there as zeros, which would silently empty the cells of a partial copy."""
-    missing = array.nchunks - array.nchunks_initialized
-    if missing and array.path.endswith("/data"):
-        raise ValueError(f"{array.path} lacks {missing} of {array.nchunks} chunks; the store was not copied completely")
-    return SlicedVector(array)
-
-
+# Earlier versions run whatever codec a store names.
+_LEAST_ZARR = (3, 1)
 # These are read to tell whether a store changed; of its chunks, which may be a hundred thousand files, size and time.
 _METADATA = frozenset({".zgroup", ".zattrs", ".zarray", ".zmetadata", "zarr.json"})

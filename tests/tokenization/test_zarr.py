@@ -1,0 +1,321 @@
+"""zarr stores: which codecs may run, how much a chunk may inflate to, and chunks that are not there."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gzip
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources import open_source
+
+zarr = pytest.importorskip("zarr", minversion="3.1")
+numcodecs = pytest.importorskip("numcodecs")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Writing zarr v2|zarr v3 autosharding|Consolidated metadata"),
+    pytest.mark.filterwarnings("ignore:.*obs/age/mask"),
+    pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3"),
+]
+N_CELLS, N_GENES = 120, 30
+
+
+def counts() -> np.ndarray:
+    dense = np.random.default_rng(3).poisson(1.5, (N_CELLS, N_GENES)).astype(np.float32)
+    dense[:, 0] += 1
+    return dense
+
+
+def store(tmp_path: Path, fmt: int, dense: bool = False) -> Path:
+    shutil.copytree(written(fmt, dense), tmp_path / "cells.zarr")
+    return tmp_path / "cells.zarr"
+
+
+@functools.cache
+def written(fmt: int, dense: bool) -> Path:
+    """One store of each kind, which the tests change copies of."""
+    obs = pd.DataFrame(
+        {
+            "label": pd.Categorical(["a", "b", "c"] * 40),
+            "one": pd.Categorical(["only"] * N_CELLS),
+            "total": np.arange(N_CELLS) + 1.0,
+            "age": pd.array(range(N_CELLS), dtype="Int64"),
+        },
+        index=[f"c{i}" for i in range(N_CELLS)],
+    )
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(N_GENES)])
+    path = Path(tempfile.mkdtemp(prefix="geneformer_fast_")) / "cells.zarr"
+    atexit.register(shutil.rmtree, path.parent)
+    with anndata.settings.override(zarr_write_format=fmt):
+        adata = anndata.AnnData(counts() if dense else sp.csr_matrix(counts()), obs=obs, var=var)
+        adata.write_zarr(path)
+    return path
+
+
+def read(path) -> np.ndarray:
+    with open_source(path) as source:
+        blocks = [sp.csr_matrix((b.data, b.indices, b.indptr), (b.n_cells, N_GENES)) for b in source.blocks(rows=50)]
+        assert source.obs("label").to_pylist() == ["a", "b", "c"] * 40
+        assert source.obs("one").to_pylist() == ["only"] * N_CELLS
+        assert source.obs("total").tolist() == list(range(1, N_CELLS + 1))
+        assert source.obs("age").to_pylist() == list(range(N_CELLS))
+        return sp.vstack(blocks).toarray()
+
+
+def rewrite(path: Path, key: str, fmt: int, **options) -> None:
+    """One array again, stored in another way."""
+    root = zarr.open(str(path), mode="r+")
+    values, attributes = root[key][...], dict(root[key].attrs)
+    root.create_array(key, data=values, overwrite=True, attributes=attributes, **options)
+    unconsolidated(path)
+
+
+def unconsolidated(path: Path) -> None:
+    (path / ".zmetadata").unlink(missing_ok=True)
+    if (path / "zarr.json").exists():
+        content = json.loads((path / "zarr.json").read_text())
+        content.pop("consolidated_metadata", None)
+        (path / "zarr.json").write_text(json.dumps(content))
+
+
+def chunk_files(path: Path, key: str) -> list[Path]:
+    return sorted(
+        f for f in (path / key).rglob("*") if f.is_file() and not f.name.startswith(".z") and f.name != "zarr.json"
+    )
+
+
+class Touches:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+@pytest.mark.parametrize("key", ["obs/_index", "var/_index", "obs/label/codes", "X/data", "X/indptr"])
+@pytest.mark.parametrize("role", ["filters", "compressor"])
+def test_a_codec_that_executes_what_it_reads_is_never_run(tmp_path, monkeypatch, key, role, consolidated):
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    path = store(tmp_path, 2)
+    codec = {"id": "pickle", "protocol": 5}
+    metadata = json.loads((path / key / ".zarray").read_text())
+    is_text = metadata["dtype"] == "|O"
+    metadata |= {"filters": [codec], "compressor": None} if role == "filters" else {"compressor": codec}
+    if role == "compressor":
+        metadata["filters"] = [{"id": "vlen-utf8"}] if is_text else None
+    (path / key / ".zarray").write_text(json.dumps(metadata))
+    for file in chunk_files(path, key):
+        file.write_bytes(pickle.dumps(Touches(tmp_path / "executed")))
+    if consolidated:
+        whole = json.loads((path / ".zmetadata").read_text())
+        whole["metadata"][f"{key}/.zarray"] = metadata
+        (path / ".zmetadata").write_text(json.dumps(whole))
+    else:
+        unconsolidated(path)
+    with pytest.raises(InputError, match=rf"{key}.*codec 'pickle'|pickle"):
+        read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+class TouchingCodec(zarr.codecs.GzipCodec):
+    def __init__(self, path: str) -> None:
+        object.__setattr__(self, "path", path)
+
+    @classmethod
+    def from_dict(cls, data):
+        return cls(**data["configuration"])
+
+    def to_dict(self):
+        return {"name": "touches", "configuration": {"path": self.path}}
+
+    async def _decode_single(self, chunk_bytes, chunk_spec):
+        Path(self.path).touch()
+        raise FileExistsError(self.path)
+
+
+@pytest.mark.parametrize("shards", [None, (1 << 10,)])
+def test_codecs_of_format_3_are_checked_too_also_inside_shards(tmp_path, shards):
+    path = store(tmp_path, 3)
+    length = zarr.open(str(path), mode="r")["X/data"].shape[0]
+    chunks = (64,) if shards else (length,)
+    rewrite(path, "X/data", 3, chunks=chunks, shards=shards, compressors=[zarr.codecs.GzipCodec()])
+    np.testing.assert_array_equal(read(path), counts())
+    # what any installed package may bring: a codec of a name of its own
+    zarr.registry.register_codec("touches", TouchingCodec)
+    text = (path / "X/data/zarr.json").read_text()
+    changed = text.replace('"gzip"', '"touches"').replace('"level": 5', f'"path": "{tmp_path}/executed"')
+    assert changed != text
+    (path / "X/data/zarr.json").write_text(changed)
+    with pytest.raises(InputError, match=r"X/data: is stored with the codec 'touches', which is not among those"):
+        read(path)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileExistsError):
+        zarr.open(str(path), mode="r")["X/data"][...]
+
+
+COMPRESSORS_2 = [
+    *(numcodecs.Zlib(), numcodecs.GZip(), numcodecs.BZ2(), numcodecs.LZMA(), numcodecs.Zstd(), numcodecs.LZ4()),
+    *(numcodecs.Blosc(), numcodecs.Blosc("zstd"), None),
+]
+
+
+@pytest.mark.parametrize("codec", COMPRESSORS_2, ids=repr)
+def test_every_allowed_compressor_of_format_2(tmp_path, codec):
+    path = store(tmp_path, 2)
+    for key in ("X/data", "X/indices", "X/indptr", "obs/total", "obs/label/codes"):
+        rewrite(
+            path, key, 2, chunks=(50,), compressors=codec, filters=[numcodecs.Shuffle(4)] if key == "X/data" else None
+        )
+    rewrite(path, "obs/_index", 2, chunks=(50,), compressors=codec)
+    np.testing.assert_array_equal(read(path), counts())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [zarr.codecs.GzipCodec()],
+        lambda: [zarr.codecs.ZstdCodec()],
+        lambda: [zarr.codecs.BloscCodec(), zarr.codecs.Crc32cCodec()],
+        lambda: [zarr.codecs.numcodecs.Zlib()],
+        lambda: [zarr.codecs.numcodecs.LZ4()],
+        lambda: [zarr.codecs.numcodecs.BZ2()],
+        lambda: [],
+    ],
+    ids=["gzip", "zstd", "blosc", "zlib", "lz4", "bz2", "none"],
+)
+@pytest.mark.parametrize("shards", [None, (100,)])
+def test_every_allowed_compressor_of_format_3(tmp_path, make, shards):
+    path = store(tmp_path, 3)
+    for key in ("X/data", "X/indices", "X/indptr", "obs/total", "obs/label/codes", "obs/_index"):
+        rewrite(path, key, 3, chunks=(50,), shards=shards, compressors=make())
+    np.testing.assert_array_equal(read(path), counts())
+
+
+def zstd_without_size(raw: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
+BOMB = 64 << 20
+BOMBS = {
+    "zlib": lambda raw: zlib.compress(raw, 1),
+    "gzip": lambda raw: gzip.compress(raw, 1),
+    "bz2": lambda raw: numcodecs.BZ2(1).encode(raw),
+    "zstd": lambda raw: numcodecs.Zstd().encode(raw),
+    "zstd of unknown size": zstd_without_size,
+    "lz4": lambda raw: numcodecs.LZ4().encode(raw),
+    "blosc": lambda raw: bytes(numcodecs.Blosc().encode(raw)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_chunk_that_inflates_to_more_than_it_may(tmp_path, name):
+    """A few kilobytes that would be 64 MB, where the array says 480 bytes."""
+    path = store(tmp_path, 2)
+    codec = next(c for c in COMPRESSORS_2 if c is not None and c.codec_id == name.partition(" ")[0])
+    rewrite(path, "X/indptr", 2, chunks=(N_CELLS + 1,), compressors=codec)
+    np.testing.assert_array_equal(read(path), counts())
+    (file,) = chunk_files(path, "X/indptr")
+    file.write_bytes(BOMBS[name](bytes(BOMB)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"does not end within its|of values holds"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < BOMB / 4
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+@pytest.mark.parametrize(
+    "key", ["X/data", "X/indices", "X/indptr", "obs/_index", "obs/label/codes", "obs/label/categories"]
+)
+def test_chunks_that_are_not_there(tmp_path, fmt, key):
+    path = store(tmp_path, fmt)
+    n = zarr.open(str(path), mode="r")[key].shape[0]
+    rewrite(path, key, fmt, chunks=(max(1, n // 3),))
+    np.testing.assert_array_equal(read(path), counts())
+    chunk_files(path, key)[-1].unlink()
+    with pytest.raises(InputError, match=rf"{key} lacks 1 of [34] chunks; the store was not copied"):
+        read(path)
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+@pytest.mark.parametrize("key", ["obs/total", "obs/age/values"])
+def test_numbers_of_cells_that_are_not_there(tmp_path, fmt, key):
+    path = store(tmp_path, fmt)
+    shutil.rmtree(path / key / "c") if fmt == 3 else (path / key / "0").unlink()
+    with pytest.raises(InputError, match=rf"{key} lacks 1 of 1 chunks.*write_empty_chunks"):
+        read(path)
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+def test_what_a_writer_leaves_out_is_no_loss_where_it_cannot_matter(tmp_path, fmt):
+    """A label with one category, a column without missing values: codes and masks are all zero, thus not there."""
+    path = store(tmp_path, fmt)
+    assert not chunk_files(path, "obs/one/codes")
+    assert not chunk_files(path, "obs/age/mask")
+    with pytest.warns(UserWarning, match=r"obs/age/mask.*lacks 1 of 1 chunks") as caught:
+        np.testing.assert_array_equal(read(path), counts())
+    assert not [w for w in caught if "obs/one" in str(w.message)]
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+def test_a_dense_matrix_with_chunks_that_are_not_there(tmp_path, fmt):
+    path = store(tmp_path, fmt, dense=True)
+    rewrite(path, "X", fmt, chunks=(30, N_GENES))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(read(path), counts())
+    assert not [w for w in caught if "X of shape" in str(w.message)]
+    chunk_files(path, "X")[1].unlink()
+    with pytest.warns(UserWarning, match=r"cells\.zarr: X of shape \(120, 30\) lacks 1 of 4 chunks.*copy it again"):
+        got = read(path)
+    assert int((got.sum(axis=1) == 0).sum()) == 30
+
+
+@pytest.mark.parametrize(("chunk", "shard"), [(7, 21), (16, 64), (50, 100), (5, 1000)])
+def test_shards_that_do_not_divide_the_array(tmp_path, chunk, shard):
+    path = store(tmp_path, 3)
+    for key in ("X/data", "X/indices", "X/indptr", "obs/total", "obs/_index"):
+        rewrite(path, key, 3, chunks=(chunk,), shards=(shard,))
+    np.testing.assert_array_equal(read(path), counts())
+    chunk_files(path, "X/data")[0].unlink()
+    with pytest.raises(InputError, match=r"X/data lacks 1 of \d+ chunks"):
+        read(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_key_encoding": {"name": "v2", "separator": "."}}, {"separator": "/"}])
+def test_every_spelling_of_chunk_names(tmp_path, options):
+    fmt = 2 if "separator" in options else 3
+    path = store(tmp_path, fmt, dense=True)
+    if options:
+        options = options if fmt == 3 else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    rewrite(path, "X", fmt, chunks=(50, 20), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lacks")
+        warnings.filterwarnings("ignore", message=".*age/mask")
+        np.testing.assert_array_equal(read(path), counts())
+    os.remove(chunk_files(path, "X")[0])
+    with pytest.warns(UserWarning, match="lacks 1 of 6 chunks"):
+        read(path)
