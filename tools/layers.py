@@ -69,7 +69,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "optuna": (f"{FAST}.finetuning.search",),
     "pydantic": (f"{FAST}.files.schema",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
-    "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.hf"),  # the latter for its error class only
+    "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.weights"),  # the latter for its error class only
     "dill": (),
     "cloudpickle": (),
     "joblib": (),

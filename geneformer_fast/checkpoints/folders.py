@@ -13,7 +13,11 @@ from geneformer_fast.encoder import Encoder
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool | None = None,
 ) -> Encoder:
     """Load a checkpoint folder of Geneformer, of any BERT encoder, or of this project.
 
@@ -29,6 +33,10 @@ def load(
         float32.
     device
         Where to put it.
+    verify
+        Whether weights are compared with their checksums: those that :func:`save` puts beside them
+        (``SHA256SUMS``), and those within ``pytorch_model.bin``. None: unless the environment says
+        ``GENEFORMER_FAST_VERIFY=0``. Folders without checksums pass.
 
     Returns
     -------
@@ -44,12 +52,12 @@ def load(
     """
     folder, device = Path(path), usable_device(device)
     if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
-        return native.load_native(folder, dtype=dtype, device=device)
-    return hf.load(folder, dtype=dtype, device=device)
+        return native.load_native(folder, dtype=dtype, device=device, verify=verify)
+    return hf.load(folder, dtype=dtype, device=device, verify=verify)
 
 
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Save a model as ``config.json`` and ``model.safetensors``.
+    """Save a model as ``config.json`` and ``model.safetensors``, with its checksum in ``SHA256SUMS``.
 
     A post-norm encoder over tokens becomes a Hugging Face folder, which transformers loads; one that was loaded and not
     changed gives back every tensor bit for bit, in its dtype and under its name. Other encoders (BioNeMo's,

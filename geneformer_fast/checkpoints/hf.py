@@ -1,6 +1,6 @@
 """Hugging Face BERT checkpoints, which is what Geneformer publishes: load them, save them back bit-identical.
 
-Reads the files itself (safetensors, or ``torch.load`` with ``weights_only``), so that transformers is not needed.
+Reads the files itself, so that transformers is not needed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
+from geneformer_fast.checkpoints.weights import read_tensors, write_model
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.errors import CheckpointError
 from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
 
 ARCHITECTURES = {
@@ -64,12 +64,16 @@ class Source:
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool | None = None,
 ) -> Encoder:
     """:func:`geneformer_fast.load` for a folder of BertModel, BertForMaskedLM, or a BERT classifier."""
     folder = Path(path)
     settings = read_settings(folder)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, verify=verify)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     architecture = _architecture(settings, tensors, folder)
     head: str | None = ARCHITECTURES[architecture]
@@ -93,11 +97,6 @@ def load(
 
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """:func:`geneformer_fast.save` for what BERT can express (:func:`is_bert`); else a CheckpointError."""
-    from safetensors.torch import save_file
-
-    folder = Path(path)
-    if (folder / "config.json").exists() and not overwrite:
-        raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
     source = encoder.source or _fresh_source(encoder)
     head = head_name(encoder)
     state = encoder.state_dict()
@@ -110,14 +109,8 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
     tensors.update(source.extras)
     # safetensors refuses memory shared between tensors; spelled-out aliases are written twice, as they were found.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, settings = folder / "model.safetensors", folder / "config.json"
-    save_file(tensors, str(weights) + ".partial", metadata={"format": "pt"})
-    os.replace(str(weights) + ".partial", weights)
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(settings_from_encoder(encoder, source), indent=2, sort_keys=True) + "\n")
-    os.replace(partial, settings)
-    return folder
+    settings = settings_from_encoder(encoder, source)
+    return write_model(Path(path), settings, tensors, overwrite=overwrite, metadata={"format": "pt"})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -137,59 +130,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds a {type(settings).__name__}, not a JSON object")
     return settings
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint folder, from one file or from shards."""
-    for name, is_index in (
-        ("model.safetensors", False),
-        ("model.safetensors.index.json", True),
-        ("pytorch_model.bin", False),
-        ("pytorch_model.bin.index.json", True),
-    ):
-        path = folder / name
-        if not path.exists():
-            continue
-        if not is_index:
-            return _read_file(path)
-        try:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(f"{path} is not an index of shards (no weight_map)") from None
-        tensors: dict[str, torch.Tensor] = {}
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise CheckpointError(f"{folder}: shard {shard} named by {name} is missing")
-            tensors.update(_read_file(folder / shard))
-        return tensors
-    raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or sharded")
-
-
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    advice = "the file is truncated or damaged; download or copy it again"
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {advice}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} is not a state dict of tensors")
-    return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def config_from_settings(settings: Mapping[str, Any], folder: Path) -> EncoderConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints import hf
+from geneformer_fast.checkpoints.weights import read_tensors, write_model
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedError
+from geneformer_fast.errors import CheckpointError, UnsupportedError
 
 #: ``model_type`` of config.json.
 MODEL_TYPE = "geneformer_fast"
@@ -26,26 +26,21 @@ def save_native(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bo
     OutputError
         The folder holds a model already.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(path)
-    if (folder / "config.json").exists() and not overwrite:
-        raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
     head = hf.head_name(encoder)
     settings: dict[str, Any] = {"model_type": MODEL_TYPE, "encoder": encoder.config.to_dict(), "head": head}
     state = encoder.state_dict()
     if head in ("cells", "genes"):
         settings["n_classes"] = len(state["head.classifier.weight"])
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, f"{weights}.partial")
-    os.replace(f"{weights}.partial", weights)
-    Path(f"{config}.partial").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    os.replace(f"{config}.partial", config)
-    return folder
+    return write_model(Path(path), settings, state, overwrite=overwrite)
 
 
-def load_native(folder: Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Encoder:
+def load_native(
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool | None = None,
+) -> Encoder:
     """Load a folder of :func:`save_native`, in evaluation mode.
 
     Raises
@@ -60,7 +55,7 @@ def load_native(folder: Path, *, dtype: str | torch.dtype | None = None, device:
             encoder = Encoder(config, settings["head"], n_classes=int(settings.get("n_classes", 2)))
     except (KeyError, TypeError, ValueError, UnsupportedError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be understood: {error}") from None
-    tensors = hf.read_tensors(folder)
+    tensors = read_tensors(folder, verify=verify)
     for name, parameter in encoder.state_dict().items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(parameter.shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
 
 #: Checksums of the files of a folder, as ``sha256sum -c SHA256SUMS`` reads them.
 SUMS = "SHA256SUMS"
+#: The environment variable that says whether what is read is compared with its checksums: ``0`` for no. It is the
+#: default of every ``verify=`` and what ``--no-verify`` of the command line sets.
+VERIFY = "GENEFORMER_FAST_VERIFY"
+#: The field of a JSON file that holds the digest of its other fields.
+DIGEST = "sha256"
 _BLOCK = 1 << 20
+
+
+def is_verifying(verify: bool | None = None) -> bool:
+    """Whether checksums are compared: as asked, or where nobody asks as the environment says (:data:`VERIFY`)."""
+    return os.environ.get(VERIFY, "1").lower() not in ("0", "no", "false", "off") if verify is None else bool(verify)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -25,11 +36,55 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_open(descriptor: int) -> str:
+    """SHA-256 of an open file's content, as hex, wherever its position is; other threads run and read meanwhile."""
+    digest, position = hashlib.sha256(), 0
+    while block := os.pread(descriptor, _BLOCK, position):
+        digest.update(block)
+        position += len(block)
+    return digest.hexdigest()
+
+
+def fingerprint_of(content: Any) -> str:
+    """SHA-256 over a JSON value's canonical form, as hex."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of all that it says, which :func:`check_digest` compares."""
+    plain = {key: value for key, value in content.items() if key != DIGEST}
+    return {**plain, DIGEST: fingerprint_of(plain)}
+
+
+def check_digest(content: Mapping[str, Any], path: Path, error: type[GeneformerFastError], advice: str) -> None:
+    """Compare a JSON object with the digest in it; one without (older files) passes.
+
+    Raises
+    ------
+    GeneformerFastError
+        Of the class ``error``, with ``advice``: it says something else than was written.
+    """
+    if DIGEST in content and is_verifying():
+        plain = {key: value for key, value in content.items() if key != DIGEST}
+        try:
+            is_same = content[DIGEST] == fingerprint_of(plain)
+        except RecursionError:  # parsed, but too deep to be written: nothing of ours
+            is_same = False
+        if not is_same:
+            raise error(f"{path} is damaged or was changed: its content does not fit the digest in it; {advice}")
+
+
+def sums_text(files: Mapping[str, str | os.PathLike[str]]) -> str:
+    """The content of ``SHA256SUMS`` for files by name, wherever they lie for now."""
+    return "".join(f"{sha256_of(files[name])}  {name}\n" for name in sorted(files))
+
+
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Put the checksums of some files of a folder into its ``SHA256SUMS``, in place of what it said before."""
-    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in sorted(names)]
+    text = sums_text({name: folder / name for name in names})
     with whole_file(folder / SUMS) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_sums(folder: Path, error: type[GeneformerFastError]) -> dict[str, str]:
@@ -67,9 +122,12 @@ def check_file(path: Path, expected: str, error: type[GeneformerFastError], advi
     """
     found = sha256_of(path)
     if found != expected:
-        raise error(
-            f"{path} is damaged: its SHA-256 is {found[:12]}..., but it was written with {expected[:12]}...; {advice}"
-        )
+        raise error(damaged_message(path, found, expected, advice))
+
+
+def damaged_message(path: Path, found: str, expected: str, advice: str) -> str:
+    """What to say of a file whose checksum differs."""
+    return f"{path} is damaged: its SHA-256 is {found[:12]}..., but it was written with {expected[:12]}...; {advice}"
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -141,7 +141,7 @@ def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         named = error.filename if isinstance(error.filename, str | os.PathLike) else None
         if named is not None and _code_of(error) not in _FULL and not _is_near(Path(named), path):
             raise
-        raise OutputError(f"{path} cannot be written: {reason_of(error)}") from error
+        raise OutputError(f"{_final(path)} cannot be written: {reason_of(error)}") from error
 
 
 def reason_of(error: OSError) -> str:
@@ -156,6 +156,11 @@ def _code_of(error: Exception) -> int | None:
     if code is None:
         code = next((int(found) for found in re.findall(r"(?:os error|errno) ?=? ?(\d+)", str(error), re.I)), None)
     return code
+
+
+def _final(path: Path) -> Path:
+    """Where something unfinished will be: the path without the hidden folders it lies in meanwhile."""
+    return Path(*(part for part in path.parts if not (part.startswith(".") and part.endswith(PARTIAL))))
 
 
 def _is_near(path: Path, target: Path) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from geneformer_fast import __version__
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
 from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, Finetuned, OutFolder
@@ -24,7 +25,7 @@ from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
 from geneformer_fast.finetuning.search import Report, Search, check_search, search
 from geneformer_fast.finetuning.splits import Split
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.manifest import read_json, write_json
+from geneformer_fast.tokenization.manifest import read_json
 from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.recipe import Recipe
 

@@ -19,7 +19,9 @@ from geneformer_fast.checkpoints.hf import Source, is_bert
 from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.files.writing import whole_folder, write_json
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
+from geneformer_fast.tokenization.vocabulary import SAVED_FILE
 
 ARCHITECTURE = {"cells": "BertForSequenceClassification", "genes": "BertForTokenClassification"}
 #: What the folder of a fine-tuned model holds besides what transformers reads.
@@ -125,7 +127,7 @@ def save_classifier(
     vocabulary: Path | None,
     base: Mapping[str, Any],
 ) -> Path:
-    """Write a Hugging Face folder that transformers loads (of a BERT encoder), under a temporary name first.
+    """Write a Hugging Face folder that transformers loads (of a BERT encoder), whole or not at all.
 
     Parameters
     ----------
@@ -150,14 +152,11 @@ def save_classifier(
     }
     if is_bert(encoder):
         encoder.source = Source(ARCHITECTURE[kind], settings, "bert.")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save(encoder, partial)
-    (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    if vocabulary is not None:
-        shutil.copyfile(vocabulary, partial / "vocabulary.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder) as made:
+        save(encoder, made)
+        write_json(made / CARD, card)
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, made / SAVED_FILE)
     return folder
 
 

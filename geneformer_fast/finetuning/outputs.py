@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning.search import STORAGE
-from geneformer_fast.tokenization.manifest import read_json, write_json
+from geneformer_fast.tokenization.manifest import read_json
 
 ASKED, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
     *("finetune.json", "scores.json", "predictions.parquet", "final", "folds", "run"),

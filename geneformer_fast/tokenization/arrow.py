@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,16 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.checksums import damaged_message, fingerprint_of, is_verifying, sha256_of
+from geneformer_fast.files.writing import settle, system_errors
 from geneformer_fast.tokenization import manifest
 from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
 from geneformer_fast.tokenization.stream import StreamFile
 
 #: Names of Arrow types in the ``features`` of ``datasets``.
 _FEATURE_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}
+
+_DAMAGED = "restore it from a good copy, or tokenize again"
 
 
 def token_schema(tokens: np.dtype, carried: Mapping[str, pa.DataType], sources: Sequence[str]) -> pa.Schema:
@@ -96,8 +102,9 @@ class ShardWriter:
     def __init__(self, folder: Path, index: int, schema: pa.Schema) -> None:
         self.path = folder / manifest.shard_name(index)
         self._partial = folder / f".{self.path.name}.part"
-        self._file = pa.OSFile(str(self._partial), "wb")
-        self._writer = pa.ipc.new_stream(self._file, schema)
+        with system_errors(self.path):
+            self._file = pa.OSFile(str(self._partial), "wb")
+            self._writer = pa.ipc.new_stream(self._file, schema)
         self.n_cells = 0
         self.n_tokens = 0
 
@@ -108,25 +115,32 @@ class ShardWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append a batch."""
-        self._writer.write_batch(batch)
+        with system_errors(self.path):
+            self._writer.write_batch(batch)
         self.n_cells += batch.num_rows
         self.n_tokens += len(batch.column("input_ids").values)
 
     def finish(self) -> dict[str, Any]:
         """Write the end of the shard. Returns its entry in the manifest."""
-        self._writer.close()
-        n_bytes = self.n_bytes
-        self._file.close()
+        with system_errors(self.path):
+            self._writer.close()
+            n_bytes = self.n_bytes
+            self._file.close()
         return {"file": self.path.name, "n_cells": self.n_cells, "n_tokens": self.n_tokens, "n_bytes": n_bytes}
 
-    def seal(self) -> None:
-        """After ``finish``: bring the shard onto the disk, then under its name. May run in another thread."""
-        descriptor = os.open(self._partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(self._partial, self.path)
+    def seal(self) -> str:
+        """After ``finish``: bring the shard onto the disk, then under its name. May run in another thread.
+
+        Returns
+        -------
+        str
+            The SHA-256 of what was written.
+        """
+        with system_errors(self.path):
+            digest = sha256_of(self._partial)
+            settle(self._partial)
+            os.replace(self._partial, self.path)
+        return digest
 
     def abandon(self) -> None:
         """Close and remove what is there of an incomplete shard."""
@@ -135,15 +149,23 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def open_tokens(folder: str | os.PathLike[str]) -> TokenFolder:
+def open_tokens(folder: str | os.PathLike[str], *, verify: bool | None = None) -> TokenFolder:
     """Open a finished token folder, ours or one that ``datasets`` wrote with an ``input_ids`` column.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    verify
+        Whether shards are compared with their checksums, each when it is first read from; None: unless the environment
+        says ``GENEFORMER_FAST_VERIFY=0``. Folders without checksums pass.
 
     Raises
     ------
     OutputError
         There is no such folder, it is unfinished, or files are missing or damaged.
     """
-    return TokenFolder(folder)
+    return TokenFolder(folder, verify=verify)
 
 
 class TokenFolder:
@@ -153,6 +175,8 @@ class TokenFolder:
     ----------
     folder
         What ``tokenize`` made.
+    verify
+        As in :func:`open_tokens`.
 
     Attributes
     ----------
@@ -168,7 +192,7 @@ class TokenFolder:
         Called with the cells that ``read`` gives, and what it would give of them; its result is given instead.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, verify: bool | None = None) -> None:
         self.path = Path(folder)
         self.on_read: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
         state = manifest.state_of(self.path)
@@ -178,9 +202,15 @@ class TokenFolder:
             raise OutputError(manifest.unfinished_message(self.path))
         if not self.path.is_dir() or not (self.path / manifest.STATE).exists():
             raise OutputError(f"{self.path}: not a token folder ({manifest.STATE} is missing); make one with tokenize")
+        written = manifest.read_state(self.path)
         has_manifest = (self.path / manifest.MANIFEST).exists()
-        self.manifest = manifest.read_json(self.path / manifest.MANIFEST) if has_manifest else None
-        self._files = [StreamFile(self.path / name) for name in self._file_names()]
+        self.manifest = manifest.read_manifest(self.path, state=written, verify=verify) if has_manifest else None
+        names = [entry["filename"] for entry in written["_data_files"]]
+        self._sums = manifest.sums_of(self.path, self.manifest, names)
+        # What is left to compare: a shard's place is emptied once it has been found as it was written.
+        self._unchecked = list(self._sums) if is_verifying(verify) else [None] * len(names)
+        self._checking = [threading.Lock() for _ in names]
+        self._files = [StreamFile(self.path / name) for name in names]
         self.schema: pa.Schema = self._files[0].schema
         self.dtype = self._token_dtype()
         self._locate_cells()
@@ -189,13 +219,6 @@ class TokenFolder:
                 f"{self.path}: {manifest.MANIFEST} says {self.manifest.get('n_cells')} cells, the shards hold "
                 f"{self.n_cells}; the folder was changed after it was written"
             )
-
-    def _file_names(self) -> list[str]:
-        state = manifest.read_json(self.path / manifest.STATE)
-        names = [entry.get("filename") for entry in state.get("_data_files", [])]
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise OutputError(f"{self.path / manifest.STATE}: names no data files")
-        return names
 
     def _token_dtype(self) -> np.dtype:
         index = self.schema.get_field_index("input_ids")
@@ -245,6 +268,31 @@ class TokenFolder:
         """Identity of the vocabulary the tokens belong to; None where another program wrote the folder."""
         return self.manifest["vocabulary"] if self.manifest is not None else None
 
+    @cached_property
+    def content_fingerprint(self) -> str:
+        """SHA-256 over all shards: equal only for the same tokens, columns and order in the same shards.
+
+        From the checksums in the manifest; a folder without any is read in full, once.
+        """
+        sums = [
+            digest if digest is not None else file.sha256()
+            for digest, file in zip(self._sums, self._files, strict=True)
+        ]
+        return fingerprint_of(sums)
+
+    def _check(self, number: int) -> None:
+        """Compare a shard with its checksum, once in this process, before anything of it is given out."""
+        if self._unchecked[number] is None:
+            return
+        with self._checking[number]:
+            expected = self._unchecked[number]
+            if expected is None:  # another thread was faster
+                return
+            file = self._files[number]
+            if (found := file.sha256()) != expected:
+                raise OutputError(damaged_message(file.path, found, expected, _DAMAGED))
+            self._unchecked[number] = None
+
     def lengths(self) -> np.ndarray:
         """[n_cells] int64, tokens per cell, specials included."""
         return self._length_of.copy()
@@ -260,6 +308,8 @@ class TokenFolder:
         if name not in self.columns or name == "input_ids":
             known = ", ".join(column for column in self.columns if column != "input_ids")
             raise OutputError(f"{self.path}: has no column {name!r}; there are {known}")
+        for number in range(len(self._files)):
+            self._check(number)
         chunks = [file.column(batch, name) for file in self._files for batch in file.batches]
         array = pa.chunked_array(chunks, type=self.schema.field(name).type)
         names = self._label_names(name)
@@ -305,6 +355,8 @@ class TokenFolder:
         view = values.view(np.uint8)
         size = self.dtype.itemsize
         files, positions = self._file_of[cells], self._position_of[cells]
+        for number in np.unique(files).tolist():
+            self._check(number)
         # Neighbours on the disk come with one read.
         is_next = (files[1:] == files[:-1]) & (positions[1:] == positions[:-1] + lengths[:-1] * size)
         bounds = np.flatnonzero(np.concatenate([[True], ~is_next, [True]])) if len(cells) else np.zeros(1, np.int64)

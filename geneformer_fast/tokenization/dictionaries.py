@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import VocabularyError
+from geneformer_fast.files.checksums import DIGEST, VERIFY, check_digest
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.tokenization.pickles import read_pickle
 from geneformer_fast.tokenization.vocabulary import (
     FAMILIES,
@@ -21,6 +22,7 @@ _FILE = re.compile(
     r"(?P<kind>token_dictionary|gene_median_dictionary|ensembl_mapping_dict|gene_name_id_dict|medians)"
     r"(?:_(?P<release>[A-Za-z0-9]+))?\.(?:pkl|pickle|json)$"
 )
+_CHANGED = f"restore it, or if it was changed on purpose remove its field {DIGEST} (or set {VERIFY}=0)"
 _BIONEMO_FILES = ("vocab.txt", "geneformer.vocab")
 # Geneformer's package keeps the V1 dictionaries in this subfolder.
 _SUBFOLDERS = ("", "gene_dictionaries_30m")
@@ -54,7 +56,9 @@ def read_folder(folder: Path, preset: str | None) -> Vocabulary:
         raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
     saved = folder / SAVED_FILE
     if saved.is_file():
-        vocabulary = Vocabulary.from_dict(_read_json(saved), where=str(saved))
+        content = read_json(saved, VocabularyError)
+        vocabulary = Vocabulary.from_dict(content, where=str(saved))
+        check_digest(content, saved, VocabularyError, _CHANGED)
         if preset is not None and vocabulary.family != preset:
             raise VocabularyError(
                 f"{folder}: preset {preset!r} was asked for, but this is {vocabulary.name!r} of family "
@@ -101,17 +105,8 @@ def _as_dict(content: Any, where: str) -> dict[Any, Any]:
     return content
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise VocabularyError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise VocabularyError(f"{path}: not valid JSON, truncated or corrupt ({error})") from None
-
-
 def _read_mapping(path: Path) -> dict[Any, Any]:
-    return _as_dict(_read_json(path) if path.suffix == ".json" else read_pickle(path), str(path))
+    return _as_dict(read_json(path, VocabularyError) if path.suffix == ".json" else read_pickle(path), str(path))
 
 
 def _find_releases(folder: Path) -> list[_Release]:
@@ -238,7 +233,7 @@ def _read_bionemo(path: Path, release: _Release) -> Vocabulary:
             elif token:
                 genes[token] = i
     else:
-        content = _as_dict(_read_json(path), str(path))
+        content = read_json(path, VocabularyError)
         symbols = checked_strings(content.get("gene_to_ens"), f"{path}: gene_to_ens")
         special = dict(SPECIAL["bionemo"])
         genes = {gene: len(special) + i for i, gene in enumerate(symbols.values())}

@@ -11,14 +11,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files import schema
+from geneformer_fast.files.checksums import VERIFY, check_digest, fingerprint_of, is_verifying
+from geneformer_fast.files.writing import is_leftover
 
 UNFINISHED = "UNFINISHED.json"
 MANIFEST = "manifest.json"
@@ -27,6 +28,8 @@ DATASET_INFO = "dataset_info.json"
 PARTIAL_SHARDS = ".data-*.arrow.part"
 FORMAT = "geneformer-fast tokens"
 FORMAT_VERSION = 1
+#: Hexadecimal digits of the manifest's fingerprint that state.json holds, as ``datasets`` writes its own.
+N_FINGERPRINT = 16
 
 #: Columns a token folder always has; carried columns take other names.
 OWN_COLUMNS = ("input_ids", "length", "source_file", "source_row")
@@ -37,54 +40,84 @@ def shard_name(index: int, n_shards: int | None = None) -> str:
     return f"data-{index:05d}.arrow" if n_shards is None else f"data-{index:05d}-of-{n_shards:05d}.arrow"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an unreadable one is an OutputError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OutputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise OutputError(f"{path}: holds no JSON object")
+    return schema.read_json(path, OutputError)
+
+
+def read_unfinished(folder: Path) -> dict[str, Any]:
+    """What is being made in a folder, and how far it is; or the ``state.json`` that a killed run had ready."""
+    path = folder / UNFINISHED
+    content = read_json(path)
+    check_digest(content, path, OutputError, "pass --overwrite to start again")
+    return content
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``datasets`` keeps of a folder: the names of its shards, and a fingerprint."""
+    path = folder / STATE
+    content = read_json(path)
+    entries = content.get("_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise OutputError(f"{path}: names no data files")
+    return content
+
+
+def sums_of(folder: Path, content: Mapping[str, Any] | None, names: Sequence[str]) -> list[str | None]:
+    """SHA-256 of every shard as its folder's manifest has it; None where nobody wrote it down.
+
+    Raises
+    ------
+    OutputError
+        The manifest lists other shards than ``state.json`` does.
+    """
+    if content is None:
+        return [None] * len(names)
+    listed = [entry["file"] for entry in content["shards"]]
+    if listed != list(names):
+        raise OutputError(f"{folder / MANIFEST}: lists {_short(listed)}, but {STATE} lists {_short(list(names))}")
+    return [entry.get("sha256") for entry in content["shards"]]
+
+
+def read_manifest(
+    folder: Path, *, state: Mapping[str, Any] | None = None, verify: bool | None = None
+) -> dict[str, Any]:
+    """What a finished folder is made of.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    state
+        Contents of its ``state.json``, whose fingerprint is that of the manifest; None reads it.
+    verify
+        Whether the fingerprint is compared; None: as the environment says.
+
+    Raises
+    ------
+    OutputError
+        A file is damaged, or the two do not belong together.
+    """
+    path = folder / MANIFEST
+    content = read_json(path)
+    state = read_json(folder / STATE) if state is None else state
+    if is_verifying(verify) and state.get("_fingerprint") != fingerprint_of(content)[:N_FINGERPRINT]:
+        raise OutputError(
+            f"{path} is damaged or was changed: its content does not fit the fingerprint in {STATE}; restore both, or "
+            f"where the change was meant read it with {VERIFY}=0"
+        )
     return content
 
 
 def unfinished_message(folder: Path) -> str:
     """What to say about a folder that is not finished."""
-    progress = read_json(folder / UNFINISHED).get("progress", {})
+    progress = read_unfinished(folder).get("progress", {})
     done = f"{progress.get('n_cells', 0):,} cells in {len(progress.get('shards', []))} complete shards"
     return (
         f"{folder} is unfinished: {done} so far. Run the same command with --resume (resume=True) to go on, or with "
         "--overwrite (overwrite=True) to start again."
     )
-
-
-def fingerprint_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 over a JSON object's canonical form, as hex."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(begun: Any, asked: Any, where: str = "") -> list[str]:
@@ -125,12 +158,12 @@ def state_of(folder: Path) -> str:
         return "unfinished"
     if (folder / STATE).exists() and (folder / MANIFEST).exists():
         return "finished"
-    # A run killed at its very beginning leaves no more than the temporary name of its first file.
-    return "foreign" if any(path.name != f".{UNFINISHED}.tmp" for path in folder.iterdir()) else "empty"
+    # A run killed at its very beginning leaves no more than a hidden folder with its first file.
+    return "empty" if all(is_leftover(path) for path in folder.iterdir()) else "foreign"
 
 
 def own_files(folder: Path) -> list[Path]:
     """The files of a token folder, those that mark it as finished first and the mark of an unfinished one last."""
-    names = [STATE, MANIFEST, DATASET_INFO, *(f".{name}.tmp" for name in (STATE, MANIFEST, DATASET_INFO, UNFINISHED))]
+    names = (STATE, MANIFEST, DATASET_INFO)
     shards = sorted(path for pattern in ("data-*.arrow", PARTIAL_SHARDS) for path in folder.glob(pattern))
     return [path for path in (*(folder / name for name in names), *shards, folder / UNFINISHED) if path.exists()]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.files.writing import write_json
 from geneformer_fast.tokenization import inputs as reading
-from geneformer_fast.tokenization import manifest
 from geneformer_fast.tokenization.genes import id_text
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
@@ -216,5 +216,5 @@ def _save(
         "n_passes": n_passes,
         "cells_per_gene": {gene: int(search.counts[known.token_ids[gene]]) for gene in sorted(vocabulary.token_ids)},
     }
-    manifest.write_json(folder / CORPUS_FILE, content)
+    write_json(folder / CORPUS_FILE, content)
     vocabulary.save(folder)

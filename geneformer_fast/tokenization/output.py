@@ -12,9 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.checksums import check_file, fingerprint_of, is_verifying, with_digest
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.writing import sync_folder, system_errors, write_json
 from geneformer_fast.tokenization import manifest
 from geneformer_fast.tokenization.arrow import ShardWriter, features
 
+_AGAIN = "pass --overwrite to start again"
 #: A shard is closed by the first batch that makes it this large. Small enough that little is lost when a run is killed.
 SHARD_BYTES = 128 * 2**20
 
@@ -78,11 +82,8 @@ class TokenOutput:
         self._made = self.progress
         state = manifest.state_of(folder)
         self._check_state(state, resume, overwrite)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be made: {error.strerror}; name another folder") from None
-        self._lock = _lock(folder)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(folder_lock(folder))
         try:
             if state in ("finished", "unfinished") and resume:
                 self._resume(state)
@@ -106,16 +107,15 @@ class TokenOutput:
 
     def _clear(self) -> None:
         """Remove a token folder's files; from the first step on it says it is unfinished."""
-        manifest.write_json(self.folder / manifest.UNFINISHED, {"format": manifest.FORMAT, "progress": self.progress})
+        write_json(self.folder / manifest.UNFINISHED, {"format": manifest.FORMAT, "progress": self.progress})
         for path in manifest.own_files(self.folder):
             if path.name != manifest.UNFINISHED:
                 path.unlink()
 
     def _resume(self, state: str) -> None:
-        unfinished = self.folder / manifest.UNFINISHED
-        begun = manifest.read_json(unfinished if state == "unfinished" else self.folder / manifest.MANIFEST)
+        begun = manifest.read_unfinished(self.folder) if state == "unfinished" else manifest.read_manifest(self.folder)
         is_sealed = "_data_files" in begun  # killed just before the last rename
-        plan = manifest.read_json(self.folder / manifest.MANIFEST) if is_sealed else begun
+        plan = manifest.read_manifest(self.folder, state=begun) if is_sealed else begun
         lines = [line for key in self._plan for line in manifest.differences(plan.get(key), self._plan[key], key)]
         if lines:
             raise OutputError(
@@ -140,9 +140,9 @@ class TokenOutput:
             if not path.exists() and final.exists():
                 final.rename(path)
             if not path.exists() or path.stat().st_size != entry["n_bytes"]:
-                raise OutputError(
-                    f"{path}: missing or not of {entry['n_bytes']} bytes any more; pass --overwrite to start again"
-                )
+                raise OutputError(f"{path}: missing or not of {entry['n_bytes']} bytes any more; {_AGAIN}")
+            if "sha256" in entry and is_verifying():
+                check_file(path, entry["sha256"], OutputError, _AGAIN)
             kept.add(path.name)
         for path in manifest.own_files(self.folder):
             if path.name not in kept and path.name != manifest.UNFINISHED:
@@ -160,7 +160,7 @@ class TokenOutput:
             **self._plan,
             "progress": self.progress,
         }
-        manifest.write_json(self.folder / manifest.UNFINISHED, content)
+        write_json(self.folder / manifest.UNFINISHED, with_digest(content))
 
     def write(self, batch: pa.RecordBatch | None, *, source: int, row: int, cells: list[dict[str, Any]]) -> None:
         """Append a batch (None: there is nothing of these cells to write).
@@ -196,7 +196,7 @@ class TokenOutput:
         self._seals.append(self._sealer.submit(self._seal, shard, self._made))
 
     def _seal(self, shard: ShardWriter, made: dict[str, Any]) -> None:
-        shard.seal()
+        made["shards"][-1]["sha256"] = shard.seal()
         self.progress = made
         self._save_progress()
 
@@ -212,7 +212,8 @@ class TokenOutput:
         shards = self.progress["shards"]
         for index, entry in enumerate(shards):
             final = manifest.shard_name(index, len(shards))
-            os.rename(self.folder / entry["file"], self.folder / final)
+            with system_errors(self.folder):
+                os.rename(self.folder / entry["file"], self.folder / final)
         files = [{**entry, "file": manifest.shard_name(i, len(shards))} for i, entry in enumerate(shards)]
         content = {
             "format": manifest.FORMAT,
@@ -224,27 +225,29 @@ class TokenOutput:
         }
         info = {"citation": "", "description": "", "homepage": "", "license": ""}
         described = features(self._schema, self._sources)
-        manifest.write_json(self.folder / manifest.DATASET_INFO, {**info, "features": described})
-        manifest.write_json(self.folder / manifest.MANIFEST, content)
+        write_json(self.folder / manifest.DATASET_INFO, {**info, "features": described})
+        write_json(self.folder / manifest.MANIFEST, content)
         state: dict[str, Any] = {
             "_data_files": [{"filename": entry["file"]} for entry in files],
-            "_fingerprint": manifest.fingerprint_of(content)[:16],
+            "_fingerprint": fingerprint_of(content)[: manifest.N_FINGERPRINT],
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,
             "_output_all_columns": False,
             "_split": None,
         }
-        manifest.write_json(self.folder / manifest.UNFINISHED, state)
+        write_json(self.folder / manifest.UNFINISHED, state)
         self._publish()
         self.is_finished = True
 
     def _publish(self) -> None:
-        os.rename(self.folder / manifest.UNFINISHED, self.folder / manifest.STATE)
-        manifest.sync_folder(self.folder)
+        with system_errors(self.folder):
+            os.rename(self.folder / manifest.UNFINISHED, self.folder / manifest.STATE)
+            sync_folder(self.folder)
 
     def discard_if_empty(self) -> None:
         """After a failure: where no shard is complete, nothing is worth resuming, so leave nothing behind."""
+        self._give_up_shard()
         if self.progress["shards"] or self.is_finished:
             return
         for path in manifest.own_files(self.folder):
@@ -255,29 +258,13 @@ class TokenOutput:
 
     def close(self) -> None:
         """Give up an incomplete shard and the lock."""
+        self._give_up_shard()
+        self._lock.close()
+
+    def _give_up_shard(self) -> None:
         self._sealer.shutdown(wait=True)
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
-        for partial in self.folder.glob(manifest.PARTIAL_SHARDS) if self._lock >= 0 else ():
+        for partial in self.folder.glob(manifest.PARTIAL_SHARDS):
             partial.unlink()  # of a shard whose sealing failed or was interrupted
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
-def _lock(folder: Path) -> int:
-    """Take the folder for this process; the operating system lets go of it when the process ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no flock on this system
-        pass
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OutputError(f"{folder} is being written by another process") from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor

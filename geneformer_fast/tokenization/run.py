@@ -253,7 +253,6 @@ def _tokenize_to_folder(
             if not output.is_finished:
                 _write(output, prepared, vocabulary, options, types, schema, workers, progress)
         except Exception:
-            output.close()
             output.discard_if_empty()
             raise
         finally:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.checksums import sha256_of_open
 
 _CONTINUATION = 0xFFFFFFFF
 _SCHEMA, _DICTIONARY_BATCH, _RECORD_BATCH = 1, 2, 3
@@ -128,6 +129,13 @@ class StreamFile:
             if n_bytes == 0:
                 raise OutputError(f"{self.path}: it became shorter while it was read")
             done += n_bytes
+
+    def sha256(self) -> str:
+        """SHA-256 of the whole file, as hex."""
+        try:
+            return sha256_of_open(self._descriptor)
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
     def column(self, batch: Batch, name: str) -> pa.Array:
         """A column of one batch that is not nested: numbers, bool, text."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import VocabularyError
+from geneformer_fast.files.checksums import with_digest
+from geneformer_fast.files.writing import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -309,12 +309,8 @@ class Vocabulary:
         Path
             The file written. It appears whole or not at all.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / SAVED_FILE
-        temporary = path.with_name(f".{SAVED_FILE}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
+        path = Path(folder) / SAVED_FILE
+        write_json(path, with_digest(self.to_dict()), indent=None)
         return path
 
     def check_same(self, other: Vocabulary | Mapping[str, Any], *, what: str = "model") -> None:

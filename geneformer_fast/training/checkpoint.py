@@ -2,12 +2,11 @@
 
 ``model.safetensors`` and ``optimizer.safetensors`` hold whole tensors under their names, however they are sharded in
 memory, so that a run may continue on another number of processes; ``random.safetensors`` holds every process's random
-states; ``state.json`` the rest. Nothing is pickled.
+states; ``state.json`` the rest, ``SHA256SUMS`` the checksums. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -26,12 +25,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from geneformer_fast.errors import CheckpointError, OutputError
-from geneformer_fast.tokenization.manifest import read_json, sync_folder, write_json
+from geneformer_fast.errors import CheckpointError
+from geneformer_fast.files.checksums import (
+    check_digest,
+    fingerprint_of_tensors,
+    is_verifying,
+    read_sums,
+    with_digest,
+    write_sums,
+)
+from geneformer_fast.files.schema import read_json
+from geneformer_fast.files.tensors import metadata_of, read_tensors
+from geneformer_fast.files.writing import whole_folder, write_json, write_tensors
 from geneformer_fast.training.distributed import Ranks
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_ADVICE = "remove this checkpoint's folder to continue from the one before"
+_FINGERPRINT = "fingerprint"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -78,12 +89,11 @@ def save_checkpoint(
     moments = _flat(get_optimizer_state_dict(model, optimizer, options=_WHOLE))
     randomness = _random_states(ranks)
     if ranks.is_first:
-        partial = _fresh(folder / f".{path.name}.partial")
-        write_tensors(partial / MODEL, weights)
-        write_tensors(partial / OPTIMIZER, moments)
-        write_tensors(partial / RANDOM, randomness)
-        write_json(partial / STATE, {"step": step, "world_size": ranks.world_size, **state})
-        replace_folder(partial, path)
+        with whole_folder(path) as made:
+            for name, tensors in {MODEL: weights, OPTIMIZER: moments, RANDOM: randomness}.items():
+                write_tensors(made / name, tensors)
+            write_sums(made, (MODEL, OPTIMIZER, RANDOM))
+            write_json(made / STATE, with_digest({"step": step, "world_size": ranks.world_size, **state}))
         for old in checkpoints_in(folder)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier()
@@ -104,8 +114,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         Files are damaged, or belong to another model.
     """
     state = _read_state(path)
-    load_weights(path / MODEL, model)
-    moments = read_tensors(path / OPTIMIZER)
+    sums = read_sums(path, CheckpointError) if is_verifying() else {}
+    _put_weights(path / MODEL, read_tensors(path / MODEL, CheckpointError, _ADVICE, sha256=sums.get(MODEL)), model)
+    moments = read_tensors(path / OPTIMIZER, CheckpointError, _ADVICE, sha256=sums.get(OPTIMIZER))
     content: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # for its groups, named as the file's state
     by_name: dict[str, dict[str, Any]] = {}
     for key, tensor in moments.items():
@@ -117,13 +128,28 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise CheckpointError(f"{path / OPTIMIZER}: belongs to another model or other frozen layers (see {odd!r})")
     content["state"] = by_name
     set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
-    _restore_random(read_tensors(path / RANDOM), ranks, state["world_size"])
+    states = read_tensors(path / RANDOM, CheckpointError, _ADVICE, sha256=sums.get(RANDOM))
+    _restore_random(states, ranks, state["world_size"])
     return state
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a file of :func:`write_tensors` into a model, sharded or not."""
-    weights: dict[str, Any] = dict(read_tensors(path))
+    """Load a file of :func:`save_weights` into a model, sharded or not.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, or belongs to another model.
+    """
+    advice = "begin the run again in another folder"
+    weights = read_tensors(path, CheckpointError, advice)
+    expected = metadata_of(path).get(_FINGERPRINT) if is_verifying() else None
+    if expected is not None and fingerprint_of_tensors(weights) != expected:
+        raise CheckpointError(f"{path} is damaged: its tensors do not fit the fingerprint in it; {advice}")
+    _put_weights(path, weights, model)
+
+
+def _put_weights(path: Path, weights: dict[str, Any], model: nn.Module) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(shapes.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else None
@@ -136,7 +162,7 @@ def save_weights(path: Path, model: nn.Module, ranks: Ranks) -> None:
     """Write a model's weights to one file, whole or not at all. Every process calls this; the first one writes."""
     weights = whole_weights(model)
     if ranks.is_first:
-        write_tensors(path, weights)
+        write_tensors(path, weights, {_FINGERPRINT: fingerprint_of_tensors(weights)})
     ranks.barrier()
 
 
@@ -146,54 +172,13 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file that is there whole or not at all, and on the disk."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(partial, path)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); remove this checkpoint's folder to continue from the one before"
-        ) from None
-
-
-def replace_folder(partial: Path, path: Path) -> None:
-    """Give a finished folder its name, in place of one that has it already."""
-    sync_folder(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def _fresh(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path / STATE)
-    except OutputError as error:
-        raise CheckpointError(f"{error}; remove this checkpoint's folder to continue from the one before") from None
+        state = read_json(path / STATE, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_ADVICE}") from None
+    check_digest(state, path / STATE, CheckpointError, _ADVICE)
+    return state
 
 
 def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -19,10 +19,11 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.files.writing import whole_folder
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
 from geneformer_fast.training.cells import split_cells
-from geneformer_fast.training.checkpoint import replace_folder, whole_weights
+from geneformer_fast.training.checkpoint import whole_weights
 from geneformer_fast.training.distributed import Ranks, local_device, process_group
 from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
@@ -243,12 +244,10 @@ def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks
             plain = Encoder(model.config, head="mlm")
         plain.load_state_dict(weights, assign=True)
         plain.source = model.source
-        partial = out / f".{FINAL}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save(plain, partial)
-        if vocabulary is not None:
-            shutil.copyfile(vocabulary, partial / SAVED_FILE)
-        replace_folder(partial, path)
+        with whole_folder(path) as made:
+            save(plain, made)
+            if vocabulary is not None:
+                shutil.copyfile(vocabulary, made / SAVED_FILE)
     ranks.barrier()
     return path
 

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch import nn
 
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.writing import remove_leftovers, write_json
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.manifest import read_json, write_json
+from geneformer_fast.tokenization.manifest import read_json
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.recipe import MACHINE, Recipe
@@ -72,8 +72,7 @@ class RunFolder:
         if ranks.is_first:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / RUN, identity)
-            for leftover in self.checkpoints.glob(".step-*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_leftovers(self.checkpoints)
         ranks.barrier()
         self.last = next(reversed(checkpoints_in(self.checkpoints)), None)
 

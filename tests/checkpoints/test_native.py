@@ -31,7 +31,9 @@ def test_what_is_saved_comes_back(tmp_path: Path, name: str, head: str | None) -
     assert again.state_dict().keys() == expected.keys()
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("SHA256SUMS", "config.json", "model.safetensors")
+    ]
 
 
 def test_lower_precision_keeps_its_float32_parts(tmp_path: Path) -> None:
@@ -68,5 +70,6 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     written()
     weights["head.bias"] = weights["head.bias"][:-1]
     save_file(weights, folder / "model.safetensors")
+    (folder / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match=r"'head\.bias' has shape \(39,\), the model needs \(40,\)"):
         load(folder)

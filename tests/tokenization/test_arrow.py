@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.checksums import fingerprint_of, sha256_of
 from geneformer_fast.tokenization.arrow import ShardWriter, open_tokens, record_batch, token_schema
 from geneformer_fast.tokenization.run import tokenize
 from geneformer_fast.tokenization.stream import StreamFile
@@ -150,7 +152,7 @@ def test_damaged_folders(folder, tmp_path):
         open_tokens(other)
     garbled = copy("garbled")
     (garbled / "state.json").write_text("{")
-    with pytest.raises(OutputError, match=r"state\.json: cannot be read"):
+    with pytest.raises(OutputError, match=r"state\.json cannot be read"):
         open_tokens(garbled)
     outside = copy("outside")
     (outside / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
@@ -170,6 +172,89 @@ def test_damaged_folders(folder, tmp_path):
         open_tokens(compressed)
 
 
+def flipped(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def test_shards_are_compared_with_their_checksums_when_they_are_first_read(folder, tmp_path, monkeypatch):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    shards = sorted(broken.glob("data-*.arrow"))
+    flipped(shards[1], shards[1].stat().st_size // 2)
+    tokens = open_tokens(broken)  # opening costs nothing, and reading pays for what is read
+    first = json.loads((broken / "manifest.json").read_text())["shards"][0]["n_cells"]
+    assert len(tokens.read(range(first))[1]) == first + 1
+    read = [
+        lambda: tokens.read([first]),
+        lambda: tokens.read([0, tokens.n_cells - 1, first]),
+        lambda: tokens.column("length"),
+    ]
+    for what in read * 2:
+        with pytest.raises(OutputError, match=rf"{shards[1].name} is damaged: its SHA-256 is .*tokenize again"):
+            what()
+    for unchecked in (open_tokens(broken, verify=False), open_tokens(folder, verify=True)):
+        assert len(unchecked.column("length")) == tokens.n_cells
+        assert len(unchecked.read(range(tokens.n_cells))[1]) == tokens.n_cells + 1
+    monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
+    open_tokens(broken).column("length")
+    with pytest.raises(OutputError, match="damaged"):
+        open_tokens(broken, verify=True).column("length")
+
+
+def test_a_shard_is_read_for_its_checksum_once_by_however_many_threads(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(StreamFile, "sha256", lambda self: read.append(self.path) or sha256_of(self.path))
+    tokens = open_tokens(folder)
+    assert not read
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda cell: tokens.read([cell % tokens.n_cells]), range(0, 7 * tokens.n_cells, 97)))
+    assert sorted(read) == sorted(folder.glob("data-*.arrow"))
+
+
+def test_a_folder_without_checksums_is_read_as_before(folder, tmp_path):
+    """As versions before this one wrote it."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    content = json.loads((old / "manifest.json").read_text())
+    for entry in content["shards"]:
+        del entry["sha256"]
+    (old / "manifest.json").write_text(json.dumps(content))
+    state = json.loads((old / "state.json").read_text())
+    (old / "state.json").write_text(json.dumps({**state, "_fingerprint": fingerprint_of(content)[:16]}))
+    with open_tokens(old) as tokens, open_tokens(folder) as now:
+        assert np.array_equal(tokens.read(range(50))[0], now.read(range(50))[0])
+        assert tokens.content_fingerprint == now.content_fingerprint
+
+
+def test_the_content_fingerprint_is_of_the_content(folder, tmp_path):
+    tokens = open_tokens(folder)
+    assert len(tokens.content_fingerprint) == 64
+    assert (
+        open_tokens(shutil.copytree(folder, tmp_path / "elsewhere")).content_fingerprint == tokens.content_fingerprint
+    )
+    foreign = shutil.copytree(folder, tmp_path / "foreign")
+    (foreign / "manifest.json").unlink()
+    assert open_tokens(foreign).content_fingerprint == tokens.content_fingerprint
+    last = sorted(foreign.glob("data-*.arrow"))[-1]
+    flipped(last, last.stat().st_size // 2)
+    assert open_tokens(foreign).content_fingerprint != tokens.content_fingerprint
+
+
+def test_checksums_are_those_of_the_files(folder):
+    for entry in json.loads((folder / "manifest.json").read_text())["shards"]:
+        assert entry["sha256"] == sha256_of(folder / entry["file"])
+
+
+@pytest.mark.parametrize("change", [("manifest.json", '"n_tokens": ', '"n_tokens": 1'), ("state.json", "-of-", "-fo-")])
+def test_another_digit_in_a_manifest_is_seen(folder, tmp_path, change):
+    name, old, new = change
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    content = (broken / name).read_text()
+    (broken / name).write_text(content.replace(old, new, 1))
+    with pytest.raises(OutputError, match=r"manifest\.json"):
+        open_tokens(broken)
+
+
 def test_a_batch_never_overflows_its_offsets():
     """2 GB of tokens in one list column is where 32-bit offsets end."""
     schema = token_schema(np.dtype(np.int16), {}, ["a"])
@@ -186,7 +271,7 @@ def test_an_incomplete_shard_has_no_name(tmp_path):
     assert not list(tmp_path.glob("data-*"))
     entry = writer.finish()
     assert not list(tmp_path.glob("data-*"))
-    writer.seal()
+    assert writer.seal() == sha256_of(writer.path)
     assert entry == {"file": "data-00000.arrow", "n_cells": 2, "n_tokens": 3, "n_bytes": writer.path.stat().st_size}
     assert StreamFile(writer.path).n_rows == 2
     abandoned = ShardWriter(tmp_path, 1, schema)

@@ -156,14 +156,15 @@ def test_save_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[: len(text) // 2], "truncated or corrupt"),
+        (lambda text: text[: len(text) // 2], "cannot be read as JSON"),
         (lambda text: "{}", "not a vocabulary saved"),
-        (lambda text: "[]", "not a vocabulary saved"),
+        (lambda text: "[]", "holds no JSON object"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "newer"),
         (lambda text: text.replace('"medians"', '"means"'), "'medians' is missing"),
         (lambda text: text.replace('"family": "v2"', '"family": "v9"'), "unknown family 'v9'"),
         (lambda text: text.replace('"max_len": 4096', '"max_len": 4'), "leaves no room"),
         (lambda text: text.replace('"max_len": 4096', '"max_len": "4096"'), "leaves no room"),
+        (lambda text: text.replace("1.5", "1.6", 1), "damaged or was changed.*remove its field sha256"),
     ],
 )
 def test_damaged_saved_vocabulary(tmp_path, damage, message):

@@ -10,24 +10,24 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from geneformer_fast import pretrain
-from geneformer_fast.training import checkpoint
 
 
 def die_before_rename(number: int) -> None:
-    left, rename = number, checkpoint.replace_folder
+    left, rename = number, os.replace
 
-    def dying(*paths):
+    def dying(source, target):
         nonlocal left
-        left -= 1
+        left -= Path(target).parent.name == "checkpoints"
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
+        rename(source, target)
 
-    checkpoint.replace_folder = dying
+    os.replace = dying
 
 
 if __name__ == "__main__":

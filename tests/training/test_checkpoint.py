@@ -20,7 +20,13 @@ from ground import SHORT, Ground
 
 from geneformer_fast import load, pretrain
 from geneformer_fast.errors import CheckpointError
-from geneformer_fast.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from geneformer_fast.training.checkpoint import (
+    checkpoints_in,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.optimizer import make_optimizer
 
@@ -76,7 +82,7 @@ def test_killed_twice_it_ends_with_the_same_bits(ground: Ground, tmp_path: Path)
     # Goes on, and is killed when its second new checkpoint is written but has no name yet.
     with start(ground, tmp_path, "2") as child:
         assert child.wait() == -signal.SIGKILL, child.stderr.read()
-    assert list((run / "checkpoints").glob(".step-*.partial"))
+    assert list((run / "checkpoints").glob(".step-*.part"))
     assert [path.name for path in checkpoints_in(run / "checkpoints")][-1] > first[-1]
 
     torch.manual_seed(999)  # another process's random state is of no account
@@ -120,7 +126,7 @@ def test_the_last_k_are_kept(ground: Ground, tmp_path: Path) -> None:
     assert names == ["step-00000006", "step-00000007", "step-00000008"]
     for path in checkpoints_in(tmp_path / "run" / "checkpoints"):
         assert sorted(file.name for file in path.iterdir()) == [
-            *("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+            *("SHA256SUMS", "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
         ]
 
 
@@ -137,6 +143,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(ground: Ground,
     last.rmdir()
     again = ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run, resume=True)
     assert again.losses == history.losses[int(before.name[-1]) :]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
+def test_a_flipped_bit_is_seen(ground: Ground, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ground.model()
+    optimizer = make_optimizer(model, SHORT)
+    path = save_checkpoint(tmp_path, 12, model, optimizer, {"seconds": 1.5}, Ranks(), keep=1)
+    content = bytearray((path / file).read_bytes())
+    at = content.index(b"1.5") if file == "state.json" else len(content) - 2
+    content[at] ^= 2
+    (path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged.*remove this checkpoint's folder"):
+        load_checkpoint(path, model, optimizer, Ranks())
+    monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
+    load_checkpoint(path, model, optimizer, Ranks())
+
+
+def test_a_flipped_bit_in_the_best_weights_is_seen(ground: Ground, tmp_path: Path) -> None:
+    model, path = ground.model(), tmp_path / "best-00000001.safetensors"
+    save_weights(path, model, Ranks())
+    load_weights(path, model)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"best-00000001\.safetensors is damaged"):
+        load_weights(path, model)
 
 
 def test_a_checkpoint_of_other_layers_is_refused(ground: Ground, tmp_path: Path) -> None:

@@ -1,0 +1,209 @@
+"""The files of a model folder: tensors in safetensors or PyTorch files, whole or sharded, with their checksums.
+
+Nothing is executed: PyTorch files are read by ``torch.load`` with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.files import schema
+from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifying, read_sums, sums_text
+from geneformer_fast.files.foreign import foreign_kind
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.tensors import read_tensors as read_safetensors
+from geneformer_fast.files.writing import whole_file, write_tensors
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+#: Names of weights, the first that is there is read; what ends in ``.index.json`` names shards.
+FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADVICE = "the file is truncated or damaged; download or copy it again"
+_CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
+# torch stores tensors as they are; who packed them again gains less than this.
+_MOST_INFLATED = 64
+# What else lies in a folder without weights, and what to do.
+_OTHERS = (
+    (
+        "adapter_config.json",
+        "a PEFT adapter and no model; merge it into its base model (merge_and_unload) and save",
+    ),
+    ("*.gguf", "GGUF files of llama.cpp; take the same model's safetensors"),
+    ("tf_model.h5", "TensorFlow weights only; take the same model's safetensors"),
+    ("flax_model.msgpack", "Flax weights only; take the same model's safetensors"),
+    ("*.safetensors", "safetensors under another name; rename them to model.safetensors, or fetch their index"),
+)
+
+
+@dataclass
+class _Index:
+    weight_map: dict[str, str]
+
+
+def read_tensors(folder: Path, *, verify: bool | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder, from one file or from shards.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    verify
+        Whether files are compared with their checksums: those in ``SHA256SUMS``, where there is one, and those that
+        PyTorch's files have in them. None: unless the environment says ``GENEFORMER_FAST_VERIFY=0``.
+
+    Raises
+    ------
+    CheckpointError
+        Files are missing, damaged, of another kind, or do not belong together.
+    """
+    files, weight_map = _files_of(folder)
+    is_checked = is_verifying(verify)
+    sums = read_sums(folder, CheckpointError) if is_checked else {}
+    tensors: dict[str, torch.Tensor] = {}
+    # Checksums are computed while the tensors are copied out of the page cache.
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as pool:
+        checks = [pool.submit(_check, folder / name, sums.get(name)) for name in files] if is_checked else []
+        for name in files:
+            found = _read_file(folder / name)
+            if weight_map is not None:
+                _check_shard(folder, name, found, weight_map)
+            tensors.update(found)
+        for check in checks:
+            check.result()
+    return tensors
+
+
+def write_model(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and its checksum, all of them whole or none.
+
+    Other files of the folder stay.
+
+    Raises
+    ------
+    OutputError
+        The folder holds a model already, another process is writing into it, or the system lets nobody write there.
+    """
+    with folder_lock(folder):
+        if (folder / CONFIG).exists() and not overwrite:
+            raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+        # Renamed from the last to the first: without config.json a folder is no model, and weights that do not fit
+        # their checksum are refused, so that nobody takes what a kill leaves for a model.
+        with (
+            whole_file(folder / CONFIG) as config,
+            whole_file(folder / SUMS) as sums,
+            whole_file(folder / WEIGHTS) as weights,
+        ):
+            write_tensors(weights, tensors, metadata)
+            sums.write_text(sums_text({WEIGHTS: weights}), encoding="utf-8")
+            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder
+
+
+def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files that hold a folder's weights; with shards also which tensor is in which."""
+    for name in FILES:
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link to a file that is not there; download the model again")
+        if not path.exists():
+            continue
+        if not name.endswith(".index.json"):
+            return [name], None
+        weight_map = schema.read_json(path, CheckpointError, _Index)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if not shards:
+            raise CheckpointError(f"{path}: weight_map names no shards")
+        suffix = Path(name.removesuffix(".index.json")).suffix
+        for shard in shards:
+            # Links are followed, since downloads are kept so; names that lead elsewhere are not.
+            if Path(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(suffix):
+                raise CheckpointError(f"{path}: weight_map names {shard!r}, which is no {suffix} file of this folder")
+            if not (folder / shard).exists():
+                raise CheckpointError(
+                    f"{folder}: shard {shard} named by {name} is missing; download all {len(shards)} shards"
+                )
+        return shards, weight_map
+    for pattern, what in _OTHERS:
+        if found := sorted(folder.glob(pattern)):
+            raise CheckpointError(f"{folder} has neither {WEIGHTS} nor pytorch_model.bin; {found[0].name} is {what}")
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor pytorch_model.bin, whole or sharded")
+
+
+def _check(path: Path, sha256: str | None) -> None:
+    """Compare a file with its checksum, or with those inside it."""
+    if sha256 is not None:
+        check_file(path, sha256, CheckpointError, _CHANGED)
+    elif path.suffix == ".bin":
+        _check_zip(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Compare the records of a PyTorch file with their CRCs, which ``torch.load`` does not look at."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # older files are no archives and have none
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if sum(info.file_size for info in archive.infolist()) > _MOST_INFLATED * path.stat().st_size:
+                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_ADVICE}")
+            damaged = archive.testzip() if len(set(names)) == len(names) else "its list of records"
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {_ADVICE}") from None
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; download or copy it again")
+
+
+def _check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
+    """A shard holds the tensors that the index says, and no others."""
+    for name in found:
+        if weight_map.get(name) != shard:
+            where = f"puts into {weight_map[name]}" if name in weight_map else "does not know"
+            raise CheckpointError(f"{folder / shard}: holds tensor {name!r}, which the index of shards {where}")
+    missing = next((name for name, place in weight_map.items() if place == shard and name not in found), None)
+    if missing is not None:
+        raise CheckpointError(f"{folder / shard}: tensor {missing!r} is missing, which the index puts there")
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, CheckpointError, _ADVICE)
+    # Older PyTorch files begin like other pickles, and archives like any: these are what is expected here.
+    what = foreign_kind(path)
+    if what is not None and "torch.save" not in what:
+        raise CheckpointError(f"{path} is {what}")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {_ADVICE}") from None
+    is_plain = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    )
+    if not is_plain:
+        raise CheckpointError(f"{path} is not a state dict of tensors by name")
+    return dict(tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
