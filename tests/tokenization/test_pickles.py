@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import time
+import tracemalloc
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -96,11 +98,85 @@ def test_object_scalars_are_refused(tmp_path):
         read_pickle(path)
 
 
-def test_a_giant_memo_index_is_refused_instead_of_allocated(tmp_path):
+def handmade(tmp_path: Path, *body: bytes) -> Path:
     path = tmp_path / "dictionary.pkl"
-    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31) + b".")
-    with pytest.raises(VocabularyError, match="memo index"):
-        read_pickle(path)
+    path.write_bytes(b"\x80\x04" + b"".join(body))
+    return path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (b"}r", struct.pack("<I", 2**31), b"."),
+        (b"}I1\np150000000\nI2\ns."),
+        (b"}p99999999999999999999\n."),
+    ],
+    ids=["LONG_BINPUT", "PUT", "PUT beyond 64 bits"],
+)
+def test_a_giant_memo_index_takes_no_memory(tmp_path, body):
+    tracemalloc.start()
+    try:
+        with suppress(VocabularyError):
+            read_pickle(handmade(tmp_path, *([body] if isinstance(body, bytes) else body)))
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+SIXTY = [b"(K\x01K\x02tq\x00", *[b"h\x000h\x00h\x00\x86q\x00"] * 60]
+BOMBS = {
+    "as a value": (b"}K\x01", *SIXTY, b"s."),
+    "as a key": (b"}", *SIXTY, b"K\x01s."),
+    "with DUP": (b"}K\x01(K\x01t", b"2\x86" * 60, b"s."),
+    "lists": (b"}K\x01]K\x01a", b"q\x00", b"]q\x01(h\x00h\x00e", b"s."),
+    "a list that holds itself": (b"}K\x01]q\x00h\x00as.",),
+    "deep tuples": (b"}K\x01)", b"\x85" * 200_000, b"s."),
+    "deep tuples as a key": (b"}K\x01\x85", b"\x85" * 200_000, b"K\x01s."),
+    "deep lists": (b"}K\x01", b"]" * 100_000, b"a" * 99_999, b"s."),
+    "a key in pairs": (b"ccollections\nOrderedDict\n(((K\x01t", b"\x85" * 200_000, b"K\x01tttR."),
+    "many marks": (b"(" * 200_000, b"t" * 200_000, b"."),
+    "a long integer": (b"}K\x01\x8b", struct.pack("<i", 10**6), b"\x7f" * 10**6, b"s."),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_would_be_large_when_compared_hashed_or_printed_is_refused(tmp_path, name):
+    began = time.monotonic()
+    with pytest.raises(VocabularyError, match=r"dictionary\.pkl: not a readable pickle"):
+        read_pickle(handmade(tmp_path, *BOMBS[name]))
+    assert time.monotonic() - began < 5
+
+
+STAND_INS = [b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n"]
+
+
+@pytest.mark.parametrize("stand_in", [*STAND_INS, b"ccollections\nOrderedDict\n"])
+@pytest.mark.parametrize("state", [b"}X\x08\x00\x00\x00__call__K\x01s", b"N}X\x04\x00\x00\x00codeK\x01s\x86"])
+def test_no_state_is_given_to_a_function(tmp_path, stand_in, state):
+    with pytest.raises(VocabularyError, match="is given a state"):
+        read_pickle(handmade(tmp_path, b"}K\x01", stand_in, state, b"bs."))
+    value = {"ENSG1": np.float64(0.1), "b": b"raw", "o": OrderedDict(a=1)}
+    for protocol in (0, 2, 4):
+        assert read_pickle(written(tmp_path, value, protocol)) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8I0\nI1\ntR(K\x03K\x07tb.",
+        b"cnumpy\ndtype\n)\x81.",
+        b"(icollections\nOrderedDict\n.",
+        b"\x8f.",
+        b"}K\x01\x96\x01\x00\x00\x00\x00\x00\x00\x00as.",
+        b"}K\x01Pid\ns.",
+        b"X\x01\x00\x00\x00a)R.",
+        b"]K\x01K\x02s.",
+        b"\x82\x01.",
+    ],
+)
+def test_instructions_that_no_dictionary_needs_are_refused(tmp_path, body):
+    with pytest.raises(VocabularyError, match=r"dictionary\.pkl: not a readable pickle"):
+        read_pickle(handmade(tmp_path, body))
 
 
 def test_missing_file_and_git_lfs_pointer(tmp_path):
