@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.checksums import damaged_message, fingerprint_of, is_verifying, sha256_of
+from geneformer_fast.files.schema import parse_json
 from geneformer_fast.files.writing import settle, system_errors
 from geneformer_fast.tokenization import manifest
 from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
@@ -212,6 +213,9 @@ class TokenFolder:
         self._checking = [threading.Lock() for _ in names]
         self._files = [StreamFile(self.path / name) for name in names]
         self.schema: pa.Schema = self._files[0].schema
+        for file in self._files[1:]:
+            if not file.schema.equals(self.schema):
+                raise OutputError(f"{file.path}: has other columns than {self._files[0].path.name}")
         self.dtype = self._token_dtype()
         self._locate_cells()
         if self.manifest is not None and self.manifest.get("n_cells") != self.n_cells:
@@ -315,14 +319,30 @@ class TokenFolder:
         names = self._label_names(name)
         if names is None:
             return array
-        indices = array.combine_chunks().cast(pa.int32())
-        return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, text_list_array(names))])
+        try:
+            indices = array.combine_chunks().cast(pa.int32())
+            return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, text_list_array(names))])
+        except (pa.ArrowException, IndexError, ValueError) as error:
+            raise OutputError(
+                f"{self.path}: column {name} does not fit its {len(names)} labels ({error}); write the folder again"
+            ) from None
 
     def _label_names(self, name: str) -> list[str] | None:
         """The names behind a ClassLabel column, None for other columns."""
-        content = (self.schema.metadata or {}).get(b"huggingface")
-        described = json.loads(content)["info"]["features"].get(name, {}) if content else {}
-        return described.get("names") if isinstance(described, dict) else None
+        described: Any = (self.schema.metadata or {}).get(b"huggingface")
+        if described is None:
+            return None
+        where = f"{self.path}: the metadata of the shards"
+        described = parse_json(described, where, OutputError)
+        for key in ("info", "features", name, "names"):
+            if not isinstance(described, dict):
+                raise OutputError(f"{where} hold no description of column {name}; write the folder again")
+            if described.get(key) is None:
+                return None
+            described = described[key]
+        if not isinstance(described, list) or not all(isinstance(label, str) for label in described):
+            raise OutputError(f"{where} name no labels of column {name}; write the folder again")
+        return described
 
     def read(self, cells: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of some cells, in the order asked for, as ``on_read`` leaves them.

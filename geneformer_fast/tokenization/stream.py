@@ -21,6 +21,8 @@ from geneformer_fast.files.checksums import sha256_of_open
 
 _CONTINUATION = 0xFFFFFFFF
 _SCHEMA, _DICTIONARY_BATCH, _RECORD_BATCH = 1, 2, 3
+# What pyarrow and numpy raise on damaged content; an OSError is how Arrow calls an invalid flatbuffer.
+_DAMAGE = (pa.ArrowException, ValueError, OSError, IndexError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,9 @@ class StreamFile:
         self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
             self.schema, self.batches = self._index()
-        except (struct.error, IndexError, pa.ArrowException, ValueError) as error:
+        except (*_DAMAGE, struct.error, TypeError) as error:
             self.close()
             raise OutputError(f"{path}: not a whole Arrow stream file ({error}); write the folder again") from None
-        self._first_buffer, self._first_node = _layout(self.schema)
 
     def close(self) -> None:
         """Close the file."""
@@ -97,22 +98,45 @@ class StreamFile:
                 raise ValueError(f"byte {position} begins no message")
             if n_metadata == 0:
                 break
-            metadata = os.pread(self._descriptor, n_metadata, position + 8)
             body = position + 8 + n_metadata
+            if body > size:
+                raise ValueError("it ends in the middle of a message")
+            metadata = os.pread(self._descriptor, n_metadata, position + 8)
             message = _Table.root(metadata)
             kind, header, n_body = message.u8(1), message.table(2), message.i64(3)
-            if body + n_body > size:
+            if not 0 <= n_body <= size - body:
                 raise ValueError("a record batch is cut off")
-            if kind == _SCHEMA:
+            if kind == _SCHEMA and schema is None:
+                if header.u8(0):
+                    raise ValueError("its numbers are big-endian")
                 schema = pa.ipc.read_schema(pa.py_buffer(prefix + metadata))
-            elif kind == _RECORD_BATCH:
-                batches.append(_batch(header, body))
+                self._first_buffer, self._first_node = _layout(schema)
+            elif kind == _RECORD_BATCH and schema is not None:
+                batches.append(self._batch(header, body, n_body))
             elif kind == _DICTIONARY_BATCH:
                 raise ValueError("it holds dictionary batches, which token folders do not have")
+            else:
+                raise ValueError(f"byte {position} begins a message that does not belong there")
             position = body + n_body
         if schema is None:
             raise ValueError("it has no schema")
         return schema, batches
+
+    def _batch(self, header: _Table, body: int, n_body: int) -> Batch:
+        """A record batch whose buffers lie inside its body, and whose columns are as many and as long as it says."""
+        if header.has(3):
+            raise ValueError("it is compressed, which token folders are not")
+        n_rows, nodes, buffers = header.i64(0), header.pairs(1), header.pairs(2)
+        if len(nodes) != self._first_node[-1] or len(buffers) != self._first_buffer[-1]:
+            raise ValueError("a record batch has other columns than the schema")
+        if n_rows < 0 or any(nodes[first][0] != n_rows for first in self._first_node[:-1]):
+            raise ValueError("a record batch has columns of different lengths")
+        if not all(0 <= nulls <= length for length, nulls in nodes):
+            raise ValueError("a record batch misses more values than it has")
+        if not all(0 <= offset <= n_body and 0 <= n_bytes <= n_body - offset for offset, n_bytes in buffers):
+            raise ValueError("a record batch names bytes that are not its own")
+        places = tuple(Buffer(body + offset, n_bytes) for offset, n_bytes in buffers)
+        return Batch(n_rows, tuple(nulls for _, nulls in nodes), places)
 
     def read(self, buffer: Buffer, start: int = 0, n_bytes: int | None = None) -> np.ndarray:
         """``n_bytes`` of a buffer from ``start`` on (None: to its end)."""
@@ -138,26 +162,56 @@ class StreamFile:
             raise OutputError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
     def column(self, batch: Batch, name: str) -> pa.Array:
-        """A column of one batch that is not nested: numbers, bool, text."""
-        index = self.schema.get_field_index(name)
-        field = self.schema.field(index)
-        first = self._first_buffer[index]
-        buffers = batch.buffers[first : first + _n_buffers(field.type)]
-        nulls = batch.null_counts[self._first_node[index]]
-        parts = [pa.py_buffer(self.read(buffer)) for buffer in buffers]
-        return pa.Array.from_buffers(field.type, batch.n_rows, [parts[0] if nulls else None, *parts[1:]], nulls)
+        """A column of one batch that is not nested: numbers, bool, text.
 
-    def list_column(self, batch: Batch, name: str) -> tuple[np.ndarray, Buffer]:
-        """Of a column of lists of numbers: the offsets [rows + 1], and the buffer that holds the numbers."""
+        Raises
+        ------
+        OutputError
+            What is stored is no such column: offsets that lead elsewhere, text that is no UTF-8, too few values.
+        """
         index = self.schema.get_field_index(name)
         kind = self.schema.field(index).type
+        if pa.types.is_null(kind):
+            return pa.nulls(batch.n_rows)
+        if pa.types.is_nested(kind):
+            raise OutputError(f"{self.path}: column {name} holds {kind}, not one value per cell")
         first = self._first_buffer[index]
-        if batch.null_counts[self._first_node[index]]:
+        buffers = batch.buffers[first : first + _n_buffers(kind)]
+        nulls = batch.null_counts[self._first_node[index]]
+        parts = [pa.py_buffer(self.read(buffer)) for buffer in buffers]
+        try:
+            array = pa.Array.from_buffers(kind, batch.n_rows, [parts[0] if nulls else None, *parts[1:]], nulls)
+            array.validate(full=True)
+        except _DAMAGE as error:
+            raise OutputError(f"{self.path}: column {name} is damaged ({error}); write the folder again") from None
+        return array
+
+    def list_column(self, batch: Batch, name: str) -> tuple[np.ndarray, Buffer]:
+        """Of a column of lists of numbers: the offsets [rows + 1], and the buffer that holds the numbers.
+
+        Raises
+        ------
+        OutputError
+            Values are missing, or the offsets do not rise inside of the buffer.
+        """
+        index = self.schema.get_field_index(name)
+        kind = self.schema.field(index).type
+        first, node = self._first_buffer[index], self._first_node[index]
+        if batch.null_counts[node] or batch.null_counts[node + 1]:
             raise OutputError(f"{self.path}: column {name} has missing values")
         width = 8 if pa.types.is_large_list(kind) else 4
-        content = self.read(batch.buffers[first + 1])[: width * (batch.n_rows + 1)]
+        stored, values = batch.buffers[first + 1], batch.buffers[first + 3]
+        if batch.n_rows == 0:
+            return np.zeros(1, np.int64), values
+        damaged = OutputError(f"{self.path}: the offsets of column {name} are damaged; write the folder again")
+        if stored.n_bytes < width * (batch.n_rows + 1):
+            raise damaged
+        content = self.read(stored, n_bytes=width * (batch.n_rows + 1))
         offsets = content.view(f"<i{width}").astype(np.int64)
-        return (offsets if len(offsets) else np.zeros(1, np.int64)), batch.buffers[first + 3]
+        n_values = values.n_bytes // (kind.value_type.bit_width // 8)
+        if not 0 <= offsets[0] <= offsets[-1] <= n_values or (offsets[1:] < offsets[:-1]).any():
+            raise damaged
+        return offsets, values
 
 
 def _n_buffers(kind: pa.DataType) -> int:
@@ -173,25 +227,20 @@ def _n_buffers(kind: pa.DataType) -> int:
     raise ValueError(f"columns of type {kind} are not understood")
 
 
+def _n_nodes(kind: pa.DataType) -> int:
+    """Entries of a type in a record batch's list of lengths, those of its children included."""
+    return 1 + _n_nodes(kind.value_type) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else 1
+
+
 def _layout(schema: pa.Schema) -> tuple[list[int], list[int]]:
-    """Index of the first buffer and of the first node of every field."""
+    """Index of the first buffer and of the first node of every field, and how many there are of both."""
+    if len(set(schema.names)) != len(schema.names):
+        raise ValueError("two of its columns have the same name")
     buffers, nodes = [0], [0]
     for field in schema:
-        is_list = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
         buffers.append(buffers[-1] + _n_buffers(field.type))
-        nodes.append(nodes[-1] + 1 + is_list)
-    return buffers[:-1], nodes[:-1]
-
-
-def _batch(header: _Table, body: int) -> Batch:
-    if header.has(3):
-        raise ValueError("it is compressed, which token folders are not")
-    nodes, buffers = header.pairs(1), header.pairs(2)
-    return Batch(
-        header.i64(0),
-        tuple(nulls for _, nulls in nodes),
-        tuple(Buffer(body + offset, n_bytes) for offset, n_bytes in buffers),
-    )
+        nodes.append(nodes[-1] + _n_nodes(field.type))
+    return buffers, nodes
 
 
 @dataclass(frozen=True)
@@ -237,5 +286,7 @@ class _Table:
             return []
         position += struct.unpack_from("<I", self.data, position)[0]
         n = struct.unpack_from("<I", self.data, position)[0]
+        if n > len(self.data) // 16:
+            raise ValueError("a list in its messages is longer than they are")
         values = struct.unpack_from(f"<{2 * n}q", self.data, position + 4)
         return list(zip(values[::2], values[1::2], strict=True))
