@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.heads",),
     (f"{FAST}.embeddings", f"{FAST}.ragged", f"{FAST}.config"),
     (f"{FAST}.tokenization.genes", f"{FAST}.tokenization.sources"),
+    (f"{FAST}.tokenization.identifiers",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
     (f"{FAST}.files",),

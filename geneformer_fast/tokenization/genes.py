@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.identifiers import (
+    embedded_id,
+    id_text,
+    is_ensembl_gene,
+    is_missing,
+    without_version,
+)
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import scipy.sparse
 
-# ENSG00000123456.12, ENSMUSG00000000001.4, GENCODE's ENSG00000182378.14_PAR_Y
-_VERSIONED = re.compile(r"(ENS[A-Z]*[GTP][0-9]{11})(?:\.[0-9]+)?(?:_PAR_Y)?$")
-# PanglaoDB's SYMBOL_ENSG00000158122.11
-_SYMBOL_AND_ID = re.compile(r".*_(ENS[A-Z]*[GTP][0-9]{11})(?:\.[0-9]+)?$")
 _TRAILING_VERSION = re.compile(r"(.+)\.[0-9]+$")
 _N_EXAMPLES = 5
 # Fewer than one column in a hundred, and fewer than this many, is next to nothing.
 _MIN_FRACTION = 0.01
 _MIN_MATCHED = 500
+# Annotations list all genes, also the many that no model knows: where most genes of the vocabulary are found, ids that
+# are not in it are no sign of ids gone wrong.
+_MOST_OF_VOCABULARY = 2 / 3
 
 
 @dataclass
@@ -33,7 +39,8 @@ class GeneReport:
 
     Every column is either matched or dropped. A matched column may in addition be aliased (another id, symbol or
     retired id of its gene), versioned (its version suffix was cut off), recased (matched only after upper-casing) and
-    collapsed (its counts are added to those of another column of the same gene).
+    collapsed (its counts are added to those of another column of the same gene). A dropped column may be missing (it
+    has no id, or a word for none) or known to the mapping without a token.
     """
 
     source: str
@@ -45,6 +52,7 @@ class GeneReport:
     collapsed: int = 0
     duplicated: int = 0
     dropped: int = 0
+    missing: int = 0
     known_without_token: int = 0
     n_genes: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -62,6 +70,7 @@ class GeneReport:
             "collapsed": "added to another column of the same gene",
             "duplicated": "of these repeat an id literally (the official tokenizer repeats their tokens)",
             "dropped": "not in the vocabulary",
+            "missing": "of these have no id: empty, or a word for a missing value such as nan or NA",
             "known_without_token": "of these known to the mapping, but their gene has no token",
         }
         for key, text in explain.items():
@@ -128,6 +137,11 @@ class _Lookup:
             if gene != gene.upper():
                 self.folded.setdefault(gene.upper(), gene)
 
+    def knows(self, identifier: str) -> bool:
+        """Whether the mapping has this id, though perhaps for a gene without a token."""
+        stripped = self.stripped(identifier)
+        return identifier.upper() in self.aliases or (stripped is not None and stripped.upper() in self.aliases)
+
     def direct(self, identifier: str) -> str | None:
         upper = identifier.upper()
         gene = self.aliases.get(upper)
@@ -141,10 +155,9 @@ class _Lookup:
 
     def stripped(self, identifier: str) -> str | None:
         """The id without its version or leading symbol, or None where nothing is to be cut."""
-        upper = identifier.upper()
-        match = _VERSIONED.match(upper) or _SYMBOL_AND_ID.match(upper)
-        if match is not None:
-            return match[1] if match[1] != upper else None
+        gene = without_version(identifier) or embedded_id(identifier)
+        if gene is not None:
+            return gene if gene != identifier.upper() else None
         match = _TRAILING_VERSION.match(identifier)
         # for other kinds of ids only where the rest is exactly a gene id: symbols such as RP11-34P13.7 have dots too
         if match is not None and match[1] in self.tokens:
@@ -152,28 +165,16 @@ class _Lookup:
         return None
 
 
-def id_text(values: Iterable[Any]) -> list[str]:
-    """Ids as text, whatever type they have: bytes are decoded, integers and integral floats written out."""
-    texts = values.tolist() if isinstance(values, np.ndarray) else list(values)
-    return [text if type(text) is str else _as_text(text) for text in texts]
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def map_genes(ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str) -> GeneMap:
+def map_genes(
+    ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str, allow_few_genes: bool = False
+) -> GeneMap:
     """Find the gene of every column.
 
     Follows the official tokenizer wherever that finds a gene (upper-cased id, looked up in the mapping dictionary,
     target must have a token). In addition version suffixes are removed, and columns are collapsed whenever they mean
-    the same gene, also where the official tool overlooks it (literal duplicates, lower-case ids).
+    the same gene, also where the official tool overlooks it (literal duplicates, lower-case ids). Words for a missing
+    value (nan, NA) are no ids, although the mapping of V2 takes some for symbols of genes; only where one occurs once,
+    among symbols that are all different, it is the symbol.
 
     Parameters
     ----------
@@ -183,20 +184,21 @@ def map_genes(ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str) -
         Whose genes.
     source_name
         File name for the report and for errors.
+    allow_few_genes
+        Go on where next to none match, or fewer than half of ids that look like Ensembl genes.
 
     Raises
     ------
     InputError
-        No columns, or next to none matched; shows ids as found and as expected.
+        No columns, none matched, or too few; shows ids as found and as expected.
     """
     names = id_text(ids)
     if not names:
         raise InputError(f"{source_name}: has no genes (zero columns)")
     lookup = _Lookup(vocabulary)
     report = GeneReport(source=source_name, n_columns=len(names))
-    targets = [_target(name, lookup, report) for name in names]
-    _check_matched(names, report, vocabulary)
-
+    missing = _missing(names, vocabulary)
+    targets = [_target(name, lookup, report, missing) for name in names]
     tokens = vocabulary.token_ids
     genes = sorted({gene for gene in targets if gene is not None}, key=tokens.__getitem__)
     index = {gene: i for i, gene in enumerate(genes)}
@@ -204,6 +206,7 @@ def map_genes(ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str) -
     index_or_drop.update(index)
     column_to_gene = np.fromiter((index_or_drop[gene] for gene in targets), dtype=np.int32, count=len(targets))
     report.n_genes = len(genes)
+    _check_matched(names, targets, report, lookup, vocabulary, allow_few_genes)
     _count_collapsed(names, targets, report)
     return GeneMap(
         column_to_gene=column_to_gene,
@@ -215,7 +218,22 @@ def map_genes(ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str) -
     )
 
 
-def _target(name: str, lookup: _Lookup, report: GeneReport) -> str | None:
+def _missing(names: Sequence[str], vocabulary: Vocabulary) -> frozenset[str]:
+    """The names that say that an id is missing."""
+    found = [name for name in names if is_missing(name)]
+    if len(found) == 1 and found[0].upper() in vocabulary.aliases and len(set(names)) == len(names):
+        # NAN is an old symbol of SCN11A: a column of unique symbols may really mean it, one of Ensembl ids may not.
+        n_ensembl = sum(map(is_ensembl_gene, names))
+        if 2 * n_ensembl < len(names):
+            return frozenset()
+    return frozenset(found)
+
+
+def _target(name: str, lookup: _Lookup, report: GeneReport, missing: frozenset[str]) -> str | None:
+    if name in missing:
+        _note(report, "dropped", name)
+        _note(report, "missing", repr(name))
+        return None
     if name in lookup.tokens and lookup.aliases.get(name, name) == name:
         report.matched += 1
         return name
@@ -274,11 +292,21 @@ def _count_collapsed(names: list[str], targets: list[str | None], report: GeneRe
         seen.add(name)
 
 
-def _check_matched(names: list[str], report: GeneReport, vocabulary: Vocabulary) -> None:
-    if report.matched >= _MIN_MATCHED or (report.matched and report.matched >= _MIN_FRACTION * len(names)):
+def _check_matched(
+    names: list[str],
+    targets: list[str | None],
+    report: GeneReport,
+    lookup: _Lookup,
+    vocabulary: Vocabulary,
+    allow_few_genes: bool,
+) -> None:
+    is_next_to_nothing = report.matched < _MIN_MATCHED and report.matched < max(1, _MIN_FRACTION * len(names))
+    has_few = _most_ensembl_ids_are_unknown(names, targets, report, lookup)
+    if not (is_next_to_nothing or has_few) or (allow_few_genes and report.matched):
         return
     expected = list(vocabulary.token_ids)
     shown = [expected[i] for i in sorted({0, len(expected) // 2, len(expected) - 1})]
+    dropped = [name for name, gene in zip(names, targets, strict=True) if gene is None and not is_missing(name)]
     hint = (
         "Name the column with Ensembl ids with gene_column= (--gene-column), or choose the dictionary of the right "
         "species."
@@ -286,8 +314,24 @@ def _check_matched(names: list[str], report: GeneReport, vocabulary: Vocabulary)
     n_ensembl = sum(name[:3].upper() == "ENS" for name in names)
     if len(vocabulary.aliases) <= len(vocabulary.token_ids) and 2 * n_ensembl < len(names):
         hint += " This vocabulary's mapping knows no gene symbols (Geneformer V1's does not; V2's does)."
+    if report.matched:
+        hint += " To go on with so few genes, pass --allow-few-genes (allow_few_genes=True)."
     raise InputError(
         f"{report.source}: {report.matched} of {len(names)} gene ids match vocabulary {vocabulary.name!r}. "
-        f"The ids look like {', '.join(repr(_shorten(name)) for name in names[:4])}; expected something like "
+        f"{'Unmatched ids' if report.matched else 'The ids'} look like "
+        f"{', '.join(repr(_shorten(name)) for name in (dropped or names)[:4])}; expected something like "
         f"{', '.join(repr(gene) for gene in shown)}. {hint}"
     )
+
+
+def _most_ensembl_ids_are_unknown(
+    names: list[str], targets: list[str | None], report: GeneReport, lookup: _Lookup
+) -> bool:
+    """Whether this is a file of Ensembl ids of which the dictionaries know fewer than half: the ids went wrong."""
+    if 2 * report.matched >= len(names) or report.n_genes >= _MOST_OF_VOCABULARY * len(lookup.tokens):
+        return False
+    ensembl = [(name, gene) for name, gene in zip(names, targets, strict=True) if is_ensembl_gene(name)]
+    if 2 * len(ensembl) <= len(names) - report.missing:
+        return False
+    n_unknown = sum(gene is None and not lookup.knows(name) for name, gene in ensembl)
+    return 2 * n_unknown > len(ensembl)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.tokenization import inputs as reading
-from geneformer_fast.tokenization.genes import id_text
+from geneformer_fast.tokenization.identifiers import id_text, is_missing, without_version
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
 from geneformer_fast.tokenization.sources import expand_inputs
@@ -28,7 +27,6 @@ MEMORY_BYTES = 192 * 2**20
 #: What the folder says about the corpus beside the vocabulary.
 CORPUS_FILE = "corpus.json"
 _BLOCK_ROWS = 1024
-_VERSIONED = re.compile(r"(ENS[A-Z]*[GTP][0-9]{11})\.[0-9]+$")
 
 
 def medians(
@@ -143,9 +141,8 @@ def _all_genes(entries: Iterable[Any], options: reading.ReadOptions) -> list[str
     for data in entries:
         with options.open(data) as source:
             for identifier in id_text(source.gene_ids()):
-                match = _VERSIONED.match(identifier)
-                genes[match[1] if match else identifier] = None
-    genes.pop("", None)
+                if not is_missing(identifier):
+                    genes[without_version(identifier) or identifier] = None
     return list(genes)
 
 

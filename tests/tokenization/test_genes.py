@@ -34,6 +34,12 @@ def mapped(ids, vocabulary=VOCABULARY):
         (f"{B}.7", B, ["versioned"]),
         (f"{B}.12_PAR_Y", B, ["versioned"]),
         (f"{B}_PAR_Y", B, ["versioned"]),
+        (f"{B}.5_2", B, ["versioned"]),
+        (f"{B}.5_2_PAR_Y", B, ["versioned"]),
+        (f"{B}.5_PAR_Y_2", B, ["versioned"]),
+        (f"{B}-1", B, ["versioned"]),
+        (f"{B.lower()}.5_2", B, ["recased", "versioned"]),
+        (f"BETA_{B}.3_1", B, ["versioned"]),
         (f"BETA_{B}.3", B, ["versioned"]),
         (f"HLA-A_X_{B}", B, ["versioned"]),
         ("ENSG00000000099", A, ["aliased"]),
@@ -49,6 +55,8 @@ def mapped(ids, vocabulary=VOCABULARY):
         ("", None, ["dropped"]),
         (None, None, ["dropped"]),
         (float("nan"), None, ["dropped"]),
+        ("nan", None, ["dropped"]),
+        ("<NA>", None, ["dropped"]),
         (17, None, ["dropped"]),
         ("βeta-Ångström", None, ["dropped"]),
         ("x" * 500, None, ["dropped"]),
@@ -159,6 +167,71 @@ def test_versioned_ids_of_a_real_file(shared_dir):
     assert from_column[0] == from_name[0]
     assert from_column[1].report.versioned == from_column[1].report.matched == 6155
     assert official_targets(by_column.gene_ids(), vocabulary) == [None] * 7947
+
+
+@pytest.mark.parametrize("spelled", ["nan", "NaN", "NA", "Na", " NA ", "NAT", b"NA"])
+def test_words_for_missing_ids_are_no_genes(shared_dir, spelled):
+    """V2 knows NAN, NA and NAT as old symbols, and a quarter of a column would become one gene."""
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    ids = [*list(vocabulary.token_ids)[:525], *[spelled] * 175]
+    targets, gene_map = mapped(ids, vocabulary)
+    assert targets == [*ids[:525], *[None] * 175]
+    assert (gene_map.report.missing, gene_map.report.dropped, gene_map.report.matched) == (175, 175, 525)
+    assert "missing: 175 (of these have no id" in str(gene_map.report)
+
+
+def test_other_words_for_missing_ids():
+    written = ["", "None", "<NA>", "N/A", "null", "-", "nan-1", "NA.2", None, float("nan")]
+    vocabulary = Vocabulary.from_medians({A: 1.0, B: 2.0}, aliases={str(word).upper(): A for word in written})
+    targets, gene_map = mapped([B, *written], vocabulary)
+    assert targets == [B, *[None] * len(written)]
+    assert gene_map.report.missing == len(written)
+
+
+@pytest.mark.parametrize(
+    ("others", "n_nan", "expected"),
+    [
+        (["ALPHA", "BETA", "GAMMA"], 1, "ENSG00000000044"),  # among unique symbols it is the symbol
+        (["ALPHA", "BETA", "GAMMA"], 2, None),
+        (["ALPHA", "BETA", "BETA"], 1, None),  # these symbols are not unique
+        ([A, B, C], 1, None),  # among Ensembl ids it is none
+    ],
+)
+def test_a_single_symbol_that_is_spelled_like_a_missing_value(others, n_nan, expected):
+    vocabulary = Vocabulary.from_medians(
+        {A: 1.0, B: 2.0, C: 3.0, D: 4.0}, aliases={"ALPHA": A, "BETA": B, "GAMMA": C, "NAN": D}
+    )
+    targets, gene_map = mapped([*others, *["NAN"] * n_nan], vocabulary)
+    assert targets[-1] == expected
+    assert gene_map.report.missing == (0 if expected else n_nan)
+
+
+def test_ensembl_ids_of_which_most_match_nothing(shared_dir):
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    genes = list(vocabulary.token_ids)[:1000]
+    strange = [f"gene:{gene}/x" for gene in genes]
+    for n_strange in (600, 900, 1000):
+        ids = [*strange[:n_strange], *genes[n_strange:]]
+        with pytest.raises(InputError, match=f"{1000 - n_strange} of 1000 gene ids match.*'gene:ENSG") as caught:
+            map_genes(ids, vocabulary, source_name="cells.h5ad")
+        assert ("--allow-few-genes (allow_few_genes=True)" in str(caught.value)) == (n_strange < 1000)
+        if n_strange < 1000:
+            report = map_genes(ids, vocabulary, source_name="cells.h5ad", allow_few_genes=True).report
+            assert (report.matched, report.dropped) == (1000 - n_strange, n_strange)
+    with pytest.raises(InputError, match="0 of 1000"):
+        map_genes(strange, vocabulary, source_name="cells.h5ad", allow_few_genes=True)
+    assert map_genes([*strange[:400], *genes[400:]], vocabulary, source_name="cells.h5ad").report.matched == 600
+
+
+def test_ids_that_the_mapping_knows_or_a_whole_annotation_are_no_few_genes(shared_dir):
+    """Most genes of an annotation have no token: what V2's mapping knows, and files with all genes of V1, go on."""
+    v2 = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    without_token = [alias for alias, gene in v2.aliases.items() if gene not in v2.token_ids and alias[:4] == "ENSG"]
+    ids = [*list(v2.token_ids)[:500], *without_token[:2000]]
+    assert map_genes(ids, v2, source_name="cells.h5ad").report.known_without_token == 2000
+    v1 = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v1")
+    ids = [*list(v1.token_ids)[: len(v1.token_ids) * 3 // 4], *(f"ENSG{i:011d}" for i in range(40_000))]
+    assert 2 * map_genes(ids, v1, source_name="cells.h5ad").report.matched < len(ids)
 
 
 def test_sixty_thousand_columns_take_no_time(shared_dir):

@@ -27,12 +27,15 @@ class CountBlock:
         int32 [n_entries], columns as stored, not necessarily sorted, never twice within a cell.
     data
         [n_entries] in the source's `value_dtype`. Stored zeros of sparse files are kept.
+    is_view
+        Whether the arrays belong to a matrix in memory, so that nobody may write to them.
     """
 
     start: int
     indptr: np.ndarray
     indices: np.ndarray
     data: np.ndarray
+    is_view: bool = False
     _buffers: tuple[np.ndarray, ...] = field(default=(), repr=False)
     _pool: BufferPool | None = field(default=None, repr=False)
 

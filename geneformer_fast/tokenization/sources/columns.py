@@ -33,6 +33,8 @@ class ColumnSubset:
             ):
                 raise ValueError(f"column indices outside 0..{len(self._new_column) - 1}; the matrix is corrupt")
             indptr = block.indptr.copy()
+            if block.is_view:  # of a matrix in memory, which belongs to somebody else
+                block.indices, block.data, block.is_view = block.indices.copy(), block.data.copy(), False
             kept = loops.keep_columns(indptr, block.indices, block.data, self._new_column)
             block.indptr, block.indices, block.data = indptr, block.indices[:kept], block.data[:kept]
             yield block

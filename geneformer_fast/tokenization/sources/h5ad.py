@@ -10,7 +10,7 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table
 from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
 from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
+from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts, modalities_message
 from geneformer_fast.tokenization.sources.source import CountSource
 from geneformer_fast.tokenization.sources.vectors import hdf5_vector
 
@@ -57,6 +57,8 @@ def open_anndata_store(
 ) -> CountSource:
     """Open anything laid out as AnnData writes it, HDF5 or zarr."""
     with reading(name, "the list of matrices"):
+        if "mod" in root and "X" not in root:
+            raise InputError(modalities_message(name, root["mod"]))
         nodes: dict[str, Any] = {}
         if "X" in root:
             nodes["X"] = member(root, "X")

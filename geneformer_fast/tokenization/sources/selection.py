@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,3 +141,15 @@ def _row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
 def shown(values: np.ndarray) -> str:
     """The first few values, for a message."""
     return ", ".join(f"{value:.6g}" for value in values[:_SHOWN].tolist())
+
+
+def modalities_message(name: str, modalities: Iterable[str]) -> str:
+    """How to take one modality of a MuData file."""
+    names = sorted(modalities)
+    first = next(
+        (key for key in names if key.lower() in ("rna", "gex", "gene expression")), names[0] if names else "rna"
+    )
+    return (
+        f"{name}: is a MuData file of several modalities ({', '.join(names) or 'none'}). Take the one with counts of "
+        f"genes: mudata.read_h5mu({name!r}).mod[{first!r}].write_h5ad('{first}.h5ad')"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.identifiers import is_ensembl_gene
 from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
+from geneformer_fast.tokenization.sources.features import gene_expression
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import CHOSEN_BY, shown
 from geneformer_fast.tokenization.sources.table import Table, as_text, text_array
@@ -19,8 +22,12 @@ from geneformer_fast.tokenization.sources.table import Table, as_text, text_arra
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Where gene ids are looked for, best first; then the row names of var.
+# Where gene ids are looked for, best first; then other spellings, then the row names of var.
 GENE_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl")
+# Names that loom, R and others give the same column, as letters and digits; believed only where they hold Ensembl ids.
+_OTHER_GENE_COLUMNS = re.compile(
+    r"(?:ensembl|ensemblgene|gene|feature)?(?:ids?|accessions?)|ensembl|ensemblgenes?|ensg|geneensembl|genestableids?"
+)
 #: What the row names of obs are called, as in scanpy; ``tokenize`` carries them along.
 OBS_NAMES = "obs_names"
 # These mean the row names where no column is called so; anndata itself stores them as ``_index``.
@@ -40,7 +47,9 @@ class CountSource:
     kind
         ``"h5ad"``, ``"zarr"``, ``"10x_h5"``, ``"10x_mtx"``, ``"loom"`` or ``"anndata"``.
     n_cells, n_genes
-        Shape of the chosen matrix.
+        Shape of the chosen matrix, without features that are no gene expression.
+    left_out
+        Those features: their type to how many there are.
     counts_from
         Which matrix was chosen: ``"X"``, ``"raw/X"``, ``"layers/NAME"``.
     value_dtype
@@ -68,6 +77,8 @@ class CountSource:
     ) -> None:
         self.name = name
         self.kind = kind
+        with reading(name, counts_from):
+            matrix, var, self.left_out = gene_expression(name, matrix, var, is_typed=kind.startswith("10x"))
         self.n_cells, self.n_genes = matrix.shape
         self.counts_from = counts_from
         self.value_dtype = matrix.value_dtype
@@ -109,7 +120,23 @@ class CountSource:
                     f"{', '.join(self._var.columns) or 'none'} (and var_names)"
                 )
             return asked
-        return next((column for column in GENE_COLUMNS if column in self._var.columns), "var_names")
+        named = next((column for column in GENE_COLUMNS if column in self._var.columns), None)
+        return named or self._other_gene_column() or "var_names"
+
+    def _other_gene_column(self) -> str | None:
+        """A column of Ensembl ids under a name of another tool's, where the row names are none."""
+        plain = {column: re.sub(r"[^a-z0-9]", "", column.lower()) for column in self._var.columns}
+        columns = [column for column, name in plain.items() if _OTHER_GENE_COLUMNS.fullmatch(name)]
+        if not columns or _are_ensembl_ids(self._var.index()):
+            return None
+        for column in columns:
+            try:
+                ids = as_text(self._var.read(column))
+            except InputError:
+                continue  # a column nobody asked for
+            if _are_ensembl_ids(ids):
+                return column
+        return None
 
     def gene_ids(self) -> np.ndarray:
         """Gene ids as written, an object array of strings; see `gene_ids_from`."""
@@ -283,3 +310,7 @@ class CountSource:
                 newest = max(newest, status.st_mtime_ns)
                 digest.update(f"{part} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return {"path": self.name, "bytes": total, "mtime_ns": newest, "sha256": digest.hexdigest()}
+
+
+def _are_ensembl_ids(ids: np.ndarray) -> bool:
+    return 2 * sum(map(is_ensembl_gene, ids.tolist())) > len(ids)

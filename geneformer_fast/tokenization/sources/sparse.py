@@ -84,7 +84,7 @@ class CsrMatrix:
         indices = raw[0][: n * self._indices.dtype.itemsize].view(self._indices.dtype)
         data = raw[1][: n * self._data.dtype.itemsize].view(self._data.dtype)
         jobs = [*self._indices.jobs(low, indices), *self._data.jobs(low, data)]
-        block = CountBlock(first, self._indptr[first : end + 1] - low, indices, data, raw, pool)
+        block = CountBlock(first, self._indptr[first : end + 1] - low, indices, data, False, raw, pool)
         return block, [executor.submit(job) for job in jobs]
 
     def _finish(self, block: CountBlock, futures: list[Future[None]]) -> CountBlock:
@@ -130,4 +130,4 @@ class MemoryCsr:
         for first, end in cut_rows(self._indptr, start, stop, rows):
             low, high = self._indptr[first], self._indptr[end]
             data = self._data[low:high].astype(self.value_dtype, copy=False)
-            yield CountBlock(first, self._indptr[first : end + 1] - low, self._indices[low:high], data)
+            yield CountBlock(first, self._indptr[first : end + 1] - low, self._indices[low:high], data, is_view=True)

@@ -77,10 +77,24 @@ class Table:
             raise InputError(f"{self.name}: has {len(values)} row names for {self.n_rows} rows")
         return values
 
+    def subset(self, keep: np.ndarray) -> Table:
+        """The rows where `keep` is True."""
+
+        def chosen(values: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
+            if isinstance(values, np.ndarray):
+                return values[keep]
+            from geneformer_fast.tokenization.sources.arrays import number_array
+
+            return values.filter(number_array(keep))
+
+        readers = {column: lambda column=column: chosen(self.read(column)) for column in self._columns}  # type: ignore[misc]
+        index = None if self._index is None else lambda: chosen(self.stored_index())  # type: ignore[arg-type]
+        return Table(self.name, int(np.count_nonzero(keep)), readers, index)
+
 
 def as_text(values: Any) -> np.ndarray:
     """Any column as an object array of strings; missing values become empty strings."""
-    from geneformer_fast.tokenization.genes import id_text
+    from geneformer_fast.tokenization.identifiers import id_text
 
     listed = values.to_pylist() if hasattr(values, "to_pylist") else values
     out = np.empty(len(listed), dtype=object)

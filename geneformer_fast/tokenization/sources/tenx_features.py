@@ -1,4 +1,4 @@
-"""Which features of a 10x matrix are genes, and of which genome."""
+"""Which features of a 10x matrix belong to which genome."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import numpy as np
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountMatrix
 from geneformer_fast.tokenization.sources.columns import ColumnSubset
+from geneformer_fast.tokenization.sources.features import is_expression
 from geneformer_fast.tokenization.sources.selection import CHOSEN_BY
 from geneformer_fast.tokenization.sources.table import Table
-
-GENE_EXPRESSION = "Gene Expression"
 
 
 def gene_features(
     name: str, matrix: CountMatrix, features: dict[str, np.ndarray], genome: str | None
 ) -> tuple[CountMatrix, Table]:
-    """Keep the features that are genes of one genome.
+    """Keep the genes of one genome; what is no gene stays for `features.gene_expression` to leave out.
 
     Parameters
     ----------
@@ -32,23 +31,19 @@ def gene_features(
     Raises
     ------
     InputError
-        Several genomes and none chosen, an unknown genome, or no gene expression in the file.
+        Several genomes and none chosen, or an unknown genome.
     """
     keep = np.ones(matrix.shape[1], dtype=bool)
     for column, values in features.items():
         if len(values) != matrix.shape[1]:
             raise InputError(f"{name}: {len(values)} {column} for a matrix with {matrix.shape[1]} features")
-    types = features.get("feature_types")
-    if types is not None:
-        keep = types == GENE_EXPRESSION
-        if len(keep) and not keep.any():
-            raise InputError(f"{name}: no feature is {GENE_EXPRESSION!r}; there are {', '.join(sorted(set(types)))}")
+    is_gene = is_expression(features["feature_types"].tolist()) if "feature_types" in features else None
     genomes = features.get("genome")
     if genomes is not None:
-        present = sorted(set(genomes[keep]) - {""})
+        present = sorted(set(genomes if is_gene is None else genomes[is_gene]) - {""})
         chosen = choose_genome(name, present, genome)
         if len(present) > 1:
-            keep &= genomes == chosen
+            keep = genomes == chosen if is_gene is None else (genomes == chosen) | ~is_gene
             prefix = f"{chosen}_"
             ids = [text.removeprefix(prefix) for text in features["gene_ids"]]
             features = {**features, "gene_ids": np.array(ids, dtype=object)}
