@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from geneformer_fast.cli.tokenize import add_inputs
+from geneformer_fast.cli.tokenize import add_inputs, count_options
 
 NAME = "medians"
 HELP = "compute corpus medians and make a vocabulary of them, for an own corpus or species"
@@ -36,11 +36,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         mapping=Vocabulary.from_folder(args.mapping, args.mapping_preset) if args.mapping else None,
         layer=args.layer,
-        gene_column=args.gene_column,
-        allow_float=args.allow_float,
-        allow_duplicate_cells=args.allow_duplicate_cells,
-        n_counts=args.n_counts,
-        filter_pass=not args.no_filter_pass,
+        **count_options(args),
         min_cells=args.min_cells,
         workers=args.workers,
         overwrite=args.overwrite,

@@ -21,11 +21,19 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is read and how; ``medians`` has them too."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs; taken in sorted order")
     parser.add_argument("--layer", help="layer with the counts (default: raw.X where it holds counts, else X)")
+    add_count_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def add_count_options(parser: argparse.ArgumentParser) -> None:
+    """How counts are read: the arguments of every command that reads them; see ``count_options``."""
     parser.add_argument(
         "--gene-column", metavar="NAME", help="column of var with gene ids; var_names for its row names"
     )
     parser.add_argument("--allow-float", action="store_true", help="let TPM-like values that are no integers pass")
     parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
+    parser.add_argument("--allow-few-genes", action="store_true", help="go on where most gene ids match nothing")
     parser.add_argument(
         "--n-counts",
         default="auto",
@@ -33,8 +41,18 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="total counts per cell: an obs column, 'computed', or 'auto' (n_counts where obs has it; the default)",
     )
     parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def count_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of ``add_count_options`` as arguments of the functions behind the commands."""
+    return {
+        "gene_column": args.gene_column,
+        "allow_float": args.allow_float,
+        "allow_duplicate_cells": args.allow_duplicate_cells,
+        "allow_few_genes": args.allow_few_genes,
+        "n_counts": args.n_counts,
+        "filter_pass": not args.no_filter_pass,
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW=OLD",
         help="carry an obs column along; --obs cell_type=celltype. The names of cells always are, as obs_names, or "
         "--obs barcode=obs_names",
+    )
+    parser.add_argument(
+        "--max-len", type=int, metavar="N", help="most tokens per cell, CLS and EOS included (default: the model's)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="ranking threads (default: all cores)")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished folder")
@@ -82,12 +103,9 @@ def run(args: argparse.Namespace) -> int:
             dictionary=args.dictionary,
             preset=args.preset,
             layer=args.layer,
-            gene_column=args.gene_column,
-            allow_float=args.allow_float,
-            allow_duplicate_cells=args.allow_duplicate_cells,
             obs=carried_columns(args.obs),
-            n_counts=args.n_counts,
-            filter_pass=not args.no_filter_pass,
+            max_len=args.max_len,
+            **count_options(args),
             workers=args.workers,
             resume=args.resume,
             overwrite=args.overwrite,
@@ -112,8 +130,8 @@ def summary(tokens: TokenFolder) -> str:
     content = tokens.manifest
     assert content is not None
     lines = []
-    for entry in content["inputs"][:_MOST_SHOWN]:
-        lines += _gene_lines(entry)
+    for entry, tally in zip(content["inputs"][:_MOST_SHOWN], content["cells"], strict=False):
+        lines += _gene_lines(entry) + _totals_line(entry, tally)
     if len(content["inputs"]) > _MOST_SHOWN:
         lines.append(f"... {len(content['inputs']) - _MOST_SHOWN} more inputs, see manifest.json")
     cells = content["cells"]
@@ -138,6 +156,13 @@ def summary(tokens: TokenFolder) -> str:
     return "\n".join(lines)
 
 
+def _totals_line(entry: dict[str, Any], tally: dict[str, Any]) -> list[str]:
+    from geneformer_fast.tokenization.doubts import about_totals
+
+    message = about_totals(entry["path"], entry["n_counts_from"], tally)
+    return [] if message is None else [f"  warning: {message}"]
+
+
 def _gene_lines(entry: dict[str, Any]) -> list[str]:
     from geneformer_fast.tokenization.genes import GeneReport
 
@@ -145,6 +170,10 @@ def _gene_lines(entry: dict[str, Any]) -> list[str]:
         f"  counts from {entry['counts_from']}, gene ids from {entry['gene_ids_from']}, totals {entry['n_counts_from']}"
     )
     lines = [str(GeneReport(**entry["genes"])), origin]
+    if entry["left_out"]:
+        said = ", ".join(f"{count:,} {kind}" for kind, count in entry["left_out"].items())
+        lines.append(f"  left out, since only gene expression counts: {said}")
+    lines += [f"  warning: {message}" for message in entry["warnings"]]
     if entry["is_dense"]:
         note = ", whose columns of one gene the official tokenizer cannot sum" if entry["genes"]["collapsed"] else ""
         lines.append(f"  stored densely{note}: scores are divisions, as the official tokenizer computes them there")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.doubts import CellNames, about_genes, warn
 from geneformer_fast.tokenization.genes import GeneMap, map_genes
 from geneformer_fast.tokenization.manifest import OWN_COLUMNS
 from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
@@ -45,21 +46,27 @@ class ReadOptions:
     ----------
     layer, gene_column, allow_float, allow_duplicate_cells
         As in ``open_source``.
+    allow_few_genes
+        As in ``map_genes``.
     carried
         Name of a column in obs -> name in the token folder.
     n_counts
         ``"auto"``: the obs column n_counts where there is one, else computed; ``"computed"``; or another obs column.
     use_filter_pass
         Whether to leave out cells whose obs column filter_pass is there and not 1.
+    max_len
+        Longest token list of a cell, special tokens included; None is the vocabulary's.
     """
 
     layer: str | None = None
     gene_column: str | None = None
     allow_float: bool = False
     allow_duplicate_cells: bool = False
+    allow_few_genes: bool = False
     carried: Mapping[str, str] = field(default_factory=dict)
     n_counts: str = "auto"
     use_filter_pass: bool = True
+    max_len: int | None = None
 
     def __post_init__(self) -> None:
         names = list(self.carried.values())
@@ -78,10 +85,12 @@ class ReadOptions:
             "gene_column": self.gene_column,
             "allow_float": self.allow_float,
             "allow_duplicate_cells": self.allow_duplicate_cells,
+            "allow_few_genes": self.allow_few_genes,
             # A list: the order of the columns is part of the result, and JSON objects have none.
             "obs": [[old, new] for old, new in self.carried.items()],
             "n_counts": self.n_counts,
             "filter_pass": self.use_filter_pass,
+            "max_len": self.max_len,
         }
 
     def open(self, data: Any, *, is_checked: bool = False) -> CountSource:
@@ -161,11 +170,15 @@ def prepare(
     """
     prepared: list[PreparedInput] = []
     known: dict[bytes, tuple[GeneMap, Columns]] = {}
+    names = CellNames()
+    inputs = list(inputs)
     try:
         for data in inputs:
             source = options.open(data)
             try:
                 entry = _prepare_one(data, source, vocabulary, options, known, is_resumable)
+                if len(inputs) > 1 and not options.allow_duplicate_cells:
+                    names.add(source)
             except BaseException:
                 source.close()
                 raise
@@ -176,6 +189,11 @@ def prepare(
     except BaseException:
         close_all(prepared)
         raise
+    repeated = names.messages()
+    for entry in prepared:
+        if entry.name in repeated:
+            entry.description["warnings"].append(repeated[entry.name])
+            warn(repeated[entry.name])
     return prepared
 
 
@@ -200,12 +218,15 @@ def _prepare_one(
     ids = source.gene_ids()
     # Files of one study mostly list the same genes: they are looked up once.
     key = sha256("\n".join(ids.tolist()).encode("utf-8", "surrogatepass")).digest()
+    doubt = about_genes(source, vocabulary)
     if key in known:
         gene_map, columns = known[key]
     else:
-        gene_map = map_genes(ids, vocabulary, source_name=source.name)
+        gene_map = map_genes(ids, vocabulary, source_name=source.name, allow_few_genes=options.allow_few_genes)
         columns = prepare_columns(gene_map.column_to_gene, gene_map.token_ids, gene_map.medians)
         known[key] = gene_map, columns
+        if doubt is not None:
+            warn(doubt)
     carried_types = {new: _arrow_type(source, old) for old, new in options.carried.items()}
     n_counts_column = _n_counts_column(source, vocabulary, options)
     has_filter = options.use_filter_pass and "filter_pass" in source.obs_columns
@@ -222,7 +243,9 @@ def _prepare_one(
         "n_counts_dtype": None if n_counts_column is None else _dtype_name(source.obs(n_counts_column)),
         "filter_pass": has_filter,
         **(_obs_digest(source, options, n_counts_column, has_filter) if is_resumable else {}),
+        "left_out": source.left_out,
         "genes": {**gene_map.report.to_dict(), "source": source.name},
+        "warnings": [] if doubt is None else [doubt],
     }
     return PreparedInput(
         data=data,

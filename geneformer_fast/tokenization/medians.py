@@ -12,6 +12,7 @@ import numpy as np
 from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
 from geneformer_fast.tokenization.identifiers import id_text, is_missing, without_version
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
@@ -40,6 +41,7 @@ def medians(
     gene_column: str | None = None,
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
+    allow_few_genes: bool = False,
     n_counts: str = "auto",
     filter_pass: bool = True,
     min_cells: int = 1,
@@ -65,7 +67,7 @@ def medians(
     mapping
         A vocabulary whose aliases turn the ids of the files into gene ids, and to whose genes the result is
         restricted. Without one, ids are taken as they are, less the version of an Ensembl id.
-    layer, gene_column, allow_float, allow_duplicate_cells, n_counts, filter_pass, workers, progress
+    layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts, filter_pass, workers, progress
         As in ``tokenize``.
     min_cells
         Leave out genes found in fewer cells.
@@ -100,6 +102,7 @@ def medians(
         gene_column=gene_column,
         allow_float=allow_float,
         allow_duplicate_cells=allow_duplicate_cells,
+        allow_few_genes=allow_few_genes,
         n_counts=n_counts,
         use_filter_pass=filter_pass,
     )
@@ -158,6 +161,7 @@ def _search(
     from tqdm import tqdm
 
     genes_of = [_gene_tables(entry) for entry in prepared]
+    tallies: dict[int, dict[str, int]] = {}
 
     def work(task: reading.Task) -> tuple[int, np.ndarray, np.ndarray]:
         block = task.block
@@ -167,6 +171,8 @@ def _search(
             block.indptr, block.indices, block.data, totals, is_wanted, *genes_of[task.source], known.n_tokens
         )
         n_cells = block.n_cells
+        if not block.start:
+            tallies[task.source] = totals_tally(task)
         block.release()
         return n_cells, *found
 
@@ -185,6 +191,11 @@ def _search(
             finally:
                 results.close()
         search.end_pass()
+    for source, tally in sorted(tallies.items()):
+        message = about_totals(prepared[source].name, prepared[source].n_counts_column, tally)
+        if message is not None:
+            prepared[source].description["warnings"].append(message)
+            warn(message)
     return n_passes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,12 +14,12 @@ import geneformer_fast
 from geneformer_fast.errors import InputError, OutputError, VocabularyError
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens, record_batch, token_schema
+from geneformer_fast.tokenization.doubts import about_totals, warn
 from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
+from geneformer_fast.tokenization.ranking import Ranked, rank
 from geneformer_fast.tokenization.sources import expand_inputs
-from geneformer_fast.tokenization.sources.arrays import number_array
-from geneformer_fast.tokenization.tally import NAMED_ROWS, add_tally, empty_tally, nothing_left
-from geneformer_fast.tokenization.totals import cell_totals
+from geneformer_fast.tokenization.tally import add_tally, empty_tally, nothing_left
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Cells per block of reading, ranking and writing, and so per Arrow record batch.
 BLOCK_ROWS = 1024
+# CLS, a gene, EOS.
+_SHORTEST = 3
 
 
 class TokenizedCells(NamedTuple):
@@ -49,19 +50,6 @@ class TokenizedCells(NamedTuple):
     kept_rows: np.ndarray
 
 
-@dataclass
-class _Ranked:
-    """The result of one block."""
-
-    source: int
-    next_row: int
-    values: np.ndarray
-    lengths: np.ndarray
-    rows: np.ndarray
-    tally: dict[str, Any]
-    carried: dict[str, pa.Array]
-
-
 def tokenize(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
@@ -73,9 +61,11 @@ def tokenize(
     gene_column: str | None = None,
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
+    allow_few_genes: bool = False,
     obs: Mapping[str, str] | Sequence[str] | None = None,
     n_counts: str = "auto",
     filter_pass: bool = True,
+    max_len: int | None = None,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -87,14 +77,16 @@ def tokenize(
     Parameters
     ----------
     data
-        An AnnData, or files, folders and globs of .h5ad, .zarr, 10x .h5, 10x matrix folders and .loom; several are
-        taken in sorted order.
+        An AnnData, or files, folders and globs of .h5ad, .zarr, 10x .h5, matrix folders and .mtx files, and .loom;
+        several are taken in sorted order.
     out
         Folder to write. Without one, an AnnData's tokens are returned.
     vocabulary, dictionary, preset
         The vocabulary, or the folder of dictionaries to read it from and which one (``"v1"``, ``"v2"``, ``"bionemo"``).
     layer, gene_column, allow_float, allow_duplicate_cells
         Which matrix, which column of var holds gene ids, whether TPM-like values and equal cell names pass.
+    allow_few_genes
+        Go on where next to no gene ids match the vocabulary, or fewer than half of ids that look like Ensembl genes.
     obs
         Columns of obs to carry along: names, or ``{name in obs: name in the result}``. The names of cells (barcodes)
         always are, as ``obs_names``, or as ``{"obs_names": name in the result}`` says; ``index`` means them too, where
@@ -104,6 +96,8 @@ def tokenize(
         or the name of an obs column.
     filter_pass
         Leave out cells whose obs column filter_pass exists and is not 1.
+    max_len
+        Longest token list of a cell, special tokens included; None is the vocabulary's, and no other is longer.
     workers
         Ranking threads; None takes all cores. The result does not depend on it.
     resume, overwrite
@@ -140,6 +134,8 @@ def tokenize(
         carried={} if out is None else reading.carried_columns(obs),
         n_counts=n_counts,
         use_filter_pass=filter_pass,
+        allow_few_genes=allow_few_genes,
+        max_len=_checked_max_len(max_len, vocabulary),
     )
     workers = _checked_workers(workers)
     is_object = hasattr(data, "obs_names")
@@ -170,8 +166,8 @@ def tokenize_anndata(
     workers
         Ranking threads; None takes all cores.
     options
-        ``layer``, ``gene_column``, ``allow_float``, ``allow_duplicate_cells``, ``n_counts``, ``filter_pass`` as in
-        :func:`tokenize`.
+        ``layer``, ``gene_column``, ``allow_float``, ``allow_duplicate_cells``, ``allow_few_genes``, ``n_counts``,
+        ``filter_pass``, ``max_len`` as in :func:`tokenize`.
 
     Raises
     ------
@@ -215,6 +211,17 @@ def _checked_workers(workers: int | None) -> int:
     if workers < 1:
         raise InputError(f"workers must be at least 1, not {workers}")
     return workers
+
+
+def _checked_max_len(max_len: int | None, vocabulary: Vocabulary) -> int | None:
+    if max_len is None:
+        return None
+    if type(max_len) is not int or not _SHORTEST <= max_len <= vocabulary.max_len:
+        raise InputError(
+            f"max_len (--max-len) must be a whole number from {_SHORTEST} to {vocabulary.max_len:,}, the length of "
+            f"vocabulary {vocabulary.name!r}, not {max_len!r}"
+        )
+    return max_len
 
 
 def _plan(
@@ -278,6 +285,7 @@ def _write(
     try:
         for block, batch in ranked:
             add_tally(cells[block.source], block.tally)
+            _warn_of_totals(prepared[block.source], block.tally)
             output.write(batch, source=block.source, row=block.next_row, cells=cells)
             bar.update(block.tally["read"])
         if not output.n_cells:
@@ -288,6 +296,12 @@ def _write(
         bar.close()
 
 
+def _warn_of_totals(entry: reading.PreparedInput, tally: Mapping[str, Any]) -> None:
+    message = about_totals(entry.name, entry.n_counts_column, tally)
+    if message is not None:
+        warn(message)
+
+
 def _ranked_blocks(
     prepared: list[reading.PreparedInput],
     vocabulary: Vocabulary,
@@ -296,11 +310,11 @@ def _ranked_blocks(
     workers: int,
     start: tuple[int, int] = (0, 0),
     schema: pa.Schema | None = None,
-) -> Generator[tuple[_Ranked, pa.RecordBatch | None]]:
+) -> Generator[tuple[Ranked, pa.RecordBatch | None]]:
     """Every block of cells from a position on, ranked, in order; as a record batch where there is a schema."""
 
-    def work(task: reading.Task) -> tuple[_Ranked, pa.RecordBatch | None]:
-        block = _rank(task, vocabulary)
+    def work(task: reading.Task) -> tuple[Ranked, pa.RecordBatch | None]:
+        block = rank(task, vocabulary, options.max_len or vocabulary.max_len)
         if schema is None or not len(block.lengths):
             return block, None
         columns = {
@@ -314,53 +328,6 @@ def _ranked_blocks(
     source, row = start
     tasks = reading.tasks(prepared, options, types, source=source, row=row, rows=BLOCK_ROWS)
     return ordered_map(work, tasks, workers=workers)
-
-
-def _rank(task: reading.Task, vocabulary: Vocabulary) -> _Ranked:
-    """Rank one block and leave out cells that are filtered or have no tokens."""
-    from geneformer_kernels.ops.rank_genes.host import rank_block
-
-    block, entry = task.block, task.prepared
-    n_counts = cell_totals(task, vocabulary)
-    specials = {
-        "first": -1 if vocabulary.cls_id is None else vocabulary.cls_id,
-        "last": -1 if vocabulary.eos_id is None else vocabulary.eos_id,
-    }
-    values, lengths = rank_block(
-        block.indptr,
-        block.indices,
-        block.data,
-        n_counts,
-        entry.columns,
-        is_division=bool(entry.description["is_dense"]),
-        keep=vocabulary.gene_capacity,
-        out_dtype=vocabulary.input_ids_dtype,
-        is_checked=True,  # by the source, while reading
-        **specials,
-    )
-    is_wanted = np.ones(block.n_cells, dtype=bool) if task.is_wanted is None else task.is_wanted
-    is_kept = is_wanted & (lengths > 0)
-    if not is_wanted.all():
-        values = values[np.repeat(is_kept, lengths)]
-    kept = np.flatnonzero(is_kept)
-    empty = np.flatnonzero(is_wanted & (lengths == 0)) + block.start
-    tally = {
-        "read": block.n_cells,
-        "written": len(kept),
-        "filtered": int(block.n_cells - is_wanted.sum()),
-        "empty": len(empty),
-        "empty_rows": empty[:NAMED_ROWS].tolist(),
-        "full": int((lengths[kept] == vocabulary.max_len).sum()),
-        # As integers, which numpy counts five times as fast; the bits of a float zero are zeros.
-        "stored_zeros": int(len(block.data) - np.count_nonzero(block.data.view(f"i{block.data.itemsize}"))),
-    }
-    carried = {
-        name: column.slice(block.start, block.n_cells).take(number_array(kept)) for name, column in task.carried.items()
-    }
-    rows = kept + block.start
-    next_row = block.start + block.n_cells
-    block.release()
-    return _Ranked(task.source, next_row, values, lengths[kept], rows, tally, carried)
 
 
 def _progress_bar(total: int, done: int, progress: bool | None) -> Any:
@@ -381,6 +348,7 @@ def _tokenize_in_memory(
         ranked = _ranked_blocks(prepared, vocabulary, options, {}, workers)
         for block, _ in ranked:
             add_tally(tally, block.tally)
+            _warn_of_totals(prepared[0], block.tally)
             blocks.append(block)
     finally:
         reading.close_all(prepared)

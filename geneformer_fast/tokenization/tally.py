@@ -11,7 +11,8 @@ NAMED_ROWS = 10
 
 def empty_tally(name: str) -> dict[str, Any]:
     """The tally of a source before its first cell."""
-    keys = ("read", "written", "filtered", "empty", "full", "stored_zeros")
+    keys = ["read", "written", "filtered", "empty", "full", "stored_zeros"]
+    keys += ["totals_looked_at", "totals_above", "totals_below"]
     return {"source": name, **dict.fromkeys(keys, 0), "empty_rows": []}
 
 
