@@ -23,6 +23,8 @@ _WHOLE_VOCABULARY = 10_000
 # Barcodes of different samples come from one list of 737,000 or more: a few in a hundred are the same by chance.
 _SHARED_BY_CHANCE = 0.1
 _MOST_HASHES = 8_000_000
+# Of many inputs with one name, each is compared with so many neighbours only: equal inputs stay few pairs.
+_MOST_COMPARED = 8
 # Counts above the total of a cell are of something else; below, genes were removed, of which a few are no matter.
 _ABOVE, _BELOW = 1.01, 0.8
 _FEW_CELLS = 0.1
@@ -71,20 +73,22 @@ class CellNames:
 
     def messages(self) -> dict[str, str]:
         """Name of an input -> what to say about it and an earlier one."""
-        if len(self._inputs) < 2:
+        if len(self._inputs) < 2 or sum(map(len, self._hashes)) < 2:
             return {}
         sizes = [len(kept) for kept in self._hashes]
         hashes = np.concatenate(self._hashes)
         owners = np.repeat(np.arange(len(sizes)), sizes)
         order = np.lexsort((owners, hashes))
         hashes, owners = hashes[order], owners[order]
-        is_same = hashes[1:] == hashes[:-1]
-        # of inputs that share a name only neighbours are compared: thousands of equal inputs stay thousands of pairs
-        pairs = np.stack([owners[:-1][is_same], owners[1:][is_same]])
-        shared, counts = np.unique(pairs, axis=1, return_counts=True)
-        found = {}
-        for (first, second), count in zip(shared.T.tolist(), counts.tolist(), strict=True):
-            share = count / min(sizes[first], sizes[second])
+        pairs = []
+        for apart in range(1, min(_MOST_COMPARED, len(hashes))):
+            is_same = hashes[apart:] == hashes[:-apart]
+            pairs.append(np.stack([owners[:-apart][is_same], owners[apart:][is_same]]))
+        shared, counts = np.unique(np.concatenate(pairs, axis=1), axis=1, return_counts=True)
+        found: dict[str, str] = {}
+        for i in np.argsort(counts).tolist():  # the largest last, which stays
+            first, second = shared[:, i].tolist()
+            share = counts[i] / min(sizes[first], sizes[second])
             if share > _SHARED_BY_CHANCE:
                 found[self._inputs[second]] = (
                     f"{self._inputs[second]} and {self._inputs[first]} share {share:.0%} of the cell names (barcodes) "

@@ -65,7 +65,8 @@ def _inputs_at(path: Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     if is_tenx_folder(path):
-        _warn_of_skipped(path, [path], [entry for entry in entries if _is_input(entry)])
+        others = (entry for entry in entries if entry.name not in ("matrix.mtx", "matrix.mtx.gz"))
+        _warn_of_skipped(path, [path], [entry for entry in others if _is_input(entry)])
         return [path]
     inside = [entry for entry in entries if _is_input(entry)]
     if not inside:
