@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import (
+    attention_cells,
     attention_scores,
     feed_forward,
     feed_forward_layernorm,
@@ -17,6 +18,7 @@ from geneformer_kernels import (
 )
 from geneformer_kernels.dispatch import as_chosen_now
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +29,7 @@ from geneformer_fast.ragged import Ragged
 
 
 class Linear(nn.Linear):
-    """A linear layer by ``geneformer_kernels.linear``, which keeps packed weights for inference on a CPU."""
+    """A linear layer by ``geneformer_kernels.linear``, which multiplies bfloat16 faster on a CPU in inference."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [T, N]."""
@@ -56,33 +58,33 @@ class Block(nn.Module):
         """[T, C] -> queries, keys and values [T, 3, H, D]."""
         return self.qkv(x).view(len(x), 3, self.config.n_heads, self.config.head_dim)
 
-    def attend(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, cells: AttentionCells) -> torch.Tensor:
         """Self-attention of [T, C] within each cell, projected back to [T, C]."""
         config = self.config
         qkv = self.projected(x)
         dropout_p = config.attention_dropout if self.training else 0.0
-        context = varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+        context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
         return self.out(context.reshape(len(x), config.width))
 
     def forward(
         self,
         stream: torch.Tensor,
         x: torch.Tensor,
-        cu_seqlens: torch.Tensor,
+        cells: AttentionCells,
         next_norm: nn.LayerNorm | None,
         is_final: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) -> (stream, x).
 
-        ``next_norm`` is the pre-norm LayerNorm of whatever comes after this block; ``is_final``: it is the encoder's
-        last one, whose result is the stream.
+        ``cells`` are those of this forward pass, the same for every block. ``next_norm`` is the pre-norm LayerNorm of
+        whatever comes after this block; ``is_final``: it is the encoder's last one, whose result is the stream.
         """
         dropout_p = self.config.dropout if self.training else 0.0
         first_norm, second_norm = (
             (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
         )
         second_kind = "post" if is_final else self.config.norm
-        stream, x = add_norm(self.attend(x, cu_seqlens), stream, first_norm, self.config.norm, x.dtype, dropout_p)
+        stream, x = add_norm(self.attend(x, cells), stream, first_norm, self.config.norm, x.dtype, dropout_p)
         weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         activation = self.config.activation
         if second_norm is not None and has_layernorm_inside(x, self.config.ff_width, activation=activation):
@@ -203,8 +205,9 @@ class Encoder(nn.Module):
             A token id or a cell's length is outside the model's tables.
         """
         stream, x = self._embed(tokens)
+        cells = self._cells(tokens, x)
         for index in range(self.config.layer_index(layer)):
-            stream, x = self._step(index, stream, x, tokens.cu_seqlens)
+            stream, x = self._step(index, stream, x, cells)
         return tokens.with_values(stream)
 
     def hidden_states(self, tokens: Ragged) -> list[Ragged]:
@@ -213,9 +216,9 @@ class Encoder(nn.Module):
         The last one has passed the final norm where there is one; those before it have not.
         """
         stream, x = self._embed(tokens)
-        states = [tokens.with_values(stream)]
+        states, cells = [tokens.with_values(stream)], self._cells(tokens, x)
         for index in range(self.config.n_layers):
-            stream, x = self._step(index, stream, x, tokens.cu_seqlens)
+            stream, x = self._step(index, stream, x, cells)
             states.append(tokens.with_values(stream))
         return states
 
@@ -244,10 +247,11 @@ class Encoder(nn.Module):
         if index == 0:
             raise ValueError("the embeddings have no attention: name a layer")
         stream, x = self._embed(tokens)
+        cells = self._cells(tokens, x)
         for before in range(index - 1):
-            stream, x = self._step(before, stream, x, tokens.cu_seqlens)
+            stream, x = self._step(before, stream, x, cells)
         q, k, _ = self._block(index - 1).projected(x).unbind(1)
-        return attention_scores(q, k, cu_seqlens=tokens.cu_seqlens)
+        return attention_scores(q, k, cu_seqlens=cells)
 
     def logits(self, hidden: Ragged, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What the head says about hidden states.
@@ -311,12 +315,20 @@ class Encoder(nn.Module):
             _, x = add_norm(stream, None, self._block(0).attention_norm, "pre", work_dtype)
         return stream, x
 
+    def _cells(self, tokens: Ragged, x: torch.Tensor) -> AttentionCells:
+        """What attention needs to know of the cells: made once per forward pass, so that no change is missed."""
+        config = self.config
+        dropout_p = config.attention_dropout if self.training else 0.0
+        return attention_cells(
+            tokens.cu_seqlens, x, head_dim=config.head_dim, longest=tokens.max_len, dropout_p=dropout_p
+        )
+
     def _step(
-        self, index: int, stream: torch.Tensor, x: torch.Tensor, cu_seqlens: torch.Tensor
+        self, index: int, stream: torch.Tensor, x: torch.Tensor, cells: AttentionCells
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
         is_final = self.config.norm == "pre" and index + 1 == self.config.n_layers and self.final_norm is not None
-        inputs = (stream, x, cu_seqlens, self.final_norm if is_final else self._norm_after(index), is_final)
+        inputs = (stream, x, cells, self.final_norm if is_final else self._norm_after(index), is_final)
         if self.is_recomputing and self.training and torch.is_grad_enabled():
             block: Callable[..., Any] = self._block(index)
             if not torch.compiler.is_compiling():  # a compiled model's choices are made already

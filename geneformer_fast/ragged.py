@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels.ops.varlen_attention.sdpa import remember_longest
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Ragged:
         if int(cu_seqlens[-1]) != len(values):
             raise ValueError(f"lengths add up to {int(cu_seqlens[-1])} but there are {len(values)} values")
         longest = int(counts.max()) if len(counts) else 0
-        return cls(values, _on(values.device, cu_seqlens, longest), longest)
+        return cls(values, cu_seqlens.to(values.device), longest)
 
     @classmethod
     def from_padded(cls, padded: torch.Tensor, mask: torch.Tensor) -> Ragged:
@@ -116,24 +115,12 @@ class Ragged:
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Ragged:
         """The same batch on another device."""
-        cu_seqlens = _on(device, self.cu_seqlens, self.max_len, non_blocking=non_blocking)
-        return replace(self, values=self.values.to(device, non_blocking=non_blocking), cu_seqlens=cu_seqlens)
+        values, cu_seqlens = (x.to(device, non_blocking=non_blocking) for x in (self.values, self.cu_seqlens))
+        return replace(self, values=values, cu_seqlens=cu_seqlens)
 
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
-
-
-def _on(
-    device: str | torch.device, cu_seqlens: torch.Tensor, longest: int, *, non_blocking: bool = False
-) -> torch.Tensor:
-    """Bounds of cells on a device, where attention need not ask it for the longest cell."""
-    # A tensor made in inference mode does not tell when it is changed, so nothing could be remembered of it.
-    with torch.inference_mode(False):
-        moved = cu_seqlens.to(device, non_blocking=non_blocking, copy=cu_seqlens.is_inference())
-    if moved.is_cuda:
-        remember_longest(moved, longest)
-    return moved
 
 
 @dataclass(frozen=True)
@@ -171,9 +158,9 @@ class Padding:
             if n_tokens < n_cells * length:
                 bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
                 index = keep.flatten().nonzero().squeeze(1)
-                return cls(index, _on(device, bounds, length), n_cells, length, bool(has_first))
+                return cls(index, bounds, n_cells, length, bool(has_first))
         bounds = torch.arange(n_cells + 1, dtype=torch.int32, device=device) * length
-        return cls(None, _on(device, bounds, length), n_cells, length, True)
+        return cls(None, bounds, n_cells, length, True)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [T, ...]."""

@@ -93,14 +93,6 @@ def test_a_batch_without_padding_is_not_copied() -> None:
         assert padding.pack(values).data_ptr() == values.data_ptr() == padding.unpack(padding.pack(values)).data_ptr()
 
 
-@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 0], [1, 1, 1]])])
-def test_bounds_tell_when_they_change_also_in_inference(mask: torch.Tensor | None) -> None:
-    """A tensor of inference mode would not, and attention would ask a card for the longest cell in every layer."""
-    with torch.inference_mode():
-        padding = Padding.of(mask, 2, 3, torch.device("cpu"))
-        assert not padding.cu_seqlens.is_inference()
-
-
 def test_gradients_of_packing_and_padding() -> None:
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
     padding = Padding.of(mask, 3, 3, torch.device("cpu"))

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from geneformer_kernels import varlen_attention
-from torch.utils.weak import WeakTensorKeyDictionary
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.ragged import Padding
 
 NAME = "geneformer_fast"
-# Mask -> its version and where its padding is: the same mask comes once for every layer, and the device is asked once.
-_known: Any = WeakTensorKeyDictionary()
+# Attribute of a mask that :func:`_mask` made: where its padding is.
+_PADDING = "_geneformer_fast_padding"
 _told: set[str] = set()
 
 
@@ -63,8 +63,18 @@ def register_attention(name: str = NAME) -> str:
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """AttentionMaskInterface: the mask [B, L] as the user passed it."""
-    return attention_mask
+    """AttentionMaskInterface, called once per forward pass: the mask [B, L] as the user passed it.
+
+    A copy, which every layer is handed and nobody else can change, so that the device is asked once where padding is.
+    """
+    return attention_mask if attention_mask is None or attention_mask.ndim != 2 else _prepared(attention_mask)
+
+
+@torch.compiler.disable
+def _prepared(mask: torch.Tensor) -> torch.Tensor:
+    own = mask.clone()
+    setattr(own, _PADDING, Padding.of(own, own.shape[0], own.shape[1], own.device))
+    return own
 
 
 def packed_attention(
@@ -93,19 +103,17 @@ def packed_attention(
         return context.transpose(1, 2), None
     padding = _padding_of(attention_mask, n_cells, length, query.device)
     q, k, v = (padding.pack(each.transpose(1, 2)) for each in (query, key, value))
-    context = varlen_attention(q, k, v, cu_seqlens=padding.cu_seqlens, scale=scaling, dropout_p=dropout)
+    cells = AttentionCells(padding.cu_seqlens, len(q), length)
+    context = varlen_attention(q, k, v, cu_seqlens=cells, scale=scaling, dropout_p=dropout)
     return padding.unpack(context), None
 
 
 @torch.compiler.disable
 def _padding_of(mask: torch.Tensor | None, n_cells: int, length: int, device: torch.device) -> Padding:
-    if mask is None or mask.is_inference():
-        return Padding.of(mask, n_cells, length, device)
-    known = _known.get(mask)
-    if known is None or known[0] != mask._version:
-        known = mask._version, Padding.of(mask, n_cells, length, device)
-        _known[mask] = known
-    return known[1]
+    known: Padding | None = getattr(mask, _PADDING, None)
+    if known is not None and (known.n_cells, known.length, known.cu_seqlens.device) == (n_cells, length, device):
+        return known
+    return Padding.of(mask, n_cells, length, device)
 
 
 @torch.compiler.disable

@@ -20,6 +20,7 @@ from geneformer_kernels import (
     varlen_attention,
     varlen_attention_qkv,
 )
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert
@@ -33,6 +34,8 @@ class Packed:
     """What every packed call is handed beside its tensors; its presence tells packed calls from stock ones."""
 
     padding: Padding
+    #: The same cells as attention wants them, for all layers of this pass.
+    cells: AttentionCells
     #: Dtype that matrix products read.
     dtype: torch.dtype
     #: Dtype of hidden states in the stock model: what modules that are called expect and what is given back.
@@ -102,7 +105,7 @@ def packed_self_attention(
     n_heads, head_dim = attention.num_attention_heads, attention.attention_head_size
     shape = (len(x), n_heads, head_dim)
     options: dict[str, Any] = dict(
-        cu_seqlens=packed.padding.cu_seqlens, dropout_p=attention.dropout.p if attention.training else 0.0
+        cu_seqlens=packed.cells, dropout_p=attention.dropout.p if attention.training else 0.0
     )
     projections = attention.query, attention.key, attention.value
     has_biases = {projection.bias is None for projection in projections} if is_plain_linear(*projections) else set()
@@ -114,7 +117,7 @@ def packed_self_attention(
     else:
         q, k, v = (projection(x).to(packed.dtype).view(shape) for projection in projections)
         context = varlen_attention(q, k, v, **options)
-        weights = attention_scores(q, k, cu_seqlens=packed.padding.cu_seqlens) if packed.wants_weights else None
+        weights = attention_scores(q, k, cu_seqlens=packed.cells) if packed.wants_weights else None
     return context.reshape(len(x), n_heads * head_dim), weights
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from geneformer_kernels import mlm_cross_entropy, residual_layernorm
+from geneformer_kernels import attention_cells, mlm_cross_entropy, residual_layernorm
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 from transformers.models.bert import modeling_bert
 
@@ -59,7 +60,8 @@ def packed_bert(call: Call) -> Any:
     stream, outer = _embed(bert.embeddings, arguments, padding)
     wants_states = _flag(bert, arguments, "output_hidden_states")
     wants_weights = _flag(bert, arguments, "output_attentions")
-    packed = Packed(padding, _products_dtype(stream, outer), outer, wants_weights, wants_states)
+    dtype = _products_dtype(stream, outer)
+    packed = Packed(padding, _cells(bert, padding, stream, dtype), dtype, outer, wants_weights, wants_states)
     encoded = bert.encoder(stream, packed)
     return _bert_output(call, encoded, packed)
 
@@ -120,6 +122,16 @@ def _embed(embeddings: Any, arguments: dict[str, Any], padding: Padding) -> tupl
     is_raised = rows.device.type == "cuda" and torch.is_autocast_enabled("cuda")
     outer = torch.promote_types(norm.weight.dtype, torch.float32) if is_raised else norm.weight.dtype
     return F.dropout(stream, dropout.p, dropout.training), outer
+
+
+def _cells(bert: Any, padding: Padding, stream: torch.Tensor, dtype: torch.dtype) -> AttentionCells:
+    """The cells of this pass, with what the attention of its layers has in common; a layer may need something else."""
+    config = bert.config
+    dropout_p = config.attention_probs_dropout_prob if bert.training else 0.0
+    head_dim = config.hidden_size // config.num_attention_heads
+    return attention_cells(
+        padding.cu_seqlens, stream, head_dim=head_dim, longest=padding.length, dropout_p=dropout_p, dtype=dtype
+    )
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

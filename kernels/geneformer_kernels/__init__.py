@@ -14,6 +14,7 @@ _HOME = {
     "embed_tokens": "geneformer_kernels.ops.embed_tokens.op",
     "varlen_attention": "geneformer_kernels.ops.varlen_attention.op",
     "varlen_attention_qkv": "geneformer_kernels.ops.varlen_attention.op",
+    "attention_cells": "geneformer_kernels.ops.varlen_attention.op",
     "attention_scores": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "linear": "geneformer_kernels.ops.linear.op",

@@ -119,6 +119,14 @@ def launching_on(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def is_capturing(x: torch.Tensor) -> bool:
+    """Whether what is launched on the device of ``x`` goes into a CUDA graph, whose replays read other values."""
+    if not x.is_cuda:
+        return False
+    with launching_on(x):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def plainly_on(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off: the dtypes of the products are those of the tensors, in the backward pass as in the forward."""
     if torch.is_autocast_enabled(x.device.type):

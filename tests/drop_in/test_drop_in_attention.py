@@ -76,6 +76,18 @@ def test_the_mask_is_looked_at_once_for_all_layers(name: str, tmp_path: Path, mo
         assert not torch.equal(model(**given).last_hidden_state, first)
 
 
+def test_a_mask_changed_where_torch_does_not_count_is_looked_at_again(name: str, tmp_path: Path) -> None:
+    """A mask of booleans is handed on as it is: what was known of it must not outlive the forward pass."""
+    model, stock, given = using(name, "BertModel", tmp_path).eval(), bert("BertModel").eval(), inputs()
+    given["attention_mask"] = given["attention_mask"].bool()
+    with torch.no_grad():
+        model(**given)
+        given["attention_mask"].numpy()[0, 20:] = False
+        keep = given["attention_mask"]
+        ours, expected = model(**given).last_hidden_state, stock(**given).last_hidden_state
+    torch.testing.assert_close(ours[keep], expected[keep], atol=1e-5, rtol=1e-5)
+
+
 def test_masks_of_more_axes_go_to_torch_and_say_so(name: str, tmp_path: Path) -> None:
     attention._told.clear()
     model, stock, given = using(name, "BertModel", tmp_path).eval(), bert("BertModel").eval(), inputs()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from geneformer_kernels import attention_cells
 from process_groups import group_of_one
 from sample_encoders import CONFIGS, SMALL, Batch, batch, config_of, gradients_of, loss_of, relative
 from torch import nn
@@ -87,15 +88,16 @@ def test_inference_waits_for_nothing_and_replays_as_a_graph(name: str, card: tor
 @GPU
 def test_attention_of_a_padded_batch_asks_for_no_length(card: torch.device) -> None:
     """What takes padding out waits once; attention, which torch's kernels tell the longest cell, not again."""
-    from geneformer_kernels.ops.varlen_attention.sdpa import longest_of
-
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], device=card)
     for places in (None, mask):
         for is_inference in (False, True):
             with torch.inference_mode(is_inference):
                 padding = Padding.of(places, 2, 4, card)
                 with no_waiting():
-                    assert longest_of(padding.cu_seqlens, 8) == 4
+                    cells = attention_cells(
+                        padding.cu_seqlens, torch.zeros(8, 16, device=card), head_dim=16, longest=padding.length
+                    )
+                    assert cells.bound() == 4
 
 
 @GPU

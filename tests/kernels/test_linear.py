@@ -1,17 +1,15 @@
-"""linear against float64, and weights packed for the CPU: what is packed is never out of date."""
+"""linear against float64, and by oneDNN in inference: weights are always those of the moment."""
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from geneformer_kernels import feed_forward, linear, packed
-from geneformer_kernels.packed import is_packable, packed_linear
+from geneformer_kernels import feed_forward, linear
+from geneformer_kernels.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.target import target_of
 from tolerance import assert_as_good_as
 
-needs_packing = pytest.mark.skipif(
+needs_onednn = pytest.mark.skipif(
     not (target_of("cpu").has_fast_bf16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this CPU, or this build of torch, has no fast bfloat16 products",
 )
@@ -50,55 +48,63 @@ def test_bad_arguments() -> None:
         linear(x[:, :7], weight, bias)
 
 
-@needs_packing
-@pytest.mark.parametrize("change", ["in place", "data", "another tensor"])
-def test_a_changed_weight_is_noticed(change: str) -> None:
+def by_numpy(weight: torch.Tensor) -> None:
+    # numpy has no bfloat16: the sign of every number is turned around.
+    weight.detach().view(torch.int16).numpy()[:] ^= -(2**15)
+
+
+CHANGES = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.mul_(2),
+    "copied into data": lambda weight: weight.data.copy_(weight.data * 2),
+    "other data": lambda weight: setattr(weight, "data", weight.data * 2),
+    "numpy": by_numpy,
+    "dlpack": lambda weight: torch.from_dlpack(weight.detach().__dlpack__()).mul_(2),
+    "foreach": lambda weight: torch._foreach_mul_([weight.data], 2.0),
+}
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_is_noticed(change: str, is_inference: bool) -> None:
+    """However it is changed: torch counts no version for most of these ways."""
     x, weight, bias = inputs(64, 32, 48, torch.bfloat16)
+    _, down, down_bias = inputs(1, 48, 32, torch.bfloat16)
     weight = torch.nn.Parameter(weight)
-    with torch.inference_mode():
-        before = linear(x, weight, bias)
-    with torch.no_grad():
-        if change == "in place":
-            weight.mul_(2)
-        elif change == "data":
-            weight.data = weight.data * 2
-        else:
-            weight = torch.nn.Parameter(weight * 2)
-    with torch.inference_mode():
-        after = linear(x, weight, bias)
-        torch.testing.assert_close(after, torch.nn.functional.linear(x, weight, bias), atol=0.1, rtol=0.02)
-    assert not torch.allclose(before, after)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        hidden = feed_forward(x, weight, bias, down, down_bias, activation="relu")
+        return linear(x, weight, bias), hidden
+
+    with torch.inference_mode(is_inference), torch.no_grad():
+        before = results()
+        CHANGES[change](weight)
+        after = results()
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(after[0].double(), exact, atol=0.1, rtol=0.02)
+    exact = torch.nn.functional.linear(exact.relu(), down.double(), down_bias.double())
+    torch.testing.assert_close(after[1].double(), exact, atol=0.2, rtol=0.02)
+    for one, other in zip(before, after, strict=True):
+        assert not torch.allclose(one, other, atol=0.2)
 
 
-@needs_packing
-def test_packed_copies_go_with_their_weights() -> None:
+@needs_onednn
+def test_only_inference_is_left_to_onednn() -> None:
     x, weight, bias = inputs(64, 32, 48, torch.bfloat16)
+    assert is_for_onednn(x, weight, bias)
+    assert not is_for_onednn(x, weight.float(), bias)
+    assert not is_for_onednn(x, weight, bias.float())
+    assert not is_for_onednn(x[:0], weight, bias)
+    assert not is_for_onednn(x, torch.nn.Parameter(weight), bias)
     with torch.no_grad():
-        linear(x, weight, bias)
-    before = len(packed._packed)
-    del weight
-    gc.collect()
-    assert len(packed._packed) == before - 1
+        assert is_for_onednn(x, torch.nn.Parameter(weight), bias)
 
 
-@needs_packing
-def test_only_inference_is_packed() -> None:
-    x, weight, bias = inputs(64, 32, 48, torch.bfloat16)
-    assert is_packable(x, weight, bias)
-    assert not is_packable(x, weight.float(), bias)
-    assert not is_packable(x[:0], weight, bias)
-    assert not is_packable(x, torch.nn.Parameter(weight), bias)
-    with torch.no_grad():
-        assert is_packable(x, torch.nn.Parameter(weight), bias)
-    with torch.inference_mode():
-        assert not is_packable(x, weight.clone(), bias)
-
-
-@needs_packing
+@needs_onednn
 def test_relu_is_fused_into_the_product() -> None:
     x, up, up_bias = inputs(100, 32, 64, torch.bfloat16)
     _, down, down_bias = inputs(1, 64, 32, torch.bfloat16)
-    hidden = packed_linear(x, up, up_bias, "relu")
+    hidden = onednn_linear(x, up, up_bias, "relu")
     assert hidden.min() == 0
     assert hidden.max() > 0
     with torch.no_grad():

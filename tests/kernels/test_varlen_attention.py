@@ -134,7 +134,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ImplUnavailableError, match=r"numba.*torch"):
         varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="numba")
     for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=f"takes float16, bfloat16, float32 and float64, not {dtype}"):
+        with pytest.raises(ValueError, match=f"q must be float16, bfloat16, float32 or float64, not {dtype}"):
             varlen_attention(*(q.to(dtype),) * 3, cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match="heads must have elements"):
         varlen_attention(*(q[..., :0],) * 3, cu_seqlens=cu_seqlens)

@@ -86,21 +86,3 @@ def test_nobody_waits_for_the_device() -> None:
     graph.replay()
     for value, other in zip(captured, step(), strict=True):
         assert torch.equal(value, other)
-
-
-@pytest.mark.gpu
-def test_tiles_are_made_once_per_batch_and_again_when_it_changes() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    from geneformer_kernels.ops.varlen_attention.launches import tiles_of
-
-    bounds = torch.tensor([0, 300, 1000], dtype=torch.int32, device="cuda")
-    first = tiles_of(bounds, 1000, 128)
-    assert tiles_of(bounds, 1000, 128) is first
-    assert tiles_of(bounds, 1000, 64) is not first
-    bounds[1] = 700
-    changed = tiles_of(bounds, 1000, 128)
-    assert not torch.equal(changed[: int(changed[0, 0]) + 1], first[: int(first[0, 0]) + 1])
-    with torch.inference_mode():
-        passing = torch.tensor([0, 300, 1000], dtype=torch.int32, device="cuda")
-        assert tiles_of(passing, 1000, 128) is not tiles_of(passing, 1000, 128)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from geneformer_kernels import varlen_attention, varlen_attention_qkv
+from geneformer_kernels import attention_cells, varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import use_impl
 from geneformer_kernels.ops.varlen_attention import library, op, reference, sdpa
-from geneformer_kernels.ops.varlen_attention.launches import lists_of
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, is_for_cudnn
 from geneformer_kernels.target import CARDS
 from tolerance import assert_as_good_as
@@ -187,34 +187,6 @@ def test_full_size(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
             assert_as_good_as(value, witness, truth, factor=3.0 if dtype == torch.float32 else 2.0)
 
 
-def test_the_host_knows_a_common_length_only_where_it_was_told() -> None:
-    bounds = torch.arange(0, 13, 4, dtype=torch.int32)
-    assert sdpa.equal_length(bounds, 12) == 0
-    assert sdpa.longest_of(bounds, 12) == 4
-    assert sdpa.equal_length(bounds, 12) == 0  # asked is not told
-    sdpa.remember_longest(bounds, 4)
-    assert sdpa.equal_length(bounds, 12) == sdpa.longest_of(bounds, 12) == 4
-    bounds[1] += 1  # no longer what was told
-    assert sdpa.equal_length(bounds, 12) == 0
-    assert sdpa.longest_of(bounds, 12) == 5
-    uneven = torch.tensor([0, 4, 7], dtype=torch.int32)
-    sdpa.remember_longest(uneven, 4)
-    assert sdpa.equal_length(uneven, 7) == 0
-    with torch.inference_mode():
-        bounds = torch.arange(0, 13, 4, dtype=torch.int32)
-        sdpa.remember_longest(bounds, 4)
-        assert sdpa.equal_length(bounds, 12) == 0  # it could change without anybody knowing
-
-
-def test_lists_of_tiles_are_those_of_the_cells_as_they_are() -> None:
-    bounds = torch.tensor([0, 4, 8])
-    lists_of(bounds)[0, 8, 64] = torch.zeros(1)
-    assert list(lists_of(bounds)) == [(0, 8, 64)]
-    assert lists_of(bounds.clone()) == {}
-    bounds[1] = 5
-    assert lists_of(bounds) == {}
-
-
 def test_cells_of_one_length_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain(q, k, v, scale):
         assert q.shape == (3, 2, 4, 8)
@@ -251,12 +223,16 @@ def test_a_graph_of_cells_of_one_length_is_right_for_others() -> None:
     dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     qkv, _, equal = inputs(dtype, 64, [1024, 1024], "cuda")
     bounds = equal.clone()
-    sdpa.remember_longest(bounds, 1024)
+
+    def attend() -> torch.Tensor:
+        cells = attention_cells(bounds, qkv, head_dim=64, longest=1024)
+        return varlen_attention_qkv(qkv, cu_seqlens=cells)
+
     with torch.no_grad():
-        varlen_attention_qkv(qkv, cu_seqlens=bounds)
+        attend()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = varlen_attention_qkv(qkv, cu_seqlens=bounds)
+            out = attend()
         bounds.copy_(torch.tensor([0, 700, 2048]))
         graph.replay()
     truth = reference.varlen_attention(*qkv.double().unbind(1), bounds, 0.125)
@@ -266,12 +242,12 @@ def test_a_graph_of_cells_of_one_length_is_right_for_others() -> None:
 
 def test_cudnn_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, _, bounds = inputs(torch.bfloat16, 64, [1024, 1024])
-    sdpa.remember_longest(bounds, 1024)
+    cells = AttentionCells(bounds, 2048, 1024)
     monkeypatch.setattr(op, "target_for", lambda x: CARDS["H100"])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for is_capturing, length in ((False, 1024), (True, 0)):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_it=is_capturing: is_it)
-        assert op._length_for_cudnn(qkv[:, 0], None, 0.0, bounds, False) == length
+        monkeypatch.setattr(op, "is_capturing", lambda x, is_it=is_capturing: is_it)
+        assert op._length_for_cudnn(qkv[:, 0], None, 0.0, cells, False) == length
 
 
 @pytest.mark.gpu
@@ -288,16 +264,16 @@ def test_cudnn_takes_cells_of_one_length(monkeypatch: pytest.MonkeyPatch) -> Non
     witness = reference.varlen_attention(*qkv.unbind(1), bounds, 0.125)
     assert_as_good_as(varlen_attention_qkv(qkv, cu_seqlens=bounds), witness, truth)
     assert calls == []
-    sdpa.remember_longest(bounds, 1024)
+    cells = attention_cells(bounds, qkv, head_dim=64, longest=1024)
     for out in (
-        varlen_attention_qkv(qkv, cu_seqlens=bounds),
-        varlen_attention(*qkv.unbind(1), cu_seqlens=bounds),
+        varlen_attention_qkv(qkv, cu_seqlens=cells),
+        varlen_attention(*qkv.unbind(1), cu_seqlens=cells),
     ):
         assert_as_good_as(out, witness, truth)
     assert calls == [1, 1]
-    varlen_attention_qkv(qkv, cu_seqlens=bounds, impl="triton")
-    varlen_attention_qkv(qkv.clone().requires_grad_(), cu_seqlens=bounds)
-    varlen_attention_qkv(qkv, cu_seqlens=bounds, dropout_p=0.1)
+    varlen_attention_qkv(qkv, cu_seqlens=cells, impl="triton")
+    varlen_attention_qkv(qkv.clone().requires_grad_(), cu_seqlens=cells)
+    varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=0.1)
     with use_impl("triton"):
-        varlen_attention_qkv(qkv, cu_seqlens=bounds)
+        varlen_attention_qkv(qkv, cu_seqlens=cells)
     assert calls == [1, 1]

@@ -152,9 +152,10 @@ def test_nothing_is_written_outside(device: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype, device=x.device))
     qkv, d_out, cu_seqlens = inputs(torch.float16, 48, LENGTHS, device)
     q, k, v = qkv.unbind(1)
-    out, lse = launches.forward(q, k, v, cu_seqlens, 0.1, 0.0, None, launches.plan_for(q, 0.0))
+    out, lse = launches.forward(q, k, v, cu_seqlens, None, 0.1, 0.0, None, launches.plan_for(q, 0.0))
     gradients = tuple(empty(q.shape, dtype=q.dtype, device=device) for _ in range(3))
-    launches.backward(d_out, q, k, v, out, lse, cu_seqlens, 0.1, 0.0, None, gradients, launches.plan_for(q, 0.0))
+    saved = (q, k, v, out, lse, cu_seqlens, None, None)
+    launches.backward(d_out, *saved, 0.1, 0.0, None, gradients, launches.plan_for(q, 0.0))
     assert len(guarded) >= 8
     for whole, size, is_float in guarded:
         is_poison = whole.isnan() if is_float else whole == torch.iinfo(whole.dtype).min
@@ -327,7 +328,7 @@ def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.Monke
 def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Longest cells first, ties in order, every tile once; more cells, and more tiles, than one block holds."""
     monkeypatch.setattr(launches, "BLOCK_CELLS", 4)
-    found = launches.tiles_of(cumulative(lengths, device), sum(lengths), 16).cpu()
+    found = launches.varlen_attention_tiles(cumulative(lengths, device), sum(lengths), 16).cpu()
     starts = [0, *itertools.accumulate(lengths)]
     expected = [
         [starts[i], lengths[i], row]
@@ -344,7 +345,7 @@ def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.Monk
 def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) -> None:
     """On a card nobody checks them: numbers may be wrong, but tiles lie within the tokens, and within their list."""
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-    found = launches.tiles_of(cu_seqlens, 40, 16).cpu()
+    found = launches.varlen_attention_tiles(cu_seqlens, 40, 16).cpu()
     n_tiles = int(found[0, 0])
     assert 0 <= n_tiles <= len(found) - 1 == 40 // 16 + len(bounds) - 1
     for start, length, row, _ in found[1 : 1 + n_tiles].tolist():
@@ -381,7 +382,7 @@ def kept_by_forward(seed: int, lengths: list[int], dropout_p: float, device: str
     v = torch.cat([torch.eye(128, device=device)[:length] for length in lengths])[:, None].expand(-1, n_heads, -1)
     seeds = torch.tensor([seed], device=device)
     whole = whole or launches.plan_for(q, dropout_p)
-    out, _ = launches.forward(q, q, v, cu_seqlens, 1.0, dropout_p, seeds, whole)
+    out, _ = launches.forward(q, q, v, cu_seqlens, None, 1.0, dropout_p, seeds, whole)
     cells = out.split(lengths)
     return [cell.permute(1, 0, 2)[:, :, :length].cpu() > 0 for cell, length in zip(cells, lengths, strict=True)]
 
@@ -459,16 +460,22 @@ def test_operators(device: str) -> None:
     q, k, v = (x.detach().clone().requires_grad_() for x in qkv.unbind(1))
     seed = torch.tensor([1], device=device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        launches.varlen_attention_fwd.overload, (q, k, v, cu_seqlens, 0.2, 0.1, seed), test_utils=tests
-    )
-    torch.library.opcheck(
-        launches.varlen_attention_qkv_fwd.overload, (qkv, cu_seqlens, 0.2, 0.0, None), test_utils=tests
-    )
+    cells = (cu_seqlens, *(launches.varlen_attention_tiles(cu_seqlens, 5, rows) for rows in (16, 16, 32)))
+    for given in (cells, (cu_seqlens, None, None, None)):
+        torch.library.opcheck(
+            launches.varlen_attention_fwd.overload, (q, k, v, *given, 0.2, 0.1, seed), test_utils=tests
+        )
+        torch.library.opcheck(
+            launches.varlen_attention_qkv_fwd.overload, (qkv, *given, 0.2, 0.0, None), test_utils=tests
+        )
     with torch.no_grad():
-        out, lse = launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, 0.2, 0.0, None)
-        saved = (out, lse, cu_seqlens, 0.2, 0.0, None)
+        out, lse = launches.varlen_attention_qkv_fwd(qkv, *cells, 0.2, 0.0, None)
+        saved = (out, lse, cu_seqlens, *cells[2:], 0.2, 0.0, None)
         tests = ("test_schema", "test_faketensor")
+        for n_cells in (0, 1, 3):
+            bounds = torch.zeros(n_cells + 1, dtype=torch.int32, device=device)
+            for arguments in ((bounds, 0, 16), (bounds, 40, 16)):
+                torch.library.opcheck(launches.varlen_attention_tiles.overload, arguments, test_utils=tests)
         torch.library.opcheck(launches.varlen_attention_bwd.overload, (d_out, q, k, v, *saved), test_utils=tests)
         torch.library.opcheck(launches.varlen_attention_qkv_bwd.overload, (d_out, qkv, *saved), test_utils=tests)
 

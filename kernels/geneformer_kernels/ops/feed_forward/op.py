@@ -9,6 +9,7 @@ from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.layernorm import check_norm
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
+from geneformer_kernels.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import (
     can_be_fused,
@@ -17,7 +18,6 @@ from geneformer_kernels.ops.feed_forward.device import (
     should_be_fused,
 )
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
-from geneformer_kernels.packed import is_packable, packed_linear
 
 
 def feed_forward(
@@ -70,8 +70,6 @@ def feed_forward(
     """
     _check(x, up_weight, up_bias, down_weight, down_bias, activation)
     x = _computed_in(x)
-    # Asked of the weights as they are kept: a copy in another dtype would be packed anew at every call.
-    is_packed = activation == "relu" and is_packable(x, up_weight, up_bias) and is_packable(x, down_weight, down_bias)
     up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
     chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False)
     if chosen == Impl.TRITON:
@@ -80,8 +78,8 @@ def feed_forward(
     up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (up_bias, down_bias))
     if chosen == Impl.REFERENCE:
         return reference.feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation)
-    if is_packed:
-        return packed_linear(packed_linear(x, up_weight, up_bias, "relu"), down_weight, down_bias)
+    if activation == "relu" and is_for_onednn(x, up_weight, up_bias) and is_for_onednn(x, down_weight, down_bias):
+        return onednn_linear(onednn_linear(x, up_weight, up_bias, "relu"), down_weight, down_bias)
     hidden = F.linear(x, up_weight, up_bias)
     if activation == "relu":
         # In place where nothing has to remember the input: a third of the memory traffic.

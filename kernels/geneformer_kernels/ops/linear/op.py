@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
+from geneformer_kernels.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.ops.linear import reference
-from geneformer_kernels.packed import is_packable, packed_linear
 
 
 def linear(
@@ -39,6 +39,6 @@ def linear(
         raise ValueError(f"x {[*x.shape]} and weight {[*weight.shape]} do not fit: [T, C] and [N, C] are needed")
     if choose_for("linear", x, impl) == Impl.REFERENCE:
         return reference.linear(x, weight, bias)
-    if is_packable(x, weight, bias):
-        return packed_linear(x, weight, bias)
+    if is_for_onednn(x, weight, bias):
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)

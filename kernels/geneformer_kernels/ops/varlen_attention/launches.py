@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, target_for
 from geneformer_kernels.operators import operator
@@ -23,52 +22,49 @@ from geneformer_kernels.ops.varlen_attention.plan import (
 _LOG2_E = math.log2(math.e)
 
 
-# cu_seqlens -> (its version, its lists of tiles by stream, tokens and rows), of which every layer wants the same.
-_tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def tiles_of(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
+@operator("varlen_attention_tiles")
+def varlen_attention_tiles(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
     """[n_slots + 1, 4] int32: the number of tiles of ``block_rows`` rows that cells have, then the tiles themselves.
 
-    Made on the device: nobody waits to learn how many there are. There are slots for as many as there can be. A list
-    is made once per batch rather than once per layer, except while a graph is captured, whose replays read other cells,
-    and of tensors that may change without anybody knowing.
+    Made on the device: nobody waits to learn how many there are. There are slots for as many as there can be.
     """
-    is_lasting = cu_seqlens.is_cuda and not cu_seqlens.is_inference() and not torch.cuda.is_current_stream_capturing()
-    if not is_lasting:
-        return _make_tiles(cu_seqlens, n_tokens, block_rows)
-    key = (torch.cuda.current_stream(cu_seqlens.device).cuda_stream, n_tokens, block_rows)
-    lists = lists_of(cu_seqlens)
-    if key not in lists:
-        lists[key] = _make_tiles(cu_seqlens, n_tokens, block_rows)
-    return lists[key]
-
-
-def lists_of(cu_seqlens: torch.Tensor) -> dict[tuple[int, int, int], torch.Tensor]:
-    """What is remembered of the cells as they are now; what was remembered before they changed is dropped."""
-    known = _tiles.get(cu_seqlens)
-    if known is None or known[0] != cu_seqlens._version:
-        known = _tiles[cu_seqlens] = (cu_seqlens._version, {})
-    return known[1]
-
-
-def _make_tiles(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
     from geneformer_kernels.ops.varlen_attention import kernel
 
-    n_cells = len(cu_seqlens) - 1
-    n_slots = n_tokens // block_rows + n_cells
+    n_cells, n_slots = len(cu_seqlens) - 1, _n_slots(cu_seqlens, n_tokens, block_rows)
+    if n_cells == 0 or n_tokens == 0:
+        return torch.zeros(n_slots + 1, 4, dtype=torch.int32, device=cu_seqlens.device)
     tiles = torch.empty(n_slots + 1, 4, dtype=torch.int32, device=cu_seqlens.device)
-    kernel.varlen_attention_tiles_kernel[(n_cells,)](
-        cu_seqlens_ptr=cu_seqlens,
-        tiles_ptr=tiles,
-        n_cells=n_cells,
-        n_tokens=n_tokens,
-        n_slots=n_slots,
-        BLOCK_ROWS=block_rows,
-        BLOCK_CELLS=BLOCK_CELLS,
-        **TILES_LAUNCH.options,
-    )
+    with launching_on(cu_seqlens):
+        kernel.varlen_attention_tiles_kernel[(n_cells,)](
+            cu_seqlens_ptr=cu_seqlens.contiguous(),
+            tiles_ptr=tiles,
+            n_cells=n_cells,
+            n_tokens=n_tokens,
+            n_slots=n_slots,
+            BLOCK_ROWS=block_rows,
+            BLOCK_CELLS=BLOCK_CELLS,
+            **TILES_LAUNCH.options,
+        )
     return tiles
+
+
+@varlen_attention_tiles.register_fake
+def _(cu_seqlens, n_tokens, block_rows):
+    return cu_seqlens.new_empty((_n_slots(cu_seqlens, n_tokens, block_rows) + 1, 4), dtype=torch.int32)
+
+
+def _n_slots(cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> int:
+    return n_tokens // block_rows + cu_seqlens.shape[0] - 1
+
+
+def _fitting(tiles: torch.Tensor | None, cu_seqlens: torch.Tensor, n_tokens: int, block_rows: int) -> torch.Tensor:
+    """The list that was handed down if it has tiles of ``block_rows`` rows, else one that does.
+
+    As many slots mean as large tiles, or that no cell has more rows than a tile: then the lists are equal.
+    """
+    if tiles is not None and len(tiles) == _n_slots(cu_seqlens, n_tokens, block_rows) + 1:
+        return tiles
+    return varlen_attention_tiles.function(cu_seqlens, n_tokens, block_rows)
 
 
 def plan_for(q: torch.Tensor, dropout_p: float) -> AttentionPlan:
@@ -81,6 +77,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    tiles: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
@@ -95,7 +92,7 @@ def forward(
     if n_tokens == 0:
         return out, lse
     with launching_on(q):
-        tiles = tiles_of(cu_seqlens, n_tokens, whole.fwd.block_m)
+        tiles = _fitting(tiles, cu_seqlens, n_tokens, whole.fwd.block_m)
         kernel.varlen_attention_fwd_kernel[(len(tiles) - 1, n_heads)](
             **_pointers(q=q, k=k, v=v, out=out),
             lse_ptr=lse,
@@ -116,6 +113,8 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    tiles_dq: torch.Tensor | None,
+    tiles_dkdv: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
@@ -135,7 +134,7 @@ def backward(
         lse_ptr=lse, delta_ptr=delta, seed_ptr=seed, n_tokens=n_tokens, scale=scale, scale_log2=scale * _LOG2_E
     )
     with launching_on(q):
-        tiles = tiles_of(cu_seqlens, n_tokens, whole.dq.block_m)
+        tiles = _fitting(tiles_dq, cu_seqlens, n_tokens, whole.dq.block_m)
         kernel.varlen_attention_bwd_dq_kernel[(len(tiles) - 1, n_heads)](
             **_pointers(q=q, k=k, v=v, out=out, d_out=d_out, dq=dq),
             tiles_ptr=tiles,
@@ -143,7 +142,7 @@ def backward(
             **_constants(whole, whole.dq, head_dim, dropout_p),
         )
         if whole.dkdv.block_n != whole.dq.block_m:
-            tiles = tiles_of(cu_seqlens, n_tokens, whole.dkdv.block_n)
+            tiles = _fitting(tiles_dkdv, cu_seqlens, n_tokens, whole.dkdv.block_n)
         # After the other one, which writes delta.
         kernel.varlen_attention_bwd_dkdv_kernel[(len(tiles) - 1, n_heads)](
             **_pointers(q=q, k=k, v=v, d_out=d_out, dk=dk, dv=dv),
@@ -191,12 +190,15 @@ def varlen_attention_fwd(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    tiles: torch.Tensor | None,
+    tiles_dq: torch.Tensor | None,
+    tiles_dkdv: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of separate q, k, v."""
-    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
+    """(out, lse) of separate q, k, v; lists of tiles that were not handed down are made."""
+    return forward(q, k, v, cu_seqlens, tiles, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
 @operator("varlen_attention_bwd")
@@ -208,23 +210,33 @@ def varlen_attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    tiles_dq: torch.Tensor | None,
+    tiles_dkdv: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of separate q, k, v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q, dropout_p))
+    lists, numbers = (cu_seqlens, tiles_dq, tiles_dkdv), (scale, dropout_p, seed)
+    backward(d_out, q, k, v, out, lse, *lists, *numbers, (dq, dk, dv), plan_for(q, dropout_p))
     return dq, dk, dv
 
 
 @operator("varlen_attention_qkv_fwd")
 def varlen_attention_qkv_fwd(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float, dropout_p: float, seed: torch.Tensor | None
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    tiles: torch.Tensor | None,
+    tiles_dq: torch.Tensor | None,
+    tiles_dkdv: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a fused projection [T, 3, H, D]."""
     q, k, v = qkv.unbind(1)
-    return forward(q, k, v, cu_seqlens, scale, dropout_p, seed, plan_for(q, dropout_p))
+    return forward(q, k, v, cu_seqlens, tiles, scale, dropout_p, seed, plan_for(q, dropout_p))
 
 
 @operator("varlen_attention_qkv_bwd")
@@ -234,6 +246,8 @@ def varlen_attention_qkv_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    tiles_dq: torch.Tensor | None,
+    tiles_dkdv: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
@@ -242,51 +256,52 @@ def varlen_attention_qkv_bwd(
     q, k, v = qkv.unbind(1)
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = d_qkv.unbind(1)
-    backward(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed, (dq, dk, dv), plan_for(q, dropout_p))
+    lists, numbers = (cu_seqlens, tiles_dq, tiles_dkdv), (scale, dropout_p, seed)
+    backward(d_out, q, k, v, out, lse, *lists, *numbers, (dq, dk, dv), plan_for(q, dropout_p))
     return d_qkv
 
 
 @varlen_attention_fwd.register_fake
-def _(q, k, v, cu_seqlens, scale, dropout_p, seed):
+def _(q, k, v, cu_seqlens, tiles, tiles_dq, tiles_dkdv, scale, dropout_p, seed):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @varlen_attention_bwd.register_fake
-def _(d_out, q, k, v, out, lse, cu_seqlens, scale, dropout_p, seed):
+def _(d_out, q, k, v, out, lse, cu_seqlens, tiles_dq, tiles_dkdv, scale, dropout_p, seed):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @varlen_attention_qkv_fwd.register_fake
-def _(qkv, cu_seqlens, scale, dropout_p, seed):
+def _(qkv, cu_seqlens, tiles, tiles_dq, tiles_dkdv, scale, dropout_p, seed):
     n_tokens, _, n_heads, head_dim = qkv.shape
     return qkv.new_empty((n_tokens, n_heads, head_dim)), qkv.new_empty((n_heads, n_tokens), dtype=torch.float32)
 
 
 @varlen_attention_qkv_bwd.register_fake
-def _(d_out, qkv, out, lse, cu_seqlens, scale, dropout_p, seed):
+def _(d_out, qkv, out, lse, cu_seqlens, tiles_dq, tiles_dkdv, scale, dropout_p, seed):
     return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
-    *tensors, cu_seqlens, scale, dropout_p, seed = inputs
-    ctx.save_for_backward(*tensors, *output, cu_seqlens, seed)
+    *tensors, cu_seqlens, _, tiles_dq, tiles_dkdv, scale, dropout_p, seed = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens, tiles_dq, tiles_dkdv, seed)
     ctx.scale, ctx.dropout_p = scale, dropout_p
     ctx.set_materialize_grads(False)  # there is no gradient of lse: no zeros for it
 
 
 def _backward(ctx, d_out, _d_lse):
     if d_out is None:
-        return (None,) * 7
+        return (None,) * 10
     *saved, seed = ctx.saved_tensors
     dq, dk, dv = varlen_attention_bwd(d_out, *saved, ctx.scale, ctx.dropout_p, seed)
-    return dq, dk, dv, None, None, None, None
+    return dq, dk, dv, *(None,) * 7
 
 
 def _qkv_backward(ctx, d_out, _d_lse):
     if d_out is None:
-        return (None,) * 5
+        return (None,) * 8
     *saved, seed = ctx.saved_tensors
-    return varlen_attention_qkv_bwd(d_out, *saved, ctx.scale, ctx.dropout_p, seed), None, None, None, None
+    return varlen_attention_qkv_bwd(d_out, *saved, ctx.scale, ctx.dropout_p, seed), *(None,) * 7
 
 
 varlen_attention_fwd.register_autograd(_backward, setup_context=_save)

@@ -2,73 +2,91 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import dataclasses
+from typing import Any
 
 import torch
 
+from geneformer_kernels.arguments import (
+    FLOATS,
+    check_bounds,
+    check_positive,
+    check_probability,
+    check_seed,
+    check_tensor,
+    check_whole,
+    is_looked_into,
+)
 from geneformer_kernels.dispatch import Choice, Impl, is_forced, tell_once
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, needs_gradient, target_for
+from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_capturing, needs_gradient, target_for
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-def _check_kinds(q: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """ValueError where dtypes or dimensions are none that any implementation takes."""
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"attention takes float16, bfloat16, float32 and float64, not {q.dtype}")
-    if q.shape[-1] == 0:
-        raise ValueError(f"heads must have elements: the shape is {[*q.shape]}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens must be [B + 1], not {[*cu_seqlens.shape]}")
-    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
-        raise ValueError(f"cu_seqlens must be integers, not {cu_seqlens.dtype}")
-
-
-def _check(q: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None, dropout_p: float) -> float:
-    """The scale; ValueError where arguments do not fit together."""
-    _check_kinds(q, cu_seqlens)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, not {scale}")
-    if len(cu_seqlens) == 1 and len(q) > 0:  # on a card no program would run, and the result be whatever was there
-        raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), and has one number")
-    # By value on the CPU only: on a card that would wait for the device, and it would break a compiled graph.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(q):
-            raise ValueError(f"cu_seqlens must run from 0 to {len(q)} (the tokens), not {bounds[0]}..{bounds[-1]}")
-        if any(start > stop for start, stop in itertools.pairwise(bounds)):
-            raise ValueError("cu_seqlens must not decrease")
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+def _check(
+    tensors: dict[str, torch.Tensor],
+    cu_seqlens: torch.Tensor | AttentionCells,
+    scale: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    *,
+    n_axes: int = 3,
+) -> tuple[AttentionCells, float]:
+    """The cells, and the scale; TypeError or ValueError where arguments are none, or do not fit together."""
+    names = ", ".join(tensors)
+    first: Any = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        check_tensor(name, x, FLOATS, n_axes=n_axes, device=getattr(first, "device", None))
+    if any(x.shape != first.shape for x in tensors.values()):
+        raise ValueError(f"{names} must have one shape, not {', '.join(str([*x.shape]) for x in tensors.values())}")
+    if any(x.dtype != first.dtype for x in tensors.values()):
+        raise ValueError(f"{names} must have one dtype, not {', '.join(str(x.dtype) for x in tensors.values())}")
+    if n_axes == 4 and first.shape[1] != 3:
+        raise ValueError(f"qkv must be [T, 3, H, D], not {[*first.shape]}")
+    if first.shape[-1] == 0 or first.shape[-2] == 0:
+        raise ValueError(f"{names} must have heads, and heads must have elements: the shape is {[*first.shape]}")
+    cells = cu_seqlens if isinstance(cu_seqlens, AttentionCells) else AttentionCells(cu_seqlens, len(first))
+    if cells.n_tokens != len(first):
+        raise ValueError(f"cu_seqlens are cells of {cells.n_tokens} tokens, and {len(first)} are there")
+    check_bounds("cu_seqlens", cells.cu_seqlens, len(first))
+    check_probability("dropout_p", dropout_p, may_be_one=False)
+    check_seed("seed", seed, first.device)
+    if scale is None:
+        return cells.to(first.device), first.shape[-1] ** -0.5
+    check_positive("scale", scale)
+    return cells.to(first.device), float(scale)
 
 
 def _choose(
-    q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cu_seqlens: torch.Tensor, needs_grad: bool
+    x: torch.Tensor,
+    head_dim: int,
+    impl: Impl | str | None,
+    dropout_p: float,
+    cu_seqlens: torch.Tensor,
+    needs_grad: bool,
+    dtype: torch.dtype | None = None,
 ) -> str:
-    is_wide = q.shape[-1] > MAX_HEAD_DIM
-    cannot = f"the Triton kernels serve head dimensions up to {MAX_HEAD_DIM}, not {q.shape[-1]}" if is_wide else ""
-    shape = {"head_dim": q.shape[-1], "needs_grad": needs_grad, "has_dropout": dropout_p > 0}
+    is_wide = head_dim > MAX_HEAD_DIM
+    cannot = f"the Triton kernels serve head dimensions up to {MAX_HEAD_DIM}, not {head_dim}" if is_wide else ""
+    shape = {"head_dim": head_dim, "needs_grad": needs_grad, "has_dropout": dropout_p > 0}
     if not torch.compiler.is_compiling():  # a compiled function serves batches of any number of tokens
-        shape["length"] = q.shape[0] // max(len(cu_seqlens) - 1, 1)
-    choice = choose_for(OP, q, impl, shape=shape, triton_cannot=cannot)
+        shape["length"] = x.shape[0] // max(len(cu_seqlens) - 1, 1)
+    choice = choose_for(OP, x, impl, dtype=dtype, shape=shape, triton_cannot=cannot)
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
 
 
 def _length_for_cudnn(
-    q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cu_seqlens: torch.Tensor, needs_grad: bool
+    q: torch.Tensor, impl: Impl | str | None, dropout_p: float, cells: AttentionCells, needs_grad: bool
 ) -> int:
     """The length of every cell where cuDNN is the faster way, which was asked for by nobody else; otherwise 0."""
     if impl is not None or needs_grad or dropout_p > 0 or not q.is_cuda or torch.compiler.is_compiling():
         return 0
-    if torch.cuda.is_current_stream_capturing():  # the graph will be replayed on cells of other lengths
+    if is_capturing(q):  # the graph will be replayed on cells of other lengths
         return 0
-    length, dtype, target = sdpa.equal_length(cu_seqlens, len(q)), DTYPE_NAMES[q.dtype], target_for(q)
+    length, dtype, target = cells.equal_length, DTYPE_NAMES[q.dtype], target_for(q)
     if not is_for_cudnn(dtype, q.shape[-1], length, target) or is_forced(OP):
         return 0
     tell_once(Choice(OP, Impl.TORCH, "cuDNN is faster where all cells are equally long"), dtype, target)
@@ -86,12 +104,76 @@ def _narrowed(out: torch.Tensor, head_dim: int) -> torch.Tensor:
     return out if out.shape[-1] == head_dim else out[..., :head_dim].contiguous()
 
 
+def attention_cells(
+    cu_seqlens: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    head_dim: int,
+    longest: int | None = None,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype | None = None,
+    impl: Impl | str | None = None,
+) -> AttentionCells:
+    """Cells prepared once for the attention of all layers: what to pass to it as ``cu_seqlens``.
+
+    Make them at the beginning of every forward pass, within what is captured or compiled: they hold what was derived
+    from ``cu_seqlens`` (for the Triton kernels a list of tiles, made on the device), and do not notice when these are
+    overwritten. Attention that asks for other lists, of another dtype say, makes its own.
+
+    Parameters
+    ----------
+    cu_seqlens
+        [B + 1] integers, cumulative cell lengths, as for :func:`varlen_attention`.
+    x
+        [T, ...] on the device of the queries, such as the hidden states they are projected from.
+    head_dim
+        D.
+    longest
+        Tokens of the longest cell, or more, if the host knows; otherwise torch's kernels on a card have to ask the
+        device, which is done here.
+    dropout_p
+        Of the attention weights.
+    dtype
+        Of the queries; None is that of ``x``.
+    impl
+        As for :func:`varlen_attention`.
+
+    Returns
+    -------
+    AttentionCells
+        On the device of ``x``.
+
+    Raises
+    ------
+    TypeError, ValueError, ImplUnavailableError
+        As :func:`varlen_attention` does.
+    """
+    dtype = x.dtype if dtype is None and isinstance(x, torch.Tensor) else dtype
+    check_tensor("x", x, FLOATS)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, not {dtype}")
+    check_bounds("cu_seqlens", cu_seqlens, len(x))
+    check_whole("head_dim", head_dim, 1)
+    check_probability("dropout_p", dropout_p, may_be_one=False)
+    if longest is not None:
+        known = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 and is_looked_into(cu_seqlens) else 0
+        check_whole("longest", longest, known)
+    cells = AttentionCells(cu_seqlens, len(x), longest).to(x.device)
+    needs_grad = torch.is_grad_enabled()
+    choice = _choose(x, head_dim, impl, dropout_p, cells.cu_seqlens, needs_grad, dtype)
+    if choice == Impl.TRITON:
+        return cells.with_tiles(dtype, head_dim, has_dropout=dropout_p > 0, needs_grad=needs_grad)
+    if choice == Impl.TORCH and x.is_cuda and longest is None and len(x):
+        return dataclasses.replace(cells, longest=cells.bound())
+    return cells
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | AttentionCells,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
@@ -106,7 +188,8 @@ def varlen_attention(
         projection, for which :func:`varlen_attention_qkv` saves the backward pass a copy.
     cu_seqlens
         [B + 1] integers, cumulative cell lengths, starting at 0 and ending at T. Empty cells are allowed. Its values
-        are checked on the CPU; on a card that would wait for the device, and wrong values give wrong numbers.
+        are checked on the CPU; on a card that would wait for the device, and wrong values give wrong numbers. Where
+        several layers see the same cells, :func:`attention_cells` prepares them once.
     scale
         Positive factor on the scores; None is ``1 / sqrt(D)``.
     dropout_p
@@ -126,8 +209,10 @@ def varlen_attention(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        Shapes, dtypes, ``scale``, ``dropout_p`` or ``cu_seqlens`` do not fit together.
+        Shapes, dtypes, devices, ``scale``, ``dropout_p`` or ``cu_seqlens`` do not fit together.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -135,33 +220,29 @@ def varlen_attention(
     ----------
     Vaswani et al., "Attention is all you need", arXiv:1706.03762; Dao, "FlashAttention-2", arXiv:2307.08691.
     """
-    if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(f"q, k and v must be [T, H, D] of one shape, not {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    scale = _check(q, cu_seqlens, scale, dropout_p)
-    choice = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(q, k, v))
+    cells, scale = _check({"q": q, "k": k, "v": v}, cu_seqlens, scale, dropout_p, seed)
+    needs_grad = needs_gradient(q, k, v)
+    choice = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad)
     if choice == Impl.REFERENCE:
-        return reference.varlen_attention(q, k, v, cu_seqlens, scale)
-    if length := _length_for_cudnn(q, impl, dropout_p, cu_seqlens, needs_gradient(q, k, v)):
+        return reference.varlen_attention(q, k, v, cells.cu_seqlens, scale)
+    if length := _length_for_cudnn(q, impl, dropout_p, cells, needs_grad):
         return sdpa.attend_equal(q, k, v, length, scale)
-    cu_seqlens = cu_seqlens.to(q.device)
     if choice == Impl.TORCH:
-        return sdpa.attend(q, k, v, cu_seqlens, scale, dropout_p, seed)
+        return sdpa.attend(q, k, v, cells, scale, dropout_p, seed)
     # Imported late: it registers operators.
     from geneformer_kernels.ops.varlen_attention import launches
 
     head_dim = q.shape[-1]
     q, k, v = (launches.rows_of(x) for x in (q, k, v))
     seed = _seed_for(q, dropout_p, seed)
-    out = launches.varlen_attention_fwd(q, k, v, cu_seqlens.contiguous(), scale, dropout_p, seed)[0]
+    out = launches.varlen_attention_fwd(q, k, v, *cells.arguments, scale, dropout_p, seed)[0]
     return _narrowed(out, head_dim)
 
 
 def varlen_attention_qkv(
     qkv: torch.Tensor,
     *,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | AttentionCells,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
@@ -183,28 +264,25 @@ def varlen_attention_qkv(
 
     Raises
     ------
-    ValueError, ImplUnavailableError
+    TypeError, ValueError, ImplUnavailableError
         As :func:`varlen_attention` does.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must be [T, 3, H, D], not {[*qkv.shape]}")
+    cells, scale = _check({"qkv": qkv}, cu_seqlens, scale, dropout_p, seed, n_axes=4)
     q, k, v = qkv.unbind(1)
-    _check_kinds(q, cu_seqlens)
+    needs_grad = needs_gradient(qkv)
     # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
-    is_triton = _choose(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)) == Impl.TRITON
-    if not is_triton or _length_for_cudnn(q, impl, dropout_p, cu_seqlens, needs_gradient(qkv)):
-        return varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
-    scale = _check(q, cu_seqlens, scale, dropout_p)
+    is_triton = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad) == Impl.TRITON
+    if not is_triton or _length_for_cudnn(q, impl, dropout_p, cells, needs_grad):
+        return varlen_attention(q, k, v, cu_seqlens=cells, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     from geneformer_kernels.ops.varlen_attention import launches
 
     head_dim = qkv.shape[-1]
     qkv, seed = launches.rows_of(qkv), _seed_for(qkv, dropout_p, seed)
-    cu_seqlens = cu_seqlens.to(qkv.device).contiguous()
-    return _narrowed(launches.varlen_attention_qkv_fwd(qkv, cu_seqlens, scale, dropout_p, seed)[0], head_dim)
+    return _narrowed(launches.varlen_attention_qkv_fwd(qkv, *cells.arguments, scale, dropout_p, seed)[0], head_dim)
 
 
 def attention_scores(
-    q: torch.Tensor, k: torch.Tensor, *, cu_seqlens: torch.Tensor, scale: float | None = None
+    q: torch.Tensor, k: torch.Tensor, *, cu_seqlens: torch.Tensor | AttentionCells, scale: float | None = None
 ) -> list[torch.Tensor]:
     """``softmax(q @ k.T * scale)`` of every cell and head: the attention weights themselves, for small inputs.
 
@@ -223,9 +301,8 @@ def attention_scores(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As :func:`varlen_attention` does.
     """
-    if q.ndim != 3 or q.shape != k.shape:
-        raise ValueError(f"q and k must be [T, H, D] of one shape, not {[*q.shape]}, {[*k.shape]}")
-    return reference.attention_scores(q, k, cu_seqlens, _check(q, cu_seqlens, scale, 0.0))
+    cells, scale = _check({"q": q, "k": k}, cu_seqlens, scale, 0.0, None)
+    return reference.attention_scores(q, k, cells.cu_seqlens, scale)

@@ -6,12 +6,12 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from geneformer_kernels.on_device import DTYPE_NAMES, constant_for_compiler, draw_seed
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.varlen_attention import library
 from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
 
@@ -20,12 +20,13 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cells: AttentionCells,
     scale: float,
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of [T, H, D] by the route that :func:`plan.torch_plan` gives; a seed counts on the CPU only."""
+    cu_seqlens = cells.cu_seqlens
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     is_inference = not needs_grad and dropout_p == 0
     route = _route(DTYPE_NAMES[q.dtype], q.device.type, q.device.index, is_inference, dropout_p > 0)
@@ -42,7 +43,7 @@ def attend(
     if q.shape[0] == 0:
         return q.clone()
     if route.route in ("varlen", "efficient"):
-        return _attend_packed(route.route, q, k, v, cu_seqlens, scale, dropout_p, needs_grad)
+        return _attend_packed(route.route, q, k, v, cells, scale, dropout_p, needs_grad)
     bounds = cu_seqlens.tolist()
     if route.route in ("blocked", "registers"):
         return _compiled(route, q, k, v, bounds, scale)
@@ -91,7 +92,7 @@ def _attend_packed(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cells: AttentionCells,
     scale: float,
     dropout_p: float,
     needs_grad: bool,
@@ -100,33 +101,9 @@ def _attend_packed(
     head_dim = q.shape[-1]
     if head_dim % 8:
         q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))  # torch differentiates it
-    longest = longest_of(cu_seqlens, len(q))
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    out = library.attend(route, q, k, v, cu_seqlens, longest, scale, dropout_p, needs_grad)
+    bounds = cells.cu_seqlens.to(torch.int32)
+    out = library.attend(route, q, k, v, bounds, cells.bound(), scale, dropout_p, needs_grad)
     return out[..., :head_dim]
-
-
-# (version of the tensor, tokens of the longest cell), as the device said and as the host was told. Tensors made in
-# inference mode have no version and are not remembered.
-_asked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def remember_longest(cu_seqlens: torch.Tensor, longest: int) -> None:
-    """Say what :func:`longest_of` would have to ask the device for, where the host knows it."""
-    if not cu_seqlens.is_inference():
-        _told[cu_seqlens] = (cu_seqlens._version, longest)
-
-
-def _known(table: WeakIdKeyDictionary, cu_seqlens: torch.Tensor) -> int | None:
-    found = table.get(cu_seqlens)
-    return found[1] if found is not None and found[0] == cu_seqlens._version else None
-
-
-def equal_length(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Tokens of every cell where the host was told that all are equally long, else 0."""
-    longest = _known(_told, cu_seqlens)
-    return longest if longest and longest * (len(cu_seqlens) - 1) == n_tokens else 0
 
 
 def attend_equal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float) -> torch.Tensor:
@@ -134,24 +111,6 @@ def attend_equal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int,
     q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
     out = library.cudnn(q, k, v, scale)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Tokens of the longest cell, or an upper bound.
-
-    The device is asked once for a batch, not once per layer. While a graph is compiled or captured nothing can be
-    asked: then the bound is all tokens, which is right but starts programs that find no work.
-    """
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return n_tokens
-    for table in (_told, _asked):
-        known = _known(table, cu_seqlens)
-        if known is not None:
-            return known
-    longest = int(cu_seqlens.diff().max().item())
-    if not cu_seqlens.is_inference():
-        _asked[cu_seqlens] = (cu_seqlens._version, longest)
-    return longest
 
 
 @operator("varlen_attention_cells")

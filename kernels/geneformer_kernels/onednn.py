@@ -1,0 +1,33 @@
+"""Linear layers of bfloat16 on the CPU by oneDNN's own operator, which takes the activation into the product."""
+
+from __future__ import annotations
+
+import torch
+
+from geneformer_kernels.target import target_of
+
+
+def is_for_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether :func:`onednn_linear` may compute this: bfloat16 on a CPU that has it, rows to compute, no gradient."""
+    return (
+        x.device.type == "cpu"
+        and all(t is None or t.dtype == torch.bfloat16 for t in (x, weight, bias))
+        and len(x) > 0
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and target_of(x.device).has_fast_bf16
+    )
+
+
+def onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None
+) -> torch.Tensor:
+    """``activation(x @ weight.T + bias)`` for x [T, C] and weight [N, C]; activation is None or ``"relu"``.
+
+    1.1 to 2.3 times as fast as `F.linear` followed by ReLU (256 to 4,096 rows, widths 256 to 768, one core of a Xeon
+    with amx_bf16, 2026-11-30). The operator is the one torch.compile uses on the CPU. It lays the weights out anew at
+    every call. Copies kept from call to call would save 0 to 8 % at 4,096 rows (28 % at 256), and miss weights that are
+    changed where torch counts no versions: through ``.data``, a numpy view, another library.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "")
