@@ -310,7 +310,7 @@ def _arrow_type(source: CountSource, name: str) -> pa.DataType:
     if pa.types.is_boolean(kind):
         return pa.bool_()
     if pa.types.is_integer(kind):
-        return pa.int64()
+        return kind if pa.types.is_uint64(kind) else pa.int64()
     return pa.float64() if pa.types.is_floating(kind) else pa.string()
 
 
@@ -390,4 +390,7 @@ def _carried(source: CountSource, name: str, kind: pa.DataType) -> pa.Array:
         return array
     if pa.types.is_string(kind) and pa.types.is_boolean(array.type):
         return text_list_array([None if value is None else str(value) for value in array.to_pylist()])
-    return array.cast(kind)
+    try:
+        return array.cast(kind)
+    except pa.ArrowException as error:
+        raise InputError(f"{source.name}: obs column {name!r} cannot be carried as {kind} ({error})") from None

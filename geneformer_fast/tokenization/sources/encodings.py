@@ -117,11 +117,7 @@ def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:
     """The table stored in `group`: a group of columns (anndata 0.7 and later) or one compound array (before)."""
     if not is_group(group):
         return _compound_table(group, root, name, n_rows)
-    index_key = group.attrs.get("_index")
-    if isinstance(index_key, bytes):
-        index_key = index_key.decode()
-    if index_key is None or index_key not in group:
-        index_key = next((key for key in ("_index", "index") if key in group), None)
+    index_key = _index_key(group)
     order = group.attrs.get("column-order")
     listed = [] if order is None else [_plain(key) for key in order]
     keys = [*listed, *(key for key in group if key not in listed)]
@@ -132,6 +128,22 @@ def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:
     }
     index = None if index_key is None else lambda: read_column(group[index_key], root)
     return Table(name, n_rows, columns, index)
+
+
+def _index_key(group: Any) -> str | None:
+    """The column with the row names."""
+    key = group.attrs.get("_index")
+    key = None if key is None else _plain(key)
+    return key if key and key in group else next((other for other in ("_index", "index") if other in group), None)
+
+
+def table_length(group: Any) -> int:
+    """Rows of a stored table, as its row names say; 0 where it has none."""
+    key = _index_key(group) if is_group(group) else None
+    node = group if key is None else group[key]
+    if is_group(node):
+        return 0 if node is group or "codes" not in node else int(node["codes"].shape[0])
+    return int(node.shape[0]) if len(node.shape) else 0
 
 
 def _plain(key: Any) -> str:

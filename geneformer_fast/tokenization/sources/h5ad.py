@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table
+from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table, table_length
 from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
+from geneformer_fast.tokenization.sources.raw_table import raw_table
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts, modalities_message
 from geneformer_fast.tokenization.sources.source import CountSource
@@ -76,11 +77,14 @@ def open_anndata_store(
     ]
     counts_from, matrix = choose_counts(name, candidates, layer=layer, allow_float=allow_float)
     with reading(name, "obs and var"):
-        var_key = "var"
-        if counts_from == "raw/X":
-            var_key = next((key for key in ("raw/var", "raw.var") if key in root), "var")
         obs = read_table(member(root, "obs"), root, f"{name}: obs", matrix.shape[0])
-        var = read_table(member(root, var_key), root, f"{name}: {var_key}", matrix.shape[1])
+        own = member(root, "var")
+        raw_key = next((key for key in ("raw/var", "raw.var") if key in root), None)
+        if counts_from == "raw/X" and raw_key is not None:
+            raw = read_table(member(root, raw_key), root, f"{name}: {raw_key}", matrix.shape[1])
+            var = raw_table(raw, read_table(own, root, f"{name}: var", table_length(own)), gene_column)
+        else:
+            var = read_table(own, root, f"{name}: var", matrix.shape[1])
     return CountSource(
         name=name,
         kind=kind,

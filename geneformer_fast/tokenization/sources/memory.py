@@ -10,6 +10,7 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountMatrix
 from geneformer_fast.tokenization.sources.dense import DenseMatrix
 from geneformer_fast.tokenization.sources.encodings import read_matrix
+from geneformer_fast.tokenization.sources.raw_table import raw_table
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
 from geneformer_fast.tokenization.sources.source import CountSource
 from geneformer_fast.tokenization.sources.sparse import MemoryCsr
@@ -37,14 +38,16 @@ def open_anndata(adata: AnnData, *, layer: str | None, gene_column: str | None, 
         candidates.append(Candidate("raw/X", lambda: _matrix(raw.X)))
     candidates += [Candidate(f"layers/{key}", lambda key=key: _matrix(adata.layers[key])) for key in adata.layers]  # type: ignore[misc]
     counts_from, matrix = choose_counts(name, candidates, layer=layer, allow_float=allow_float)
-    var = raw.var if counts_from == "raw/X" and raw is not None else adata.var
+    var = frame_table(adata.var, f"{name}: var")
+    if counts_from == "raw/X" and raw is not None:
+        var = raw_table(frame_table(raw.var, f"{name}: raw.var"), var, gene_column)
     return CountSource(
         name=name,
         kind="anndata",
         matrix=matrix,
         counts_from=counts_from,
         obs=frame_table(adata.obs, f"{name}: obs"),
-        var=frame_table(var, f"{name}: var"),
+        var=var,
         gene_column=gene_column,
         allow_float=allow_float,
     )
@@ -86,6 +89,8 @@ def _series(series: pd.Series) -> Any:
             return series.to_numpy()
     try:
         array = pa.Array.from_pandas(series)
+        if isinstance(array, pa.ChunkedArray):
+            array = array.combine_chunks()
     except pa.ArrowException:
         return pa.array([None if value is None or value != value else str(value) for value in series], type=pa.string())
     return array.cast(pa.string()) if pa.types.is_large_string(array.type) else array

@@ -17,7 +17,7 @@ from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
 from geneformer_fast.tokenization.sources.features import gene_expression
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import CHOSEN_BY, shown
-from geneformer_fast.tokenization.sources.table import Table, as_text, text_array
+from geneformer_fast.tokenization.sources.table import Table, as_text, signed, text_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,7 +116,7 @@ class CountSource:
         if asked is not None:
             if asked not in self._var.columns:
                 raise InputError(
-                    f"{self.name}: var has no column {asked!r}; there are "
+                    f"{self._var.name} has no column {asked!r}; there are "
                     f"{', '.join(self._var.columns) or 'none'} (and var_names)"
                 )
             return asked
@@ -163,7 +163,7 @@ class CountSource:
         """
         if name == OBS_NAMES or (name in _INDEX and name not in self._obs.columns):
             return text_array(self._obs.index())
-        return self._obs.read(name)
+        return signed(self._obs.read(name))
 
     def cell_names(self) -> np.ndarray:
         """Barcodes or other cell names, an object array of strings."""

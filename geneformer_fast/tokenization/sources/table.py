@@ -102,6 +102,21 @@ def as_text(values: Any) -> np.ndarray:
     return out
 
 
+def signed(values: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
+    """Unsigned 64-bit integers as signed ones, where all of them fit."""
+    if isinstance(values, np.ndarray):
+        fits = values.dtype == np.uint64 and (values.size == 0 or int(values.max()) < 2**63)
+        return values.astype(np.int64) if fits else values
+    import pyarrow as pa
+
+    if not pa.types.is_uint64(values.type):
+        return values
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return values
+
+
 def text_array(values: np.ndarray) -> pa.Array:
     """Strings or bytes of any numpy flavour as a pyarrow string array.
 
