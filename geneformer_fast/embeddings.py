@@ -101,7 +101,7 @@ def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
         name = config.vocabulary or "this model"
         raise VocabularyError(
             f"a cell has {tokens.max_len:,} tokens but the model has {config.max_len:,} positions ({name}); "
-            f"tokenize with a maximal length of {config.max_len:,}"
+            f"shorten it with tokenize --max-len {config.max_len} (max_len={config.max_len})"
         )
 
 

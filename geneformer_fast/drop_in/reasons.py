@@ -146,8 +146,8 @@ def check_tokens(bert: Any, ids: torch.Tensor, positions: torch.Tensor | None) -
     n_positions, n_tokens = (getattr(table, "num_embeddings", None) for table in tables)
     if positions is None and n_positions is not None and ids.shape[1] > n_positions:
         raise InputError(
-            f"a batch of {ids.shape[1]:,} columns does not fit the model's {n_positions:,} positions; tokenize with a "
-            f"maximal length of {n_positions:,}, or truncate"
+            f"a batch of {ids.shape[1]:,} columns does not fit the model's {n_positions:,} positions; use "
+            f"tokenize --max-len {n_positions} (max_len={n_positions}), or truncate"
         )
     if n_tokens is None or ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return

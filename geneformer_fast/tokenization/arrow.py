@@ -202,7 +202,7 @@ class TokenFolder:
         if state == "unfinished":
             raise OutputError(manifest.unfinished_message(self.path))
         if not self.path.is_dir() or not (self.path / manifest.STATE).exists():
-            raise OutputError(f"{self.path}: not a token folder ({manifest.STATE} is missing); make one with tokenize")
+            raise OutputError(manifest.no_tokens_message(self.path))
         written = manifest.read_state(self.path)
         has_manifest = (self.path / manifest.MANIFEST).exists()
         self.manifest = manifest.read_manifest(self.path, state=written, verify=verify) if has_manifest else None

@@ -220,7 +220,8 @@ def map_genes(
 
 def _missing(names: Sequence[str], vocabulary: Vocabulary) -> frozenset[str]:
     """The names that say that an id is missing."""
-    found = [name for name in names if is_missing(name)]
+    # an Ensembl id has 15 characters: most names need no closer look
+    found = [name for name in names if len(name) < 15 and is_missing(name)]
     if len(found) == 1 and found[0].upper() in vocabulary.aliases and len(set(names)) == len(names):
         # NAN is an old symbol of SCN11A: a column of unique symbols may really mean it, one of Ensembl ids may not.
         n_ensembl = sum(map(is_ensembl_gene, names))

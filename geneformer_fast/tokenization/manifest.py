@@ -25,6 +25,8 @@ UNFINISHED = "UNFINISHED.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 DATASET_INFO = "dataset_info.json"
+#: What ``datasets`` writes beside the folders of several splits.
+DATASET_DICT = "dataset_dict.json"
 PARTIAL_SHARDS = ".data-*.arrow.part"
 FORMAT = "geneformer-fast tokens"
 FORMAT_VERSION = 1
@@ -160,6 +162,17 @@ def state_of(folder: Path) -> str:
         return "finished"
     # A run killed at its very beginning leaves no more than a hidden folder with its first file.
     return "empty" if all(is_leftover(path) for path in folder.iterdir()) else "foreign"
+
+
+def no_tokens_message(folder: Path) -> str:
+    """What to say about a folder that holds no tokens itself; of several splits it names the folders that do."""
+    inside = sorted(path.name for path in folder.iterdir() if (path / STATE).is_file()) if folder.is_dir() else []
+    is_dict = (folder / DATASET_DICT).exists()
+    if inside or is_dict:
+        what = "is a DatasetDict of the splits" if is_dict else "holds no tokens itself, but the token folders"
+        advice = f"give one of them, such as {folder / inside[0]}" if inside else "copy them again"
+        return f"{folder}: {what} {', '.join(inside) or 'that are missing'}; {advice}"
+    return f"{folder}: not a token folder ({STATE} is missing); make one with tokenize"
 
 
 def own_files(folder: Path) -> list[Path]:

@@ -34,9 +34,10 @@ def check_lengths(model: nn.Module, tokens: TokenFolder, lengths: np.ndarray) ->
     """Refuse cells that are longer than a model has positions, before anything is computed."""
     for module in model.modules():
         if isinstance(module, Encoder) and (n_long := int((lengths > module.config.max_len).sum())):
+            limit = module.config.max_len
             raise InputError(
-                f"{tokens.path}: {n_long:,} cells are longer than the model's {module.config.max_len:,} positions "
-                f"(the longest has {lengths.max():,}); tokenize with that maximal length, or take a longer model"
+                f"{tokens.path}: {n_long:,} cells are longer than the model's {limit:,} positions (the longest has "
+                f"{lengths.max():,}); use tokenize --max-len {limit} (max_len={limit}), or a longer model"
             )
 
 

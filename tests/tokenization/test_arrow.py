@@ -59,6 +59,25 @@ def test_datasets_opens_it_as_it_is(folder):
     assert short["length"][:] == sorted((n for n in table["length"].to_pylist() if n > 12), reverse=True)
 
 
+def test_a_dict_of_splits_names_its_folders(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.load_from_disk(str(folder))
+    splits = datasets.DatasetDict({"train": whole.select(range(100)), "test": whole.select(range(100, 120))})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(
+        OutputError, match=r"DatasetDict of the splits test, train; give one of them, such as .*splits/test"
+    ):
+        open_tokens(tmp_path / "splits")
+    assert open_tokens(tmp_path / "splits" / "train").n_cells == 100
+    (tmp_path / "splits" / "dataset_dict.json").unlink()
+    with pytest.raises(OutputError, match="no tokens itself, but the token folders test, train; give one of them"):
+        open_tokens(tmp_path / "splits")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "splits" / split)
+    with pytest.raises(OutputError, match=r"not a token folder \(state\.json is missing\)"):
+        open_tokens(tmp_path / "splits")
+
+
 def test_what_datasets_saves_again_can_be_read(folder, tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.load_from_disk(str(folder)).select(range(100, 300)).save_to_disk(str(tmp_path / "again"))

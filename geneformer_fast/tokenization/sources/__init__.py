@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.block import CountBlock
-from geneformer_fast.tokenization.sources.discovery import FORMATS, SUFFIXES, expand_inputs, is_tenx_folder, is_zarr
+from geneformer_fast.tokenization.sources.discovery import (
+    COMPRESSED,
+    FORMATS,
+    SUFFIXES,
+    expand_inputs,
+    is_tenx_folder,
+    is_zarr,
+)
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.source import CountSource
 from geneformer_fast.tokenization.sources.triplets import has_companions, matrix_files
@@ -96,6 +103,8 @@ def _open_path(path: Path, name: str, options: dict[str, Any]) -> CountSource:
         hint = " It is named like an HDF5 file, but is none: damaged, or still being copied." * path.name.endswith(
             SUFFIXES
         )
+        if path.suffix in COMPRESSED:
+            hint = f" Decompress it first: {path.stem} may be one." * (Path(path.stem).suffix in SUFFIXES)
         raise InputError(f"{name}: not a supported format. Supported are {FORMATS}.{hint}")
     with reading(name, "file"):
         file = h5py.File(path, "r")

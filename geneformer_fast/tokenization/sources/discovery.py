@@ -15,7 +15,7 @@ SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 FORMATS = "AnnData .h5ad and .zarr, 10x .h5 and matrix folders (matrix.mtx), .loom"
 
 _MOST_NAMED = 5
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 # Words that tell two matrices of the same cells apart.
 _SAME_CELLS = frozenset(("raw", "filtered", "unfiltered", "h5", "spliced", "unspliced"))
 
@@ -91,7 +91,7 @@ def _is_input(entry: Path) -> bool:
 
 
 def _hint(folder: Path, entries: list[Path]) -> str:
-    if any(entry.suffix in _COMPRESSED and Path(entry.stem).suffix in SUFFIXES for entry in entries):
+    if any(entry.suffix in COMPRESSED and Path(entry.stem).suffix in SUFFIXES for entry in entries):
         return ". It holds compressed files: decompress them first"
     deeper = [entry.name for entry in entries if entry.is_dir()]
     return f". Its folders are not looked into: name one of them ({_listed(deeper)})" if deeper else ""
@@ -102,7 +102,7 @@ def _warn_of_skipped(folder: Path, inside: list[Path], skipped: list[Path]) -> N
     if not names:
         return
     what = f"only the matrix folder {folder} itself is read" if inside == [folder] else f"{len(inside)} inputs are read"
-    hint = "; decompress what is compressed" if any(name.endswith(_COMPRESSED) for name in names) else ""
+    hint = "; decompress what is compressed" if any(name.endswith(COMPRESSED) for name in names) else ""
     warnings.warn(f"{folder}: {what}, and what else lies there is left out: {_listed(names)}{hint}", stacklevel=4)
 
 

@@ -49,7 +49,7 @@ def gene_features(
             features = {**features, "gene_ids": np.array(ids, dtype=object)}
     elif genome is not None:
         raise InputError(
-            f"{name}: layer {genome!r} was asked for, but the file names no genomes; leave layer= (--layer) out"
+            f"{name}: layer {genome!r} was asked for, but the file names no genomes; leave out {CHOSEN_BY}"
         )
     if keep.all():
         kept, columns = matrix, features
