@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -53,6 +54,20 @@ def test_errors_meant_for_the_user_come_without_a_traceback(add_command, capsys,
     captured = capsys.readouterr()
     assert captured.err == "error: cells.h5ad: column n_counts is missing; add it\n"
     assert captured.out == ""
+
+
+def test_a_warning_is_one_line_and_only_within_the_command(add_command):
+    shown = []
+
+    def run(args):
+        shown.append(warnings.formatwarning("the file is odd", UserWarning, "inputs.py", 12, None))
+        return 0
+
+    add_command(run)
+    before = warnings.formatwarning
+    assert cli.main(["say", "x"]) == 0
+    assert shown == ["warning: the file is odd\n"]
+    assert warnings.formatwarning is before
 
 
 def test_ctrl_c_is_reported_and_gives_130(add_command, capsys):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from typing import Any
 
 from geneformer_fast import __version__
 from geneformer_fast.errors import GeneformerFastError
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_needed(arguments)).parse_args(arguments)
+    as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _in_one_line
     try:
         return int(args.run(args))
     except GeneformerFastError as error:
@@ -103,3 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        warnings.formatwarning = as_python_shows_them
+
+
+def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {message}\n"

@@ -104,7 +104,7 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
     (tmp_path / ".hidden").write_text("")
     with pytest.warns(UserWarning, match=r"1 inputs are read.*left out: b\.h5ad\.gz, notes\.txt; decompress"):
         assert expand_inputs(tmp_path) == [tmp_path / "a.h5ad"]
-    with pytest.raises(InputError, match="not a supported format.* Decompress it first"):
+    with pytest.raises(InputError, match=r"not a supported format.* Decompress it first"):
         open_source(write_text(tmp_path / "c.h5ad.gz", "anything"))
     (tmp_path / "c.h5ad.gz").unlink()
     (tmp_path / "a.h5ad").unlink()
