@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.finetuning.groups import deal, nearest_set
 
-# A donor goes into one part as a whole, so a class can go missing from the rest; other seeds deal donors differently.
-_ATTEMPTS = 20
+#: Names of the parts, as people say them.
+PARTS = {"train": "training", "eval": "evaluation", "test": "test"}
+# A share that whole donors miss by more than this much of it is worth a word.
+_FAR = 0.5
+_MOST_SHOWN = 20  # classes in a report
 
 
 @dataclass(frozen=True)
@@ -49,32 +53,46 @@ def folds(
     eval_share
         Share of the cells outside the test set that choose the best epoch; 0 for none.
     seed
-        Of the shuffling.
+        Of the shuffling, and of the choice among about equally good ways to deal groups.
     of
         What is split, for messages: ``"cells"`` or ``"genes"``.
 
     Returns
     -------
     list of Split
-        By scikit-learn's ``StratifiedKFold`` or ``StratifiedGroupKFold``.
+        By scikit-learn's ``StratifiedKFold``, or by :func:`~geneformer_fast.finetuning.groups.deal`.
 
     Raises
     ------
     InputError
-        One class only; a class with fewer cells, or donors, than folds; fewer donors than folds.
+        One class only; a class with fewer cells than folds, or in one donor only; fewer donors than folds.
+    UnsupportedError
+        No such number of folds, or share.
     """
     if n_folds < 2:
         raise UnsupportedError(f"{n_folds} folds are no cross-validation; take 2 or more")
+    _check_shares(eval_share, 0)
     check_classes(codes, names, least=n_folds, groups=groups, of=of, why=f"{n_folds} folds")
-    for attempt in range(_ATTEMPTS):
-        found = list(_outer(codes, n_folds, groups, seed + attempt))
-        if all(len(test) and _has_all(codes, codes[train]) for train, test in found):
-            return [_with_eval(codes, groups, train, test, eval_share, seed + attempt) for train, test in found]
-    assert groups is not None  # without groups, enough cells of every class are enough
-    raise InputError(
-        f"no way was found to deal {len(np.unique(groups))} donors into {n_folds} folds with every class in every "
-        "training set; take fewer folds, or leave rare classes out (min_cells)"
-    )
+    if groups is None:
+        from sklearn.model_selection import StratifiedKFold
+
+        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+        outer = list(splitter.split(np.zeros(len(codes)), codes))
+    else:
+        counts, of_cell = _table(codes, groups)
+        places = deal(counts, n_folds, np.random.default_rng((seed, 2)))
+        if places is None:
+            raise InputError(_no_way(counts, codes, names, groups, n_folds))
+        outer = [
+            (np.flatnonzero(places[of_cell] != fold), np.flatnonzero(places[of_cell] == fold))
+            for fold in range(n_folds)
+        ]
+    made = []
+    for rest, test in outer:
+        train, evaluation = _share(codes, groups, rest, eval_share * len(rest), seed)
+        made.append(Split(train, evaluation, np.sort(test)))
+    _warn_of(made, eval_share=eval_share, test_share=0, groups=groups, of=of)
+    return made
 
 
 def hold_out(
@@ -89,21 +107,67 @@ def hold_out(
 ) -> Split:
     """One division into training, evaluation and test cells; shares of all cells, 0 for none.
 
-    With groups the shares are met as nearly as whole donors allow.
+    With groups the shares are met as nearly as whole donors allow: the seed takes one of the sets of donors that are
+    about as near (see :func:`~geneformer_fast.finetuning.groups.nearest_set`).
 
     Raises
     ------
     InputError
-        One class only; a class with fewer cells, or donors, than there are parts.
+        One class only; a class with fewer cells than there are parts, or in one donor only; fewer donors than parts.
+    UnsupportedError
+        The shares are no shares.
     """
-    if min(eval_share, test_share) < 0 or eval_share + test_share >= 1:
-        raise UnsupportedError(f"shares of {eval_share} and {test_share} leave nothing to learn from")
+    _check_shares(eval_share, test_share)
     n_parts = 1 + (eval_share > 0) + (test_share > 0)
-    check_classes(codes, names, least=n_parts, groups=groups, of=of, why="training, evaluation and test")
+    asked = [name for name, share in (("evaluation", eval_share), ("test", test_share)) if share > 0]
+    why = " and ".join(["training", *asked]) if len(asked) < 2 else "training, evaluation and test"
+    check_classes(codes, names, least=n_parts, groups=groups, of=of, why=why)
     everything = np.arange(len(codes))
-    rest, test = _share(codes, groups, everything, test_share, seed)
-    train, evaluation = _share(codes, groups, rest, eval_share / (1 - test_share), seed)
-    return Split(train, evaluation, test)
+    n = len(codes)
+    rest, test = _share(codes, groups, everything, test_share * n, seed, leaves_one=eval_share > 0)
+    train, evaluation = _share(codes, groups, rest, eval_share * n, seed)
+    split = Split(train, evaluation, test)
+    _warn_of([split], eval_share=eval_share, test_share=test_share, groups=groups, of=of)
+    return split
+
+
+def numbers_of(
+    split: Split, codes: np.ndarray, names: Sequence[str], groups: np.ndarray | None = None, of: str = "cells"
+) -> dict[str, dict[str, Any]]:
+    """What is in every part of a split, for the record.
+
+    Returns
+    -------
+    dict
+        Part (``"train"``, ``"eval"``, ``"test"``) to ``cells`` (or ``genes``), their ``share`` of all, ``groups`` (how
+        many; None where cells go alone) and ``classes``, name to number.
+    """
+    total = sum(len(part) for part in vars(split).values())
+    found = {}
+    for name, part in vars(split).items():
+        counts = np.bincount(codes[part], minlength=len(names))
+        found[name] = {
+            of: len(part),
+            "share": round(len(part) / max(1, total), 6),
+            "groups": None if groups is None else len(np.unique(groups[part])),
+            "classes": {str(label): int(count) for label, count in zip(names, counts, strict=True) if count},
+        }
+    return found
+
+
+def told(name: str, numbers: Mapping[str, Mapping[str, Any]], of: str = "cells") -> str:
+    """What is in every part of a split, to be read: two lines."""
+    parts = []
+    for key, part in numbers.items():
+        donors = "" if part["groups"] is None else f" of {part['groups']} group{'s' if part['groups'] != 1 else ''}"
+        parts.append(f"{PARTS[key]} {part[of]:,} {of} ({part['share']:.1%}){donors if part[of] else ''}")
+    labels = list(dict.fromkeys(label for part in numbers.values() for label in part["classes"]))
+    counts = [
+        f"{label} " + "/".join(f"{part['classes'].get(label, 0):,}" for part in numbers.values())
+        for label in labels[:_MOST_SHOWN]
+    ]
+    more = f", and {len(labels) - _MOST_SHOWN} more classes" if len(labels) > _MOST_SHOWN else ""
+    return f"{name}: {'; '.join(parts)}\n  {', '.join(counts)}{more}"
 
 
 def check_classes(
@@ -114,7 +178,7 @@ def check_classes(
     Raises
     ------
     InputError
-        Names the class and its count.
+        Names the class and its count, or its donor.
     """
     present = np.unique(codes)
     if len(present) < 2:
@@ -122,63 +186,108 @@ def check_classes(
         raise InputError(f"{len(codes):,} {of} of one class only{named}: there is nothing to tell apart")
     counts = {str(names[int(code)]): int((codes == code).sum()) for code in present}
     few = {name: count for name, count in counts.items() if count < least}
+    fewer = ", or take fewer folds" if "folds" in why else ""
     if few:
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(few.items()))
         leave = "min_cells" if of == "cells" else "the classes file"
         raise InputError(
             f"{why} need {least} {of} of every class, but there are fewer of {shown}; leave these classes out "
-            f"({leave}), or take fewer folds"
+            f"({leave}){fewer}"
         )
-    if groups is None:
+    if groups is None or least < 2:
         return
-    n_groups = len(np.unique(groups))
-    if n_groups < least:
-        raise InputError(f"{why} need {least} groups, but there are {n_groups}; take fewer folds or no group column")
-    alone = [str(names[int(code)]) for code in present if len(np.unique(groups[codes == code])) < 2]
-    if alone:
+    there = np.unique(groups)
+    if len(there) < least:
+        number = f"is one ({there[0]})" if len(there) == 1 else f"are {len(there)}"
+        advice = ["take no group column"]
+        if fewer and len(there) > 1:
+            advice.insert(0, "take fewer folds")
+        elif not fewer and len(there) > 1:
+            advice.insert(0, "leave the evaluation out (an eval_share of 0)")
         raise InputError(
-            f"all {of} of {', '.join(alone)} come from one group, which cannot be in training and test at once; leave "
-            "these classes out, or take no group column"
+            f"{why} need {least} groups, but there {number}, and {of} of one group are never on two sides; "
+            f"{', or '.join(advice)}"
+        )
+    alone = {str(names[int(code)]): found[0] for code in present if len(found := np.unique(groups[codes == code])) < 2}
+    if alone:
+        shown = ", ".join(f"{name} ({group})" for name, group in alone.items())
+        raise InputError(
+            f"all {of} of {', '.join(alone)} come from one group, which cannot be in training and test at once: "
+            f"{shown}; leave these classes out, or take no group column"
         )
 
 
-def _outer(
-    codes: np.ndarray, n_folds: int, groups: np.ndarray | None, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    splitter: Any = StratifiedKFold if groups is None else StratifiedGroupKFold
-    with warnings.catch_warnings():
-        # Of an evaluation share in which a rare class may be absent; what must have every class is checked here.
-        warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)
-        yield from splitter(n_folds, shuffle=True, random_state=seed).split(np.zeros(len(codes)), codes, groups)
+def _check_shares(eval_share: float, test_share: float) -> None:
+    for name, share in (("eval_share", eval_share), ("test_share", test_share)):
+        if not 0 <= share < 1:  # also what is no number
+            raise UnsupportedError(f"{name} must be from 0 (none) to below 1, not {share}")
+    if eval_share + test_share >= 1:
+        raise UnsupportedError(f"shares of {eval_share} and {test_share} leave nothing to learn from")
 
 
-def _with_eval(
-    codes: np.ndarray, groups: np.ndarray | None, rest: np.ndarray, test: np.ndarray, share: float, seed: int
-) -> Split:
-    train, evaluation = _share(codes, groups, rest, share, seed)
-    return Split(train, evaluation, np.sort(test))
+def _table(codes: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([G, K] members of every class in every group, [n] the group of each)."""
+    there, of_cell = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(there), int(codes.max()) + 1), dtype=np.int64)
+    np.add.at(counts, (of_cell, codes), 1)
+    return counts, of_cell
 
 
 def _share(
-    codes: np.ndarray, groups: np.ndarray | None, within: np.ndarray, share: float, seed: int
+    codes: np.ndarray,
+    groups: np.ndarray | None,
+    within: np.ndarray,
+    target: float,
+    seed: int,
+    *,
+    leaves_one: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(the rest, a share) of some positions; the rest keeps every class."""
-    if share <= 0:
-        return np.sort(within), np.zeros(0, dtype=np.int64)
+    """(the rest, about so many) of some positions; the rest keeps every class."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if target <= 0:
+        return np.sort(within), nothing
     if groups is None:
-        return _stratified_share(codes, within, share, seed)
-    # A share of whole donors is one fold of as many as fit, but of no more than there are donors, or cells of the
-    # largest class, which scikit-learn refuses.
-    most = min(len(np.unique(groups[within])), int(np.unique(codes[within], return_counts=True)[1].max()))
-    for attempt in range(_ATTEMPTS):
-        for n_parts in range(min(max(2, round(1 / share)), most), 1, -1):
-            rest, taken = next(_outer(codes[within], n_parts, groups[within], seed + attempt))
-            if len(taken) and _has_all(codes[within], codes[within][rest]):
-                return np.sort(within[rest]), np.sort(within[taken])
-    # Where no donor can be spared, none is.
-    return np.sort(within), np.zeros(0, dtype=np.int64)
+        return _stratified_share(codes, within, target / len(within), seed)
+    counts, of_cell = _table(codes[within], groups[within])
+    chosen = nearest_set(counts, target, np.random.default_rng((seed, 3)), leaves_one=leaves_one)
+    if chosen is None:  # no donor can be spared
+        return np.sort(within), nothing
+    return np.sort(within[~chosen[of_cell]]), np.sort(within[chosen[of_cell]])
+
+
+def _warn_of(
+    splits: Sequence[Split], *, eval_share: float, test_share: float, groups: np.ndarray | None, of: str
+) -> None:
+    """Say where whole groups did not allow what was asked for."""
+    if groups is None:
+        return
+    if eval_share > 0 and (empty := sum(not len(split.eval) for split in splits)):
+        where = f"in {empty} of {len(splits)} folds" if len(splits) > 1 else "here"
+        warnings.warn(
+            f"{where} no group can be spared for evaluation without a class missing from training; the last epoch's "
+            "model is kept there, not the best one's",
+            stacklevel=3,
+        )
+    share = len(splits[0].test) / max(1, len(groups))
+    if test_share > 0 and abs(share - test_share) > _FAR * test_share:
+        warnings.warn(
+            f"{share:.1%} of the {of} are for testing, not {test_share:.1%}: no other set of whole groups is nearer "
+            "that leaves every class to learn from",
+            stacklevel=3,
+        )
+
+
+def _no_way(counts: np.ndarray, codes: np.ndarray, names: Sequence[str], groups: np.ndarray, n_folds: int) -> str:
+    """Why groups cannot be dealt: the classes of the fewest groups, and where they are."""
+    n_owners = (counts > 0).sum(0)
+    rarest = [code for code in np.argsort(n_owners, kind="stable") if n_owners[code]][:3]
+    shown = "; ".join(
+        f"{names[int(code)]} is in {', '.join(map(str, np.unique(groups[codes == code])[:5]))} only" for code in rarest
+    )
+    return (
+        f"no way was found to deal {len(counts)} groups into {n_folds} folds with every class in every training set "
+        f"({shown}); take another number of folds, or leave rare classes out (min_cells)"
+    )
 
 
 def _stratified_share(codes: np.ndarray, within: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +304,3 @@ def _stratified_share(codes: np.ndarray, within: np.ndarray, share: float, seed:
         taken.append(rng.choice(members, size, replace=False))
     chosen = np.sort(np.concatenate(taken))
     return np.setdiff1d(within, chosen), chosen
-
-
-def _has_all(codes: np.ndarray, part: np.ndarray) -> bool:
-    return len(np.unique(part)) == len(np.unique(codes))
