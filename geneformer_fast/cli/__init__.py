@@ -1,7 +1,8 @@
 """The ``geneformer-fast`` command line: one module per command, loaded only when that command is asked for.
 
-A command module offers ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It imports what is heavy
-inside ``run``, so that help and argument errors appear at once.
+A command module offers ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``; and, where there is more
+to say after Ctrl-C than that, ``interrupted(args) -> str``: what is there now, and how to go on. It imports what is
+heavy inside ``run``, so that help and argument errors appear at once.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
         module = import_module(COMMANDS[name])
         command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, interrupted=getattr(module, "interrupted", None))
     return parser
 
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"\ninterrupted: {args.interrupted(args)}" if args.interrupted else "\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: Python would complain again while flushing at exit.

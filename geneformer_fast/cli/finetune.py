@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from geneformer_fast.finetuning.outputs import Finetuned
     from geneformer_fast.training.recipe import Recipe
 
 NAME = "finetune"
@@ -93,26 +94,39 @@ def run(args: argparse.Namespace) -> int:
         "freeze_layers": args.freeze, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
+        "tell": None if args.quiet else print,
     }  # fmt: skip
-    if args.kind == "cells":
-        from geneformer_fast.finetuning.cells import finetune_cells
-
-        done = finetune_cells(
-            args.tokens, args.model, _labels(args.label), args.out, group=args.group, sampler=args.sampler,
-            cap=args.cap, drop_unlabelled=args.drop_unlabelled, ignore=args.ignore, min_cells=args.min_cells, **options,
-        )  # fmt: skip
-    else:
-        from geneformer_fast.finetuning.genes import finetune_genes
-
-        done = finetune_genes(
-            args.tokens, args.model, args.classes, args.out, dictionary=args.dictionary, max_cells=args.max_cells,
-            drop_unknown=args.drop_unknown, **options,
-        )  # fmt: skip
+    done = _finetune(args, options)
     if not args.quiet:
         print(done)
         if done.model is not None:
             print(f"model: {done.model} (geneformer-fast predict, or transformers)")
     return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is there after Ctrl-C, and how to go on."""
+    from pathlib import Path
+
+    from geneformer_fast.finetuning.outputs import interrupted_message
+
+    return interrupted_message(Path(args.out))
+
+
+def _finetune(args: argparse.Namespace, options: dict[str, Any]) -> Finetuned:
+    if args.kind == "cells":
+        from geneformer_fast.finetuning.cells import finetune_cells
+
+        return finetune_cells(
+            args.tokens, args.model, _labels(args.label), args.out, group=args.group, sampler=args.sampler,
+            cap=args.cap, drop_unlabelled=args.drop_unlabelled, ignore=args.ignore, min_cells=args.min_cells, **options,
+        )  # fmt: skip
+    from geneformer_fast.finetuning.genes import finetune_genes
+
+    return finetune_genes(
+        args.tokens, args.model, args.classes, args.out, dictionary=args.dictionary, max_cells=args.max_cells,
+        drop_unknown=args.drop_unknown, **options,
+    )  # fmt: skip
 
 
 def _labels(entries: list[str]) -> str | dict[str, float]:
@@ -139,9 +153,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is not None:
         from pathlib import Path
 
-        from geneformer_fast.tokenization.manifest import read_json
+        from geneformer_fast.errors import UnsupportedError
+        from geneformer_fast.files.schema import read_json
 
-        recipe = Recipe.from_dict({**recipe.to_dict(), **read_json(Path(args.recipe))})
+        recipe = Recipe.from_dict({**recipe.to_dict(), **read_json(Path(args.recipe), UnsupportedError)})
     values = {field: getattr(args, option.replace("-", "_")) for option, (field, *_) in _RECIPE.items()}
     changes = {field: value for field, value in values.items() if value is not None}
     if args.quiet:

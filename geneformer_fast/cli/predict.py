@@ -10,7 +10,12 @@ HELP = "tell classes of cells or genes with a fine-tuned model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("input", help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom) or a folder of tokens")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom), several of them, or a folder of tokens",
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="what finetune made: its folder final")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help=".parquet, or .h5ad (a copy of an .h5ad input with labels added)"
@@ -33,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from geneformer_fast.finetuning.predict import predict
 
     path = predict(
-        args.input,
+        args.inputs[0] if len(args.inputs) == 1 else args.inputs,
         args.model,
         args.out,
         dictionary=args.dictionary,

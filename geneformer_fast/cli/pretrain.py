@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     from geneformer_fast.training.history import StepRecord
     from geneformer_fast.training.pretrain import pretrain
 
+    is_first = int(os.environ.get("RANK", "0")) == 0
     last: list[StepRecord] = []
+    args.last = last  # for what is to be said after Ctrl-C
     evaluations: list[dict[str, float]] = []
     final = pretrain(
         args.tokens,
@@ -95,11 +97,22 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         on_step=lambda record: last.__setitem__(slice(None), [record]),
         on_eval=evaluations.append,
+        tell=print if is_first and not args.quiet else None,
         **changes_of(args),
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first:
         print(_summary(last, evaluations, final))
     return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """How far it is after Ctrl-C, and how to go on."""
+    from pathlib import Path
+
+    from geneformer_fast.training.run_folder import interrupted_message
+
+    done = f"after step {args.last[0].step:,}; " if getattr(args, "last", None) else ""
+    return done + interrupted_message(Path(args.out))
 
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:

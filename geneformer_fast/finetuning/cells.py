@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
+from geneformer_fast.files.checksums import fingerprint_of_tensors
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready, check_splits
 from geneformer_fast.finetuning.labels import Task, check_ignored, column_values, read_task
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
 from geneformer_fast.finetuning.objectives import CellObjective
-from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
-from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
+from geneformer_fast.finetuning.outputs import Finetuned, out_folder
+from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, check_names, probabilities_of, some_cells
 from geneformer_fast.finetuning.recipes import CELLS
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.search import Search
-from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.training.loop import Objective
@@ -55,6 +57,7 @@ def finetune_cells(
     device: str | torch.device | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of cells.
 
@@ -75,7 +78,8 @@ def finetune_cells(
         0: one division into training, evaluation and test cells. 2 or more: cross-validation, after which the final
         model learns from all cells but an evaluation share.
     eval_share, test_share
-        Of all cells (with folds: of those outside the test set). The evaluation cells choose the best epoch.
+        Of all cells (with folds: of those outside the test set); 0 for none. The evaluation cells choose the best
+        epoch. With a group, sets of whole groups are taken that come nearest to it and leave every class to learn from.
     loss
         One of :data:`~geneformer_fast.finetuning.losses.LOSSES` with options, such as ``"focal:gamma=1.5"``; one for
         all tasks or one per task.
@@ -97,6 +101,9 @@ def finetune_cells(
         Where to train; None takes a GPU if there is one.
     resume, overwrite
         Go on with what is in ``out``, or replace it.
+    tell
+        Called, before the first step, with what is in every part of every split, such as ``print``; ``splits.json``
+        holds the same.
 
     Returns
     -------
@@ -110,7 +117,8 @@ def finetune_cells(
     VocabularyError
         The tokens belong to another vocabulary than the model.
     OutputError
-        ``out`` holds something else.
+        ``out`` holds something else, or a fine-tuning of other tokens or pretrained weights; another process writes
+        there; or a file cannot be written (a full disk): what is there stays whole, and ``resume`` goes on.
     TrainingError
         The loss is not finite; finished folds and checkpoints stay.
     UnsupportedError
@@ -122,6 +130,7 @@ def finetune_cells(
         base = pretrained(model, device)
         identity = identity_of(folder, base.config)
         tasks = _tasks(folder, label, drop_unlabelled, ignore, min_cells)
+        check_names({task.name: task.classes for task in tasks})
         losses = _losses(tasks, loss)
         cells = np.flatnonzero(np.any([task.codes != IGNORED for task in tasks], axis=0))
         groups = None if group is None else group_values(folder, group, cells)
@@ -129,8 +138,10 @@ def finetune_cells(
             folder, identity, tasks, losses, ClassSampler(tasks[0].codes, sampler, cap), recipe.token_budget
         )
         splits, final = work.splits(cells, groups, folds, eval_share, test_share, recipe.seed)
-        for split in splits:
-            work.objective(split)  # whatever a training set lacks is said before anything is trained
+        final = final if is_final else None
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        every = [*splits, *([] if final is None else [final])]
+        check_splits(work, base, choices, every)
         asked = {
             "kind": "cells", "tasks": {task.name: task.weight for task in tasks}, "losses": losses, "group": group,
             "folds": folds, "eval_share": eval_share, "test_share": test_share, "sampler": sampler, "cap": cap,
@@ -138,12 +149,12 @@ def finetune_cells(
             "is_searching": search is not None,
             "classes": {task.name: task.classes for task in tasks}, "config": base.config.to_dict(),
             "data": digest(*(task.codes for task in tasks), folder.lengths(), *(s.test for s in splits)),
+            **content_of(folder, base, wanted, every),
         }  # fmt: skip
-        place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
         origin = origin_of(model, identity, losses)
-        engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
-        return engine.run(splits, final if is_final else None, "cells")
+        with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
+            engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+            return engine.run(splits, final, "cells", tell)
 
 
 class CellWork:
@@ -162,6 +173,11 @@ class CellWork:
     ) -> None:
         self.tokens, self.identity, self.tasks, self.losses = tokens, identity, list(tasks), losses
         self.sampler, self.token_budget = sampler, token_budget
+        first = self.tasks[0]
+        # Cells without a label in the task that splits are stratified by are a class of their own there.
+        self._codes = np.where(first.codes == IGNORED, len(first.classes), first.codes)
+        self._names = [*first.classes, f"(no {first.name})"]
+        self._groups: np.ndarray | None = None
         self.classes = {task.name: task.classes for task in tasks}
 
     def splits(
@@ -174,9 +190,10 @@ class CellWork:
         seed: int,
     ) -> tuple[list[Split], Split | None]:
         """Cell numbers of every fold, and of the final model after several."""
-        first = self.tasks[0]
-        codes = np.where(first.codes == IGNORED, len(first.classes), first.codes)[cells]
-        names = [*first.classes, f"(no {first.name})"]
+        codes, names = self._codes[cells], self._names
+        if groups is not None:
+            self._groups = np.full(len(self._codes), "", dtype=object)
+            self._groups[cells] = groups
         shares: dict[str, Any] = {"groups": groups, "eval_share": eval_share, "seed": seed}
 
         def numbered(split: Split) -> Split:
@@ -186,6 +203,10 @@ class CellWork:
             return [numbered(hold_out(codes, names, test_share=test_share, **shares))], None
         found = make_folds(codes, names, n_folds, **shares)
         return list(map(numbered, found)), numbered(hold_out(codes, names, test_share=0, **shares))
+
+    def numbers(self, split: Split) -> dict[str, dict[str, Any]]:
+        """Cells, groups and classes of every part."""
+        return numbers_of(split, self._codes, self._names, self._groups)
 
     def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
         """The tasks' losses from the class counts of the training cells."""
@@ -239,6 +260,16 @@ def digest(*arrays: np.ndarray) -> str:
     for array in arrays:
         made.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
     return made.hexdigest()
+
+
+def content_of(tokens: TokenFolder, base: Encoder, search: Search | None, splits: Sequence[Split]) -> dict[str, Any]:
+    """Fingerprints of what a fine-tuning depends on: it is gone on with only where they are the same."""
+    return {
+        "tokens_content": tokens.content_fingerprint,
+        "weights": fingerprint_of_tensors(base.state_dict()),
+        "splits": digest(*(part for split in splits for part in vars(split).values())),
+        "search": None if search is None else {"space": dataclasses.asdict(search.space), "seed": search.seed},
+    }
 
 
 def origin_of(model: Any, identity: Mapping[str, Any], losses: Mapping[str, str]) -> dict[str, Any]:

@@ -15,17 +15,17 @@ import pyarrow as pa
 
 from geneformer_fast import __version__
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
-from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, Finetuned, OutFolder
+from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, SPLITS, Finetuned, OutFolder
 from geneformer_fast.finetuning.pictures import check_pictures, plot_confusion, plot_roc
 from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
 from geneformer_fast.finetuning.search import Report, Search, check_search, search
-from geneformer_fast.finetuning.splits import Split
+from geneformer_fast.finetuning.splits import Split, told
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.manifest import read_json
 from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.recipe import Recipe
 
@@ -62,6 +62,9 @@ class Work(Protocol):
     classes: dict[str, list[str]]
     tokens: TokenFolder
 
+    def numbers(self, split: Split) -> dict[str, dict[str, Any]]:
+        """What is in every part of a split, see :func:`~geneformer_fast.finetuning.splits.numbers_of`."""
+
     def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
         """What a split's training set is learned by, and the factor [n_classes] on the logits afterwards."""
 
@@ -80,6 +83,31 @@ class Choices:
     freeze_layers: int
     freeze_embeddings: bool
     search: Search | None
+
+
+def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[Split]) -> None:
+    """Refuse, before anything is trained, what some fold would be refused for.
+
+    Raises
+    ------
+    InputError
+        A training set lacks a class.
+    UnsupportedError
+        An evaluation set that something chooses by is empty; there are fewer layers than are to be frozen.
+    """
+    space = None if choices.search is None else choices.search.space.freeze_layers
+    for n_layers in (choices.freeze_layers, *(space or ())):
+        if not 0 <= n_layers <= base.config.n_layers:
+            raise UnsupportedError(f"cannot freeze {n_layers} layers: the model has {base.config.n_layers}")
+    for split in splits:
+        work.objective(split)
+        if not len(split.eval):
+            for name, is_asked in (("a search", choices.search), ("patience", choices.recipe.patience)):
+                if is_asked is not None:
+                    raise UnsupportedError(
+                        f"{name} needs evaluation cells to choose by, and there are none in some split; give an "
+                        "eval_share above 0, or take no group column where no group can be spared"
+                    )
 
 
 class Engine:
@@ -113,7 +141,9 @@ class Engine:
         self.work, self.base, self.choices, self.folder = work, base, choices, folder
         self.origin, self.vocabulary = origin, vocabulary
 
-    def run(self, splits: Sequence[Split], final: Split | None, of: str) -> Finetuned:
+    def run(
+        self, splits: Sequence[Split], final: Split | None, of: str, tell: Callable[[str], None] | None = None
+    ) -> Finetuned:
         """Every fold, then the final model.
 
         Parameters
@@ -124,13 +154,23 @@ class Engine:
             What the final model learns from after several folds; None makes none.
         of
             ``"cells"`` or ``"genes"``.
+        tell
+            Called with what is in every part of every split, before the first step.
         """
+        named = {f"fold-{number}": split for number, split in enumerate(splits, 1)}
+        named |= {} if final is None or len(splits) == 1 else {"final": final}
+        numbers = {name: self.work.numbers(split) for name, split in named.items()}
+        write_json(self.folder.path / SPLITS, numbers)
+        if tell is not None:
+            for name, parts in numbers.items():
+                tell(told("split" if len(numbers) == 1 else name, parts, of))
         for number, split in enumerate(splits, 1):
             self._fold(number, split, is_final=len(splits) == 1)
         scores = self._sum_up(len(splits), of)
-        if final is not None and len(splits) > 1 and not self.folder.final.exists():
-            encoder, how = self._fit("final", final)
-            self._save(encoder, how)
+        if final is not None and len(splits) > 1:
+            if not self.folder.final.exists():
+                encoder, how = self._fit("final", final)
+                self._save(encoder, how)
             self._tidy("final")
         write_json(self.folder.path / SCORES, scores)
         return Finetuned(self.folder.path, self.folder.final if self.folder.final.exists() else None, scores)
@@ -141,7 +181,10 @@ class Engine:
         if (place / SCORES).exists():
             return
         encoder, how = self._fit(name, split)
-        found: dict[str, Any] = {"fold": number, "sizes": {k: len(v) for k, v in vars(split).items()}, **how}
+        found: dict[str, Any] = {
+            "fold": number, "sizes": {k: len(v) for k, v in vars(split).items()}, "split": self.work.numbers(split),
+            **how,
+        }  # fmt: skip
         if len(split.test):
             tested = self.work.test(encoder, split, number)
             found["tasks"] = {
@@ -160,8 +203,6 @@ class Engine:
         choices = self.choices
         recipe, layers, how = choices.recipe, choices.freeze_layers, {}
         if choices.search is not None:
-            if not len(split.eval):
-                raise UnsupportedError("a search needs evaluation cells to choose by; give eval_share above 0")
             recipe, found, summary = search(
                 choices.search, recipe, self._trial(split, layers), self.folder.search, name
             )
@@ -187,7 +228,7 @@ class Engine:
         objective, factor = self.work.objective(split)
         history = fit(
             encoder, self.work.tokens, objective, recipe, out=out, resume=True, on_eval=report,
-            **self.work.training(split),
+            begins_with=self.folder.begins_with, **self.work.training(split),
         )  # fmt: skip
         scale_classifier(encoder, factor)
         return encoder, history.best
@@ -208,14 +249,13 @@ class Engine:
 
     def _tidy(self, name: str) -> None:
         """Checkpoints of a finished fold have served their purpose."""
-        shutil.rmtree(self.folder.fold(name) / RUN, ignore_errors=True)
-        if name == "final":
-            self.folder.fold(name).rmdir()
+        place = self.folder.fold(name)
+        shutil.rmtree(place if name == "final" else place / RUN, ignore_errors=True)
 
     def _sum_up(self, n_folds: int, of: str) -> dict[str, Any]:
         """Scores over folds and of all tested cells together; predictions and pictures."""
         places = [self.folder.fold(f"fold-{number}") for number in range(1, n_folds + 1)]
-        found = [read_json(place / SCORES) for place in places]
+        found = [read_json(place / SCORES, OutputError) for place in places]
         tested = [(scores, place) for scores, place in zip(found, places, strict=True) if "tasks" in scores]
         summary: dict[str, Any] = {"of": of, "n_folds": len(tested), "n": 0, "tasks": {}}
         if tested:
@@ -240,7 +280,7 @@ class Engine:
     def _draw(
         self, task: str, classes: list[str], confusion: list[list[int]], curves: list[Any], parts: list[dict[str, Any]]
     ) -> None:
-        suffix = "" if len(self.work.classes) == 1 else "_" + "".join(c if c.isalnum() else "_" for c in task)
+        suffix = "" if len(self.work.classes) == 1 else _suffix(task, list(self.work.classes))
         path = self.folder.path
         f1 = np.mean([part["macro_f1"] for part in parts])
         plot_confusion(confusion, classes, path / f"confusion{suffix}.png", title=f"{task}: macro-F1 {f1:.3f}")
@@ -249,6 +289,13 @@ class Engine:
             drawn, areas = zip(*known, strict=True)
             shown = classes[1] if len(classes) == 2 else "mean of each class against the rest"
             plot_roc([np.array(curve) for curve in drawn], areas, path / f"roc{suffix}.png", title=f"{task}: {shown}")
+
+
+def _suffix(task: str, tasks: list[str]) -> str:
+    """What the pictures of a task have in their names; tasks that differ in signs only are numbered."""
+    plain = ["_" + "".join(c if c.isalnum() else "_" for c in name) for name in tasks]
+    place = tasks.index(task)
+    return plain[place] if plain.count(plain[place]) == 1 else f"{plain[place]}_{place + 1}"
 
 
 def _listed(curve: np.ndarray | None) -> list[float] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
-from geneformer_fast.finetuning.cells import digest, origin_of, vocabulary_file
-from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready
+from geneformer_fast.finetuning.cells import content_of, digest, origin_of, vocabulary_file
+from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready, check_splits
 from geneformer_fast.finetuning.labels import read_gene_classes
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
 from geneformer_fast.finetuning.objectives import GeneObjective
-from geneformer_fast.finetuning.outputs import Finetuned, OutFolder
-from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
+from geneformer_fast.finetuning.outputs import Finetuned, out_folder
+from geneformer_fast.finetuning.predictions import ClassifyingRun, check_names, some_cells, task_columns
 from geneformer_fast.finetuning.recipes import GENES
 from geneformer_fast.finetuning.search import Search
-from geneformer_fast.finetuning.splits import Split, hold_out
+from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.genes import map_genes
@@ -60,6 +60,7 @@ def finetune_genes(
     device: str | torch.device | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of genes, as their context in cells shows them.
 
@@ -92,7 +93,7 @@ def finetune_genes(
         Whether genes that the vocabulary does not know, or no cell expresses, may be left out.
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.GENES`.
-    search, is_final, device, resume, overwrite
+    search, is_final, device, resume, overwrite, tell
         As in :func:`finetune_cells`.
 
     Returns
@@ -125,19 +126,22 @@ def finetune_genes(
         cells = _cells_with(folder, labelled, max_cells, recipe.seed)
         work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size)
         splits, final = work.splits(folds, eval_share, test_share, recipe.seed)
-        for split in splits:
-            work.objective(split)
+        final = final if is_final else None
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        every = [*splits, *([] if final is None else [final])]
+        check_names({TASK: labelled.classes})
+        check_splits(work, base, choices, every)
         asked = {
             "kind": "genes", "loss": loss, "folds": folds, "eval_share": eval_share, "test_share": test_share,
             "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
             "is_searching": search is not None, "classes": labelled.classes, "config": base.config.to_dict(),
             "data": digest(labelled.tokens, labelled.codes, cells, folder.lengths()),
+            **content_of(folder, base, wanted, every),
         }  # fmt: skip
-        place = OutFolder(Path(out), asked, resume=resume, overwrite=overwrite)
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
         origin = origin_of(model, identity, {TASK: loss})
-        engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
-        return engine.run(splits, final if is_final else None, "genes")
+        with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
+            engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+            return engine.run(splits, final, "genes", tell)
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,10 @@ class GeneWork:
         if not n_folds:
             return [hold_out(codes, classes, test_share=test_share, **shares)], None
         return make_folds(codes, classes, n_folds, **shares), hold_out(codes, classes, test_share=0, **shares)
+
+    def numbers(self, split: Split) -> dict[str, dict[str, Any]]:
+        """Genes and classes of every part."""
+        return numbers_of(split, self.labelled.codes, self.labelled.classes, of="genes")
 
     def objective(self, split: Split) -> tuple[Objective, np.ndarray]:
         """The loss from the class counts of the training genes."""

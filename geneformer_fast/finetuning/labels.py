@@ -48,9 +48,9 @@ def column_values(tokens: TokenFolder, column: str, *, role: str) -> np.ndarray:
     Raises
     ------
     InputError
-        There is no such column, or it holds fractions.
+        There is no such column, or it holds fractions or infinite numbers.
     """
-    own = ("input_ids", "length", "source_file", "source_row")
+    own = ("input_ids", "length", "source_file", "source_row", "obs_names")
     if column not in tokens.columns or column in own:
         carried = [name for name in tokens.columns if name not in own]
         there = f"it carries {', '.join(carried)}" if carried else "it carries none"
@@ -62,6 +62,12 @@ def column_values(tokens: TokenFolder, column: str, *, role: str) -> np.ndarray:
     if pa.types.is_floating(array.type):
         numbers = array.to_numpy().astype(np.float64)
         known = numbers[~np.isnan(numbers)]
+        if not np.isfinite(known).all():
+            first = int((~np.isfinite(numbers) & ~np.isnan(numbers)).argmax())
+            raise InputError(
+                f"{tokens.path}: the {role} {column!r} of cell {first} is infinite, which is no class; label it, or "
+                "leave it empty"
+            )
         if not (known == np.round(known)).all():
             raise InputError(f"{tokens.path}: the {role} {column!r} holds fractions, which are no classes")
         return np.array([None if np.isnan(value) else str(int(value)) for value in numbers], dtype=object)

@@ -2,6 +2,8 @@
 
 ``finetune.json``
     What was asked for; a killed run goes on only with the same.
+``splits.json``
+    How many cells, groups and cells of every class are in every part of every fold.
 ``folds/fold-1/``
     ``predictions.parquet`` and ``scores.json`` of a finished fold; ``run/``, checkpoints of one that is not.
 ``predictions.parquet``, ``scores.json``, ``confusion.png``, ``roc.png``
@@ -14,19 +16,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning.search import STORAGE
-from geneformer_fast.tokenization.manifest import read_json
+from geneformer_fast.training.checkpoint import checkpoints_in
+from geneformer_fast.training.identity import check_same
+from geneformer_fast.training.run_folder import RESUME, check_is_no_file, has_content, remove_unfinished
 
-ASKED, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
-    *("finetune.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
+ASKED, SPLITS, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
+    *("finetune.json", "splits.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
 )
 
 
@@ -54,6 +61,9 @@ class Finetuned:
         return self.folder / PREDICTIONS
 
     def __str__(self) -> str:
+        if not self.scores["tasks"]:
+            said = f"no {self.scores['of']} were held out for testing (a test_share of 0), so there are no scores"
+            return f"{said} -> {self.folder}"
         lines = [f"{'':<24}{'accuracy':>16}{'macro-F1':>16}{'ROC AUC':>16}"]
         for name, task in self.scores["tasks"].items():
             lines.append(f"{name[:22]:<24}" + "".join(f"{_shown(task, key):>16}" for key in _SHOWN))
@@ -73,8 +83,22 @@ def _shown(task: Mapping[str, Any], key: str) -> str:
     return f"{value['mean']:.3f}" + ("" if value["sd"] is None else f" ± {value['sd']:.3f}")
 
 
+@contextlib.contextmanager
+def out_folder(path: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[OutFolder]:
+    """The folder of one fine-tuning, into which nobody else writes meanwhile.
+
+    Raises
+    ------
+    OutputError
+        As :class:`OutFolder`; or another process is writing there.
+    """
+    check_is_no_file(path)
+    with folder_lock(path):
+        yield OutFolder(path, asked, resume=resume, overwrite=overwrite)
+
+
 class OutFolder:
-    """The folder of one fine-tuning.
+    """The folder of one fine-tuning, locked by :func:`out_folder`.
 
     Parameters
     ----------
@@ -93,22 +117,23 @@ class OutFolder:
 
     def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; name a folder")
         if (path / ASKED).exists():
             if overwrite:
                 self._clear()
             elif resume:
-                _compare(path, asked)
+                check_same(path, read_json(path / ASKED, OutputError), asked, what="fine-tuning")
             else:
                 raise OutputError(
                     f"{path} holds a fine-tuning already; go on with it (--resume), replace it (--overwrite), or name "
                     "another folder"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif has_content(path):
             raise OutputError(f"{path} holds files that finetune did not make; name another folder")
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in (path, *(path / FOLDS).glob("*")):
+            remove_unfinished(folder)
         write_json(path / ASKED, asked)
+        #: Stands for the pretrained weights.
+        self.begins_with: str | None = asked.get("weights")
 
     @property
     def search(self) -> Path:
@@ -129,21 +154,18 @@ class OutFolder:
     def _clear(self) -> None:
         for name in (FOLDS, FINAL):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for pattern in (SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
+        for pattern in (SPLITS, SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
             for file in self.path.glob(pattern):
                 file.unlink()
 
 
-def _compare(path: Path, asked: Mapping[str, Any]) -> None:
-    there = read_json(path / ASKED)
-    for key, value in asked.items():
-        if there.get(key) != value:
-            raise OutputError(
-                f"{path} holds a fine-tuning with {key.replace('_', ' ')} {_short(there.get(key))}, not "
-                f"{_short(value)}: go on with the same, or name another folder"
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
+def interrupted_message(folder: Path) -> str:
+    """What to say when a fine-tuning is interrupted: how far it is, and how to go on."""
+    if not (folder / ASKED).exists():
+        return "nothing was written yet; run the same command again"
+    done = len(list((folder / FOLDS).glob(f"*/{SCORES}")))
+    said = [f"{done} fold{'s are' if done != 1 else ' is'} finished"]
+    for run in (folder / FOLDS).glob(f"*/{RUN}"):
+        if there := checkpoints_in(run / "checkpoints"):
+            said.append(f"the last checkpoint of {run.parent.name} is of step {int(there[-1].name[5:]):,}")
+    return f"{'; '.join(said)}, in {folder}; run the same command with {RESUME} to go on"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.writing import whole_file
 from geneformer_fast.finetuning.scores import GRID
 
 # Beyond this, numbers in the squares become unreadable.
@@ -55,7 +56,8 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
         for row, column in zip(*counts.nonzero(), strict=True):
             ink = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=ink, fontsize="small")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path
 
 
@@ -88,7 +90,8 @@ def plot_roc(curves: Sequence[np.ndarray], areas: Sequence[float], path: Path, *
     axes.set_aspect("equal")
     axes.legend(loc="lower right", frameon=False, title="area under the curve", fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,19 @@ import pyarrow as pa
 import torch
 
 from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.encoding import EncodingRun
+from geneformer_fast.files.writing import whole_file
 from geneformer_fast.finetuning.labels import Task
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.objectives import GeneMeans
 from geneformer_fast.heads import CellClassifier, GeneClassifier
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
+
+#: Columns that say which cell or gene a row is of, and where it came from: nothing else is ever called so.
+RESERVED = ("cell", "row", "fold", "source_file", "source_row", "obs_names", "gene", "token", "n_cells")
 
 
 class ClassifyingRun(EncodingRun):
@@ -88,15 +92,48 @@ def probabilities_of(logits: np.ndarray, sizes: Sequence[int]) -> list[np.ndarra
 
 
 def source_columns(tokens: TokenFolder, cells: np.ndarray) -> dict[str, pa.Array]:
-    """``cell`` (its index in the token folder), and the file and row it came from where the folder knows them."""
+    """``cell`` (its index in the token folder), and where the folder knows them its file, row and name there."""
     columns: dict[str, pa.Array] = {"cell": pa.array(cells, pa.int64())}
-    for name in ("source_file", "source_row"):
+    for name in ("source_file", "source_row", "obs_names"):
         if name in tokens.columns:
             column = tokens.column(name).combine_chunks()
             array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
             taken = array.take(pa.array(cells, pa.int64()))
             columns[name] = taken.cast(pa.string()) if pa.types.is_dictionary(taken.type) else taken
     return columns
+
+
+def check_names(tasks: Mapping[str, Sequence[str]]) -> None:
+    """Refuse tasks and classes whose columns in a table of predictions would be another column's.
+
+    Parameters
+    ----------
+    tasks
+        Name to classes.
+
+    Raises
+    ------
+    InputError
+        Names the two, and what to do.
+    """
+    owners = dict.fromkeys(RESERVED, "says which row is which")
+    for task, classes in tasks.items():
+        for column, what in (
+            (task, f"the truth of {task!r}"),
+            (f"{task}_predicted", f"the prediction of {task!r}"),
+            (f"{task}_probability", f"the probability of that prediction of {task!r}"),
+            *((f"{task}: {label}", f"the probability of {label!r} in {task!r}") for label in classes),
+        ):
+            if column in owners:
+                raise InputError(
+                    f"the column {column!r} of the predictions would hold {what}, but it {_holds(owners[column])}; "
+                    "carry the label under another name (tokenize --obs NEW=OLD)"
+                )
+            owners[column] = what
+
+
+def _holds(what: str) -> str:
+    return what if what.startswith("says") else f"holds {what}"
 
 
 def task_columns(
@@ -145,9 +182,8 @@ def write_parquet(table: pa.Table, path: Path, provenance: Mapping[str, str] | N
 
     if provenance:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **provenance})
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary)
     return path
 
 
@@ -155,7 +191,10 @@ def read_parquet(path: Path) -> pa.Table:
     """The table of a Parquet file."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path)
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{path} cannot be read ({error}); remove its folder to make that fold again") from None
 
 
 def task_probabilities(table: pa.Table, name: str, classes: Sequence[str]) -> np.ndarray:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
-from geneformer_fast.training.recipe import Recipe
+from geneformer_fast.errors import InputError, OutputError, TrainingError, UnsupportedError
+from geneformer_fast.training.recipe import MACHINE, Recipe
+from geneformer_fast.training.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    import optuna
 
 STORAGE = "search.db"
+# Of a study: what it searches, and for what.
+_ASKED = "asked"
 #: Evaluations of one trial that are reported to the pruner: called with the metrics, may raise.
 Report = Callable[[dict[str, float]], None]
 
@@ -36,6 +45,19 @@ class Space:
     warmup_ratio: tuple[float, float] = (0.0, 0.2)
     schedule: tuple[str, ...] = ("linear", "cosine", "constant")
     freeze_layers: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {"learning_rate": math.inf, "weight_decay": math.inf, "warmup_ratio": 1.0}
+        for name, most in limits.items():
+            low, high = getattr(self, name)
+            if not (math.isfinite(high) and 0 <= low <= high <= most) or (name == "learning_rate" and low == 0):
+                raise UnsupportedError(f"{name} cannot be searched from {low} to {high}")
+        if self.freeze_layers is not None and not 0 <= self.freeze_layers[0] <= self.freeze_layers[1]:
+            raise UnsupportedError(
+                f"freeze_layers cannot be searched from {self.freeze_layers[0]} to {self.freeze_layers[1]}"
+            )
+        if not self.schedule or not set(self.schedule) <= set(SCHEDULES):
+            raise UnsupportedError(f"schedules to search must be some of {', '.join(SCHEDULES)}, not {self.schedule}")
 
 
 @dataclass(frozen=True)
@@ -101,15 +123,24 @@ def search(
     ------
     InputError
         No trial came to an end.
+    OutputError
+        The file holds a search of something else, is damaged, or cannot be written.
     """
+    with _study(storage, name, recipe, asked.space) as study:
+        return _searched(study, asked, recipe, train, storage)
+
+
+def _searched(
+    study: optuna.Study,
+    asked: Search,
+    recipe: Recipe,
+    train: Callable[[Recipe, int | None, Report], float],
+    storage: Path,
+) -> tuple[Recipe, int | None, dict[str, Any]]:
+    """The trials that are missing, and the best of all."""
     import optuna
     from optuna.trial import TrialState
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    backend = optuna.storages.RDBStorage(f"sqlite:///{storage}")
-    direction: Literal["maximize", "minimize"] = "maximize" if recipe.is_greater_better else "minimize"
-    study = optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # of a sitting that was killed
     counted = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -140,8 +171,82 @@ def search(
     best = study.best_trial
     pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
     summary = {"n_trials": len(finished) + pruned, "n_pruned": pruned, "best": best.params, "value": best.value}
-    backend.engine.dispose()
     return *_proposed(best, recipe, asked.space), summary
+
+
+@contextlib.contextmanager
+def _study(storage: Path, name: str, recipe: Recipe, space: Space) -> Iterator[optuna.Study]:
+    """A study, made or gone on with; what its database says against it is one sentence."""
+    import optuna
+    import sqlalchemy
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    backend = None
+    try:
+        backend = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+        direction: Literal["maximize", "minimize"] = "maximize" if recipe.is_greater_better else "minimize"
+        study = optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
+        _check_same(study, storage, recipe, space)
+        yield study
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise OutputError(f"{storage} {_said_by_sqlite(error)}") from None
+    finally:
+        if backend is not None:
+            backend.engine.dispose()
+
+
+def _said_by_sqlite(error: BaseException) -> str:
+    """What a database says, in our words: a full disk is no damage, and what it holds is whole in either case."""
+    text = str(error)
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error, text = cause, f"{text} {cause}"
+    if "disk is full" in text or "disk I/O error" in text:
+        return "cannot be written: the disk is full, or failed: make room, and go on with --resume (resume=True)"
+    if "readonly" in text or "unable to open" in text:
+        return "cannot be written: there is no permission, or no room, for files there: name another place"
+    return f"cannot be read ({error}): remove it to search anew"
+
+
+def _check_same(study: optuna.Study, storage: Path, recipe: Recipe, space: Space) -> None:
+    """Refuse to go on with a search of another space or for something else: its trials say nothing about this one."""
+    searched = {field.name for field in dataclasses.fields(Space)} | {"warmup_steps"}
+    fixed = {key: value for key, value in recipe.to_dict().items() if key not in (*searched, *MACHINE)}
+    asked = json.loads(json.dumps({"space": dataclasses.asdict(space), "recipe": fixed}))
+    there = study.user_attrs.get(_ASKED)
+    expected = _distributions(space)
+    differing = [
+        name
+        for trial in study.get_trials(deepcopy=False)
+        for name, found in trial.distributions.items()
+        if expected.get(name) != found
+    ]
+    for part in ("space", "recipe"):
+        if isinstance(there, dict) and there.get(part) != asked[part]:
+            old = there.get(part) or {}
+            differing += [key for key, value in asked[part].items() if old.get(key) != value]
+    if differing:
+        raise OutputError(
+            f"{storage} holds a search with another {differing[0]}: go on with the same space and recipe, or search "
+            "into another folder"
+        )
+    if there is None:
+        study.set_user_attr(_ASKED, asked)
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    """What is searched, as Optuna writes it down with every trial."""
+    from optuna import distributions as kinds
+
+    found: dict[str, Any] = {
+        "learning_rate": kinds.FloatDistribution(*space.learning_rate, log=True),
+        "weight_decay": kinds.FloatDistribution(*space.weight_decay),
+        "warmup_ratio": kinds.FloatDistribution(*space.warmup_ratio),
+        "schedule": kinds.CategoricalDistribution(list(space.schedule)),
+    }
+    if space.freeze_layers is not None:
+        found["freeze_layers"] = kinds.IntDistribution(*space.freeze_layers)
+    return found
 
 
 def _proposed(trial: Any, recipe: Recipe, space: Space) -> tuple[Recipe, int | None]:

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from geneformer_fast.files.checksums import (
     with_digest,
     write_sums,
 )
-from geneformer_fast.files.schema import read_json
+from geneformer_fast.files.schema import check, read_json, whole
 from geneformer_fast.files.tensors import metadata_of, read_tensors
-from geneformer_fast.files.writing import whole_folder, write_json, write_tensors
+from geneformer_fast.files.writing import system_errors, whole_folder, write_json, write_tensors
 from geneformer_fast.training.distributed import Ranks
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
@@ -44,6 +45,14 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _ADVICE = "remove this checkpoint's folder to continue from the one before"
 _FINGERPRINT = "fingerprint"
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class _Step:
+    """What every ``state.json`` says."""
+
+    step: whole(0)  # type: ignore[valid-type]
+    world_size: whole(1)  # type: ignore[valid-type]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -95,13 +104,27 @@ def save_checkpoint(
             write_sums(made, (MODEL, OPTIMIZER, RANDOM))
             write_json(made / STATE, with_digest({"step": step, "world_size": ranks.world_size, **state}))
         for old in checkpoints_in(folder)[:-keep]:
-            shutil.rmtree(old)
+            with system_errors(old):
+                shutil.rmtree(old)
     ranks.barrier()
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, schema: Any = None
+) -> dict[str, Any]:
     """Put model, optimizer and random states where a checkpoint left them.
+
+    Parameters
+    ----------
+    path
+        From :func:`save_checkpoint`.
+    model, optimizer
+        Sharded or not.
+    ranks
+        Of this process.
+    schema
+        What ``state`` must hold, see :mod:`geneformer_fast.files.schema`; None looks at nothing but the step.
 
     Returns
     -------
@@ -113,7 +136,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     CheckpointError
         Files are damaged, or belong to another model.
     """
-    state = _read_state(path)
+    state = _read_state(path, schema)
     sums = read_sums(path, CheckpointError) if is_verifying() else {}
     _put_weights(path / MODEL, read_tensors(path / MODEL, CheckpointError, _ADVICE, sha256=sums.get(MODEL)), model)
     moments = read_tensors(path / OPTIMIZER, CheckpointError, _ADVICE, sha256=sums.get(OPTIMIZER))
@@ -126,10 +149,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if by_name.keys() != expected:
         odd = sorted(by_name.keys() ^ expected)[0]
         raise CheckpointError(f"{path / OPTIMIZER}: belongs to another model or other frozen layers (see {odd!r})")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, kinds in by_name.items():
+        if any(tensor.ndim and tuple(tensor.shape) != shapes[name] for tensor in kinds.values()):
+            raise CheckpointError(f"{path / OPTIMIZER}: {name!r} has another shape than in the model; {_ADVICE}")
     content["state"] = by_name
-    set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
     states = read_tensors(path / RANDOM, CheckpointError, _ADVICE, sha256=sums.get(RANDOM))
-    _restore_random(states, ranks, state["world_size"])
+    try:
+        set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
+        _restore_random(states, ranks, state["world_size"])
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be continued from ({error}); {_ADVICE}") from None
     return state
 
 
@@ -172,9 +204,11 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        state = read_json(path / STATE, CheckpointError)
+        state = read_json(path / STATE, CheckpointError, _Step)
+        if schema is not None:
+            check(schema, state, path / STATE, CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_ADVICE}") from None
     check_digest(state, path / STATE, CheckpointError, _ADVICE)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from geneformer_fast.files.schema import number, whole
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -73,6 +75,18 @@ class History:
         """Over all ranks, evaluations and checkpoints left out."""
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.n_tokens for record in self.steps) / seconds if seconds else 0.0
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint says of the loop; metrics that are not finite are null."""
+
+    step: whole(0)  # type: ignore[valid-type]
+    evaluations: list[dict[str, float | None]]
+    best: dict[str, float | None] | None
+    n_worse: whole(0)  # type: ignore[valid-type]
+    seconds: number(0)  # type: ignore[valid-type]
+    scaler: dict[str, Any]
 
 
 def metrics_for_json(metrics: Any) -> Any:

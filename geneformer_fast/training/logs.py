@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.writing import system_errors, whole_file
 
 LOG = "log.jsonl"
 
@@ -44,12 +45,12 @@ class JsonLines:
     is_active = True
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
-        path = folder / LOG
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        partial = path.with_name(f".{LOG}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the whole run
+        self._path = folder / LOG
+        kept = _lines(self._path, first_step)
+        with whole_file(self._path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # Unbuffered: what cannot be written is known at once, and nothing waits to fail when the file is closed.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
 
     def step(self, values: Mapping[str, Any]) -> None:
         """One line."""
@@ -61,18 +62,31 @@ class JsonLines:
 
     def _write(self, values: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in values.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = memoryview((json.dumps(finite, allow_nan=False) + "\n").encode())
+        with system_errors(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a log; the last one may have been cut off by a kill."""
+def _lines(path: Path, last_step: int) -> list[str]:
+    """Whole lines of a log up to a step; the last one may have been cut off by a kill or a full disk."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+    kept, n_damaged = [], 0
+    whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for line in whole:
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            n_damaged += 1
+    if n_damaged:
+        warnings.warn(f"{path}: {n_damaged} damaged lines are left out; training does not depend on them", stacklevel=3)
+    return kept
 
 
 class TensorBoard:
@@ -87,8 +101,10 @@ class TensorBoard:
             raise UnsupportedError(
                 "TensorBoard is not installed here: pip install 'geneformer-fast[train]', or leave it off"
             ) from None
+        self._path = folder / "tensorboard"
         # Events of steps that are made again are taken out of the charts.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        with system_errors(self._path):
+            self._writer = SummaryWriter(str(self._path), purge_step=first_step + 1 if first_step else None)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Scalars under ``train/``."""
@@ -99,13 +115,15 @@ class TensorBoard:
         self._add("evaluation", values)
 
     def _add(self, group: str, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(f"{group}/{name}", value, values["step"])
+        with system_errors(self._path):  # of the thread that writes, whose errors come with the next value
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{group}/{name}", value, values["step"])
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        with system_errors(self._path):
+            self._writer.close()
 
 
 class Bar:

@@ -30,11 +30,12 @@ from geneformer_fast.training.checkpoint import (
     save_weights,
 )
 from geneformer_fast.training.engine import Engine
-from geneformer_fast.training.history import History, StepRecord, metrics_for_json, metrics_from
+from geneformer_fast.training.history import History, LoopState, StepRecord, metrics_for_json, metrics_from
+from geneformer_fast.training.identity import identity_of_run
 from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
 from geneformer_fast.training.objective import Objective
 from geneformer_fast.training.recipe import Recipe
-from geneformer_fast.training.run_folder import RunFolder, identity_of_run
+from geneformer_fast.training.run_folder import RunFolder, writing_alone
 
 SAVE_EVERY = 1000  # where a recipe leaves it open, so that an epoch of days does not hang on one process
 _CELLS_NAMED = 8  # cells that an error lists
@@ -54,6 +55,7 @@ def fit(
     sampler: Sampler | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_eval: Callable[[dict[str, float]], None] | None = None,
+    begins_with: str | None = None,
 ) -> History:
     """Train a model in place.
 
@@ -84,6 +86,9 @@ def fit(
     on_step, on_eval
         Called on the first rank after every step (on a GPU one step later, so that nobody waits) and evaluation; an
         exception ends the run, the last checkpoint stays.
+    begins_with
+        What stands for the weights that the model has now when a run is continued: one that began with other weights is
+        refused. None takes their fingerprint.
 
     Returns
     -------
@@ -95,7 +100,8 @@ def fit(
     InputError
         No cells, fewer than ranks, cells longer than the model has positions, or cells both in training and evaluation.
     OutputError
-        ``out`` holds another run, or the same one and ``resume`` is False.
+        ``out`` holds another run, or the same one and ``resume`` is False; another process trains into it; or a file
+        cannot be written (a full disk): what is there stays whole, and ``resume`` goes on.
     TrainingError
         The loss is not finite. The last checkpoint stays.
     UnsupportedError
@@ -103,8 +109,9 @@ def fit(
     """
     run = _Run(model, tokens, objective, recipe, train_cells, eval_cells, eval_tokens, sampler)
     run.on_step, run.on_eval = on_step, on_eval
-    with ExitStack() as stack:
-        run.open(None if out is None else Path(out), resume, stack)
+    place = None if out is None else Path(out)
+    with writing_alone(place, run.ranks, next(model.parameters()).device), ExitStack() as stack:
+        run.open(place, resume, stack, begins_with)
         run.train()
     return run.history
 
@@ -176,16 +183,18 @@ class _Run:
             if isinstance(module, Encoder):
                 module.is_recomputing = recipe.is_recomputing
 
-    def open(self, out: Path | None, resume: bool, stack: ExitStack) -> None:
+    def open(self, out: Path | None, resume: bool, stack: ExitStack, begins_with: str | None) -> None:
         """Make or find the run's folder, wrap the model, and go to the last checkpoint."""
         recipe, ranks = self.recipe, self.ranks
         if out is not None:
-            identity = identity_of_run(self.model, recipe, self.tokens, self.train_cells, self.eval_cells)
+            identity = identity_of_run(
+                self.model, recipe, self.tokens, self.eval_tokens, self.train_cells, self.eval_cells, begins_with
+            )
             self.folder = RunFolder(out, identity, is_resuming=resume, ranks=ranks)
         torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
         self.engine = Engine(self.model, self.objective.loss, recipe, ranks)
         if self.folder is not None and self.folder.last is not None:
-            state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks)
+            state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks, LoopState)
             self.step = self._saved_step = state["step"]
             self.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
             self.history.evaluations, self.history.best = (
@@ -193,7 +202,8 @@ class _Run:
                 metrics_from(state["best"]),
             )
             self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
-            self.engine.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # a run may go on in float16 that did not begin in it
+                self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
             self.logs.append(Bar(self.n_steps, self.step, recipe.is_showing_progress))
             if self.folder is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from geneformer_fast.checkpoints import hf, load, save
@@ -19,6 +19,8 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.files.checksums import fingerprint_of_tensors
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
@@ -29,6 +31,7 @@ from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
 from geneformer_fast.training.recipe import RECIPES, Recipe
+from geneformer_fast.training.run_folder import writing_alone
 
 FINAL = "final"
 
@@ -48,6 +51,7 @@ def pretrain(
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     on_eval: Callable[[dict[str, float]], None] | None = None,
+    tell: Callable[[str], None] | None = None,
     **changes: Any,
 ) -> Path:
     """Train an encoder to name masked genes.
@@ -83,6 +87,8 @@ def pretrain(
         Continue from the last checkpoint in ``out``, if there is one.
     on_step, on_eval
         As in :func:`fit`.
+    tell
+        Called, before the first step, with how many cells are trained and validated on; such as ``print``.
     **changes
         Fields of the recipe to change, such as ``epochs=1`` or ``batch_cells=64``.
 
@@ -110,21 +116,27 @@ def pretrain(
         identity = identity_of(folder, model.config)
         other = _other_folder(eval_tokens, model.config)
         train_cells, eval_cells = split_cells(folder, how.seed, eval_share, other, eval_column)
-        fit(
-            model.to(place),
-            folder,
-            MaskedGenes(TokenKinds.of(identity, model.config), how.masking),
-            how,
-            train_cells=train_cells,
-            eval_cells=eval_cells,
-            eval_tokens=other,
-            out=out,
-            resume=resume,
-            on_step=on_step,
-            on_eval=on_eval,
-        )
-        vocabulary = _vocabulary_file(identity, init, config)
-        return _save_final(model, Path(out), vocabulary, ranks)
+        if tell is not None:
+            tell(_told(folder, train_cells, other, eval_cells))
+        # Fresh weights are the seed's, which the recipe names; how torch draws them may differ between machines.
+        begins_with = "fresh" if init is None else fingerprint_of_tensors(model.state_dict())
+        with writing_alone(Path(out), ranks, place):
+            fit(
+                model.to(place),
+                folder,
+                MaskedGenes(TokenKinds.of(identity, model.config), how.masking),
+                how,
+                train_cells=train_cells,
+                eval_cells=eval_cells,
+                eval_tokens=other,
+                out=out,
+                resume=resume,
+                on_step=on_step,
+                on_eval=on_eval,
+                begins_with=begins_with,
+            )
+            vocabulary = _vocabulary_file(identity, init, config)
+            return _save_final(model, Path(out), vocabulary, ranks)
 
 
 def recipe_of(
@@ -140,7 +152,7 @@ def recipe_of(
     if recipe is None:
         recipe = RECIPES.get(config, Recipe()) if isinstance(config, str) else Recipe()
     elif not isinstance(recipe, Recipe) and str(recipe).endswith(".json"):
-        recipe = Recipe.from_dict(_read_object(Path(recipe)))
+        recipe = Recipe.from_dict(read_json(Path(recipe), UnsupportedError))
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.preset(str(recipe))
     changes = dict(changes or {})
@@ -162,12 +174,23 @@ def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:
         raise UnsupportedError(
             f"no configuration {str(config)!r}: it is neither a file or folder nor one of {', '.join(PRESETS)}"
         )
-    settings = hf.read_settings(path) if path.is_dir() else _read_object(path)
+    settings = hf.read_settings(path) if path.is_dir() else read_json(path, UnsupportedError)
     if settings.get("model_type") == MODEL_TYPE:
         return EncoderConfig.from_dict(settings["encoder"])
     if "n_layers" in settings:
         return EncoderConfig.from_dict(settings)
     return hf.config_from_settings(settings, path if path.is_dir() else path.parent)
+
+
+def _told(
+    tokens: TokenFolder, train_cells: np.ndarray, other: TokenFolder | None, eval_cells: np.ndarray | None
+) -> str:
+    n_train = len(train_cells)
+    if other is not None:
+        return f"training {n_train:,} cells; validation {other.n_cells:,} cells of {other.path}"
+    n_eval = 0 if eval_cells is None else len(eval_cells)
+    shares = [n / max(1, tokens.n_cells) for n in (n_train, n_eval)]
+    return f"training {n_train:,} cells ({shares[0]:.1%}); validation {n_eval:,} cells ({shares[1]:.1%})"
 
 
 def _model(
@@ -244,19 +267,9 @@ def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks
             plain = Encoder(model.config, head="mlm")
         plain.load_state_dict(weights, assign=True)
         plain.source = model.source
-        with whole_folder(path) as made:
-            save(plain, made)
+        with whole_folder(path) as partial:
+            save(plain, partial)
             if vocabulary is not None:
-                shutil.copyfile(vocabulary, made / SAVED_FILE)
+                shutil.copyfile(vocabulary, partial / SAVED_FILE)
     ranks.barrier()
     return path
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnsupportedError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UnsupportedError(f"{path}: holds no JSON object")
-    return content

@@ -8,32 +8,90 @@
     Where it can be continued.
 ``best-00001000.safetensors``
     Weights of the best evaluation, where the recipe asks for them.
+
+Hidden files are no content: what a killed process left of a file, a lock, what a file manager puts there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from hashlib import sha256
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
+import torch
 
-from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import remove_leftovers, write_json
-from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.manifest import read_json
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.distributed import Ranks
-from geneformer_fast.training.recipe import MACHINE, Recipe
+from geneformer_fast.training.identity import check_same
 
 RUN = "run.json"
+#: How to go on, in the words of whoever asks for it.
+RESUME = "--resume (resume=True)"
+_locked: ContextVar[tuple[Path, ...]] = ContextVar("_locked", default=())
+
+
+@contextlib.contextmanager
+def writing_alone(folder: Path | None, ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Nobody else trains into this folder meanwhile.
+
+    The first process has the lock for all that torchrun started, and the outermost block for those within.
+
+    Raises
+    ------
+    OutputError
+        Another run is being made there; in every process.
+    """
+    if folder is None or folder.absolute() in _locked.get():
+        yield
+        return
+    check_is_no_file(folder)
+    with contextlib.ExitStack() as stack:
+        refusal: OutputError | None = None
+        if ranks.is_first:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except OutputError as error:
+                refusal = error
+        if ranks.first(float(refusal is not None), device):
+            raise refusal or OutputError(f"{folder} cannot be written, as the first process says")
+        token = _locked.set((*_locked.get(), folder.absolute()))
+        try:
+            yield
+        finally:
+            _locked.reset(token)
+
+
+def check_is_no_file(folder: Path) -> None:
+    """Refuse a file where a folder is to be."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder for the run")
+
+
+def has_content(folder: Path) -> bool:
+    """Whether a folder holds anything but hidden files."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs, also of earlier versions, left of unfinished files in a folder that is locked."""
+    remove_leftovers(folder)
+    for pattern in (".*.partial", ".*.json.tmp"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run, which :func:`writing_alone` has locked.
 
     Parameters
     ----------
@@ -60,19 +118,18 @@ class RunFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, is_resuming: bool, ranks: Ranks) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; name a folder for the run")
+        check_is_no_file(path)
         if (path / RUN).exists():
             if not is_resuming:
-                raise OutputError(f"{path} holds a run already; continue it with resume, or name another folder")
-            _compare(path / RUN, identity)
-        elif path.is_dir() and any(path.iterdir()):
+                raise OutputError(f"{path} holds a run already; continue it with {RESUME}, or name another folder")
+            check_same(path, read_json(path / RUN, OutputError), identity, what="run")
+        elif has_content(path):
             raise OutputError(f"{path} holds files that are no training run; name another folder")
         ranks.barrier()  # everybody has looked before anybody writes
         if ranks.is_first:
-            path.mkdir(parents=True, exist_ok=True)
+            for folder in (path, self.checkpoints):
+                remove_unfinished(folder)
             write_json(path / RUN, identity)
-            remove_leftovers(self.checkpoints)
         ranks.barrier()
         self.last = next(reversed(checkpoints_in(self.checkpoints)), None)
 
@@ -88,44 +145,10 @@ class RunFolder:
                 path.unlink()
 
 
-def identity_of_run(
-    model: nn.Module, recipe: Recipe, tokens: TokenFolder, train_cells: np.ndarray, eval_cells: np.ndarray
-) -> dict[str, Any]:
-    """What decides a run's numbers, in plain values."""
-    configs = [module.config.to_dict() for module in model.modules() if isinstance(module, Encoder)]
-    vocabulary = tokens.vocabulary or {}
-    return {
-        "recipe": recipe.to_dict(),
-        "config": configs,
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad},
-        "tokens": {
-            "n_cells": tokens.n_cells,
-            "n_tokens": tokens.n_tokens,
-            "vocabulary": vocabulary.get("fingerprint"),
-        },
-        "train_cells": {"n": len(train_cells), "sha256": _digest(train_cells)},
-        "eval_cells": {"n": len(eval_cells), "sha256": _digest(eval_cells)},
-    }
-
-
-def _digest(cells: np.ndarray) -> str:
-    return sha256(np.ascontiguousarray(cells, dtype="<i8").tobytes()).hexdigest()
-
-
-def _compare(path: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to continue another run, naming the first thing that differs."""
-    there = read_json(path)
-    for key, value in identity.items():
-        old = there.get(key)
-        if key == "recipe" and isinstance(old, dict):
-            for name in value:
-                if name not in MACHINE and old.get(name) != value[name]:
-                    raise OutputError(
-                        f"{path.parent} holds a run with {name} {old.get(name)!r}, not {value[name]!r}: continue it "
-                        "with the same recipe, or name another folder"
-                    )
-        elif old != value:
-            raise OutputError(
-                f"{path.parent} holds a run of other {key.replace('_', ' ')}: continue it with the same ones, or name "
-                "another folder"
-            )
+def interrupted_message(folder: Path) -> str:
+    """What to say when a run is interrupted: how far it is, and how to go on."""
+    there = checkpoints_in(folder / "checkpoints")
+    if not (folder / RUN).exists():
+        return "nothing was written yet; run the same command again"
+    kept = f"the last checkpoint is of step {int(there[-1].name[5:]):,}" if there else "there is no checkpoint yet"
+    return f"{kept}, in {folder}; run the same command with {RESUME} to go on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,5 +25,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(home: Path) -> Finetuned:
     """Three folds by donor, and a final model."""
     return gf.finetune_cells(
-        home / "tokens", home / "model", "kind", home / "done", group="donor", folds=3, recipe=SHORT
-    )
+        home / "tokens", home / "model", "kind", home / "done", group="donor", folds=3,
+        recipe=dataclasses.replace(SHORT, epochs=12),
+    )  # fmt: skip

@@ -231,7 +231,7 @@ def test_folders_of_other_things_are_refused(ground: Ground, tmp_path: Path) -> 
         ground.fit(ground.model(), out=tmp_path / "notes")
     ground.fit(ground.model(), dataclasses.replace(SHORT, steps=2), out=tmp_path / "run")
     for options, message in (
-        (dict(), "holds a run already; continue it with resume"),
+        (dict(), r"holds a run already; continue it with --resume \(resume=True\)"),
         (dict(recipe=dataclasses.replace(SHORT, steps=2, learning_rate=1e-4), resume=True), "with learning_rate 0.003"),
         (dict(train_cells=np.arange(59), recipe=dataclasses.replace(SHORT, steps=2), resume=True), "other train cells"),
         (dict(model=ground.model(width=64), recipe=dataclasses.replace(SHORT, steps=2), resume=True), "other config"),

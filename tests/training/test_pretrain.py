@@ -160,7 +160,7 @@ def test_the_command(ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert events(tmp_path / "run" / "tensorboard") >= {"train/loss", "train/mfu", "evaluation/loss"}
 
     assert main(command) == 2
-    assert "holds a run already; continue it with resume" in capsys.readouterr().err
+    assert "holds a run already; continue it with --resume (resume=True)" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "final")
     assert main([*command, "--resume"]) == 0
     assert (tmp_path / "run" / "final" / "config.json").exists()

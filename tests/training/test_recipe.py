@@ -97,7 +97,7 @@ def test_what_is_asked_for_wins(tmp_path) -> None:
     (tmp_path / "mine.json").write_text('{"learning_rate": 0.5, "betas": [0.8, 0.9]}')
     assert recipe_of(tmp_path / "mine.json") == Recipe(learning_rate=0.5, betas=(0.8, 0.9))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UnsupportedError, match=r"bad\.json: cannot be read as JSON"):
+    with pytest.raises(UnsupportedError, match=r"bad\.json cannot be read as JSON"):
         recipe_of(tmp_path / "bad.json")
 
 
