@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from geneformer_kernels import dispatch
+from geneformer_kernels import target as target_module
 from geneformer_kernels.dispatch import OPERATIONS, Impl, ImplUnavailableError, candidates, choose, explain, use_impl
-from geneformer_kernels.target import CARDS, Target
+from geneformer_kernels.target import CARDS, Target, cpu_features
 
 CPU = Target.cpu({"avx2"}, name="test CPU")
 TARGETS = [CPU, Target.cpu({"amx_bf16", "avx512"}), Target("hip", name="MI300"), Target("mps"), *CARDS.values()]
@@ -139,6 +140,28 @@ def test_targets() -> None:
     assert Target.cpu().fastest_dtype == "float32"
     assert Target.cuda(100).smem_bytes == Target.cuda(103).smem_bytes == 232_448
     assert Target.cuda(120).smem_bytes == CARDS["L4"].smem_bytes
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        (None, {"avx2", "avx512", "avx512_bf16", "amx_bf16", "int8_dot"}),
+        ("ALL", {"avx2", "avx512", "avx512_bf16", "amx_bf16", "int8_dot"}),
+        ("avx512_core_bf16", {"avx2", "avx512", "avx512_bf16", "int8_dot"}),
+        ("AVX512_CORE_VNNI", {"avx2", "avx512", "int8_dot"}),
+        ("AVX2_VNNI", {"avx2", "avx512", "int8_dot"}),
+        ("AVX512_CORE", {"avx2", "avx512"}),
+        ("AVX2", {"avx2", "avx512"}),
+    ],
+)
+def test_what_onednn_may_not_use_is_not_there(limit: str | None, left: set[str], monkeypatch) -> None:
+    flags = {"flags": "fpu avx2 avx512f avx512_vnni avx512_bf16 amx_bf16"}
+    monkeypatch.setattr(target_module, "_cpuinfo", lambda key: flags.get(key, ""))
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+        if limit is not None:
+            monkeypatch.setenv(name, limit)
+        assert cpu_features.__wrapped__() == left
 
 
 def rows(*measured: tuple[dict[str, int], dict[str, float]]) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +136,26 @@ def is_interpreted() -> bool:
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this CPU among those a choice depends on, as the operating system reports them."""
+    """Instruction sets of this CPU among those a choice depends on, as the operating system reports them.
+
+    Without those for narrow products that oneDNN, which multiplies for torch, is told to leave alone
+    (``ONEDNN_MAX_CPU_ISA``).
+    """
     flags = set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+    if limit not in ("ALL", "DEFAULT"):
+        flags -= set() if "AMX" in limit else {"amx_bf16"}
+        flags -= set() if re.search("BF16|FP16|AMX|AVX10", limit) else {"avx512_bf16"}
+        flags -= set() if re.search("VNNI|BF16|FP16|AMX|AVX10", limit) else {"avx512_vnni", "avx_vnni"}
     names = {
         "avx2": "avx2",
         "avx512f": "avx512",
         "avx512_bf16": "avx512_bf16",
         "amx_bf16": "amx_bf16",
         "bf16": "arm_bf16",
+        "avx512_vnni": "int8_dot",
+        "avx_vnni": "int8_dot",
+        "asimddp": "int8_dot",
     }
     return frozenset(name for flag, name in names.items() if flag in flags)
 

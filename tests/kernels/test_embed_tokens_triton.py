@@ -16,7 +16,7 @@ from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.op import _table_gradient, embed_tokens_bwd, embed_tokens_fwd
 from geneformer_kernels.target import CARDS, Target, target_of
 from philox import keep_mask
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EPS = 1e-12
@@ -117,14 +117,14 @@ def check(
 
     shared = {"out_dtype": out_dtype, "uses": uses}
     found = results(given, kernel, **shared)
-    witnesses = results(given, composed, **shared)
+    witnesses = Witness(results, given, composed, **shared)
     truths = results(given, composed, **shared, wide=torch.float64)
     # Of one column the mean takes all: what is left is rounding times the reciprocal deviation, which is 1 / sqrt(eps).
     # A card fuses products into sums and leaves more of it.
     is_one = given["token_table"].is_cuda and given["token_table"].shape[1] == 1
     slack = 1e-6 * eps**-0.5 if is_one else 0.0
     for value, witness, truth in zip(found, witnesses, truths, strict=True):
-        assert value.dtype == witness.dtype
+        assert value.dtype == witness.here.dtype
         assert_as_good_as(value, witness, truth, slack=slack)
     return found
 

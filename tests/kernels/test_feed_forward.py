@@ -6,7 +6,7 @@ import pytest
 import torch
 from geneformer_kernels import feed_forward
 from geneformer_kernels.ops.feed_forward import reference
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "swiglu"]
 
@@ -29,7 +29,7 @@ def test_forward(device: str, impl: str, activation: str, dtype: torch.dtype, ha
     if not has_bias:
         up_bias = down_bias = None
     out = feed_forward(x, up, up_bias, down, down_bias, activation=activation, impl=impl)
-    witness = reference.feed_forward(x, up, up_bias, down, down_bias, activation)
+    witness = Witness(reference.feed_forward, x, up, up_bias, down, down_bias, activation)
     wide = [None if t is None else t.double() for t in (x, up, up_bias, down, down_bias)]
     exact = reference.feed_forward(*wide, activation)
     assert_as_good_as(out, witness, exact)

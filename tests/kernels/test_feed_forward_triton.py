@@ -11,7 +11,7 @@ from geneformer_kernels.dispatch import Impl, candidates, choose
 from geneformer_kernels.ops.feed_forward import device as operators
 from geneformer_kernels.ops.feed_forward import plan, reference
 from geneformer_kernels.target import CARDS, Target
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "swiglu"]
 NAMES = ("x", "residual", "up_weight", "up_bias", "down_weight", "down_bias", "weight", "bias")
@@ -59,6 +59,10 @@ def plain(tensors: dict[str, torch.Tensor], activation: str) -> torch.Tensor:
     return reference.feed_forward(*(tensors[name] for name in names), activation)
 
 
+def gradients_of(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: leaf.grad for name, leaf in values.items() if leaf.grad is not None}
+
+
 def fused(tensors: dict[str, torch.Tensor], **options) -> tuple[torch.Tensor, torch.Tensor]:
     return feed_forward_layernorm(*(tensors[name] for name in NAMES), impl="triton", **options)
 
@@ -67,7 +71,8 @@ def expected(tensors, activation, norm, out_dtype, keep=None, eps=1e-5):
     return reference.feed_forward_layernorm(*(tensors[name] for name in NAMES), activation, eps, norm, out_dtype, keep)
 
 
-def assert_gradients(mine: dict, witness: dict, truth: dict, *, factor: float = 2.0) -> None:
+def assert_gradients(mine: dict, witness: Witness, truth: dict, *, factor: float = 2.0) -> None:
+    """The gradients of leaves, of a witness who knows them by name, and of leaves in float64."""
     for name, leaf in truth.items():
         if leaf.grad is None:
             continue
@@ -75,7 +80,44 @@ def assert_gradients(mine: dict, witness: dict, truth: dict, *, factor: float = 
         assert mine[name].grad.dtype == mine[name].dtype
         # Sums over thousands of rows, which torch's LayerNorm adds up in float32 one after the other.
         slack = 2e-5 * leaf.grad.abs().max().item() if factor > 2 else 0.0
-        assert_as_good_as(mine[name].grad, witness[name].grad, leaf.grad, factor=factor, slack=slack)
+        assert_as_good_as(mine[name].grad, witness[name], leaf.grad, factor=factor, slack=slack)
+
+
+def check_block(
+    tensors: dict[str, torch.Tensor],
+    activation: str,
+    norm: str,
+    *,
+    keep: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    low: torch.dtype = torch.float16,
+    factor: float = 2.0,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and gradients of feed_forward_layernorm against float64; returns the outputs."""
+    slopes = torch.linspace(-1, 2, tensors["x"].numel(), device=tensors["x"].device).view(tensors["x"].shape)
+
+    def with_gradients(outs, values):
+        """Both outputs count, in different ways."""
+        ((outs[0] * slopes).sum() + (outs[1] * slopes.flip(0)).sum()).backward()
+        return [out.detach() for out in outs], gradients_of(values)
+
+    def by_torch():
+        values = leaves(tensors)
+        narrow = {k: v.to(low) if "up" in k or "down" in k else v for k, v in values.items()}
+        return with_gradients(expected(narrow, activation, norm, low, keep, eps), values)
+
+    mine, truth, witness = leaves(tensors), leaves(tensors, torch.float64), Witness(by_torch)
+    outs = fused(mine, activation=activation, eps=eps, norm=norm, **options)
+    assert (outs[0].dtype, outs[1].dtype) == (torch.float32, low)
+    found, exact = (
+        with_gradients(each, values)
+        for each, values in ((outs, mine), (expected(truth, activation, norm, torch.float64, keep, eps), truth))
+    )
+    for one, witnessed, true in zip(found[0], witness[0], exact[0], strict=True):
+        assert_as_good_as(one, witnessed, true, factor=factor)
+    assert_gradients(mine, witness[1], truth, factor=factor)
+    return outs
 
 
 # feed_forward
@@ -86,15 +128,22 @@ def assert_gradients(mine: dict, witness: dict, truth: dict, *, factor: float = 
 def test_forward_and_gradients(device: str, shape, activation: str, poisoned: None) -> None:
     for dtype in dtypes_on(device):
         tensors = {k: v for k, v in inputs(shape, activation, dtype, device).items() if k in (NAMES[0], *NAMES[2:6])}
-        mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
+        mine, truth = leaves(tensors), leaves(tensors, torch.float64)
         out = feed_forward(*mine.values(), activation=activation, impl="triton")
-        outs = [plain(witness, activation), plain(truth, activation)]
-        assert out.dtype == dtype
-        assert_as_good_as(out, *outs)
         weights = torch.linspace(-1, 2, out.numel(), device=device).view(out.shape)
-        for each in (out, *outs):
+
+        def by_torch(tensors=tensors, weights=weights):
+            values = leaves(tensors)
+            plain_out = plain(values, activation)
+            plain_out.backward(weights.to(plain_out.dtype))
+            return plain_out.detach(), gradients_of(values)
+
+        witness, exact = Witness(by_torch), plain(truth, activation)
+        assert out.dtype == dtype
+        assert_as_good_as(out, witness[0], exact)
+        for each in (out, exact):
             each.backward(weights.to(each.dtype))
-        assert_gradients(mine, witness, truth)
+        assert_gradients(mine, witness[1], truth)
 
 
 @pytest.mark.parametrize("shape", [WIDE, COMPACT], ids=["wide", "compact"])
@@ -106,7 +155,9 @@ def test_without_biases_and_with_leading_axes(device: str, shape, activation: st
     out = feed_forward(x, up, None, down, None, activation=activation, impl="triton")
     truth = [each.detach().double().requires_grad_() for each in (up, down)]
     exact = reference.feed_forward(x.double(), truth[0], None, truth[1], None, activation)
-    assert_as_good_as(out, reference.feed_forward(x, up, None, down, None, activation), exact)
+    low = [each.detach() for each in (x, up, down)]
+    witness = Witness(reference.feed_forward, low[0], low[1], None, low[2], None, activation)
+    assert_as_good_as(out, witness, exact)
     out.sum().backward()
     exact.sum().backward()
     for got, true in zip((up, down), truth, strict=True):
@@ -185,7 +236,7 @@ def test_every_tile(device: str, card: str, n_rows: int, activation: str, monkey
         names = ("x", "up_weight", "up_bias", "down_weight", "down_bias")
         out = feed_forward(*(tensors[name] for name in names), activation=activation, impl="triton")
         exact = plain({name: tensor.double() for name, tensor in tensors.items()}, activation)
-        assert_as_good_as(out, plain(tensors, activation), exact)
+        assert_as_good_as(out, Witness(plain, tensors, activation), exact)
 
 
 # feed_forward_layernorm
@@ -197,18 +248,7 @@ def test_layernorm_forward_and_gradients(device: str, norm: str, activation: str
     shapes = [COMPACT] if activation != "relu" else [COMPACT, (18, 256, 128), (35, 512, 32)]
     for shape in shapes:
         tensors = inputs(shape, activation, torch.float16, device, parameters=torch.float32)
-        mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
-        halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
-        stream, out = fused(mine, activation=activation, eps=1e-5, norm=norm)
-        w_stream, w_out = expected(halves, activation, norm, torch.float16)
-        t_stream, t_out = expected(truth, activation, norm, torch.float64)
-        assert (stream.dtype, out.dtype) == (torch.float32, torch.float16)
-        assert_as_good_as(stream, w_stream, t_stream)
-        assert_as_good_as(out, w_out, t_out)
-        slopes = torch.linspace(-1, 2, out.numel(), device=device).view(out.shape)
-        for one, other in ((stream, out), (w_stream, w_out), (t_stream, t_out)):
-            ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
-        assert_gradients(mine, witness, truth)
+        check_block(tensors, activation, norm)
 
 
 def kept_by(seed: torch.Tensor, n_rows: int, dropout_p: float, device: str, width: int = 128) -> torch.Tensor:
@@ -254,19 +294,7 @@ def test_dropout_gradients_use_the_same_mask(device: str, norm: str, width: int)
     seed = torch.tensor([77], device=device)
     tensors = inputs((37, width, 64), "gelu", torch.float16, device, parameters=torch.float32)
     keep = kept_by(seed, 37, 0.25, device, width)
-    mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
-    halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
-    pairs = [
-        fused(mine, activation="gelu", eps=1e-5, norm=norm, dropout_p=0.25, seed=seed),
-        expected(halves, "gelu", norm, torch.float16, keep),
-        expected(truth, "gelu", norm, torch.float64, keep),
-    ]
-    for one, witnessed, true in zip(*pairs, strict=True):
-        assert_as_good_as(one, witnessed, true)
-    slopes = torch.linspace(-1, 2, 37 * width, device=device).view(37, width)
-    for one, other in pairs:
-        ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
-    assert_gradients(mine, witness, truth)
+    check_block(tensors, "gelu", norm, keep=keep, dropout_p=0.25, seed=seed)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -282,22 +310,10 @@ def test_layernorm_a_few_rows_at_a_time(
     if dropout_p:
         assert torch.equal(keep, kept_by(seed, 150, dropout_p, device, 256))
     tensors = inputs((150, 256, 64), activation, torch.float16, device, parameters=torch.float32)
-    mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
-    halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
-    pairs = [
-        fused(mine, activation=activation, eps=1e-5, norm=norm, dropout_p=dropout_p, seed=seed),
-        expected(halves, activation, norm, torch.float16, keep),
-        expected(truth, activation, norm, torch.float64, keep),
-    ]
-    for one, witnessed, true in zip(*pairs, strict=True):
-        assert_as_good_as(one, witnessed, true)
+    outs = check_block(tensors, activation, norm, keep=keep, dropout_p=dropout_p, seed=seed)
     with torch.no_grad():  # nothing is kept for a backward pass, and sums wait where the stream will stand
-        again = fused(mine, activation=activation, eps=1e-5, norm=norm, dropout_p=dropout_p, seed=seed)
-    assert all(torch.equal(one, other) for one, other in zip(again, pairs[0], strict=True))
-    slopes = torch.linspace(-1, 2, 150 * 256, device=device).view(150, 256)
-    for one, other in pairs:
-        ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
-    assert_gradients(mine, witness, truth)
+        again = fused(tensors, activation=activation, eps=1e-5, norm=norm, dropout_p=dropout_p, seed=seed)
+    assert all(torch.equal(one, other) for one, other in zip(again, outs, strict=True))
 
 
 def test_all_dropped(device: str) -> None:
@@ -313,17 +329,7 @@ def test_sums_over_more_blocks_than_programs(device: str, width: int, monkeypatc
     assert plan.activation_plan(300, 64, "swiglu", card).n_programs == 8
     assert plan.layernorm_plan(300, width, card).n_programs == 2
     tensors = inputs((300, width, 64), "swiglu", torch.float16, device, parameters=torch.float32)
-    mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
-    halves = {k: v.half() if "up" in k or "down" in k else v for k, v in witness.items()}
-    slopes = torch.linspace(-1, 2, 300 * width, device=device).view(300, width)
-    options = dict(activation="swiglu", eps=1e-5, norm="post")
-    for stream, _ in (
-        fused(mine, **options),
-        expected(halves, "swiglu", "post", torch.float16),
-        expected(truth, "swiglu", "post", torch.float64),
-    ):
-        (stream * slopes).sum().backward()
-    assert_gradients(mine, witness, truth)
+    check_block(tensors, "swiglu", "post")
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -369,9 +375,9 @@ def test_statistics_of_a_large_mean(device: str) -> None:
     tensors = inputs(COMPACT, "relu", torch.float16, device)
     tensors["residual"] += 3000.0
     stream, _ = fused(tensors, activation="relu", eps=1e-5, norm="post")
-    w_stream, _ = expected(tensors, "relu", "post", torch.float16)
+    witness = Witness(lambda: expected(tensors, "relu", "post", torch.float16)[0])
     exact, _ = expected({k: v.double() for k, v in tensors.items()}, "relu", "post", torch.float64)
-    assert_as_good_as(stream, w_stream, exact)
+    assert_as_good_as(stream, witness, exact)
 
 
 def test_float32_out_is_the_stream(device: str) -> None:
@@ -562,19 +568,7 @@ def test_full_size(shape, activation: str, dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     tensors = inputs(shape, activation, dtype, "cuda", parameters=torch.float32)
-    mine, witness, truth = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
-    narrow = {k: v.to(dtype) if "up" in k or "down" in k else v for k, v in witness.items()}
-    pairs = [
-        fused(mine, activation=activation, eps=1e-12, norm="post"),
-        expected(narrow, activation, "post", dtype, eps=1e-12),
-        expected(truth, activation, "post", torch.float64, eps=1e-12),
-    ]
     # Float32 is multiplied in three passes on tensor cores, which cut TF32 off instead of rounding it: measured on an
     # H200, errors are 1.3 to 6 times those of scalar products. One pass would have 1,000 times as much.
     factor = 10.0 if dtype == torch.float32 else 2.0
-    for one, witnessed, true in zip(*pairs, strict=True):
-        assert_as_good_as(one, witnessed, true, factor=factor)
-    slopes = torch.linspace(-1, 2, shape[0] * shape[1], device="cuda").view(shape[:2])
-    for one, other in pairs:
-        ((one * slopes).sum() + (other * slopes.flip(0)).sum()).backward()
-    assert_gradients(mine, witness, truth, factor=factor)
+    check_block(tensors, activation, "post", eps=1e-12, low=dtype, factor=factor)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from geneformer_kernels import feed_forward, linear
 from geneformer_kernels.onednn import is_for_onednn, onednn_linear
+from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.target import target_of
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 needs_onednn = pytest.mark.skipif(
     not (target_of("cpu").has_fast_bf16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -30,7 +31,7 @@ def test_forward(impl: str, dtype: torch.dtype, rows: int, width: int, out: int,
     x, weight, bias = inputs(rows, width, out, dtype)
     bias = bias if has_bias else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    witness = torch.nn.functional.linear(x, weight, bias)
+    witness = Witness(torch.nn.functional.linear, x, weight, bias)
     with torch.no_grad():
         assert_as_good_as(linear(x, weight, bias, impl=impl), witness, exact)
 
@@ -110,5 +111,5 @@ def test_relu_is_fused_into_the_product() -> None:
     with torch.no_grad():
         out = feed_forward(x, up, up_bias, down, down_bias, activation="relu")
     exact = feed_forward(*(t.double() for t in (x, up, up_bias, down, down_bias)), activation="relu", impl="reference")
-    witness = feed_forward(x, up, up_bias, down, down_bias, activation="relu", impl="reference")
+    witness = Witness(reference.feed_forward, x, up, up_bias, down, down_bias, "relu")
     assert_as_good_as(out, witness, exact)

@@ -11,7 +11,7 @@ from geneformer_kernels import mlm_cross_entropy
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.ops.mlm_cross_entropy import op, plan, reference, row_chunks
 from geneformer_kernels.target import CARDS, Target
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,11 +47,11 @@ def check(tensors: list[torch.Tensor], impl: str, row_weights: torch.Tensor, *, 
     """Loss and every gradient are as near to float64 as plain torch in the same dtype."""
     values = gradients(mlm_cross_entropy, tensors, row_weights, impl=impl)
     plain = {"ignore_index": IGNORED}
-    witnesses = gradients(reference.mlm_cross_entropy, tensors, row_weights, **plain)
+    witnesses = Witness(gradients, reference.mlm_cross_entropy, tensors, row_weights, **plain)
     doubles = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
     truths = gradients(reference.mlm_cross_entropy, doubles, row_weights, **plain)
     for value, witness, truth, tensor in zip(values, witnesses, truths, [None, *tensors], strict=False):
-        assert value.dtype == (witness.dtype if tensor is None else tensor.dtype)
+        assert value.dtype == (witness.here.dtype if tensor is None else tensor.dtype)
         assert_as_good_as(value, witness, truth, factor=factor)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from geneformer_kernels import residual_layernorm
-from tolerance import assert_as_good_as
+from geneformer_kernels.ops.residual_layernorm import reference
+from tolerance import Witness, assert_as_good_as
 
 
 def inputs(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -28,10 +29,15 @@ def test_forward(impl: str, norm: str, dtype: torch.dtype, n: int, width: int, h
     exact = torch.nn.functional.layer_norm(total, (width,), weight.double(), bias.double(), 1e-12)
     assert stream.dtype == torch.float32
     assert out.dtype == dtype
-    plain = x.float() + (residual if has_residual else 0)
-    witness = torch.nn.functional.layer_norm(plain, (width,), weight, bias, 1e-12)
-    assert_as_good_as(stream, witness if norm == "post" else plain, exact if norm == "post" else total)
-    assert_as_good_as(out, witness.to(dtype), exact)
+
+    def by_torch() -> tuple[torch.Tensor, torch.Tensor]:
+        plain = x.float() if residual is None else x.float() + residual
+        normed = torch.nn.functional.layer_norm(plain, (width,), weight, bias, 1e-12)
+        return normed if norm == "post" else plain, normed.to(dtype)
+
+    witness = Witness(by_torch)
+    assert_as_good_as(stream, witness[0], exact if norm == "post" else total)
+    assert_as_good_as(out, witness[1], exact)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -50,10 +56,17 @@ def test_one_pass_on_the_cpu(norm: str, has_residual: bool, width: int, monkeypa
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
         results.append(residual_layernorm(strided, residual, weight, bias, eps=1e-5, norm=norm, impl="torch"))
     good = torch.arange(9) != 4
-    for ours, theirs, true in zip(*results, (exact if norm == "post" else total, exact), strict=True):
+
+    def by_torch() -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.residual_layernorm(x, residual, weight, bias, 1e-5, norm, torch.bfloat16)
+
+    for ours, theirs, witness, true in zip(
+        *results, Witness(by_torch), (exact if norm == "post" else total, exact), strict=True
+    ):
         assert ours.dtype == theirs.dtype
         assert ours.is_contiguous()
-        assert_as_good_as(ours[good], theirs[good], true[good])
+        for found in (ours, theirs):
+            assert_as_good_as(found[good], witness[good], true[good])
         assert torch.equal(ours[4].isnan(), theirs[4].isnan())
 
 

@@ -17,7 +17,7 @@ from geneformer_kernels.ops.residual_layernorm import plan as planner
 from geneformer_kernels.ops.residual_layernorm.op import residual_layernorm_bwd, residual_layernorm_fwd
 from geneformer_kernels.target import CARDS, Target
 from philox import keep_mask
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EPS = 1e-12
@@ -115,8 +115,8 @@ def check(
     slack = 1e-6 * eps**-0.5 if case.x.is_cuda and width == 1 else 0.0
     found = results(case, kernel, uses=uses)
     truths = results(case, exact, uses=uses, wide=torch.float64)
-    for value, other, truth in zip(found, results(case, witness, uses=uses), truths, strict=True):
-        assert value.dtype == other.dtype
+    for value, other, truth in zip(found, Witness(results, case, witness, uses=uses), truths, strict=True):
+        assert value.dtype == other.here.dtype
         # A card's reciprocal square root is off by up to two units in the last place.
         factor = 3.0 if value.is_cuda and out_dtype == FP32 else 2.0
         assert_as_good_as(value, other, truth, factor=factor, slack=slack)

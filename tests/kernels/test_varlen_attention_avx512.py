@@ -9,7 +9,7 @@ from geneformer_kernels import varlen_attention_qkv
 from geneformer_kernels.ops.varlen_attention import host_avx512, reference, sdpa
 from geneformer_kernels.ops.varlen_attention.host_avx512 import ROWS, serves, varlen_attention_avx512
 from geneformer_kernels.target import cpu_features
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 # Around every step: rows in work, registers, tiles; odd numbers end with half a pair.
 LENGTHS = [5, 0, 1, ROWS, ROWS + 1, 15, 16, 17, 33, 49, 63, 64, 65, 130, 301]
@@ -55,7 +55,7 @@ def test_forward(n_heads: int, head_dim: int, left: list[int]) -> None:
     scale = head_dim**-0.5
     out = attend(qkv, bounds, scale)
     assert left == [5, 1]  # cells of fewer rows than are in work at a time, and no others
-    witness = reference.varlen_attention(*qkv.unbind(1), torch.tensor(bounds), scale)
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), torch.tensor(bounds), scale)
     assert_as_good_as(out, witness, exact(qkv, bounds, scale))
 
 
@@ -125,7 +125,7 @@ def test_weights_beyond_float32(factor: float, left: list[int]) -> None:
     qkv, bounds = inputs(2, 64)
     qkv[:, 0] *= factor
     out, truth = attend(qkv, bounds, 0.125), exact(qkv, bounds, 0.125)
-    witness = reference.varlen_attention(*qkv.unbind(1), torch.tensor(bounds), 0.125)
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), torch.tensor(bounds), 0.125)
     assert out.isfinite().all()
     assert (len(left) > 2) == (factor > 4)
     assert_as_good_as(out, witness, truth)

@@ -13,7 +13,7 @@ from geneformer_kernels.ops.varlen_attention import library, op, reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, is_for_cudnn
 from geneformer_kernels.target import CARDS
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 from torch.fx.operator_schemas import normalize_function
 
 LENGTHS = [5, 0, 1, 33, 12]
@@ -181,9 +181,9 @@ def test_full_size(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
         assert torch.isfinite(one).all()
         assert torch.equal(one, other)
     if dropout_p == 0:
-        for value, witness, truth in zip(
-            first, run("reference", qkv, d_out), run("reference", qkv.double(), d_out.double()), strict=True
-        ):
+        witnesses = Witness(run, "reference", qkv, d_out)
+        truths = run("reference", qkv.double(), d_out.double())
+        for value, witness, truth in zip(first, witnesses, truths, strict=True):
             assert_as_good_as(value, witness, truth, factor=3.0 if dtype == torch.float32 else 2.0)
 
 
@@ -236,7 +236,7 @@ def test_a_graph_of_cells_of_one_length_is_right_for_others() -> None:
         bounds.copy_(torch.tensor([0, 700, 2048]))
         graph.replay()
     truth = reference.varlen_attention(*qkv.double().unbind(1), bounds, 0.125)
-    witness = reference.varlen_attention(*qkv.unbind(1), bounds, 0.125)
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), bounds, 0.125)
     assert_as_good_as(out, witness, truth)
 
 
@@ -261,7 +261,7 @@ def test_cudnn_takes_cells_of_one_length(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(library, "cudnn", lambda *arguments: calls.append(1) or kernel(*arguments))
     qkv, _, bounds = inputs(torch.bfloat16, 64, [1024, 1024], "cuda")
     truth = reference.varlen_attention(*qkv.double().unbind(1), bounds, 0.125)
-    witness = reference.varlen_attention(*qkv.unbind(1), bounds, 0.125)
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), bounds, 0.125)
     assert_as_good_as(varlen_attention_qkv(qkv, cu_seqlens=bounds), witness, truth)
     assert calls == []
     cells = attention_cells(bounds, qkv, head_dim=64, longest=1024)

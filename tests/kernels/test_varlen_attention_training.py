@@ -9,7 +9,7 @@ import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
 from geneformer_kernels.ops.varlen_attention import reference
 from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
-from tolerance import assert_as_good_as
+from tolerance import Witness, assert_as_good_as
 
 LENGTHS = [5, 0, 1, 130, 33, 300]
 
@@ -45,7 +45,10 @@ def test_gradients(n_heads: int, head_dim: int, block_rows: int) -> None:
         lambda q, k, v: attend_blocked(q, k, v, cu_seqlens, scale, 0.0, None, block_rows)[0], qkv, d_out
     )
     for ours, witness, exact in zip(
-        found, differentiated(expected, qkv, d_out), differentiated(expected, qkv.double(), d_out), strict=True
+        found,
+        Witness(differentiated, expected, qkv, d_out),
+        differentiated(expected, qkv.double(), d_out),
+        strict=True,
     ):
         assert_as_good_as(ours, witness, exact)
 
@@ -75,7 +78,10 @@ def test_dropout_drops_the_same_weights_in_both_passes(dropout_p: float) -> None
         lambda q, k, v: attend_blocked(q, k, v, cu_seqlens, scale, dropout_p, seed, 64)[0], qkv, d_out
     )
     for ours, witness, exact in zip(
-        found, differentiated(expected, qkv, d_out), differentiated(expected, qkv.double(), d_out), strict=True
+        found,
+        Witness(differentiated, expected, qkv, d_out),
+        differentiated(expected, qkv.double(), d_out),
+        strict=True,
     ):
         assert_as_good_as(ours, witness, exact)
 

@@ -48,8 +48,14 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
 
 
 def has_int8_product(target: Target) -> bool:
-    """Whether torch multiplies int8 there; Volta has no such instruction."""
-    return target.kind == "cpu" or (target.kind == "cuda" and target.sm >= 75)
+    """Whether torch multiplies int8 there, exactly.
+
+    Volta has no such instruction. On a CPU without one (VNNI, or Arm's dot product) oneDNN adds products in 16 bits,
+    two at a time, and where their sum does not fit, takes the largest number that does.
+    """
+    if target.kind == "cpu":
+        return "int8_dot" in target.features
+    return target.kind == "cuda" and target.sm >= 75
 
 
 def mode_for(n_rows: int, has_product: bool) -> str:
