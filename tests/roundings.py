@@ -103,12 +103,12 @@ class DrawnRoundings(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in STEPS:
-            with self:
-                return STEPS[func](*args, **kwargs)
         is_exact = func.is_view or func in (_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN.clone.default)
         if is_exact or torch.Tag.nondeterministic_seeded in func.tags or not tree_any(_is_narrow, (args, kwargs)):
             return func(*args, **kwargs)
+        if func in STEPS:
+            with self:
+                return STEPS[func](*args, **kwargs)
         wide_args, wide_kwargs = tree_map(_widened, (args, kwargs))
         sizes = tree_map(_size, (args, kwargs)) if func in TERMS else None
         wide = func(*wide_args, **wide_kwargs)
