@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import CheckpointError, UnsupportedError, VocabularyError
+from geneformer_fast.files.schema import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +18,24 @@ CHOICES = {
     "activation": ("relu", "gelu", "gelu_tanh", "swiglu"),
     "head_activation": ("relu", "gelu", "gelu_tanh"),
     "inputs": ("tokens", "values"),
+}
+#: Least and largest value of every number. The largest are far beyond any model; they keep a wrong digit in a file from
+#: asking for all memory.
+BOUNDS = {
+    "n_layers": (1, 1_000),
+    "width": (1, 2**17),
+    "n_heads": (1, 2**12),
+    "ff_width": (1, 2**19),
+    "vocab_size": (0, 2**24),
+    "max_len": (1, 2**24),
+    "n_token_types": (0, 2**16),
+    "n_bins": (1, 2**16),
+    "eps": (0.0, 1.0),
+    "dropout": (0.0, 1.0),
+    "attention_dropout": (0.0, 1.0),
+    "init_std": (0.0, 100.0),
+    "bin_alpha": (-1e6, 1e6),
+    "pad_id": (-(2**31), 2**31),
 }
 
 
@@ -86,14 +106,16 @@ class EncoderConfig:
     vocabulary_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, UnsupportedError, BOUNDS)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UnsupportedError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("n_layers", "width", "n_heads", "ff_width", "max_len"):
-            if getattr(self, name) < 1:
-                raise UnsupportedError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.eps == 0:
+            raise UnsupportedError("eps must be above 0, such as 1e-12")
         if self.inputs == "tokens" and self.vocab_size < 1:
             raise UnsupportedError("an encoder over tokens needs vocab_size of at least 1")
+        if self.inputs == "tokens" and not 0 <= self.pad_id < self.vocab_size:
+            raise UnsupportedError(f"pad_id must be one of the {self.vocab_size:,} token ids, not {self.pad_id}")
         if self.width % self.n_heads:
             raise UnsupportedError(f"width {self.width} is not divisible by {self.n_heads} heads")
 
@@ -169,12 +191,27 @@ class EncoderConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
-        """The inverse of :meth:`to_dict`; unknown fields are refused by name."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    def from_dict(cls, values: dict[str, Any], *, where: str | os.PathLike[str] = "the configuration") -> EncoderConfig:
+        """The inverse of :meth:`to_dict`; fields that are unknown, missing or of the wrong kind are refused by name.
+
+        Raises
+        ------
+        CheckpointError
+            Beginning with ``where``, the file or part of it.
+        """
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{where} holds no JSON object")
+        fields = dataclasses.fields(cls)
+        unknown = sorted(set(values) - {field.name for field in fields})
         if unknown:
-            raise CheckpointError(f"the configuration has fields this version does not know: {', '.join(unknown)}")
-        return cls(**values)
+            raise CheckpointError(f"{where} has fields this version does not know: {', '.join(unknown)}")
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise CheckpointError(f"{where} has no {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except UnsupportedError as error:
+            raise CheckpointError(f"{where}: {error}") from None
 
 
 def device_named(device: str | torch.device) -> torch.device:

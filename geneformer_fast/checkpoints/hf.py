@@ -6,8 +6,8 @@ Reads the files itself, so that transformers is not needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
-from geneformer_fast.checkpoints.weights import read_tensors, write_model
-from geneformer_fast.config import EncoderConfig, matmul_dtype
+from geneformer_fast.checkpoints.weights import ADAPTER, CONFIG, check_tensors, n_classes_of, read_tensors, write_model
+from geneformer_fast.config import BOUNDS, EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError
+from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.files import schema
 from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
 
 ARCHITECTURES = {
@@ -32,6 +33,7 @@ ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_py
 # The published vocabularies differ in size, which is all a stock config.json says of them.
 VOCABULARIES = {25_426: "geneformer-v1", 20_275: "geneformer-v2"}
 OWN_KEY = "geneformer_fast"
+_LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.(\d{1,6})\.")
 DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
 
@@ -73,14 +75,15 @@ def load(
     """:func:`geneformer_fast.load` for a folder of BertModel, BertForMaskedLM, or a BERT classifier."""
     folder = Path(path)
     settings = read_settings(folder)
+    config = config_from_settings(settings, folder / CONFIG)
     tensors = read_tensors(folder, verify=verify)
+    check_tensors(tensors, config.n_layers, _LAYER, folder)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     architecture = _architecture(settings, tensors, folder)
     head: str | None = ARCHITECTURES[architecture]
     if head == "pooler" and f"{prefix}pooler.dense.weight" not in tensors:
         head = None
-    config = config_from_settings(settings, folder)
-    n_classes = len(tensors["classifier.weight"]) if "classifier.weight" in tensors else 2
+    n_classes = n_classes_of(tensors, "classifier.weight", folder)
     with torch.device("meta"):
         encoder = Encoder(config, head, n_classes=n_classes)
     shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
@@ -120,55 +123,91 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} is not a folder; pass a local checkpoint folder with config.json and model.safetensors "
             "(download one first, for example with the huggingface_hub command line)"
         )
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
-        raise CheckpointError(f"{folder} has no config.json")
-    try:
-        settings = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds a {type(settings).__name__}, not a JSON object")
-    return settings
+        if (folder / ADAPTER).exists():
+            raise CheckpointError(
+                f"{folder} holds a PEFT adapter and no model; merge it into its base model (merge_and_unload) and save"
+            )
+        raise CheckpointError(f"{folder} has no {CONFIG}")
+    return schema.read_json(path, CheckpointError)
 
 
-def config_from_settings(settings: Mapping[str, Any], folder: Path) -> EncoderConfig:
-    """An :class:`EncoderConfig` from a BERT config.json."""
+@dataclass
+class OwnSettings:
+    """What a BERT config.json of ours says under :data:`OWN_KEY`."""
+
+    vocabulary: str | None = None
+    vocabulary_fingerprint: str | None = None
+
+
+@dataclass
+class BertSettings:
+    """What is read of a BERT config.json, with the bounds of :class:`EncoderConfig`."""
+
+    num_hidden_layers: schema.whole(*BOUNDS["n_layers"])  # type: ignore[valid-type]
+    hidden_size: schema.whole(*BOUNDS["width"])  # type: ignore[valid-type]
+    num_attention_heads: schema.whole(*BOUNDS["n_heads"])  # type: ignore[valid-type]
+    intermediate_size: schema.whole(*BOUNDS["ff_width"])  # type: ignore[valid-type]
+    vocab_size: schema.whole(*BOUNDS["vocab_size"])  # type: ignore[valid-type]
+    max_position_embeddings: schema.whole(*BOUNDS["max_len"])  # type: ignore[valid-type]
+    model_type: str = "bert"
+    position_embedding_type: str | None = None
+    hidden_act: str = "gelu"
+    layer_norm_eps: schema.number(*BOUNDS["eps"], above=0) = 1e-12  # type: ignore[valid-type]
+    type_vocab_size: schema.whole(*BOUNDS["n_token_types"]) = 2  # type: ignore[valid-type]
+    hidden_dropout_prob: schema.number(*BOUNDS["dropout"]) = 0.1  # type: ignore[valid-type]
+    attention_probs_dropout_prob: schema.number(*BOUNDS["attention_dropout"]) = 0.1  # type: ignore[valid-type]
+    pad_token_id: schema.whole(0, 2**31) | None = None  # type: ignore[valid-type]
+    initializer_range: schema.number(*BOUNDS["init_std"]) = 0.02  # type: ignore[valid-type]
+    tie_word_embeddings: bool = True
+    architectures: list[str] | None = None
+    id2label: dict[str, str | int] | None = None
+    label2id: dict[str, int] | None = None
+    geneformer_fast: OwnSettings | None = None
+
+
+def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderConfig:
+    """An :class:`EncoderConfig` from a BERT config.json, whose path is ``where``."""
     kind = settings.get("model_type", "bert")
     if kind != "bert":
-        raise CheckpointError(f"{folder}: model_type is {kind!r}; this loader reads bert")
+        raise CheckpointError(f"{where}: model_type is {kind!r}; this loader reads bert")
+    if isinstance(quantized := settings.get("quantization_config"), dict):
+        raise CheckpointError(
+            f"{where}: the weights are quantized (quant_method {quantized.get('quant_method')!r}); take the model "
+            "before it was quantized, and choose a dtype when it is loaded"
+        )
+    schema.check(BertSettings, settings, where, CheckpointError)
     positions = settings.get("position_embedding_type") or "absolute"
     if positions != "absolute":
-        raise CheckpointError(f"{folder}: position_embedding_type {positions!r} is not supported, only 'absolute'")
+        raise CheckpointError(f"{where}: position_embedding_type {positions!r} is not supported, only 'absolute'")
     activation = settings.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
-        raise CheckpointError(f"{folder}: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    own = settings.get(OWN_KEY, {})
+        raise CheckpointError(f"{where}: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    own = settings.get(OWN_KEY) or {}
+    vocab_size = settings["vocab_size"]
     try:
-        vocab_size = int(settings["vocab_size"])
         return EncoderConfig(
-            n_layers=int(settings["num_hidden_layers"]),
-            width=int(settings["hidden_size"]),
-            n_heads=int(settings["num_attention_heads"]),
-            ff_width=int(settings["intermediate_size"]),
+            n_layers=settings["num_hidden_layers"],
+            width=settings["hidden_size"],
+            n_heads=settings["num_attention_heads"],
+            ff_width=settings["intermediate_size"],
             vocab_size=vocab_size,
-            max_len=int(settings["max_position_embeddings"]),
+            max_len=settings["max_position_embeddings"],
             activation=ACTIVATIONS[activation],
             head_activation=ACTIVATIONS[activation],
             eps=float(settings.get("layer_norm_eps", 1e-12)),
-            n_token_types=int(settings.get("type_vocab_size", 2)),
+            n_token_types=settings.get("type_vocab_size", 2),
             dropout=float(settings.get("hidden_dropout_prob", 0.1)),
             attention_dropout=float(settings.get("attention_probs_dropout_prob", 0.1)),
-            pad_id=int(settings.get("pad_token_id") or 0),
+            pad_id=settings.get("pad_token_id") or 0,
             init_std=float(settings.get("initializer_range", 0.02)),
-            tied_decoder=bool(settings.get("tie_word_embeddings", True)),
+            tied_decoder=settings.get("tie_word_embeddings", True),
             vocabulary=own.get("vocabulary", VOCABULARIES.get(vocab_size)),
             vocabulary_fingerprint=own.get("vocabulary_fingerprint"),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: config.json has no {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: config.json holds a value that is no number: {error}") from None
+    except UnsupportedError as error:  # what the fields say together
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def settings_from_encoder(encoder: Encoder, source: Source) -> dict[str, Any]:

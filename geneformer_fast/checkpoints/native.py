@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from geneformer_fast.checkpoints import hf
-from geneformer_fast.checkpoints.weights import read_tensors, write_model
+from geneformer_fast.checkpoints.weights import CONFIG, check_tensors, n_classes_of, read_tensors, write_model
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.errors import CheckpointError
+from geneformer_fast.files import schema
 
 #: ``model_type`` of config.json.
 MODEL_TYPE = "geneformer_fast"
+
+
+_LAYER = re.compile(r"blocks\.(\d{1,6})\.")
+_CLASSIFIER = "head.classifier.weight"
+
+
+@dataclass
+class NativeSettings:
+    """What is read of a config.json of ours."""
+
+    encoder: dict[str, Any]
+    head: Literal["mlm", "cells", "genes", "pooler"] | None
+    n_classes: schema.whole(1) | None = None  # type: ignore[valid-type]
 
 
 def save_native(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -30,7 +46,7 @@ def save_native(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bo
     settings: dict[str, Any] = {"model_type": MODEL_TYPE, "encoder": encoder.config.to_dict(), "head": head}
     state = encoder.state_dict()
     if head in ("cells", "genes"):
-        settings["n_classes"] = len(state["head.classifier.weight"])
+        settings["n_classes"] = len(state[_CLASSIFIER])
     return write_model(Path(path), settings, state, overwrite=overwrite)
 
 
@@ -48,14 +64,17 @@ def load_native(
     CheckpointError
         Files are damaged or do not fit together.
     """
+    path = folder / CONFIG
     settings = hf.read_settings(folder)
-    try:
-        config = EncoderConfig.from_dict(settings["encoder"])
-        with torch.device("meta"):
-            encoder = Encoder(config, settings["head"], n_classes=int(settings.get("n_classes", 2)))
-    except (KeyError, TypeError, ValueError, UnsupportedError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be understood: {error}") from None
+    schema.check(NativeSettings, settings, path, CheckpointError)
+    config = EncoderConfig.from_dict(settings["encoder"], where=f"{path}: encoder")
     tensors = read_tensors(folder, verify=verify)
+    check_tensors(tensors, config.n_layers, _LAYER, folder)
+    n_classes = n_classes_of(tensors, _CLASSIFIER, folder)
+    if settings.get("n_classes") not in (None, n_classes):
+        raise CheckpointError(f"{path}: n_classes is {settings['n_classes']:,}, but the weights have {n_classes}")
+    with torch.device("meta"):
+        encoder = Encoder(config, settings["head"], n_classes=n_classes)
     for name, parameter in encoder.state_dict().items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(parameter.shape):

@@ -6,6 +6,7 @@ Nothing is executed: PyTorch files are read by ``torch.load`` with ``weights_onl
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -25,9 +26,11 @@ from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.tensors import read_tensors as read_safetensors
 from geneformer_fast.files.writing import whole_file, write_tensors
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 #: Names of weights, the first that is there is read; what ends in ``.index.json`` names shards.
 FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BUFFERS = ("position_ids", "token_type_ids")  # whole numbers that old checkpoints keep
 _ADVICE = "the file is truncated or damaged; download or copy it again"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
 # torch stores tensors as they are; who packed them again gains less than this.
@@ -114,6 +117,51 @@ def write_model(
             sums.write_text(sums_text({WEIGHTS: weights}), encoding="utf-8")
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:
+    """See that tensors can be a model's before the model is built.
+
+    Parameters
+    ----------
+    tensors
+        By name.
+    n_layers
+        How many layers the configuration says there are.
+    layer
+        How names of a layer's tensors begin; its group is the number.
+    folder
+        Where they come from.
+
+    Raises
+    ------
+    CheckpointError
+        They are quantized, or of fewer layers.
+    """
+    n_found = 1 + max((int(match[1]) for name in tensors if (match := layer.match(name))), default=-1)
+    if n_found < n_layers:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} says {n_layers:,} layers, but the weights have {n_found}; config.json and the weights "
+            "do not belong together"
+        )
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        if not is_plain or not (tensor.dtype in _DTYPES or name.endswith(_BUFFERS)):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} holds {kind}, so the weights are quantized or packed; take the model "
+                "before that was done, and choose a dtype when it is loaded"
+            )
+
+
+def n_classes_of(tensors: Mapping[str, torch.Tensor], name: str, folder: Path) -> int:
+    """Rows of a classifier's weight; 2 where there is none, as no head looks at it."""
+    if name not in tensors:
+        return 2
+    shape = tuple(tensors[name].shape)
+    if len(shape) != 2 or not shape[0]:
+        raise CheckpointError(f"{folder}: tensor {name!r} has shape {list(shape)}, a classifier's is [classes, width]")
+    return shape[0]
 
 
 def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:

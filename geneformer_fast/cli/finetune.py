@@ -156,7 +156,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         from geneformer_fast.errors import UnsupportedError
         from geneformer_fast.files.schema import read_json
 
-        recipe = Recipe.from_dict({**recipe.to_dict(), **read_json(Path(args.recipe), UnsupportedError)})
+        values = read_json(Path(args.recipe), UnsupportedError)
+        recipe = Recipe.from_dict({**recipe.to_dict(), **values}, where=args.recipe)
     values = {field: getattr(args, option.replace("-", "_")) for option, (field, *_) in _RECIPE.items()}
     changes = {field: value for field, value in values.items() if value is not None}
     if args.quiet:

@@ -11,6 +11,7 @@ import torch
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.schema import check_fields
 from geneformer_fast.ragged import Ragged
 
 _ASKED, _FATE, _RANDOM = range(3)  # independent streams of random numbers
@@ -39,6 +40,7 @@ class Masking:
     masks_specials: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, UnsupportedError)
         if not 0 < self.share <= 1:
             raise UnsupportedError(f"the masked share must be above 0 and at most 1, not {self.share}")
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1 + 1e-9:

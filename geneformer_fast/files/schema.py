@@ -7,10 +7,13 @@ does not name pass.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +21,7 @@ from geneformer_fast.errors import GeneformerFastError
 
 # The largest JSON file of ours is a vocabulary of some megabytes, or a manifest of many shards.
 MOST_BYTES = 1 << 30
+_ADVICE = "correct it, or restore it from a good copy"
 # Whole numbers beyond this fit no 64-bit integer.
 _MOST = 2**63 - 1
 
@@ -51,9 +55,11 @@ def parse_json(text: str | bytes, where: str | os.PathLike[str], error: type[Gen
     try:
         return json.loads(text, parse_constant=refuse)
     except RecursionError:
-        raise error(f"{where} cannot be read: its JSON is nested too deeply; restore it from a good copy") from None
+        raise error(
+            f"{where} cannot be read: its JSON is nested too deeply; correct it, or restore it from a good copy"
+        ) from None
     except ValueError as reason:  # UnicodeDecodeError and JSONDecodeError are such
-        raise error(f"{where} cannot be read as JSON ({reason}); restore it from a good copy") from None
+        raise error(f"{where} cannot be read as JSON ({reason}); {_ADVICE}") from None
 
 
 def read_json(path: Path, error: type[GeneformerFastError], schema: Any = None) -> dict[str, Any]:
@@ -98,9 +104,78 @@ def check(schema: Any, value: Any, where: str | os.PathLike[str], error: type[Ge
     try:
         # As JSON, because only there a strict check takes an object for a dataclass and a list for a tuple.
         _adapter(schema).validate_json(json.dumps(value), strict=True)
+    except RecursionError:
+        raise error(
+            f"{where} cannot be read: its JSON is nested too deeply; correct it, or restore it from a good copy"
+        ) from None
     except ValidationError as reason:
         first = reason.errors(include_url=False)[0]
         raise error(f"{where}: {_sentence(first)}") from None
+
+
+def check_fields(
+    record: Any, error: type[GeneformerFastError], bounds: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """Hold a dataclass's values against the types it declares, for its ``__post_init__``; frozen ones too.
+
+    Understood are ``int``, ``float``, ``bool``, ``str``, None, pairs of floats, and classes. Whole numbers serve as
+    floats, true and false as no number, and numpy's numbers become Python's.
+
+    Parameters
+    ----------
+    record
+        An instance of a dataclass whose annotations are text (``from __future__ import annotations``).
+    error
+        What to raise.
+    bounds
+        Field name to least and largest value, both included.
+
+    Raises
+    ------
+    GeneformerFastError
+        Of the class ``error``: the first field that does not fit, what it holds and what it should be.
+    """
+    for item in dataclasses.fields(record):
+        value, kinds = getattr(record, item.name), str(item.type).split(" | ")
+        if any(kind in ("int", "float") for kind in kinds) and not isinstance(value, bool | int | float):
+            value = _plain_number(value)
+            object.__setattr__(record, item.name, value)
+        if not any(_is_of(value, kind) for kind in kinds):
+            wanted = " or ".join(_KINDS.get(kind, kind) for kind in kinds)
+            raise error(f"{item.name} must be {wanted}, not {_short(value)}")
+        least, most = (bounds or {}).get(item.name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise error(f"{item.name} must be from {least:,} to {most:,}, not {value!r}")
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple[float, float]": "two finite numbers",
+}
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    if kind == "None":
+        return value is None
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
+    if kind in ("bool", "str"):
+        return type(value).__name__ == kind
+    if kind == "tuple[float, float]":
+        return isinstance(value, tuple) and len(value) == 2 and all(_is_of(part, "float") for part in value)
+    return any(cls.__name__ == kind for cls in type(value).__mro__)
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy or another library as one of Python; everything else as it is."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 @functools.cache

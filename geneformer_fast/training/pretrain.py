@@ -14,6 +14,7 @@ import torch
 
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.native import MODEL_TYPE
+from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import PRESETS, EncoderConfig
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
@@ -152,7 +153,7 @@ def recipe_of(
     if recipe is None:
         recipe = RECIPES.get(config, Recipe()) if isinstance(config, str) else Recipe()
     elif not isinstance(recipe, Recipe) and str(recipe).endswith(".json"):
-        recipe = Recipe.from_dict(read_json(Path(recipe), UnsupportedError))
+        recipe = Recipe.from_dict(read_json(Path(recipe), UnsupportedError), where=recipe)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.preset(str(recipe))
     changes = dict(changes or {})
@@ -175,11 +176,12 @@ def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:
             f"no configuration {str(config)!r}: it is neither a file or folder nor one of {', '.join(PRESETS)}"
         )
     settings = hf.read_settings(path) if path.is_dir() else read_json(path, UnsupportedError)
+    file = path / CONFIG if path.is_dir() else path
     if settings.get("model_type") == MODEL_TYPE:
-        return EncoderConfig.from_dict(settings["encoder"])
+        return EncoderConfig.from_dict(settings.get("encoder", {}), where=f"{file}: encoder")
     if "n_layers" in settings:
-        return EncoderConfig.from_dict(settings)
-    return hf.config_from_settings(settings, path if path.is_dir() else path.parent)
+        return EncoderConfig.from_dict(settings, where=file)
+    return hf.config_from_settings(settings, file)
 
 
 def _told(

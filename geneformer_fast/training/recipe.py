@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.schema import check_fields
 from geneformer_fast.training.schedule import SCHEDULES, Schedule
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -18,6 +20,8 @@ MACHINE = (
     *("token_budget", "precision", "is_recomputing", "workers", "parallel"),
     *("log_every", "save_every", "keep", "is_showing_progress", "tensorboard"),
 )
+# Far beyond any run: they keep a wrong digit from counting steps, or starting threads, for ever.
+_BOUNDS = {"epochs": (0.0, 1e6), "steps": (0, 10**9), "workers": (-math.inf, 1024)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Recipe:
     is_showing_progress: bool | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, UnsupportedError, _BOUNDS)
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -132,7 +137,7 @@ class Recipe:
                 raise UnsupportedError(f"{name} must be above 0 and finite, not {value}")
         for name in ("warmup_steps", "weight_decay", "workers", "seed"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
+            if value is not None and value < 0:
                 raise UnsupportedError(f"{name} must not be negative, but is {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UnsupportedError(f"betas must be from 0 to below 1, not {self.betas}")
@@ -160,22 +165,30 @@ class Recipe:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of :meth:`to_dict`; what is left out has its default, unknown fields are refused by name."""
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UnsupportedError(f"a recipe has no field {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        values = dict(values)
+    def from_dict(cls, values: dict[str, Any], *, where: str | os.PathLike[str] | None = None) -> Recipe:
+        """The inverse of :meth:`to_dict`; what is left out has its default, unknown fields are refused by name.
+
+        Raises
+        ------
+        UnsupportedError
+            Beginning with ``where``, the file the values come from, if there is one.
+        """
         try:
-            if isinstance(values.get("masking"), dict):
-                values["masking"] = Masking(**values["masking"])
-            if "betas" in values:
-                first, second = values["betas"]
-                values["betas"] = (float(first), float(second))
+            known = {item.name for item in dataclasses.fields(cls)}
+            if unknown := sorted(set(values) - known):
+                raise UnsupportedError(
+                    f"a recipe has no field {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+                )
+            values = dict(values)
+            if isinstance(masking := values.get("masking"), dict):
+                if unknown := sorted(set(masking) - {item.name for item in dataclasses.fields(Masking)}):
+                    raise UnsupportedError(f"masking has no field {', '.join(unknown)}")
+                values["masking"] = Masking(**masking)
+            if isinstance(values.get("betas"), list):
+                values["betas"] = tuple(values["betas"])
             return cls(**values)
-        except TypeError as error:
-            raise UnsupportedError(f"the recipe cannot be read: {error}") from None
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{where}: {error}" if where is not None else str(error)) from None
 
 
 # The code of Geneformer's collator takes <cls> and <eos> for genes.

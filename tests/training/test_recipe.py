@@ -96,6 +96,9 @@ def test_what_is_asked_for_wins(tmp_path) -> None:
     assert (changed.batch_cells, changed.batch_tokens, changed.masking.random) == (None, 100, 0.02)
     (tmp_path / "mine.json").write_text('{"learning_rate": 0.5, "betas": [0.8, 0.9]}')
     assert recipe_of(tmp_path / "mine.json") == Recipe(learning_rate=0.5, betas=(0.8, 0.9))
+    (tmp_path / "wrong.json").write_text('{"masking": {"share": "0.3"}}')
+    with pytest.raises(UnsupportedError, match=r'wrong\.json: share must be a finite number, not "0\.3"'):
+        recipe_of(tmp_path / "wrong.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UnsupportedError, match=r"bad\.json cannot be read as JSON"):
         recipe_of(tmp_path / "bad.json")
@@ -110,11 +113,19 @@ def test_what_is_asked_for_wins(tmp_path) -> None:
         (dict(batch_cells=None), "either batch_cells or batch_tokens"),
         (dict(steps=0), "steps must be at least 1"),
         (dict(learning_rate=0.0), "learning_rate must be above 0"),
-        (dict(learning_rate=math.inf), "learning_rate must be above 0 and finite"),
+        (dict(learning_rate=math.inf), "learning_rate must be a finite number, not Infinity"),
         (dict(warmup_ratio=1.5), "from 0 to 1"),
         (dict(weight_decay=-1), "weight_decay must not be negative"),
         (dict(betas=(0.9, 1.0)), "betas"),
         (dict(clip=0.0), "clip"),
+        (dict(clip=math.nan), "clip must be a finite number or None, not NaN"),
+        (dict(seed=1.5), "seed must be a whole number, not 1.5"),
+        (dict(steps="9"), 'steps must be a whole number or None, not "9"'),
+        (dict(epochs=1e18), "epochs must be from 0.0 to 1,000,000"),
+        (dict(tensorboard="false"), "tensorboard must be true or false"),
+        (dict(decays_all=1), "decays_all must be true or false, not 1"),
+        (dict(betas=(0.9,)), "betas must be two finite numbers"),
+        (dict(masking={"share": 0.2}), "masking must be Masking"),
     ],
 )
 def test_impossible_recipes_are_refused(bad: dict, message: str) -> None:
