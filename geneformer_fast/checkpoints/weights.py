@@ -24,7 +24,7 @@ from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifyi
 from geneformer_fast.files.foreign import foreign_kind
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.tensors import read_tensors as read_safetensors
-from geneformer_fast.files.writing import whole_file, write_tensors
+from geneformer_fast.files.writing import is_plain_name, whole_file, write_tensors
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 #: Names of weights, the first that is there is read; what ends in ``.index.json`` names shards.
@@ -181,7 +181,7 @@ def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         suffix = Path(name.removesuffix(".index.json")).suffix
         for shard in shards:
             # Links are followed, since downloads are kept so; names that lead elsewhere are not.
-            if Path(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(suffix):
+            if not is_plain_name(shard) or not shard.endswith(suffix):
                 raise CheckpointError(f"{path}: weight_map names {shard!r}, which is no {suffix} file of this folder")
             if not (folder / shard).exists():
                 raise CheckpointError(

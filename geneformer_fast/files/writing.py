@@ -184,6 +184,11 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith((PARTIAL, ".lock"))
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name that some file gives is of a file beside it, here and on other systems. That may be a link."""
+    return bool(name) and Path(name).name == name and not set(name) & set("/\\:\0") and name not in (".", "..")
+
+
 def settle(path: Path) -> None:
     """Bring a file onto the disk, with the permissions that other files get here."""
     descriptor = os.open(path, os.O_RDONLY)

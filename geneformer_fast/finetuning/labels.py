@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.tokenization.arrow import TokenFolder
 
@@ -169,7 +169,7 @@ def read_gene_classes(classes: str | os.PathLike[str] | Mapping[str, str]) -> di
         source = str(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file of gene classes")
-        pairs = _read_json(path) if path.suffix == ".json" else _read_table(path)
+        pairs = _pairs_of(read_json(path, InputError), source) if path.suffix == ".json" else _read_table(path)
     found: dict[str, str] = {}
     for gene, name in pairs:
         if found.get(gene, name) != name:
@@ -178,16 +178,6 @@ def read_gene_classes(classes: str | os.PathLike[str] | Mapping[str, str]) -> di
     if len(set(found.values())) < 2:
         raise InputError(f"{source}: {len(set(found.values()))} classes of genes, but at least 2 are needed")
     return found
-
-
-def _read_json(path: Path) -> list[tuple[str, str]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds no object of genes and classes")
-    return _pairs_of(content, str(path))
 
 
 def _pairs_of(content: Mapping[str, object], source: str) -> list[tuple[str, str]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from torch import nn
 
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import Source, is_bert
+from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder, write_json
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
@@ -119,6 +121,22 @@ def scale_classifier(encoder: Encoder, factors: np.ndarray) -> None:
         classifier.bias.mul_(factor)
 
 
+@dataclass
+class Task:
+    """A task in a card."""
+
+    name: str
+    classes: list[str]
+
+
+@dataclass
+class Card:
+    """What is read of :data:`CARD`."""
+
+    kind: Literal["cells", "genes"]
+    tasks: list[Task]
+
+
 def save_classifier(
     encoder: Encoder,
     folder: Path,
@@ -171,18 +189,34 @@ def read_card(folder: Path, encoder: Encoder) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        The model has no head of classes.
+        The model has no head of classes, or other classes than the file says.
     """
     if not isinstance(encoder.head, CellClassifier | GeneClassifier):
         raise CheckpointError(f"{folder} holds no classifier; make one with geneformer-fast finetune")
+    kind = "cells" if isinstance(encoder.head, CellClassifier) else "genes"
+    n_classes = encoder.head.classifier.out_features
     path = folder / CARD
     if path.exists():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from None
-    n_classes = encoder.head.classifier.out_features
-    named = encoder.source.settings.get("id2label", {}) if encoder.source is not None else {}
-    classes = [str(named.get(str(code), f"LABEL_{code}")) for code in range(n_classes)]
-    kind = "cells" if isinstance(encoder.head, CellClassifier) else "genes"
-    return {"kind": kind, "tasks": [{"name": "label", "classes": classes}]}
+        card = read_json(path, CheckpointError, Card)
+        if card["kind"] != kind:
+            raise CheckpointError(f"{path}: kind is {card['kind']!r}, but the model is one of {kind}")
+    else:
+        path = folder / CONFIG
+        settings = encoder.source.settings if encoder.source is not None else {}
+        named = settings.get("id2label") or {}
+        classes = [str(named.get(str(code), f"LABEL_{code}")) for code in range(n_classes)]
+        card = {"kind": kind, "tasks": [{"name": "label", "classes": classes}]}
+    _check_tasks(card["tasks"], kind, n_classes, path)
+    return card
+
+
+def _check_tasks(tasks: Sequence[Mapping[str, Any]], kind: str, n_classes: int, path: Path) -> None:
+    """Tasks have names of their own, so have their classes, and together they are the model's outputs."""
+    for what, names in [("task", [task["name"] for task in tasks]), *(("class", task["classes"]) for task in tasks)]:
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise CheckpointError(f"{path}: two of its {what} names are {twice!r}; give each a name of its own")
+    if kind == "genes" and len(tasks) != 1:
+        raise CheckpointError(f"{path}: a model of genes has one task, not {len(tasks)}")
+    found = sum(len(task["classes"]) for task in tasks)
+    if found != n_classes:
+        raise CheckpointError(f"{path}: its tasks have {found} classes, but the model tells {n_classes} apart")

@@ -81,9 +81,11 @@ def checked_numbers(content: Any, kind: type, where: str) -> dict[str, Any]:
     """A dict of str to `kind` (int or float), or VocabularyError naming the first entry that is not."""
     checked = _as_dict(content, where)
     for key, value in checked.items():
-        number = type(value) is int or (kind is float and type(value) is float)
+        # Whole numbers of any length are JSON; none of these can be meant.
+        is_whole = type(value) is int and abs(value) < 2**63
+        number = is_whole or (kind is float and type(value) is float)
         if type(key) is not str or not number:
-            raise VocabularyError(f"{where}: entry {key!r}: {value!r} is not a string and {_NUMBER[kind]}")
+            raise VocabularyError(f"{where}: entry {_short(key)}: {_short(value)} is not a string and {_NUMBER[kind]}")
     return {key: kind(value) for key, value in checked.items()} if kind is float else checked
 
 
@@ -92,8 +94,15 @@ def checked_strings(content: Any, where: str) -> dict[str, str]:
     checked = _as_dict(content, where)
     for key, value in checked.items():
         if type(key) is not str or type(value) is not str:
-            raise VocabularyError(f"{where}: entry {key!r}: {value!r} is not a pair of strings")
+            raise VocabularyError(f"{where}: entry {_short(key)}: {_short(value)} is not a pair of strings")
     return checked
+
+
+def _short(value: Any) -> str:
+    if type(value) is int and value.bit_length() > 200:  # too long for Python to write out
+        return "a number of very many digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _NUMBER = {int: "an integer", float: "a number"}

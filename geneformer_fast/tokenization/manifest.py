@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import VERIFY, check_digest, fingerprint_of, is_verifying
-from geneformer_fast.files.writing import is_leftover
+from geneformer_fast.files.writing import is_leftover, is_plain_name
+from geneformer_fast.tokenization.tally import Tally
 
 UNFINISHED = "UNFINISHED.json"
 MANIFEST = "manifest.json"
@@ -27,6 +29,8 @@ STATE = "state.json"
 DATASET_INFO = "dataset_info.json"
 #: What ``datasets`` writes beside the folders of several splits.
 DATASET_DICT = "dataset_dict.json"
+#: Where state.json lists the shards.
+DATA_FILES = "_data_files"
 PARTIAL_SHARDS = ".data-*.arrow.part"
 FORMAT = "geneformer-fast tokens"
 FORMAT_VERSION = 1
@@ -42,6 +46,71 @@ def shard_name(index: int, n_shards: int | None = None) -> str:
     return f"data-{index:05d}.arrow" if n_shards is None else f"data-{index:05d}-of-{n_shards:05d}.arrow"
 
 
+@dataclass
+class ShardEntry:
+    """A shard in a manifest. ``sha256`` is not known of those that versions before it wrote."""
+
+    file: str
+    n_cells: schema.whole(0)  # type: ignore[valid-type]
+    n_tokens: schema.whole(0)  # type: ignore[valid-type]
+    n_bytes: schema.whole(0)  # type: ignore[valid-type]
+    sha256: str | None = None
+
+
+@dataclass
+class Identity:
+    """The vocabulary in a manifest."""
+
+    name: str | None = None
+    family: str | None = None
+    special: dict[str, schema.whole(0, 2**31 - 1)] | None = None  # type: ignore[valid-type]
+    n_tokens: schema.whole(1, 2**31) | None = None  # type: ignore[valid-type]
+    fingerprint: str | None = None
+
+
+@dataclass
+class InputEntry:
+    """An input in a manifest."""
+
+    n_cells: schema.whole(0)  # type: ignore[valid-type]
+
+
+@dataclass
+class Manifest:
+    """What is read of a manifest."""
+
+    vocabulary: Identity
+    inputs: list[InputEntry]
+    n_cells: schema.whole(0)  # type: ignore[valid-type]
+    shards: list[ShardEntry]
+
+
+@dataclass
+class Progress:
+    """What is read of ``UNFINISHED.json`` to go on."""
+
+    source: schema.whole(0)  # type: ignore[valid-type]
+    row: schema.whole(0)  # type: ignore[valid-type]
+    n_cells: schema.whole(0)  # type: ignore[valid-type]
+    n_tokens: schema.whole(0)  # type: ignore[valid-type]
+    shards: list[ShardEntry]
+    cells: list[Tally]
+
+
+@dataclass
+class Unfinished:
+    """``UNFINISHED.json``, as long as it is not a ``state.json`` that only lacks its name."""
+
+    progress: Progress
+
+
+@dataclass
+class DataFile:
+    """A shard in ``state.json``."""
+
+    filename: str
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an unreadable one is an OutputError that names the file."""
     return schema.read_json(path, OutputError)
@@ -50,8 +119,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_unfinished(folder: Path) -> dict[str, Any]:
     """What is being made in a folder, and how far it is; or the ``state.json`` that a killed run had ready."""
     path = folder / UNFINISHED
-    content = read_json(path)
-    check_digest(content, path, OutputError, "pass --overwrite to start again")
+    try:
+        content = read_json(path)
+        if DATA_FILES not in content:
+            check_digest(content, path, OutputError, "nothing in it can be relied on")
+            schema.check(Unfinished, content, path, OutputError)
+    except OutputError as error:
+        raise OutputError(f"{error}; pass --overwrite to start again") from None
     return content
 
 
@@ -59,10 +133,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What ``datasets`` keeps of a folder: the names of its shards, and a fingerprint."""
     path = folder / STATE
     content = read_json(path)
-    entries = content.get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise OutputError(f"{path}: names no data files")
+    schema.check(list[DataFile], content.get(DATA_FILES), f"{path}: {DATA_FILES}", OutputError)
+    names = [entry["filename"] for entry in content[DATA_FILES]]
+    if not names or not all(is_plain_name(name) for name in names):
+        raise OutputError(f"{path}: names no data files, or some that are not in this folder")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OutputError(f"{path}: names {twice} twice")
     return content
 
 
@@ -102,22 +178,25 @@ def read_manifest(
         A file is damaged, or the two do not belong together.
     """
     path = folder / MANIFEST
-    content = read_json(path)
-    state = read_json(folder / STATE) if state is None else state
+    content = schema.read_json(path, OutputError, Manifest)
+    state = read_state(folder) if state is None else state
     if is_verifying(verify) and state.get("_fingerprint") != fingerprint_of(content)[:N_FINGERPRINT]:
         raise OutputError(
             f"{path} is damaged or was changed: its content does not fit the fingerprint in {STATE}; restore both, or "
-            f"where the change was meant read it with {VERIFY}=0"
+            f"read it with {VERIFY}=0 where the change was meant"
         )
     return content
 
 
 def unfinished_message(folder: Path) -> str:
     """What to say about a folder that is not finished."""
-    progress = read_unfinished(folder).get("progress", {})
-    done = f"{progress.get('n_cells', 0):,} cells in {len(progress.get('shards', []))} complete shards"
+    content = read_unfinished(folder)
+    progress = content.get("progress", {"n_cells": 0, "shards": content.get(DATA_FILES, [])})
+    done = f"{progress['n_cells']:,} cells in {len(progress['shards'])} complete shards so far"
+    if DATA_FILES in content:
+        done = "all shards are complete, only the last step is missing"
     return (
-        f"{folder} is unfinished: {done} so far. Run the same command with --resume (resume=True) to go on, or with "
+        f"{folder} is unfinished: {done}. Run the same command with --resume (resume=True) to go on, or with "
         "--overwrite (overwrite=True) to start again."
     )
 

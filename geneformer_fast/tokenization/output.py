@@ -114,7 +114,7 @@ class TokenOutput:
 
     def _resume(self, state: str) -> None:
         begun = manifest.read_unfinished(self.folder) if state == "unfinished" else manifest.read_manifest(self.folder)
-        is_sealed = "_data_files" in begun  # killed just before the last rename
+        is_sealed = manifest.DATA_FILES in begun  # killed just before the last rename
         plan = manifest.read_manifest(self.folder, state=begun) if is_sealed else begun
         lines = [line for key in self._plan for line in manifest.differences(plan.get(key), self._plan[key], key)]
         if lines:
@@ -127,7 +127,10 @@ class TokenOutput:
                 self._publish()
             self.is_finished = True
             return
-        self.progress = self._made = begun["progress"]
+        progress = begun["progress"]
+        if progress["source"] > len(self._sources) or len(progress["cells"]) not in (0, len(self._sources)):
+            raise OutputError(f"{self.folder / manifest.UNFINISHED}: progress is beyond the inputs; {_AGAIN}")
+        self.progress = self._made = progress
         self._check_shards()
 
     def _check_shards(self) -> None:
@@ -141,7 +144,7 @@ class TokenOutput:
                 final.rename(path)
             if not path.exists() or path.stat().st_size != entry["n_bytes"]:
                 raise OutputError(f"{path}: missing or not of {entry['n_bytes']} bytes any more; {_AGAIN}")
-            if "sha256" in entry and is_verifying():
+            if entry.get("sha256") is not None and is_verifying():
                 check_file(path, entry["sha256"], OutputError, _AGAIN)
             kept.add(path.name)
         for path in manifest.own_files(self.folder):
@@ -210,10 +213,10 @@ class TokenOutput:
             self._close_shard(source, 0, cells)
         self._wait_for_seals()
         shards = self.progress["shards"]
-        for index, entry in enumerate(shards):
+        for index in range(len(shards)):
             final = manifest.shard_name(index, len(shards))
             with system_errors(self.folder):
-                os.rename(self.folder / entry["file"], self.folder / final)
+                os.rename(self.folder / manifest.shard_name(index), self.folder / final)
         files = [{**entry, "file": manifest.shard_name(i, len(shards))} for i, entry in enumerate(shards)]
         content = {
             "format": manifest.FORMAT,
@@ -228,7 +231,7 @@ class TokenOutput:
         write_json(self.folder / manifest.DATASET_INFO, {**info, "features": described})
         write_json(self.folder / manifest.MANIFEST, content)
         state: dict[str, Any] = {
-            "_data_files": [{"filename": entry["file"]} for entry in files],
+            manifest.DATA_FILES: [{"filename": entry["file"]} for entry in files],
             "_fingerprint": fingerprint_of(content)[: manifest.N_FINGERPRINT],
             "_format_columns": None,
             "_format_kwargs": {},

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
+
+from geneformer_fast.files import schema
 
 #: Rows of empty cells that a tally names.
 NAMED_ROWS = 10
 
 
+@dataclass
+class Tally:
+    """What a tally holds, as it is read back."""
+
+    source: str
+    read: schema.whole(0)  # type: ignore[valid-type]
+    written: schema.whole(0)  # type: ignore[valid-type]
+    filtered: schema.whole(0)  # type: ignore[valid-type]
+    empty: schema.whole(0)  # type: ignore[valid-type]
+    full: schema.whole(0)  # type: ignore[valid-type]
+    stored_zeros: schema.whole(0)  # type: ignore[valid-type]
+    totals_looked_at: schema.whole(0)  # type: ignore[valid-type]
+    totals_above: schema.whole(0)  # type: ignore[valid-type]
+    totals_below: schema.whole(0)  # type: ignore[valid-type]
+    empty_rows: list[schema.whole(0)]  # type: ignore[valid-type]
+
+
 def empty_tally(name: str) -> dict[str, Any]:
     """The tally of a source before its first cell."""
-    keys = ["read", "written", "filtered", "empty", "full", "stored_zeros"]
-    keys += ["totals_looked_at", "totals_above", "totals_below"]
-    return {"source": name, **dict.fromkeys(keys, 0), "empty_rows": []}
+    zeros = {item.name: 0 for item in fields(Tally)}
+    return {**zeros, "source": name, "empty_rows": []}
 
 
 def add_tally(total: dict[str, Any], part: Mapping[str, Any]) -> None:

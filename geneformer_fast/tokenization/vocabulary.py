@@ -28,6 +28,7 @@ SPECIAL = {
 }
 MAX_LEN = {"v1": 2048, "v2": 4096, "bionemo": 2048}
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_LEN = 2**24
 
 # Fingerprints of the published dictionaries: only these contents carry the published names.
 _PUBLISHED = {
@@ -97,12 +98,16 @@ class Vocabulary:
         if not self.token_ids:
             raise VocabularyError(f"{self.name}: the token dictionary holds no genes")
         n_special = len(self.special)
-        if not isinstance(self.max_len, int) or self.max_len <= n_special:
-            raise VocabularyError(f"{self.name}: max_len {self.max_len!r} leaves no room for genes")
+        if type(self.max_len) is not int or not n_special < self.max_len <= _MAX_LEN:
+            raise VocabularyError(
+                f"{self.name}: max_len {_short(self.max_len)} leaves no room for genes, or is above {_MAX_LEN:,}"
+            )
         seen: dict[int, str] = {}
         for key, value in (*self.special.items(), *self.token_ids.items()):
             if type(value) is not int or not 0 <= value <= _MAX_TOKEN_ID:
-                raise VocabularyError(f"{self.name}: token id of {key!r} is {value!r}, expected a non-negative integer")
+                raise VocabularyError(
+                    f"{self.name}: token id of {key!r} is {_short(value)}, expected a non-negative integer"
+                )
             if value in seen:
                 raise VocabularyError(
                     f"{self.name}: token id {value} is used twice, by {seen[value]!r} and {key!r}; "
@@ -224,8 +229,8 @@ class Vocabulary:
 
         try:
             return cls(
-                name=str(content["name"]),
-                family=content["family"],
+                name=_text(content["name"], f"{where}: name"),
+                family=_text(content["family"], f"{where}: family"),
                 token_ids=checked_numbers(content["token_ids"], int, f"{where}: token_ids"),
                 medians=checked_numbers(content["medians"], float, f"{where}: medians"),
                 aliases=checked_strings(content["aliases"], f"{where}: aliases"),
@@ -317,6 +322,17 @@ class Vocabulary:
         """Raise VocabularyError, naming both, unless `other` (a vocabulary or an identity) is this vocabulary."""
         theirs = other.identity() if isinstance(other, Vocabulary) else other
         check_same(self.identity(), theirs, first="tokens", second=what)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise VocabularyError(f"{where} is {_short(value)}, expected text")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _fingerprint(

@@ -7,7 +7,6 @@ states; ``state.json`` the rest, ``SHA256SUMS`` the checksums. Nothing is pickle
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -39,11 +37,14 @@ from geneformer_fast.files.schema import check, read_json, whole
 from geneformer_fast.files.tensors import metadata_of, read_tensors
 from geneformer_fast.files.writing import system_errors, whole_folder, write_json, write_tensors
 from geneformer_fast.training.distributed import Ranks
+from geneformer_fast.training.randomness import random_states, read_random
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _ADVICE = "remove this checkpoint's folder to continue from the one before"
 _FINGERPRINT = "fingerprint"
+# What AdamW keeps of a parameter, and whether that is one number.
+_MOMENTS = {"step": True, "exp_avg": False, "exp_avg_sq": False}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -93,10 +94,10 @@ def save_checkpoint(
     Path
         The checkpoint's folder.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / name_of(step)
     weights = whole_weights(model)
     moments = _flat(get_optimizer_state_dict(model, optimizer, options=_WHOLE))
-    randomness = _random_states(ranks)
+    randomness = random_states(ranks)
     if ranks.is_first:
         with whole_folder(path) as made:
             for name, tensors in {MODEL: weights, OPTIMIZER: moments, RANDOM: randomness}.items():
@@ -141,27 +142,14 @@ def load_checkpoint(
     _put_weights(path / MODEL, read_tensors(path / MODEL, CheckpointError, _ADVICE, sha256=sums.get(MODEL)), model)
     moments = read_tensors(path / OPTIMIZER, CheckpointError, _ADVICE, sha256=sums.get(OPTIMIZER))
     content: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # for its groups, named as the file's state
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, tensor in moments.items():
-        name, _, kind = key.rpartition(".")
-        by_name.setdefault(name, {})[kind] = tensor
-    expected = {name for group in content["param_groups"] for name in group["params"]}
-    if by_name.keys() != expected:
-        odd = sorted(by_name.keys() ^ expected)[0]
-        raise CheckpointError(f"{path / OPTIMIZER}: belongs to another model or other frozen layers (see {odd!r})")
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, kinds in by_name.items():
-        if any(tensor.ndim and tuple(tensor.shape) != shapes[name] for tensor in kinds.values()):
-            raise CheckpointError(f"{path / OPTIMIZER}: {name!r} has another shape than in the model; {_ADVICE}")
-    content["state"] = by_name
+    learning = {name for group in content["param_groups"] for name in group["params"]}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in learning}
+    content["state"] = _by_parameter(moments, shapes, path / OPTIMIZER)
     states = read_tensors(path / RANDOM, CheckpointError, _ADVICE, sha256=sums.get(RANDOM))
-    try:
-        set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
-        _restore_random(states, ranks, state["world_size"])
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be continued from ({error}); {_ADVICE}") from None
+    randomness = read_random(states, ranks, state["world_size"], path / RANDOM)
+    set_optimizer_state_dict(model, optimizer, content, options=_WHOLE)
+    if randomness is not None:
+        randomness.restore()
     return state
 
 
@@ -209,10 +197,36 @@ def _read_state(path: Path, schema: Any) -> dict[str, Any]:
         state = read_json(path / STATE, CheckpointError, _Step)
         if schema is not None:
             check(schema, state, path / STATE, CheckpointError)
+        if path.name != (name := name_of(state["step"])):
+            raise CheckpointError(f"{path / STATE}: it is the state of {name}, not of {path.name}")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_ADVICE}") from None
     check_digest(state, path / STATE, CheckpointError, _ADVICE)
     return state
+
+
+def name_of(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def _by_parameter(
+    moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The inverse of :func:`_flat`, for parameters of these shapes."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in moments.items():
+        name, _, kind = key.rpartition(".")
+        by_name.setdefault(name, {})[kind] = tensor
+    if odd := sorted(by_name.keys() ^ shapes.keys()):
+        raise CheckpointError(f"{path}: belongs to another model or other frozen layers (see {odd[0]!r})")
+    for name, kinds in by_name.items():
+        for kind in sorted(_MOMENTS.keys() | kinds.keys()):
+            wanted = None if kind not in _MOMENTS else [] if _MOMENTS[kind] else list(shapes[name])
+            found = list(kinds[kind].shape) if kind in kinds and kinds[kind].is_floating_point() else None
+            if found is None or found != wanted:
+                raise CheckpointError(f"{path}: {name}.{kind} is not what AdamW keeps of {name}; {_ADVICE}")
+    return by_name
 
 
 def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -222,40 +236,3 @@ def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for name, moments in optimizer_state.get("state", {}).items()  # all but the first process get nothing
         for kind, value in moments.items()
     }
-
-
-def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The random states of every process."""
-    python = random.getstate()
-    numpy: Any = np.random.get_state()  # noqa: NPY002 - whoever uses it goes on where it was
-    _, keys, position, has_gauss, gauss = numpy
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(python[1], dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if python[2] is None else python[2]], dtype=torch.float64),
-        "numpy": torch.from_numpy(np.append(keys.astype(np.int64), [position, has_gauss])),
-        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    device = "cuda" if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl" else "cpu"
-    return {
-        f"{name}.{rank}": tensor.cpu()
-        for name, state in states.items()
-        for rank, tensor in enumerate(ranks.gather(state.to(device)))
-    }
-
-
-def _restore_random(states: Mapping[str, torch.Tensor], ranks: Ranks, world_size: int) -> None:
-    """Random states of this process; of another number of processes they mean nothing, and the fresh ones stay."""
-    if ranks.world_size != world_size:
-        return
-    own = {name.rpartition(".")[0]: state for name, state in states.items() if name.endswith(f".{ranks.rank}")}
-    torch.set_rng_state(own["torch"])
-    gauss = float(own["python_gauss"])
-    random.setstate((3, tuple(own["python"].tolist()), None if np.isnan(gauss) else gauss))
-    *keys, position, has_gauss = own["numpy"].tolist()
-    legacy = ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(own["numpy_gauss"]))
-    np.random.set_state(legacy)  # noqa: NPY002
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])

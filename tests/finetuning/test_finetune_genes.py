@@ -117,8 +117,8 @@ def test_classes_are_read_in_every_form(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("c.json", "{", "c.json is not JSON"),
-        ("c.json", "[1]", "holds no object of genes and classes"),
+        ("c.json", "{", "c.json cannot be read as JSON"),
+        ("c.json", "[1]", "holds no JSON object"),
         ("c.json", '{"G1": 3}', "'G1' is neither a gene with a class nor a class with a list"),
         ("c.json", '{"a": ["G1"], "b": ["G1", "G2"]}', "gene G1 is in the classes 'a' and 'b'"),
         ("c.csv", "G1,a\nG2\n", "line 2 does not hold a gene and a class"),
