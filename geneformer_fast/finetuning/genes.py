@@ -177,7 +177,8 @@ def labelled_genes(
         left.
     """
     ids = list(class_of)
-    found = map_genes(ids, vocabulary, source_name="classes").column_to_token
+    # what is unknown is said below
+    found = map_genes(ids, vocabulary, source_name="classes", allow_few_genes=True).column_to_token
     n_cells = np.zeros(vocabulary.n_tokens, dtype=np.int64)
     for values, _ in folder.batches():
         if len(values) and int(values.max()) >= len(n_cells):

@@ -116,7 +116,8 @@ def refuse_repeated(where: str, found: Iterable[Path]) -> None:
     """Raise InputError where several of these hold the same cells by their names: raw and filtered, .h5 and folder."""
     same: dict[tuple[Path, str], list[Path]] = {}
     for path in found:
-        if path.is_dir() or path.suffix in SUFFIXES or is_matrix_file(path):
+        is_folder = path.is_dir() and (is_zarr(path) or is_tenx_folder(path))
+        if is_folder or (path.is_file() and (path.suffix in SUFFIXES or is_matrix_file(path))):
             same.setdefault((path.parent, _name_of_cells(path)), []).append(path)
     for paths in same.values():
         if len(paths) > 1:
