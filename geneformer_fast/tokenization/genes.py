@@ -264,8 +264,9 @@ def _target(name: str, lookup: _Lookup, report: GeneReport, missing: frozenset[s
 def _note(report: GeneReport, kind: str, name: str, gene: str | None = None) -> None:
     setattr(report, kind, getattr(report, kind) + 1)
     shown = report.examples.setdefault(kind, [])
-    if len(shown) < _N_EXAMPLES:
-        shown.append(f"{_shorten(name)} -> {gene}" if gene else _shorten(name))
+    text = f"{_shorten(name)} -> {gene}" if gene else _shorten(name)
+    if len(shown) < _N_EXAMPLES and text not in shown:
+        shown.append(text)
 
 
 def _shorten(name: str) -> str:
@@ -308,11 +309,17 @@ def _check_matched(
     expected = list(vocabulary.token_ids)
     shown = [expected[i] for i in sorted({0, len(expected) // 2, len(expected) - 1})]
     dropped = [name for name, gene in zip(names, targets, strict=True) if gene is None and not is_missing(name)]
-    hint = (
-        "Name the column with Ensembl ids with gene_column= (--gene-column), or choose the dictionary of the right "
-        "species."
-    )
-    n_ensembl = sum(name[:3].upper() == "ENS" for name in names)
+    n_ensembl = sum(map(is_ensembl_gene, names))
+    if 2 * n_ensembl > len(names):
+        hint = (
+            "These are Ensembl ids of other genes, or with something around them that is not known: choose the "
+            "dictionary of the right species, or correct them."
+        )
+    else:
+        hint = (
+            "Name the column with Ensembl ids with gene_column= (--gene-column), or choose the dictionary of the right "
+            "species."
+        )
     if len(vocabulary.aliases) <= len(vocabulary.token_ids) and 2 * n_ensembl < len(names):
         hint += " This vocabulary's mapping knows no gene symbols (Geneformer V1's does not; V2's does)."
     if report.matched:

@@ -75,14 +75,15 @@ def gene_expression(
 
 def is_expression(types: Sequence[str]) -> np.ndarray | None:
     """[n_features] bool, or None where these are no types of features, or none of them is gene expression."""
-    plain = [_plain(text) for text in types]
-    present = set(plain)
+    plain = {text: _plain(text) for text in set(types)}
+    present = set(plain.values())
     accepted = _EXPRESSION
     if present & _EXPRESSION_AMONG_OTHERS and present - _EXPRESSION_AMONG_OTHERS <= _OTHER_TYPES | {""} | _EXPRESSION:
         accepted = _EXPRESSION | _EXPRESSION_AMONG_OTHERS
     if not present & accepted:
         return None
-    return np.fromiter((text in accepted for text in plain), dtype=bool, count=len(plain))
+    is_accepted = {text: plain_text in accepted for text, plain_text in plain.items()}
+    return np.fromiter((is_accepted[text] for text in types), dtype=bool, count=len(types))
 
 
 def _plain(text: str) -> str:
