@@ -56,6 +56,8 @@ class CellObjective:
     def __init__(self, tasks: Sequence[Task], losses: Sequence[Loss]) -> None:
         self.tasks, self.losses = list(tasks), list(losses)
         self._codes = np.stack([task.codes for task in tasks], axis=1)
+        chances = [chance_loss(loss, len(task.classes)) for task, loss in zip(tasks, losses, strict=True)]
+        self.chance_loss = float(np.average(chances, weights=[task.weight for task in tasks]))
 
     def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> LabelledCells:
         """Tokens and the labels of the cells."""
@@ -117,6 +119,7 @@ class GeneObjective:
     def __init__(self, train_codes: np.ndarray, eval_codes: np.ndarray, loss: Loss) -> None:
         self.train_codes, self.eval_codes = torch.from_numpy(train_codes), torch.from_numpy(eval_codes)
         self._loss = loss
+        self.chance_loss = chance_loss(loss, int(train_codes.max(initial=0)) + 1)
 
     def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> LabelledCells:
         """Tokens and the classes of the genes to learn from."""
@@ -139,6 +142,12 @@ class GeneObjective:
         genes, probabilities, _ = means.result()
         truth = self.eval_codes.numpy()[genes]
         return {"loss": total / max(weight, 1e-12), **_scores(truth, probabilities.argmax(1))}
+
+
+def chance_loss(loss: Loss, n_classes: int) -> float:
+    """What a loss is, in the mean over classes, where every logit is 0."""
+    total, weight = loss(torch.zeros(n_classes, n_classes), torch.arange(n_classes))
+    return float(total) / max(float(weight), 1e-12)
 
 
 class GeneMeans:

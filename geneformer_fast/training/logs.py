@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,8 @@ class TensorBoard:
         # Events of steps that are made again are taken out of the charts.
         with system_errors(self._path):
             self._writer = SummaryWriter(str(self._path), purge_step=first_step + 1 if first_step else None)
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_writer
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Scalars under ``train/``."""
@@ -122,8 +125,18 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is left."""
-        with system_errors(self._path):
-            self._writer.close()
+        try:
+            with system_errors(self._path):
+                self._writer.close()
+        finally:
+            if threading.excepthook == self._of_writer:
+                threading.excepthook = self._hook
+
+    def _of_writer(self, args: threading.ExceptHookArgs) -> None:
+        """What the thread that writes cannot write comes with the next value, and needs no traceback of its own."""
+        is_said = isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
+        if not is_said:
+            self._hook(args)
 
 
 class Bar:

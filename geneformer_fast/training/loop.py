@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from geneformer_fast.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from geneformer_fast.training.divergence import Divergence
 from geneformer_fast.training.engine import Engine
 from geneformer_fast.training.history import History, LoopState, StepRecord, metrics_for_json, metrics_from
 from geneformer_fast.training.identity import identity_of_run
@@ -172,6 +174,7 @@ class _Run:
         self.n_steps = recipe.steps or self.plan.total_steps(recipe.epochs)
         self.schedule = recipe.schedule_for(self.n_steps)
         self.history = History()
+        self.divergence = Divergence(getattr(objective, "chance_loss", None))
         self.step = self.n_worse = 0
         self.folder: RunFolder | None = None
         self.logs: list[Log] = []
@@ -302,6 +305,8 @@ class _Run:
         self._begin = now
         self.history.steps.append(record)
         if self.ranks.is_first:
+            if said := self.divergence.look(record.step, record.loss):
+                warnings.warn(said, stacklevel=2)
             if any(log.is_active for log in self.logs) and (
                 record.step % self.recipe.log_every == 0 or record.step == self.n_steps
             ):

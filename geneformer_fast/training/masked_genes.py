@@ -32,6 +32,7 @@ class MaskedGenes:
 
     def __init__(self, kinds: TokenKinds, masking: Masking) -> None:
         self.kinds, self.masking = kinds, masking
+        self.chance_loss = float(np.log(kinds.n_tokens))
 
     def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> MaskedBatch:
         """Mask a batch."""

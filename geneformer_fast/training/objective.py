@@ -28,7 +28,8 @@ class Objective(Protocol):
     """What is learned. One object serves training and evaluation.
 
     With an attribute ``is_sharing_evaluation`` that is True, ``metrics`` gets this process's part of the batches and
-    adds up what all processes found (``Ranks.current().sum``); without, every process gets all of them.
+    adds up what all processes found (``Ranks.current().sum``); without, every process gets all of them. An attribute
+    ``chance_loss`` is the loss of calling everything equally likely: far above it, the loop warns.
     """
 
     def collate(self, tokens: Ragged, cells: np.ndarray, rng: CellRandom) -> Any:
