@@ -108,6 +108,34 @@ def packed_attention(
     return padding.unpack(context), None
 
 
+def padded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: Padding,
+    keys: torch.Tensor | None,
+    dropout_p: float,
+    wants_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention in the stock model's shapes: packed q, k, v [T, H, D] -> context [T, H, D], and weights if wanted.
+
+    ``keys`` [B, L] says who is attended to where padding is among the T rows. The weights [B, H, L, L] are what the
+    context is made of, so that they get a gradient, and are zero from and to places that hold no row.
+    """
+    q, k, v = (padding.unpack(each).transpose(1, 2) for each in (q, k, v))
+    if not wants_weights:
+        mask = None if keys is None else keys[:, None, None, :]
+        context = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+        return padding.pack(context.transpose(1, 2)), None
+    is_row = padding.unpack(torch.ones(len(padding.columns()), dtype=torch.bool, device=q.device))
+    pairs = (is_row[:, :, None] & (is_row if keys is None else keys)[:, None, :])[:, None]
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~pairs, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~pairs, 0.0)
+    if not torch.is_autocast_enabled(q.device.type):
+        weights = weights.to(q.dtype)
+    return padding.pack((weights @ v).transpose(1, 2)), weights
+
+
 @torch.compiler.disable
 def _padding_of(mask: torch.Tensor | None, n_cells: int, length: int, device: torch.device) -> Padding:
     known: Padding | None = getattr(mask, _PADDING, None)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from geneformer_kernels import (
-    attention_scores,
     feed_forward_layernorm,
     linear,
     residual_layernorm,
@@ -25,6 +24,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert
 
+from geneformer_fast.drop_in.attention import padded_attention
 from geneformer_fast.drop_in.plain import has_global_hooks, is_plain_linear, is_plain_norm, is_unhooked
 from geneformer_fast.ragged import Padding
 
@@ -34,41 +34,56 @@ class Packed:
     """What every packed call is handed beside its tensors; its presence tells packed calls from stock ones."""
 
     padding: Padding
-    #: The same cells as attention wants them, for all layers of this pass.
-    cells: AttentionCells
+    #: The same cells as attention wants them, for all layers of this pass; None where it runs on padded batches.
+    cells: AttentionCells | None
     #: Dtype that matrix products read.
     dtype: torch.dtype
     #: Dtype of hidden states in the stock model: what modules that are called expect and what is given back.
     outer: torch.dtype
+    #: [B, L] booleans where padding is among the rows: only places of True are attended to. None: all are.
+    keys: torch.Tensor | None = None
     wants_weights: bool = False
     wants_states: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder returns: the last stream [T, C], and all streams and attention weights if wanted."""
+    """What the encoder returns: the last stream [T, C], and padded states and attention weights if wanted."""
 
     stream: torch.Tensor
+    #: [B, L, C], what each layer has read.
     states: tuple[torch.Tensor, ...] | None
-    #: Of every layer, one [H, L_i, L_i] for each cell.
-    weights: tuple[list[torch.Tensor], ...] | None
+    #: [B, H, L, L] of each layer.
+    weights: tuple[torch.Tensor, ...] | None
 
 
 def packed_encoder(encoder: Any, stream: torch.Tensor, packed: Packed) -> Encoded:
     """BertEncoder: all layers one after another."""
     x = None if stream.dtype == packed.dtype else stream.to(packed.dtype)
-    states, weights = [stream], []
+    states, weights = [], []
     for layer in encoder.layer:
+        if packed.wants_states:
+            state, stream, x = _given_out(stream, x, packed)
+            states.append(state)
         # In the first releases served the encoder recomputes, later each layer does so itself.
         if not hasattr(layer, "gradient_checkpointing") and _is_recomputing(encoder):
             stream, x, scores = encoder._gradient_checkpointing_func(layer.__call__, stream, x, packed)
         else:
             stream, x, scores = layer(stream, x, packed)
-        states.append(stream)
         weights.append(scores)
     return Encoded(
         stream, tuple(states) if packed.wants_states else None, tuple(weights) if packed.wants_weights else None
     )
+
+
+def _given_out(
+    stream: torch.Tensor, x: torch.Tensor | None, packed: Packed
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A hidden state [B, L, C], and (stream, x) that depend on it: its gradient is asked for as in the stock model."""
+    state = packed.padding.unpack(stream.to(packed.outer))
+    if not state.requires_grad:
+        return state, stream, x
+    return state, *_pair(packed.padding.pack(state), packed)
 
 
 def packed_layer(layer: Any, stream: torch.Tensor, x: torch.Tensor | None, packed: Packed) -> tuple[Any, ...]:
@@ -98,26 +113,27 @@ def packed_attention(attention: Any, stream: torch.Tensor, x: torch.Tensor | Non
     return *_add_norm(output, projected, stream, packed), weights
 
 
-def packed_self_attention(
-    attention: Any, x: torch.Tensor, packed: Packed
-) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """BertSelfAttention: context [T, C] within each cell, and the weights of each cell if wanted."""
+def packed_self_attention(attention: Any, x: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """BertSelfAttention: context [T, C] within each cell, and the weights [B, H, L, L] if wanted."""
     n_heads, head_dim = attention.num_attention_heads, attention.attention_head_size
     shape = (len(x), n_heads, head_dim)
-    options: dict[str, Any] = dict(
-        cu_seqlens=packed.cells, dropout_p=attention.dropout.p if attention.training else 0.0
-    )
+    dropout_p = attention.dropout.p if attention.training else 0.0
+    options: dict[str, Any] = dict(cu_seqlens=packed.cells, dropout_p=dropout_p)
     projections = attention.query, attention.key, attention.value
+    is_padded = packed.wants_weights or packed.keys is not None
     has_biases = {projection.bias is None for projection in projections} if is_plain_linear(*projections) else set()
-    if len(has_biases) == 1 and not packed.wants_weights and not has_global_hooks():
+    weights = None
+    if len(has_biases) == 1 and not is_padded and not has_global_hooks():
         weight = torch.cat([projection.weight for projection in projections])
         bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
         qkv = linear(x, weight, bias).view(len(x), 3, n_heads, head_dim)
-        context, weights = varlen_attention_qkv(qkv, **options), None
+        context = varlen_attention_qkv(qkv, **options)
     else:
         q, k, v = (projection(x).to(packed.dtype).view(shape) for projection in projections)
-        context = varlen_attention(q, k, v, **options)
-        weights = attention_scores(q, k, cu_seqlens=packed.cells) if packed.wants_weights else None
+        if is_padded:
+            context, weights = padded_attention(q, k, v, packed.padding, packed.keys, dropout_p, packed.wants_weights)
+        else:
+            context = varlen_attention(q, k, v, **options)
     return context.reshape(len(x), n_heads * head_dim), weights
 
 

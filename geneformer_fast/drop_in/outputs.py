@@ -11,17 +11,18 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 
+from geneformer_fast.drop_in.head import Head
 from geneformer_fast.errors import UnsupportedError
 
 
 class LogitsOnDemand:
     """Stands in an output for logits that nobody has asked for.
 
-    It remembers how the forward pass ran: the value is the same as if it had been computed there. ``dtype`` and
-    ``float()`` are what accelerate looks for when it turns outputs into float32.
+    It remembers how the forward pass ran, and with which weights: the value is the same as if it had been computed
+    there, whatever has been exchanged in the model or hooked since. ``dtype`` and ``float()`` are what accelerate looks
+    for when it turns outputs into float32.
 
     Parameters
     ----------
@@ -29,21 +30,21 @@ class LogitsOnDemand:
         What makes logits of hidden states.
     hidden
         [B, L, C], padded.
-    dtype
-        Of the head's weights.
     is_quiet
         Whether going through an output's items leaves this in its place (a training step, whose outputs are walked
         through by whatever wraps the model), rather than computing the logits.
     """
 
-    def __init__(self, head: nn.Module, hidden: torch.Tensor, dtype: torch.dtype, *, is_quiet: bool) -> None:
+    def __init__(self, head: Head, hidden: torch.Tensor, *, is_quiet: bool) -> None:
         kind = hidden.device.type
         self.is_quiet = is_quiet
         self._head, self._hidden = head, hidden
         self._has_grad = torch.is_grad_enabled()
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = head.decoder[0].dtype
         self.dtype = self._autocast or (dtype if dtype.is_floating_point else hidden.dtype)
-        self._made = self._versions()
+        self._read = (hidden, *head.tensors())
+        self._made = self._state()
         self._value: torch.Tensor | None = None
 
     def float(self) -> LogitsOnDemand:
@@ -58,27 +59,35 @@ class LogitsOnDemand:
         Raises
         ------
         UnsupportedError
-            The head's weights have changed since the forward pass.
+            The head's weights or the hidden states have been written to since the forward pass.
         """
         if self._value is None:
-            now = self._versions()
-            # Parameters may have been exchanged for others of the same values (sharding does so): those are not judged.
-            if any(now[key] != version for key, version in self._made.items() if key in now):
-                raise UnsupportedError(
-                    "the model's weights have changed since this output was made, so its logits cannot be computed "
-                    "any more; read outputs.logits before the optimizer's step"
-                )
+            self._check()
             dtype = self._autocast or torch.float32
             with (
                 torch.set_grad_enabled(self._has_grad),
                 torch.autocast(self._hidden.device.type, dtype, enabled=self._autocast is not None),
             ):
-                self._value = self._head(self._hidden).to(self.dtype)
+                self._value = self._head.logits(self._hidden).to(self.dtype)
         return self._value
 
-    def _versions(self) -> dict[int, int]:
-        parameters = (p for p in self._head.parameters() if not p.is_inference())
-        return {id(parameter): parameter._version for parameter in parameters}
+    def _check(self) -> None:
+        versions, sums = self._made
+        if not any(each.numel() and not each.untyped_storage().size() for each in self._read):
+            versions_now, sums_now = self._state()
+            if versions == versions_now and torch.allclose(sums, sums_now, rtol=0.0, atol=0.0, equal_nan=True):
+                return
+        raise UnsupportedError(
+            "the model's weights or the hidden states have changed since this output was made, so its logits cannot be "
+            "computed any more; read outputs.logits before the optimizer's step"
+        )
+
+    @torch.no_grad()
+    def _state(self) -> tuple[list[int], torch.Tensor]:
+        """Versions, and sums: what is written through ``.data`` or another library's view has no version."""
+        versions = [0 if each.is_inference() else each._version for each in self._read]
+        sums = [each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) for each in self._read]
+        return versions, torch.stack([each.to(self._hidden.device, torch.float64) for each in sums])
 
 
 class MaskedOutput(MaskedLMOutput):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,11 @@ from torch import nn
 from geneformer_fast.drop_in import layers, models
 from geneformer_fast.drop_in.layers import Packed
 from geneformer_fast.drop_in.models import Call
+from geneformer_fast.drop_in.plain import packed_forward_of
+from geneformer_fast.drop_in.readers import Watch
 from geneformer_fast.drop_in.reasons import check_model, containers
 
+PADDINGS = ("zeros", "stock")
 _PARTS: tuple[Callable[..., Any], ...] = (
     layers.packed_encoder,
     layers.packed_layer,
@@ -36,14 +40,24 @@ class PackedForward:
         The packed forward pass, a function of the module and its packed inputs.
     """
 
+    #: Tells it from what others put into that place.
+    is_packed = True
+
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self.module, self.function = module, function
         self.is_active = True
+        #: How many stock forward passes of models around this one are running.
+        self.n_stock = 0
 
     @property
     def __signature__(self) -> inspect.Signature:
         """Trainers read from it which columns a model takes, and how its loss is averaged."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """torch.export names an exported program's inputs after the place where they come in."""
+        return inspect.unwrap(type(self.module).forward).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, args = self._bound_to(args)
@@ -87,7 +101,7 @@ class PackedModelForward(PackedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, args = self._bound_to(args)
-        if not self.is_active or len(args) > len(self.names):
+        if not self.is_active or self.n_stock or len(args) > len(self.names):
             return type(module).forward(module, *args, **kwargs)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         return self.function(Call(module, args, kwargs, arguments, "return_dict" in self.names), **self.options)
@@ -112,7 +126,7 @@ class Handle:
         wrapper stays, and calls the stock forward.
         """
         for module in self.model.modules():
-            forward = _forward_of(module)
+            forward = packed_forward_of(module)
             if forward is None:
                 continue
             if vars(module)["forward"] is forward:
@@ -121,7 +135,7 @@ class Handle:
             vars(module).pop("_replicate_for_data_parallel", None)
 
 
-def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
+def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str = "zeros") -> Handle:
     """Make a Hugging Face BERT compute on packed cells, in place, until :meth:`Handle.undo`.
 
     Parameters
@@ -134,6 +148,10 @@ def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
         Whether a training step of ``BertForMaskedLM`` can be asked for its logits [B, L, V]. They are computed when
         they are read; the loss never needs them. False makes them None and keeps no hidden states for them.
 
+    padding
+        What hidden states and logits hold at padding: ``"zeros"``, or with ``"stock"`` what the stock model computes
+        there, for whatever reads it. See Notes.
+
     Returns
     -------
     Handle
@@ -143,20 +161,34 @@ def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
     ------
     UnsupportedError
         The model is another one, a decoder, or has relative positions, or its forward has been replaced already.
+    ValueError
+        ``padding`` is neither of the two.
 
     Notes
     -----
     Padding is removed once at the input and put back once at the output, where hidden states and attention weights are
     zero. Everything between runs on the operations of ``geneformer_kernels`` with a float32 residual stream, except
-    modules that are hooked, wrapped or quantized: those are called, with packed inputs [T, C]. In float32, loss and
-    gradients agree with the stock model to 1e-5. Calls that cannot be packed (3-D masks, caches, head masks) run the
-    stock forward pass, with one warning that says why.
+    linear layers that are wrapped, quantized or given adapters: those are called, with packed inputs [T, C]. In
+    float32, loss and gradients agree with the stock model to 1e-5. What cannot be packed runs the stock forward pass,
+    with one warning that says why: 3-D masks, caches and head masks; hooks of one's own inside of the encoder, and
+    parts of it that somebody has exchanged, wrapped or quantized dynamically; ``torch.func`` transforms, forward-mode
+    derivatives and fake tensors; labels that torch would refuse.
+
+    With ``padding="zeros"`` nothing is computed at padding, and nothing may read it. Geneformer's own multi-task
+    classifier with attention pooling (its default) does: its softmax goes over all positions, padding included, and its
+    losses change. Use ``accelerate(model.bert, padding="stock")`` there: hidden states at padding are computed too, as
+    queries that attend to the cell's tokens, to the stock values. It costs what padding costs, as in the stock model;
+    batches of cells of similar lengths cost less. A warning says so where a loss reads padding, or a module that calls
+    the encoder pools with an attention that takes no mask; other readers (a mean over all positions without a mask,
+    say, in a model that is not trained) are not recognised.
 
     A label of -100 takes no part in the loss, as in transformers; give it to padding too, as its collators do, for
     hidden states are zero there. A batch of ``BertForMaskedLM`` without a single label has loss 0 rather than NaN.
-    ``torch.compile`` breaks the graph where padding is removed, and nowhere else.
+    Logits that are read late are those of the forward pass, or refused where its weights have been overwritten since.
+    A head that is hooked or wrapped is called in every forward pass, over all positions. ``torch.compile`` breaks the
+    graph where the model and the padding are looked at, and nowhere else.
 
-    Accelerating an accelerated model again changes ``training_logits`` and nothing else.
+    Accelerating an accelerated model again changes ``training_logits`` and ``padding`` and nothing else.
 
     References
     ----------
@@ -168,10 +200,12 @@ def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
     >>> trainer.train()  # doctest: +SKIP
     >>> handle.undo()  # doctest: +SKIP
     """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, not {padding!r}")
     peeled = getattr(model, "get_base_model", None)
     base = peeled() if callable(peeled) else model
     handle = Handle(base)
-    known = [forward for forward in map(_forward_of, base.modules()) if forward is not None]
+    known = [forward for forward in map(packed_forward_of, base.modules()) if forward is not None]
     if not known:
         check_model(base)
     # After undo() inside of another tool's wrapper, some modules still hold theirs and others do not.
@@ -183,8 +217,9 @@ def accelerate(model: nn.Module, *, training_logits: bool = True) -> Handle:
             known.append(forward)
     for forward in known:
         forward.is_active = True
-        if isinstance(forward, PackedModelForward) and "has_training_logits" in forward.options:
-            forward.options["has_training_logits"] = training_logits
+        if isinstance(forward, PackedModelForward):
+            asked = dict(has_training_logits=training_logits, padding=padding)
+            forward.options.update({name: value for name, value in asked.items() if name in forward.options})
     return handle
 
 
@@ -194,15 +229,9 @@ def _forwards(model: Any) -> Iterator[PackedForward]:
     # The two classifiers' own forward passes are as good as any: their heads are small.
     if type(model).__name__ == "BertForMaskedLM":
         yield PackedModelForward(model, models.packed_masked_lm, has_training_logits=True)
-    yield PackedModelForward(bert, models.packed_bert)
+    if type(model).__name__ == "BertForTokenClassification":
+        yield PackedModelForward(model, models.packed_token_classifier, padding="zeros")
+    yield PackedModelForward(bert, models.packed_bert, padding="zeros", watch=Watch())
     for name, module in containers(bert):
         depth = 0 if name == "encoder" else 1 + name.count(".attention") + name.count(".self")
         yield PackedForward(module, _PARTS[depth])
-
-
-def _forward_of(module: nn.Module) -> PackedForward | None:
-    """What :func:`accelerate` has put into a module, be it inside of other tools' wrappers."""
-    forward = vars(module).get("forward")
-    while forward is not None and not isinstance(forward, PackedForward):
-        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
-    return forward

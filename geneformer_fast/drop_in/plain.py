@@ -6,6 +6,7 @@ every forward pass, because adapters and hooks come and go.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+# Sharding, pruning, counters and collectors of outputs: their hooks look at no shape, so packed tensors do for them.
+# Hooks of PEFT are not among them: they hand out one adapter for each row of a padded batch.
+_MACHINERY = ("torch.", "transformers.", "accelerate.")
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -25,6 +30,43 @@ def has_global_hooks() -> bool:
     # Private in torch, where Module.__call__ asks the same; without it hooks are taken to be absent.
     ask = getattr(torch_module, "_has_any_global_hook", None)
     return ask is not None and bool(ask())
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody's own hooks are on a module: written for padded batches, they are shown nothing else."""
+    attributes = vars(module)
+    return _is_any_foreign(attributes.get(name) for name in _HOOKS)
+
+
+def has_foreign_global_hooks() -> bool:
+    """The same for hooks that are set for all modules."""
+    return has_global_hooks() and _is_any_foreign(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
+
+
+def _is_any_foreign(groups: Iterable[dict[int, Any] | None]) -> bool:
+    return any(not _origin(hook).startswith(_MACHINERY) for hook in _hooks_in(groups))
+
+
+def _hooks_in(groups: Iterable[dict[int, Any] | None]) -> Iterator[Any]:
+    for group in groups:
+        if group:
+            yield from group.values()
+
+
+def _origin(hook: Any) -> str:
+    """The module a hook was written in."""
+    while hasattr(hook, "func"):
+        hook = hook.func
+    return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
+
+
+def packed_forward_of(module: nn.Module) -> Any:
+    """What :func:`accelerate` has put into a module, be it inside of other tools' wrappers; None where nothing is."""
+    forward = vars(module).get("forward")
+    # The type is asked, for a bound method answers for what it is bound to.
+    while forward is not None and not getattr(type(forward), "is_packed", False):
+        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return forward
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

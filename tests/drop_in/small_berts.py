@@ -80,6 +80,21 @@ def assert_same_step(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tenso
         torch.testing.assert_close(ours[name], value, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def count_head_rows(model: Any) -> list[int]:
+    """A list that gets the number of rows the masked head sees, each time it runs; without a hook."""
+    transform, sizes = model.cls.predictions.transform, []
+    activation = transform.transform_act_fn
+
+    def counted(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(rows.shape[:-1].numel())
+        return activation(rows)
+
+    # A plain function, as a configuration may give one.
+    del transform.transform_act_fn
+    transform.transform_act_fn = counted
+    return sizes
+
+
 def recompute(model: Any, *, is_reentrant: bool) -> None:
     """Switch recomputing of activations on, by the name this release has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_berts import bert, inputs, labels_for
+from small_berts import N_TOKENS, bert, count_head_rows, inputs, labels_for
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import geneformer_fast as gf
@@ -26,10 +27,8 @@ class Watched:
         self.keep = self.given["attention_mask"].bool()
         with torch.no_grad():
             self.stock = self.model(**self.given, **self.labels)
-        self.sizes: list[int] = []
         gf.accelerate(self.model, **options)
-        transform = self.model.cls.predictions.transform
-        transform.register_forward_hook(lambda _, args, out: self.sizes.append(out.shape[:-1].numel()))
+        self.sizes = count_head_rows(self.model)
 
     def call(self, **more: Any) -> Any:
         return self.model(**self.given, **self.labels, **more)
@@ -188,15 +187,163 @@ def test_a_batch_without_labels_is_no_loss_and_no_nan() -> None:
     assert all(not p.grad.any() for p in watched.model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("what", ["decoder", "cls", "predictions"])
-def test_a_wrapped_head_is_called_and_still_for_masked_rows_only(what: str) -> None:
-    watched = Watched(is_training=True)
-    head, sizes = watched.model.cls, []
-    module = {"decoder": head.predictions.decoder, "cls": head, "predictions": head.predictions}[what]
-    module.register_forward_hook(lambda _, args, out: sizes.append(out.shape[:-1].numel()))
+HEAD_PARTS = ["cls", "predictions", "transform", "dense", "transform_act_fn", "LayerNorm", "decoder"]
+
+
+@pytest.mark.parametrize("when", ["pre", "post", "backward", "global"])
+@pytest.mark.parametrize("what", HEAD_PARTS)
+def test_a_hooked_head_is_called_as_in_the_stock_model(what: str, when: str) -> None:
+    """Read or not, and with hooks that are gone when somebody reads."""
+    model = bert("BertForMaskedLM").train()
+    given = inputs()
+    labels = labels_for(model, given)
+    with torch.no_grad():
+        expected = model(**given, **labels)
+    gf.accelerate(model)
+    calls: list[int] = []
+    module = next(module for name, module in model.named_modules() if name.split(".")[-1] == what and "cls" in name)
+
+    def note(hooked: Any, *_: Any) -> None:
+        if hooked is module:
+            calls.append(1)
+
+    register = {
+        "pre": module.register_forward_pre_hook,
+        "post": module.register_forward_hook,
+        "backward": module.register_full_backward_hook,
+        "global": nn.modules.module.register_module_forward_hook,
+    }[when]
+    hook = register(note)
+    try:
+        output = model(**given, **labels)
+        output.loss.backward()
+    finally:
+        hook.remove()
+    assert calls == [1]
+    keep = given["attention_mask"].bool()
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.logits[keep], expected.logits[keep], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["transform", "decoder"])
+def test_a_hook_that_changes_the_head_changes_logits_and_loss(what: str) -> None:
+    model = bert("BertForMaskedLM").train()
+    given = inputs()
+    labels = labels_for(model, given)
+    hook = getattr(model.cls.predictions, what).register_forward_hook(lambda m, args, out: out * 0.5 + 0.1)
+    expected = model(**given, **labels)
+    gf.accelerate(model)
+    output = model(**given, **labels)
+    hook.remove()
+    keep = given["attention_mask"].bool()
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.logits[keep], expected.logits[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_a_hooked_head_sees_masked_rows_only_where_nobody_can_ask_for_logits() -> None:
+    watched = Watched(is_training=True, training_logits=False)
+    sizes: list[int] = []
+    watched.model.cls.predictions.decoder.register_forward_hook(lambda m, a, out: sizes.append(out.shape[:-1].numel()))
     output = watched.call()
     torch.testing.assert_close(output.loss.detach(), watched.stock.loss, atol=1e-5, rtol=1e-5)
+    assert output.logits is None
     assert sizes == [int((watched.labels["labels"] != -100).sum())]
+
+
+def late(change: Any) -> tuple[Any, Any, torch.Tensor]:
+    """(stock logits, logits that were read after a change of the model, where there are tokens)."""
+    model = bert("BertForMaskedLM").train()
+    given = inputs()
+    labels = labels_for(model, given)
+    stock = model(**given, **labels).logits.detach()
+    gf.accelerate(model)
+    output = model(**given, **labels)
+    change(model, output)
+    return stock, output.logits, given["attention_mask"].bool()
+
+
+def other_decoder(model: Any, output: Any) -> None:
+    model.cls.predictions.decoder = nn.Linear(32, N_TOKENS)
+
+
+def other_weights(model: Any, output: Any) -> None:
+    for module in (model.cls.predictions.decoder, model.cls.predictions.transform.dense):
+        module.weight = nn.Parameter(torch.randn_like(module.weight))
+
+
+def later_hook(model: Any, output: Any) -> None:
+    model.cls.predictions.transform.register_forward_hook(lambda m, args, out: out * 0)
+
+
+@pytest.mark.parametrize("change", [other_decoder, other_weights, later_hook], ids=lambda change: change.__name__)
+def test_late_logits_are_those_of_the_forward_pass_whatever_was_exchanged_since(change: Any) -> None:
+    stock, logits, keep = late(change)
+    torch.testing.assert_close(logits.detach()[keep], stock[keep], atol=1e-5, rtol=1e-5)
+
+
+def in_place(model: Any, output: Any) -> None:
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias.add_(1)
+
+
+def through_data(model: Any, output: Any) -> None:
+    model.cls.predictions.transform.LayerNorm.weight.data.mul_(1.5)
+
+
+def through_numpy(model: Any, output: Any) -> None:
+    model.cls.predictions.decoder.weight.detach().numpy()[3] += 1
+
+
+def hidden_states(model: Any, output: Any) -> None:
+    vars(output)["logits"]._hidden.data.mul_(2)
+
+
+def freed(model: Any, output: Any) -> None:
+    """As torch's sharding does after a forward pass."""
+    model.cls.predictions.decoder.weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, through_data, through_numpy, hidden_states, freed], ids=lambda change: change.__name__
+)
+def test_late_logits_of_what_has_been_overwritten_are_refused(change: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"read outputs\.logits before"):
+        late(change)
+
+
+def test_late_logits_of_a_model_that_was_called_with_other_weights() -> None:
+    """``torch.func.functional_call`` puts weights into a model for one call: late logits are theirs, and so is the
+    gradient."""
+    model = bert("BertForMaskedLM").train()
+    given = inputs()
+    names = [name for name, _ in model.named_parameters()]
+
+    def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(5)
+        others = {
+            name: (p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for name, p in model.named_parameters()
+        }
+        output = torch.func.functional_call(model, others, (), given)
+        logits = output.logits
+        found = torch.autograd.grad(logits[given["attention_mask"].bool()].square().mean(), others.values())
+        return logits.detach(), dict(zip(names, found, strict=True))
+
+    stock_logits, stock = gradients(model)
+    gf.accelerate(model)
+    logits, ours = gradients(model)
+    keep = given["attention_mask"].bool()
+    torch.testing.assert_close(logits[keep], stock_logits[keep], atol=1e-5, rtol=1e-5)
+    for name in names:
+        torch.testing.assert_close(ours[name], stock[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_logits_that_are_not_numbers_can_be_read_late() -> None:
+    model = bert("BertForMaskedLM").eval()
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias[3] = float("nan")
+        gf.accelerate(model)
+        output = model(**inputs())
+    assert output.logits[..., 3].isnan().all()
 
 
 def test_the_loss_never_holds_full_logits() -> None:

@@ -1,0 +1,139 @@
+"""What a model is made of now: the first part that cannot be handed packed cells, if there is one.
+
+Packed cells [T, C] may be handed to what works token by token: transformers' own containers, linear layers of any kind,
+norms, dropouts, activations, and PEFT's layers around them. Nobody knows that of a module somebody has written, of
+torch's dynamically quantized layers (they scale by the largest value of the batch, padding included), or of hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.models.bert import modeling_bert
+
+from geneformer_fast.drop_in.plain import has_foreign_hooks
+
+_LINEAR, _NORM, _DROPOUT, _ACTIVATION = "a linear layer", "a norm", "a dropout", "an activation"
+_LEAVES: dict[str, tuple[type[nn.Module], ...]] = {
+    _LINEAR: (nn.Linear, nn.Identity),
+    _NORM: (nn.LayerNorm, nn.Identity),
+    _DROPOUT: (nn.Dropout, nn.Identity),
+    _ACTIVATION: (),
+}
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation", "torch.nn.modules.linear")
+_ADD_NORM = {"dense": _LINEAR, "dropout": _DROPOUT, "LayerNorm": _NORM}
+_ATTENTION = {"query": _LINEAR, "key": _LINEAR, "value": _LINEAR, "dropout": _DROPOUT}
+# Container -> its parts: a leaf's kind, or the containers that may stand there.
+_PARTS: dict[str, dict[str, str]] = {
+    "BertEncoder": {"layer": "BertLayer"},
+    "BertLayer": {"attention": "BertAttention", "intermediate": "BertIntermediate", "output": "BertOutput"},
+    "BertAttention": {"self": "BertSelfAttention BertSdpaSelfAttention", "output": "BertSelfOutput"},
+    "BertSelfAttention": _ATTENTION,
+    "BertSdpaSelfAttention": _ATTENTION,
+    "BertSelfOutput": _ADD_NORM,
+    "BertIntermediate": {"dense": _LINEAR, "intermediate_act_fn": _ACTIVATION},
+    "BertOutput": _ADD_NORM,
+    "BertOnlyMLMHead": {"predictions": "BertLMPredictionHead"},
+    "BertLMPredictionHead": {"transform": "BertPredictionHeadTransform", "decoder": _LINEAR},
+    "BertPredictionHeadTransform": {"dense": _LINEAR, "transform_act_fn": _ACTIVATION, "LayerNorm": _NORM},
+}
+#: Containers whose forward accelerate() replaces: their stock forward needs padded batches.
+REPLACED = ("BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention", "BertSdpaSelfAttention")
+_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, modeling_bert.BertEmbeddings, modeling_bert.BertModel)
+_STOCK = (*_CLASSES, *(getattr(modeling_bert, name) for name in _PARTS if hasattr(modeling_bert, name)))
+
+
+def why_not_encoder(bert: Any) -> str | None:
+    """Why the encoder of a BertModel cannot be handed packed cells; None where it can."""
+    parts = vars(bert)["_modules"]
+    if stock_name(type(parts.get("embeddings"))) != "BertEmbeddings":
+        return f"its embeddings are a {_called(parts.get('embeddings'))}, not transformers' own"
+    pooler = parts.get("pooler")
+    if pooler is not None and stock_name(type(pooler)) != "BertPooler":
+        return f"its pooler is a {_called(pooler)}, which may read padding"
+    return next(_obstacles(parts.get("encoder"), "encoder", "BertEncoder"), None)
+
+
+def why_not_head(head: Any) -> str | None:
+    """Why the head of a BertForMaskedLM cannot be handed some rows only; None where it can."""
+    return next(_obstacles(head, "cls", "BertOnlyMLMHead", minds_hooks=False), None)
+
+
+def why_not_classifier(model: Any) -> str | None:
+    """Why a BertForTokenClassification cannot be handed zeros at padding; None where it can."""
+    classifier = model.classifier
+    if issubclass(type(classifier), _LEAVES[_LINEAR]) or _is_adapter(type(classifier)):
+        return None
+    return f"its classifier is a {_called(classifier)}, which may read padding"
+
+
+def patched_class() -> str | None:
+    """Why nothing can be packed: somebody has put another ``forward`` into a class that BERT is built of."""
+    for kind in _STOCK:
+        # torch.nn.Linear's stands in torch.nn.modules.linear, transformers' decorators keep their function's.
+        if getattr(kind.forward, "__module__", None) != kind.__module__:
+            return f"{kind.__name__}.forward has been replaced"
+    return None
+
+
+def _obstacles(module: Any, name: str, expected: str, *, minds_hooks: bool = True) -> Iterator[str]:
+    kind = stock_name(type(module))
+    if kind not in expected.split():
+        yield f"{name} is a {_called(module)}, not transformers' own {expected.split()[0]}"
+        return
+    if kind in REPLACED:
+        forward = vars(module).get("forward")
+        if forward is None:
+            yield f"{name} has been exchanged since accelerate()"
+        elif not getattr(type(forward), "is_packed", False) and not hasattr(module, "_hf_hook"):
+            yield f"somebody has replaced the forward of {name}"
+    elif "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        yield f"somebody has replaced the forward of {name}"
+    if minds_hooks and has_foreign_hooks(module):
+        yield _hooked(name)
+    for part, what in _PARTS[kind].items():
+        child = module._modules.get(part)
+        if part == "layer":
+            for index, layer in enumerate(child if isinstance(child, nn.ModuleList) else [child]):
+                yield from _obstacles(layer, f"{name}.layer.{index}", what, minds_hooks=minds_hooks)
+        elif what not in _LEAVES:
+            yield from _obstacles(child, f"{name}.{part}", what, minds_hooks=minds_hooks)
+        # A plain function may stand for an activation, as an attribute of its own.
+        elif child is not None or what != _ACTIVATION:
+            yield from _leaf_obstacles(child, f"{name}.{part}", what, minds_hooks)
+
+
+def _leaf_obstacles(leaf: Any, name: str, what: str, minds_hooks: bool) -> Iterator[str]:
+    kind = type(leaf)
+    if not (issubclass(kind, _LEAVES[what]) or _is_adapter(kind) or (what == _ACTIVATION and _is_activation(kind))):
+        yield f"{name} is a {_called(leaf)}, which is not known to work token by token"
+    elif "forward" in vars(leaf) and not hasattr(leaf, "_hf_hook"):
+        yield f"somebody has replaced the forward of {name}"
+    elif minds_hooks and any(map(has_foreign_hooks, leaf.modules() if leaf._modules else (leaf,))):
+        yield _hooked(name)
+
+
+def _hooked(name: str) -> str:
+    return f"{name} is hooked (adapters for each row of a batch are hooks, too), and hooks expect padded batches"
+
+
+def stock_name(kind: type) -> str | None:
+    """The name of transformers' own class, also where torch's sharding has made a subclass of it; else None."""
+    first, *others = kind.__bases__
+    if others and first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed."):
+        kind = others[0]
+    return kind.__name__ if kind.__module__ == modeling_bert.__name__ else None
+
+
+def _is_adapter(kind: type) -> bool:
+    return any(base.__module__.startswith("peft.") for base in kind.__mro__)
+
+
+def _is_activation(kind: type) -> bool:
+    return kind.__module__ in _ACTIVATIONS and kind is not nn.MultiheadAttention
+
+
+def _called(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
