@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.files.writing import whole_file
 
 # UMAP takes minutes beyond this, and more points hide each other.
 MOST_CELLS = 20_000
+_LEAST_CELLS = 4
 MOST_CLASSES = 40
 
 
@@ -27,11 +29,15 @@ def check_picture(path: str | os.PathLike[str]) -> None:
             f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
         ) from None
     path = Path(path)
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is not a folder; make it first")
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in formats:
         raise OutputError(f"{path}: pictures end in .png, .pdf or .svg (all formats: {', '.join(formats)})")
+
+
+def check_enough(n_cells: int) -> None:
+    """Refuse to show as good as nothing."""
+    if n_cells < _LEAST_CELLS:
+        raise UnsupportedError(f"a UMAP of {n_cells} cells shows nothing; it needs at least {_LEAST_CELLS}")
 
 
 def plot_umap(
@@ -51,7 +57,7 @@ def plot_umap(
     labels
         [cells] values to colour by: numbers on a scale, anything else as classes. None colours all alike.
     path
-        Picture to write; the suffix (.png, .pdf, .svg) decides the format.
+        Picture to write; the suffix (.png, .pdf, .svg) decides the format. Missing folders are made.
     label
         What the colours mean.
     seed
@@ -74,8 +80,7 @@ def plot_umap(
     sample = np.arange(n_cells)
     if n_cells > MOST_CELLS:
         sample = np.sort(np.random.default_rng(seed).choice(n_cells, MOST_CELLS, replace=False))
-    if n_cells < 4:
-        raise UnsupportedError(f"a UMAP of {n_cells} cells shows nothing; it needs at least 4")
+    check_enough(n_cells)
     neighbours = min(15, len(sample) - 1)
     init = "spectral" if len(sample) > 20 else "random"
     # n_jobs=1 is what a fixed seed means to UMAP; said here, it does not warn about it.
@@ -88,7 +93,8 @@ def plot_umap(
     _scatter(axes, points, None if labels is None else labels[sample], label)
     axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title=shown)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path
 
 

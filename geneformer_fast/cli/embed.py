@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 NAME = "embed"
 HELP = "embed cells or genes with an encoder"
@@ -13,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom) or a folder of tokens")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder (config.json and weights)")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help=".npy, .arrow, or .h5ad (a copy of an .h5ad input with obsm added)"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help=".npy (NAME.cells.parquet beside it names its rows), .parquet, .arrow or .csv (tables), or .h5ad (a "
+        "copy of an .h5ad input with obsm added)",
     )
     parser.add_argument(
         "--pool",
@@ -33,24 +39,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
     parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
     parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
+    parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
+    parser.add_argument("--allow-few-genes", action="store_true", help="go on where most gene ids match nothing")
     parser.add_argument(
-        "--obs", action="append", default=[], metavar="COLUMN", help="column of obs to carry into an .arrow output"
+        "--obs",
+        action="append",
+        default=[],
+        metavar="NEW=OLD",
+        help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do, as "
+        "obs_names, or --obs barcode=obs_names",
     )
-    parser.add_argument("--key", default="X_geneformer", help="key in obsm and uns of an .h5ad output")
+    parser.add_argument("--key", metavar="NAME", help="key in obsm and uns of an .h5ad output (default: X_geneformer)")
     parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
     parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture")
     parser.add_argument("--color", metavar="COLUMN", help="column of obs to colour the picture by")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, and the picture, if they exist")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from time import perf_counter
 
+    from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.extract import embed
 
+    args.before = state_of(args.out)
     begin = perf_counter()
     path = embed(
         args.input,
@@ -62,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         gene_column=args.gene_column,
         allow_float=args.allow_float,
-        obs=args.obs,
+        allow_duplicate_cells=args.allow_duplicate_cells,
+        allow_few_genes=args.allow_few_genes,
+        obs=carried_columns(args.obs),
         key_added=args.key,
         dtype=args.dtype,
         device=args.device,
@@ -73,3 +90,25 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json")
     return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is there after Ctrl-C, and how to go on."""
+    if state_of(args.out) != getattr(args, "before", None):
+        return f"{args.out} is complete; {args.plot} is not written" if args.plot else f"{args.out} is complete"
+    return not_written(args.out)
+
+
+def state_of(path: str) -> tuple[int, int] | None:
+    """Which file is there: another one, once a new one has taken its name."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def not_written(path: str) -> str:
+    """Nothing came of it."""
+    kept = "is as it was before" if Path(path).exists() else "is not written"
+    return f"{path} {kept}, and nothing half-written is left; run the same command again to begin anew"

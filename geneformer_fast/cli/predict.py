@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from geneformer_fast.cli.embed import not_written, state_of
+
 NAME = "predict"
 HELP = "tell classes of cells or genes with a fine-tuned model"
 
@@ -18,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="what finetune made: its folder final")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help=".parquet, or .h5ad (a copy of an .h5ad input with labels added)"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help=".parquet or .csv (tables), or .h5ad (a copy of an .h5ad input with labels added)",
     )
     parser.add_argument(
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
@@ -26,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
     parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
     parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
+    parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
+    parser.add_argument("--allow-few-genes", action="store_true", help="go on where most gene ids match nothing")
+    parser.add_argument(
+        "--obs",
+        action="append",
+        default=[],
+        metavar="NEW=OLD",
+        help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do",
+    )
     parser.add_argument("--key", metavar="NAME", help="what the columns are called (default: as the label column)")
     parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
@@ -35,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.finetuning.predict import predict
 
+    args.before = state_of(args.out)
     path = predict(
         args.inputs[0] if len(args.inputs) == 1 else args.inputs,
         args.model,
@@ -45,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         gene_column=args.gene_column,
         allow_float=args.allow_float,
+        allow_duplicate_cells=args.allow_duplicate_cells,
+        allow_few_genes=args.allow_few_genes,
+        obs=carried_columns(args.obs),
         key_added=args.key,
         dtype=args.dtype,
         device=args.device,
@@ -53,3 +72,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{path}; what it holds is written in {path}.json")
     return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is there after Ctrl-C, and how to go on."""
+    is_there = state_of(args.out) != getattr(args, "before", None)
+    return f"{args.out} is complete" if is_there else not_written(args.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
+from geneformer_fast.tokenization.carried import carried_columns, cell_columns
+from geneformer_fast.tokenization.inputs import ReadOptions
 from geneformer_fast.tokenization.manifest import STATE, UNFINISHED
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
 from geneformer_fast.tokenization.sources import expand_inputs
@@ -44,6 +47,8 @@ class Cells:
         Names of the columns that name the cells.
     column
         Takes one of these names, gives the Arrow column.
+    of_every_row
+        Gives all columns with a value for each of ``n_rows``; None where these are the cells.
     """
 
     lengths: np.ndarray
@@ -53,6 +58,13 @@ class Cells:
     vocabulary: Mapping[str, Any]
     columns: Sequence[str]
     column: Callable[[str], pa.ChunkedArray]
+    of_every_row: Callable[[], dict[str, pa.ChunkedArray]] | None = None
+
+    def table(self) -> pa.Table:
+        """The columns, one row per row of the output."""
+        if self.of_every_row is not None:
+            return pa.table(self.of_every_row())
+        return pa.table({name: self.column(name) for name in self.columns})
 
     @property
     def special_ids(self) -> list[int]:
@@ -72,9 +84,11 @@ def open_cells(
     """The cells of whatever was given; counts are tokenized first, files through a temporary token folder."""
     if config.inputs != "tokens":
         raise UnsupportedError("this encoder reads values, not ranked tokens; embed() serves encoders over tokens")
-    if _is_token_folder(data):
+    if is_token_folder(data):
+        if vocabulary is not None:
+            config.check_vocabulary(vocabulary.identity())
         with open_tokens(data) as folder:
-            yield _folder_cells(folder, identity_of(folder, config))
+            yield _folder_cells(folder, identity_of(folder, config), options["obs"])
         return
     if isinstance(data, str | os.PathLike):
         expand_inputs(os.fspath(data))  # what is not there is said before what is missing to read it
@@ -84,41 +98,111 @@ def open_cells(
             f"{config.vocabulary or 'the model'}'s token and median dictionaries"
         )
     config.check_vocabulary(vocabulary.identity())
+    reading = ReadOptions(
+        **{name: options[name] for name in options if name != "obs"}, carried=carried_columns(options["obs"])
+    )
     if is_anndata(data):
         cells = tokenize_anndata(data, vocabulary, **{name: options[name] for name in options if name != "obs"})
-        yield _memory_cells(cells, data.n_obs, vocabulary)
+        yield _memory_cells(cells, data, vocabulary, reading)
         return
     with tempfile.TemporaryDirectory(prefix="geneformer-fast-") as scratch:
         tokens = Path(scratch) / "tokens"
         tokenize(data, tokens, vocabulary=vocabulary, progress=progress, **options)
         with open_tokens(tokens) as folder:
-            yield _folder_cells(folder, vocabulary.identity(), follows_input=True)
+            yield _input_cells(folder, vocabulary.identity(), data, reading)
 
 
-def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], *, follows_input: bool = False) -> Cells:
-    rows, n_rows = np.arange(folder.n_cells), folder.n_cells
-    if follows_input and folder.manifest is not None:
-        # Row i of the output is cell i of the input, also where cells in between were empty.
-        sizes = [entry["n_cells"] for entry in folder.manifest["inputs"]]
-        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        files = [np.asarray(chunk.indices) for chunk in folder.column("source_file").chunks]
-        rows = starts[np.concatenate(files)] + folder.column("source_row").to_numpy()
-        n_rows = int(starts[-1])
+def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mapping[str, str]) -> Cells:
+    """Cells of a token folder, with all columns that it carries, under the names that are asked for."""
+    there = [name for name in folder.columns if name != "input_ids"]
+    absent = next((name for name in asked if name not in there), None)
+    if absent is not None:
+        raise InputError(
+            f"{folder.path} carries no column {absent!r}; there are {', '.join(there)}. Carry it along with "
+            f"tokenize --obs {absent}"
+        )
+    names = [asked.get(name, name) for name in there]
+    stored = dict(zip(names, there, strict=True))
+    if len(stored) < len(names):
+        taken = next(name for name in names if names.count(name) > 1)
+        raise InputError(
+            f"the name {taken!r} is taken twice among the columns that {folder.path} carries; choose another"
+        )
+    rows = np.arange(folder.n_cells)
+    return Cells(
+        folder.lengths(), folder.read, rows, len(rows), identity, list(stored), lambda name: folder.column(stored[name])
+    )
+
+
+def _input_cells(folder: TokenFolder, identity: Mapping[str, Any], data: Any, reading: ReadOptions) -> Cells:
+    """Cells of files that were just tokenized: row i of the output is cell i of the input."""
+    assert folder.manifest is not None
+    files = [entry["path"] for entry in folder.manifest["inputs"]]
+    sizes = np.array([entry["n_cells"] for entry in folder.manifest["inputs"]], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    file_of = np.concatenate([np.asarray(chunk.indices) for chunk in folder.column("source_file").chunks])
+    rows, n_rows = starts[file_of] + folder.column("source_row").to_numpy(), int(starts[-1])
+
+    def of_every_row() -> dict[str, pa.ChunkedArray]:
+        # Cells that were left out have no tokens, and so are in no column of the folder.
+        file_of_row = np.repeat(np.arange(len(files)), sizes)
+        return {
+            **cell_columns(expand_inputs(data), reading),
+            "length": _lengths_of_rows(folder.lengths(), rows, n_rows),
+            "source_file": _chunked(pa.array(files, pa.string()).take(pa.array(file_of_row))),
+            "source_row": _chunked(pa.array(np.arange(n_rows) - starts[file_of_row], pa.int64())),
+        }
+
     columns = [name for name in folder.columns if name != "input_ids"]
-    return Cells(folder.lengths(), folder.read, rows, n_rows, identity, columns, folder.column)
+    is_whole = n_rows == len(rows)
+    return Cells(
+        folder.lengths(), folder.read, rows, n_rows, identity, columns, folder.column,
+        None if is_whole else of_every_row,
+    )  # fmt: skip
 
 
-def _memory_cells(tokenized: TokenizedCells, n_rows: int, vocabulary: Vocabulary) -> Cells:
+def _memory_cells(tokenized: TokenizedCells, adata: Any, vocabulary: Vocabulary, reading: ReadOptions) -> Cells:
     values, cu_seqlens = tokenized.values, tokenized.cu_seqlens
+    rows, n_rows, lengths = tokenized.kept_rows, adata.n_obs, np.diff(cu_seqlens)
 
     def read(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Windows are contiguous ranges of cells.
         start, stop = (int(cells[0]), int(cells[-1]) + 1) if len(cells) else (0, 0)
         return values[cu_seqlens[start] : cu_seqlens[stop]], cu_seqlens[start : stop + 1] - cu_seqlens[start]
 
-    rows = tokenized.kept_rows
-    columns = {"source_row": pa.chunked_array([pa.array(rows, pa.int64())])}
-    return Cells(np.diff(cu_seqlens), read, rows, n_rows, vocabulary.identity(), list(columns), columns.__getitem__)
+    @functools.cache
+    def of_every_row() -> dict[str, pa.ChunkedArray]:
+        return {
+            **cell_columns([adata], reading),
+            "length": _lengths_of_rows(lengths, rows, n_rows),
+            "source_row": _chunked(pa.array(np.arange(n_rows), pa.int64())),
+        }
+
+    columns = [*reading.carried.values(), "length", "source_row"]
+    return Cells(
+        lengths, read, rows, n_rows, vocabulary.identity(), columns,
+        lambda name: of_every_row()[name].take(pa.array(rows)), of_every_row,
+    )  # fmt: skip
+
+
+def _lengths_of_rows(lengths: np.ndarray, rows: np.ndarray, n_rows: int) -> pa.ChunkedArray:
+    """Tokens per row, 0 where there is no cell."""
+    placed = np.zeros(n_rows, dtype=np.int64)
+    placed[rows] = lengths
+    return _chunked(pa.array(placed))
+
+
+def _chunked(array: pa.Array) -> pa.ChunkedArray:
+    return pa.chunked_array([array])
+
+
+def asked_columns(obs: Mapping[str, str] | Sequence[str] | None, color: str | None = None) -> dict[str, str]:
+    """{column of obs: name in the result} for what a user asks for, a column to colour by among them."""
+    names = [obs] if isinstance(obs, str) else obs or ()
+    asked = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+    if color is not None and color not in asked.values():
+        asked[color] = color
+    return asked
 
 
 def labels_of(data: Any, cells: Cells, color: str | None) -> np.ndarray | None:
@@ -142,7 +226,13 @@ def is_anndata(data: Any) -> bool:
     return module is not None and isinstance(data, module.AnnData)
 
 
-def _is_token_folder(data: Any) -> bool:
+def copy_of(adata: Any) -> Any:
+    """A copy in memory, also of an AnnData that is backed by a file."""
+    return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
+
+
+def is_token_folder(data: Any) -> bool:
+    """Whether this is a folder of tokens, finished or not."""
     if not isinstance(data, str | os.PathLike):
         return False
     return Path(data).is_dir() and any((Path(data) / name).exists() for name in (STATE, UNFINISHED))

@@ -79,8 +79,15 @@ class EncodingRun:
                 block[part] = embeddings
             writer.write(self.cells.rows[window], block)
 
-    def genes(self) -> np.ndarray:
-        """[n_tokens, C] float32: each token's mean hidden state over the cells that hold it; NaN where none does."""
+    def genes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Gene embeddings.
+
+        Returns
+        -------
+        means, n_cells
+            [n_tokens, C] float32, each token's mean hidden state over the cells that hold it, NaN where none does and
+            for special tokens; [n_tokens] int64, how many cells hold it.
+        """
         n_tokens = self.encoder.config.vocab_size
         sums = torch.zeros(n_tokens, self.width, dtype=torch.float64)
         counts = torch.zeros(n_tokens, dtype=torch.int64)
@@ -92,7 +99,7 @@ class EncodingRun:
         counts[special] = 0
         means = sums / counts[:, None]
         means[counts == 0] = float("nan")
-        return means.float().numpy()
+        return means.float().numpy(), counts.numpy()
 
     def _results(
         self, finish: Callable[[Ragged, Ragged], Result]

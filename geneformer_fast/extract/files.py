@@ -1,23 +1,22 @@
-"""Where embeddings go: .npy and Arrow files written row by row, or a copy of an .h5ad file.
-
-A file is written under a temporary name and renamed when it is whole, with a ``.json`` file of provenance beside it.
-"""
+"""Writers of embeddings, row by row: .npy, tables (.arrow, .parquet, .csv), a copy of an .h5ad file, memory."""
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
-from geneformer_fast.errors import OutputError
+from geneformer_fast.errors import InputError, OutputError
 
-SUFFIXES = (".npy", ".arrow", ".h5ad")
+#: Name of the column of embeddings in .arrow and .parquet; in .csv its dimensions follow an underscore.
+EMBEDDING = "embedding"
+TABLES = (".arrow", ".parquet", ".csv")
 
 
 class RowWriter(Protocol):
@@ -53,52 +52,95 @@ class NpyWriter:
         self._next += count
 
     def close(self) -> None:
-        """Fill up with NaN and put the file on the disk."""
+        """Fill up with NaN."""
         if not self._file.closed:
             while self._next < self._n_rows:
                 count = min(self._n_rows - self._next, 65_536)
                 self._file.write(np.full((count, self._width), np.nan, dtype=np.float32).data)
                 self._next += count
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
 
     def abort(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
-class ArrowWriter:
-    """An Arrow file: one ``embedding`` list per cell beside the columns that name the cell."""
+class TableWriter:
+    """A table of the cells that have embeddings: the columns that name them, then their embeddings.
+
+    ``.arrow`` and ``.parquet`` have one column ``embedding`` of fixed-size lists; ``.csv`` one column per dimension,
+    ``embedding_0`` and on, and text in quotes.
+    """
 
     def __init__(self, path: Path, width: int, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        import pyarrow as pa
-
-        self._columns = columns
-        fields = [pa.field(name, column.type) for name, column in columns.items()]
-        fields.append(pa.field("embedding", pa.list_(pa.float32(), width)))
-        self._schema = pa.schema(fields, metadata=dict(metadata))
-        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._is_text = path.suffix == ".csv"
+        kept = dict(columns)
+        if path.suffix != ".arrow":
+            kept = {name: _plain(column) for name, column in kept.items()}
+        self._columns = list(kept.values())
+        names = embedding_names(path.suffix, width)
+        kind = pa.float32() if self._is_text else pa.list_(pa.float32(), width)
+        fields = [pa.field(name, column.type) for name, column in kept.items()]
+        self._schema = pa.schema([*fields, *(pa.field(name, kind) for name in names)], metadata=dict(metadata))
+        self._writer = _writer_of(path, self._schema)
         self._next = 0
 
     def write(self, rows: np.ndarray, embeddings: np.ndarray) -> None:
         """Append the next embeddings; columns are cut at the same cells, one after another."""
-        import pyarrow as pa
-
-        n = len(embeddings)
-        arrays = [_one_array(column.slice(self._next, n)) for column in self._columns.values()]
-        flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
+        if not len(embeddings):
+            return
+        arrays = [_one_array(column.slice(self._next, len(embeddings))) for column in self._columns]
+        values = np.ascontiguousarray(embeddings, dtype=np.float32)
+        if self._is_text:
+            arrays += [pa.array(np.ascontiguousarray(dimension)) for dimension in values.T]
+        else:
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._next += n
+        self._next += len(embeddings)
 
     def close(self) -> None:
-        """Write the footer."""
+        """Write the end of the file."""
         self._writer.close()
 
     def abort(self) -> None:
         """Let go of the file."""
-        self._writer.close()
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+
+
+def embedding_names(suffix: str, width: int) -> list[str]:
+    """What the columns of embeddings are called in a table."""
+    return [f"{EMBEDDING}_{i}" for i in range(width)] if suffix == ".csv" else [EMBEDDING]
+
+
+def check_columns(columns: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse columns of a user that are called as a column of ours, before anything is computed.
+
+    Raises
+    ------
+    InputError
+        Names the column.
+    """
+    taken = next((name for name in columns if name in set(own)), None)
+    if taken is not None:
+        raise InputError(
+            f"a column that names the cells is called {taken!r}, and so is one of the result; carry it under another "
+            f"name (--obs another_name={taken})"
+        )
+
+
+def _writer_of(path: Path, schema: pa.Schema) -> Any:
+    """What takes record batches: an Arrow file, or Parquet, or CSV."""
+    if path.suffix == ".arrow":
+        return pa.ipc.new_file(str(path), schema)
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.ParquetWriter(str(path), schema)
+    from pyarrow import csv
+
+    return csv.CSVWriter(str(path), schema)
 
 
 class H5adWriter:
@@ -119,7 +161,7 @@ class H5adWriter:
                 if not isinstance(self._file[name], h5py.Group):
                     raise OutputError(
                         f"{source}: its {name} is stored as anndata before 0.7 did, which cannot be added to; "
-                        "read and write it with a current anndata first, or choose .npy or .arrow"
+                        "read and write it with a current anndata first, or choose another output than .h5ad"
                     )
                 if key in self._file[name]:
                     del self._file[name][key]
@@ -127,7 +169,7 @@ class H5adWriter:
             self._rows = self._file["obsm"].create_dataset(key, (n_rows, width), np.float32, fillvalue=np.nan)
             self._rows.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         except BaseException:
-            self._file.close()
+            self.abort()
             raise
 
     def write(self, rows: np.ndarray, embeddings: np.ndarray) -> None:
@@ -140,11 +182,25 @@ class H5adWriter:
 
     def close(self) -> None:
         """Complete the file."""
-        self._file.close()
+        with hdf5_closing():
+            self._file.close()
 
     def abort(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        with contextlib.suppress(OSError, RuntimeError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def hdf5_closing() -> Any:
+    """What HDF5 says of a disk that is full while a file is closed is a RuntimeError; here it is an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "errno" not in str(error):
+            raise
+        full = f"errno = {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
 
 
 class ArrayWriter:
@@ -164,61 +220,12 @@ class ArrayWriter:
         """Nothing to let go of."""
 
 
-class WholeFile:
-    """A path that appears when its content is whole: ``with WholeFile(path) as temporary: ...``.
-
-    Raises
-    ------
-    OutputError
-        The file is there already and may not be replaced, its folder is missing, or its suffix is unknown.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-        self.path = Path(path)
-        if self.path.suffix not in suffixes:
-            raise OutputError(f"{self.path}: the name must end in one of {', '.join(suffixes)}")
-        if self.path.exists() and not overwrite:
-            raise OutputError(f"{self.path} exists already; choose another name or pass overwrite (--overwrite)")
-        if not self.path.parent.is_dir():
-            raise OutputError(f"{self.path.parent} is not a folder; make it first")
-        self.temporary = self.path.with_name(f".{self.path.name}.part")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
-
-
-def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
-    """Put ``<path>.json`` beside a file."""
-    partial = path.with_name(f".{path.name}.json.part")
-    partial.write_text(json.dumps(provenance, indent=2) + "\n")
-    os.replace(partial, path.with_name(f"{path.name}.json"))
-
-
-def read_cells(path: Path, rows: np.ndarray, key: str) -> np.ndarray:
-    """[n, C] embeddings of the cells in the given rows of a file that was written here."""
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r")[rows]
-    if path.suffix == ".h5ad":
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            return file["obsm"][key][:][rows]
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as file:
-        column = pa.ipc.open_file(file).read_all().column("embedding").combine_chunks()
-        return column.flatten().to_numpy().reshape(len(column), -1).copy()
-
-
 def _one_array(column: Any) -> Any:
     """A contiguous array from a slice that may span chunks."""
     combined = column.combine_chunks() if hasattr(column, "combine_chunks") else column
     return combined.chunk(0) if hasattr(combined, "chunk") else combined
+
+
+def _plain(column: Any) -> Any:
+    """A column of file names, which are stored by number, as text."""
+    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

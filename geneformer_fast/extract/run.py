@@ -1,4 +1,4 @@
-"""Embeddings of cells and genes from an encoder: AnnData, count files or token folders in; obsm, .npy or Arrow out."""
+"""Embeddings of cells and genes: AnnData, count files or token folders in; obsm, arrays or tables out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import FAMILIES
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
-from geneformer_fast.extract.cells import Cells, is_anndata, labels_of, open_cells
+from geneformer_fast.extract.cells import (
+    Cells,
+    asked_columns,
+    copy_of,
+    is_anndata,
+    is_token_folder,
+    labels_of,
+    open_cells,
+)
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.extract.files import (
-    ArrowWriter,
+    TABLES,
     H5adWriter,
     NpyWriter,
     RowWriter,
-    WholeFile,
-    read_cells,
-    write_provenance,
+    TableWriter,
+    check_columns,
+    embedding_names,
 )
-from geneformer_fast.plot import check_picture, plot_umap
-from geneformer_fast.tokenization.genes import map_genes
-from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
+from geneformer_fast.extract.genes import by_column, gene_columns
+from geneformer_fast.extract.options import EMBED, Request, check_h5ad, check_options
+from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
+from geneformer_fast.plot import check_enough, check_picture, plot_umap
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
 
 POOLS = ("cls", "mean", "gene")
 KEY = "X_geneformer"
+SUFFIXES = (".npy", ".arrow", ".parquet", ".csv", ".h5ad")
 
 
 def embed(
@@ -51,8 +61,10 @@ def embed(
     counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
+    allow_duplicate_cells: bool = False,
+    allow_few_genes: bool = False,
     obs: Mapping[str, str] | Sequence[str] | None = None,
-    key_added: str = KEY,
+    key_added: str | None = None,
     copy: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -71,7 +83,12 @@ def embed(
     model
         An encoder, or a checkpoint folder.
     out
-        A file to stream to: ``.npy``, ``.arrow``, or ``.h5ad`` (a copy of an .h5ad input with the embeddings added).
+        A file to stream to. ``.npy``: an array with a row per cell of the input, and beside it ``NAME.cells.parquet``,
+        whose rows are the same cells. ``.arrow``, ``.parquet``: a table of the cells that have embeddings, which are
+        its column ``embedding``. ``.csv``: the same, with one column per dimension, ``embedding_0`` and on. ``.h5ad``:
+        a copy of an .h5ad input with the embeddings in obsm. Tables say for each cell its name (``obs_names``), the
+        columns of ``obs``, its number of tokens (``length``), file and row; for each gene (``NAME.genes.parquet``)
+        token, id, symbol and the number of cells that hold it, as far as the vocabulary knows them.
     pool
         ``"cls"``: the hidden state of the CLS token. ``"mean"``: the mean over a cell's genes, special tokens excluded.
         ``"gene"``: for every gene, the mean of its hidden states over all cells that express it. None: ``"cls"`` where
@@ -82,12 +99,12 @@ def embed(
     dictionary
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
         is taken. None looks for ``vocabulary.json`` in the model's folder.
-    counts_layer, gene_column, allow_float
-        As ``layer``, ``gene_column`` and ``allow_float`` of ``tokenize``.
+    counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes
+        As ``layer``, ``gene_column`` and so on of ``tokenize``.
     obs
-        Columns of obs that an Arrow output carries along, as in ``tokenize``; token folders bring theirs.
+        Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
     key_added
-        Key in ``obsm`` (``varm`` for ``pool="gene"``) and ``uns``.
+        Key in ``obsm`` (``varm`` for ``pool="gene"``) and ``uns``; None is ``"X_geneformer"``.
     copy
         For an AnnData: return a changed copy rather than change ``data``.
     dtype, device
@@ -95,7 +112,7 @@ def embed(
     token_budget
         Tokens per batch; None chooses by device.
     overwrite
-        Whether ``out`` may exist.
+        Whether ``out``, and the picture, may exist.
     progress
         Whether to show a progress bar; None shows one on a terminal.
     plot, color
@@ -112,7 +129,7 @@ def embed(
     VocabularyError
         Tokens or dictionary belong to another vocabulary than the model.
     UnsupportedError
-        No such pool or layer, or ``pool="cls"`` without a CLS token.
+        No such pool or layer, ``pool="cls"`` without a CLS token, or an option that would do nothing here.
     InputError, OutputError, CheckpointError
         As ``tokenize`` and ``load`` raise them; nothing half-written is left.
 
@@ -120,43 +137,56 @@ def embed(
     ----------
     Theodoris et al., Nature 618 (2023).
     """
-    target = None if out is None else WholeFile(out, overwrite=overwrite)
     if pool is not None and pool not in POOLS:
         raise UnsupportedError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
     if token_budget is not None and token_budget < 1:
         raise UnsupportedError(f"token_budget must be at least 1, not {token_budget}")
-    if target is not None and target.path.suffix == ".h5ad":
-        _check_h5ad(data, pool)
+    is_genes, key = pool == "gene", key_added or KEY
+    target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES, is_genes=is_genes)
+    suffix = None if target is None else target.path.suffix
+    request = Request(
+        is_anndata(data), is_token_folder(data), suffix, is_genes, plot is not None, isinstance(model, Encoder)
+    )
+    counts: dict[str, Any] = {
+        "gene_column": gene_column,
+        "allow_float": allow_float,
+        "allow_duplicate_cells": allow_duplicate_cells,
+        "allow_few_genes": allow_few_genes,
+    }
+    others = {"obs": obs, "key_added": key_added, "copy": copy, "dtype": dtype, "device": device, "color": color}
+    check_options(
+        EMBED, request, {**counts, **others, "counts_layer": counts_layer, "overwrite": overwrite, "plot": plot}
+    )
+    if suffix == ".h5ad":
+        check_h5ad(data, is_genes)
     if plot is not None:
-        if pool == "gene":
-            raise UnsupportedError("the picture shows cells; pool 'gene' has none")
         check_picture(plot)
-    carried = dict(obs) if isinstance(obs, Mapping) else {name: name for name in obs or ()}
-    if color is not None and not is_anndata(data) and color not in carried.values():
-        carried[color] = color
-    options = {"layer": counts_layer, "gene_column": gene_column, "allow_float": allow_float, "obs": carried}
+        check_free(Path(plot), overwrite=overwrite)
+    asked = asked_columns(obs, None if is_anndata(data) else color)
+    reading = {**counts, "layer": counts_layer, "obs": asked}
     encoder = _as_encoder(model, dtype, device)
     encoder.config.layer_index(layer)
     with contextlib.ExitStack() as stack:
+        for place in (None if target is None else target.path, None if plot is None else Path(plot)):
+            if place is not None:
+                stack.enter_context(alone(place, overwrite=overwrite))
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
-        cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, options, progress))
-        pool = _choose_pool(pool, cells)
-        run = EncodingRun(encoder, cells, pool, layer, token_budget, progress)
-        provenance = run.provenance(model)
-        labels = labels_of(data, cells, color)
+        cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
+        if plot is not None:
+            check_enough(len(cells.lengths))
+        run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
+        provenance, labels = run.provenance(model), labels_of(data, cells, color)
         result: Any
         if target is None:
-            result = embeddings = run.genes() if pool == "gene" else run.to_memory()
+            result = embeddings = run.genes()[0] if is_genes else run.to_memory()
             if is_anndata(data):
-                by_row = _by_column(result, data, vocabulary, gene_column) if pool == "gene" else result
-                result = _into_anndata(data, by_row, pool, key_added, provenance, copy)
+                placed = by_column(result, data, vocabulary, gene_column, allow_few_genes) if is_genes else result
+                result = _into_anndata(data, placed, run.pool, key, provenance, copy)
         else:
-            with target as temporary:
-                _write(run, temporary, target.path.suffix, data, vocabulary, pool, key_added, provenance)
-            write_provenance(target.path, provenance)
+            (_write_genes if is_genes else _write_cells)(run, target, data, vocabulary, key, provenance)
             result = target.path
         if plot is not None:
-            shown = embeddings[cells.rows] if target is None else read_cells(target.path, cells.rows, key_added)
+            shown = embeddings[cells.rows] if target is None else read_cells(target.path, cells.rows, key)
             plot_umap(shown, labels, plot, label=color)
     return result
 
@@ -199,93 +229,52 @@ def _choose_pool(pool: str | None, cells: Cells) -> str:
     return pool
 
 
-def _check_h5ad(data: Any, pool: str | None) -> None:
-    if not isinstance(data, str | os.PathLike) or Path(data).suffix != ".h5ad":
-        raise UnsupportedError("an .h5ad output is a copy of an .h5ad input; use .npy or .arrow for other inputs")
-    if pool == "gene":
-        raise UnsupportedError("gene embeddings go to .npy or .arrow, or into varm of an AnnData in memory")
-
-
-def _write(
-    run: EncodingRun,
-    temporary: Path,
-    suffix: str,
-    data: Any,
-    vocabulary: Vocabulary | None,
-    pool: str,
-    key: str,
-    provenance: Mapping[str, Any],
+def _write_cells(
+    run: EncodingRun, target: Output, data: Any, vocabulary: Vocabulary | None, key: str, provenance: dict[str, Any]
 ) -> None:
-    """Write one output file under a temporary name."""
-    if pool == "gene":
-        _write_genes(run.genes(), temporary, suffix, vocabulary, provenance)
-        return
-    cells = run.cells
-    writer: RowWriter
-    if suffix == ".npy":
-        writer = NpyWriter(temporary, cells.n_rows, run.width)
-    elif suffix == ".arrow":
-        columns = {name: cells.column(name) for name in cells.columns}
-        writer = ArrowWriter(temporary, run.width, columns, _text(provenance))
-    else:
-        writer = H5adWriter(Path(data), temporary, key, cells.n_rows, run.width, provenance)
-    try:
-        run.stream(writer)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
+    """Embed cells into a file."""
+    cells, suffix = run.cells, target.path.suffix
+    if suffix in TABLES:
+        check_columns(cells.columns, embedding_names(suffix, run.width))
+    with target.writing(provenance, cells.table) as path:
+        writer: RowWriter
+        if suffix == ".npy":
+            writer = NpyWriter(path, cells.n_rows, run.width)
+        elif suffix == ".h5ad":
+            writer = H5adWriter(Path(data), path, key, cells.n_rows, run.width, provenance)
+        else:
+            columns = {name: cells.column(name) for name in cells.columns}
+            writer = TableWriter(path, run.width, columns, as_text(provenance))
+        try:
+            run.stream(writer)
+        except BaseException:
+            writer.abort()
+            raise
+        writer.close()
 
 
 def _write_genes(
-    embeddings: np.ndarray, path: Path, suffix: str, vocabulary: Vocabulary | None, provenance: Mapping[str, Any]
+    run: EncodingRun, target: Output, data: Any, vocabulary: Vocabulary | None, key: str, provenance: dict[str, Any]
 ) -> None:
-    if suffix == ".npy":
-        with open(path, "wb") as file:
-            np.save(file, embeddings)
+    """Embed genes into a file: all tokens into an array, those that were seen into a table."""
+    means, n_cells = run.genes()
+    if target.path.suffix == ".npy":
+        columns = gene_columns(np.arange(len(means)), n_cells, vocabulary)
+        with target.writing(provenance, lambda: pa.table(columns)) as path, open(path, "wb") as file:
+            np.save(file, means)
         return
-    seen = np.flatnonzero(~np.isnan(embeddings[:, 0]))
-    columns = {"token": pa.chunked_array([pa.array(seen, pa.int64())])}
-    if vocabulary is not None:
-        gene_of = {token: gene for gene, token in vocabulary.token_ids.items()}
-        columns["gene"] = pa.chunked_array([pa.array([gene_of.get(int(token)) for token in seen], pa.string())])
-    writer = ArrowWriter(path, embeddings.shape[1], columns, _text(provenance))
-    writer.write(seen, embeddings[seen])
-    writer.close()
-
-
-def _text(provenance: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in provenance.items()}
-
-
-def _by_column(
-    embeddings: np.ndarray, adata: AnnData, vocabulary: Vocabulary | None, gene_column: str | None
-) -> np.ndarray:
-    """[n_vars, C] rows of [tokens, C] gene embeddings in the order of var, NaN for genes without a token or unseen."""
-    assert vocabulary is not None  # the counts were tokenized with it
-    ids = _ids_of_var(adata, gene_column)
-    tokens = map_genes(ids, vocabulary, source_name="<AnnData>").column_to_token
-    by_column = np.full((adata.n_vars, embeddings.shape[1]), np.nan, dtype=np.float32)
-    by_column[tokens >= 0] = embeddings[tokens[tokens >= 0]]
-    return by_column
-
-
-def _ids_of_var(adata: AnnData, gene_column: str | None) -> list[str]:
-    """The gene id of every row of var; from raw.var, by name, where only that has them (counts may come from raw)."""
-    columns = GENE_COLUMNS if gene_column is None else (gene_column,)
-    for table in (adata.var, *(() if adata.raw is None else (adata.raw.var,))):
-        column = next((name for name in columns if name in table), None)
-        if column is not None:
-            by_name = table[column][~table.index.duplicated()] if table is not adata.var else None
-            ids = table[column] if by_name is None else by_name.reindex(adata.var_names)
-            return [str(gene) for gene in ids]
-    return [str(gene) for gene in adata.var_names]
+    seen = np.flatnonzero(n_cells)
+    with target.writing(provenance) as path:
+        columns = gene_columns(seen, n_cells[seen], vocabulary)
+        writer = TableWriter(path, run.width, columns, as_text(provenance))
+        writer.write(seen, means[seen])
+        writer.close()
 
 
 def _into_anndata(
     adata: AnnData, embeddings: np.ndarray, pool: str, key: str, provenance: dict[str, Any], copy: bool
 ) -> AnnData | None:
-    adata = adata.copy() if copy else adata
+    adata = copy_of(adata) if copy else adata
     (adata.varm if pool == "gene" else adata.obsm)[key] = embeddings
     adata.uns[key] = provenance
     return adata if copy else None

@@ -1,8 +1,8 @@
-"""Labels for new cells (or genes) from a fine-tuned model: into an AnnData, an .h5ad copy, or a Parquet table."""
+"""Labels for new cells (or genes) from a fine-tuned model: into an AnnData, an .h5ad copy, or a table."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,11 @@ import torch
 
 from geneformer_fast import __version__
 from geneformer_fast.checkpoints import load
-from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.extract.cells import Cells, is_anndata, open_cells
-from geneformer_fast.extract.files import WholeFile, write_provenance
+from geneformer_fast.errors import OutputError
+from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
+from geneformer_fast.extract.files import check_columns, hdf5_closing
+from geneformer_fast.extract.options import PREDICT, Request, check_h5ad, check_options
+from geneformer_fast.extract.outputs import Output, alone, write_table
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.models import read_card
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from geneformer_fast.encoder import Encoder
 
-SUFFIXES = (".parquet", ".h5ad")
+SUFFIXES = (".parquet", ".csv", ".h5ad")
 
 
 def predict(
@@ -42,6 +44,9 @@ def predict(
     counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
+    allow_duplicate_cells: bool = False,
+    allow_few_genes: bool = False,
+    obs: Mapping[str, str] | Sequence[str] | None = None,
     key_added: str | None = None,
     copy: bool = False,
     dtype: str | torch.dtype = "auto",
@@ -60,9 +65,12 @@ def predict(
         Folder that :func:`finetune_cells` or :func:`finetune_genes` made (``out/final``), or any
         BertForSequenceClassification or BertForTokenClassification with ``id2label``.
     out
-        ``.parquet``, or ``.h5ad`` (a copy of an .h5ad input with the predictions added).
-    dictionary, counts_layer, gene_column, allow_float
+        ``.parquet`` or ``.csv``, a table of the cells (or genes) that have predictions; or ``.h5ad``, a copy of an
+        .h5ad input with the predictions added.
+    dictionary, counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes
         As in :func:`geneformer_fast.embed`.
+    obs
+        Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
     key_added
         What the columns are called; None is the task's name (the label column it was trained on).
     copy
@@ -79,8 +87,8 @@ def predict(
     AnnData, pandas.DataFrame, Path or None
         With ``out`` its path. Else for an AnnData None or the copy: per task ``obs["<task>_predicted"]``,
         ``obs["<task>_probability"]`` and ``obsm["<task>_probabilities"]`` [cells, K], with classes, model and versions
-        in ``uns["<task>_predicted"]``. For files and tokens, and for models of genes, a table with file and row of
-        every cell (or a row per gene). Cells without any known gene have no prediction.
+        in ``uns["<task>_predicted"]``. For files and tokens, and for models of genes, a table with name, file and row
+        of every cell (or a row per gene). Cells without any known gene have no prediction.
 
     Raises
     ------
@@ -89,45 +97,51 @@ def predict(
     VocabularyError, InputError, OutputError, UnsupportedError
         As in :func:`geneformer_fast.embed`.
     """
-    target = None if out is None else WholeFile(out, overwrite=overwrite, suffixes=SUFFIXES)
+    target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES)
+    suffix = None if target is None else target.path.suffix
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load(model, dtype=dtype, device=device)
     card = read_card(Path(model), encoder)
     is_genes = card["kind"] == "genes"
-    if target is not None and target.path.suffix == ".h5ad":
-        _check_h5ad(data, is_genes)
-    options: dict[str, Any] = {"layer": counts_layer, "gene_column": gene_column, "allow_float": allow_float, "obs": {}}
+    counts: dict[str, Any] = {
+        "gene_column": gene_column,
+        "allow_float": allow_float,
+        "allow_duplicate_cells": allow_duplicate_cells,
+        "allow_few_genes": allow_few_genes,
+    }
+    request = Request(is_anndata(data), is_token_folder(data), suffix, is_genes)
+    others = {"counts_layer": counts_layer, "obs": obs, "copy": copy, "overwrite": overwrite}
+    check_options(PREDICT, request, {**counts, **others})
+    if suffix == ".h5ad":
+        check_h5ad(data, is_genes)
+    asked = asked_columns(obs)
+    reading = {**counts, "layer": counts_layer, "obs": asked}
     vocabulary = find_vocabulary(dictionary, model, encoder.config)
-    with open_cells(data, vocabulary, encoder.config, options, progress) as cells:
+    with contextlib.ExitStack() as stack:
+        if target is not None:
+            stack.enter_context(alone(target.path, overwrite=overwrite))
+        cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
         run = ClassifyingRun(encoder, cells, token_budget, progress)
         provenance = _provenance(card, Path(model), encoder, cells)
         if is_genes:
-            table = _gene_table(run, card, vocabulary)
+            table = _gene_table(run, card, key_added, vocabulary)
         else:
+            if not request.is_in_place:
+                check_columns(cells.columns, _own_columns(card, key_added))
             sizes = [len(task["classes"]) for task in card["tasks"]]
             probabilities = probabilities_of(run.to_memory(), sizes)
-            if target is None and is_anndata(data):
+            if request.is_in_place:
                 return _into_anndata(data, card, probabilities, key_added, provenance, copy)
             table = _cell_table(cells, card, probabilities, key_added)
         if target is None:
             return table.to_pandas()
-        with target as temporary:
-            if target.path.suffix == ".h5ad":
-                _write_h5ad(Path(data), temporary, card, probabilities, key_added, provenance)  # type: ignore[arg-type]
+        with target.writing(provenance) as path:
+            if suffix == ".h5ad":
+                _write_h5ad(Path(data), path, card, probabilities, key_added, provenance)  # type: ignore[arg-type]
             else:
-                import pyarrow.parquet as pq
-
-                pq.write_table(table.replace_schema_metadata(_text(provenance)), temporary)
-        write_provenance(target.path, provenance)
+                write_table(table, path, provenance)
     return target.path
-
-
-def _check_h5ad(data: Any, is_genes: bool) -> None:
-    if not isinstance(data, str | os.PathLike) or Path(data).suffix != ".h5ad":
-        raise UnsupportedError("an .h5ad output is a copy of an .h5ad input; use .parquet for other inputs")
-    if is_genes:
-        raise UnsupportedError("classes of genes go to .parquet")
 
 
 def _provenance(card: Mapping[str, Any], model: Path, encoder: Encoder, cells: Cells) -> dict[str, Any]:
@@ -142,21 +156,29 @@ def _provenance(card: Mapping[str, Any], model: Path, encoder: Encoder, cells: C
     }
 
 
+def _own_columns(card: Mapping[str, Any], key: str | None) -> list[str]:
+    """What the columns of a table of cells are called, those aside that name the cells."""
+    nothing = {task["name"]: np.zeros((0, len(task["classes"]))) for task in card["tasks"]}
+    named = [task_columns(_named(task, card, key), task["classes"], nothing[task["name"]]) for task in card["tasks"]]
+    return ["row", *(name for columns in named for name in columns)]
+
+
 def _cell_table(
     cells: Cells, card: Mapping[str, Any], probabilities: Sequence[np.ndarray], key: str | None
 ) -> pa.Table:
-    """One row per cell that has a known gene, with the columns that say where it came from."""
-    columns: dict[str, pa.Array] = {"row": pa.array(cells.rows, pa.int64())}
-    for name in ("source_file", "source_row"):
-        if name in cells.columns:
-            column = cells.column(name).combine_chunks()
-            columns[name] = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+    """One row per cell that has a known gene, with the columns that say which it is and where it came from."""
+    columns: dict[str, Any] = {"row": pa.array(cells.rows, pa.int64())}
+    for name in cells.columns:
+        column = cells.column(name)
+        columns[name] = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
     for task, values in zip(card["tasks"], probabilities, strict=True):
         columns |= task_columns(_named(task, card, key), task["classes"], values[cells.rows])
     return pa.table(columns)
 
 
-def _gene_table(run: ClassifyingRun, card: Mapping[str, Any], vocabulary: Vocabulary | None) -> pa.Table:
+def _gene_table(
+    run: ClassifyingRun, card: Mapping[str, Any], key: str | None, vocabulary: Vocabulary | None
+) -> pa.Table:
     """One row per gene that occurs: its mean probabilities over cells."""
     config = run.encoder.config
     codes = np.zeros(config.vocab_size, dtype=np.int64)
@@ -169,7 +191,7 @@ def _gene_table(run: ClassifyingRun, card: Mapping[str, Any], vocabulary: Vocabu
             "gene": pa.array([gene_of.get(int(token)) for token in tokens], pa.string()),
             "token": pa.array(tokens, pa.int64()),
             "n_cells": pa.array(n_cells, pa.int64()),
-            **task_columns(task["name"], task["classes"], probabilities),
+            **task_columns(_named(task, card, key), task["classes"], probabilities),
         }
     )
 
@@ -182,7 +204,7 @@ def _into_anndata(
     provenance: Mapping[str, Any],
     copy: bool,
 ) -> AnnData | None:
-    adata = adata.copy() if copy else adata
+    adata = copy_of(adata) if copy else adata
     for task, values in zip(card["tasks"], probabilities, strict=True):
         name, classes = _named(task, card, key), task["classes"]
         adata.obs[f"{name}_predicted"] = _categories(values, classes)
@@ -205,7 +227,7 @@ def _write_h5ad(
     from anndata.io import write_elem
 
     shutil.copyfile(source, temporary)
-    with h5py.File(temporary, "r+") as file:
+    with hdf5_closing(), h5py.File(temporary, "r+") as file:
         for group in ("obsm", "uns"):
             if group not in file:
                 write_elem(file, group, {})
@@ -241,7 +263,3 @@ def _named(task: Mapping[str, Any], card: Mapping[str, Any], key: str | None) ->
     if key is None:
         return str(task["name"])
     return key if len(card["tasks"]) == 1 else f"{key}_{task['name']}"
-
-
-def _text(provenance: Mapping[str, Any]) -> dict[str, str]:
-    return {"geneformer_fast": json.dumps(dict(provenance))}

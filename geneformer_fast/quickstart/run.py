@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 MADE_BY = "geneformer-fast quickstart"
 # What a run leaves, and what the next run into the same folder may therefore replace.
-FILES = ("cells.h5ad", "embeddings.npy", "embeddings.npy.json", "quickstart.png")
+FILES = ("cells.h5ad", "embeddings.npy", "embeddings.npy.json", "embeddings.cells.parquet", "quickstart.png")
 FOLDERS = ("vocabulary", "tokens", "model")
 
 N_STEPS = 7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.carried import arrow_type, carried_values, no_column
 from geneformer_fast.tokenization.doubts import CellNames, about_genes, warn
 from geneformer_fast.tokenization.genes import GeneMap, map_genes
 from geneformer_fast.tokenization.manifest import OWN_COLUMNS
 from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
-from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
-from geneformer_fast.tokenization.sources.source import OBS_NAMES
+from geneformer_fast.tokenization.sources.arrays import number_array
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 #: Inputs kept open between preparation and reading; further ones are opened again.
 _MOST_OPEN = 8
-
-
-def carried_columns(obs: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
-    """{column of obs: name in the result} for what a user asks to carry along.
-
-    The names of cells are always carried, as ``obs_names``, or as what they are to be called.
-    """
-    names = [obs] if isinstance(obs, str) else obs
-    return {
-        OBS_NAMES: OBS_NAMES,
-        **(dict(names) if isinstance(names, Mapping) else {name: name for name in names or ()}),
-    }
 
 
 @dataclass(frozen=True)
@@ -227,7 +215,7 @@ def _prepare_one(
         known[key] = gene_map, columns
         if doubt is not None:
             warn(doubt)
-    carried_types = {new: _arrow_type(source, old) for old, new in options.carried.items()}
+    carried_types = {new: arrow_type(source, old) for old, new in options.carried.items()}
     n_counts_column = _n_counts_column(source, vocabulary, options)
     has_filter = options.use_filter_pass and "filter_pass" in source.obs_columns
     description = {
@@ -293,39 +281,8 @@ def _n_counts_column(source: CountSource, vocabulary: Vocabulary, options: ReadO
         is_usable = "n_counts" in source.obs_columns and not vocabulary.totals_over_vocabulary
         return "n_counts" if is_usable else None
     if options.n_counts not in source.obs_columns:
-        raise InputError(_no_column(source, options.n_counts, "for the total counts"))
+        raise InputError(no_column(source, options.n_counts, "for the total counts"))
     return options.n_counts
-
-
-def _no_column(source: CountSource, name: str, purpose: str) -> str:
-    known = ", ".join(source.obs_columns) or "no columns"
-    return f"{source.name}: obs has no column {name!r} {purpose}; there are {known}"
-
-
-def _arrow_type(source: CountSource, name: str) -> pa.DataType:
-    if not source.has_obs(name):
-        raise InputError(f"{_no_column(source, name, 'to carry along')} (and {OBS_NAMES})")
-    values = source.obs(name)
-    kind = values.type if isinstance(values, pa.Array) else pa.from_numpy_dtype(values.dtype)
-    if pa.types.is_boolean(kind):
-        return pa.bool_()
-    if pa.types.is_integer(kind):
-        return kind if pa.types.is_uint64(kind) else pa.int64()
-    return pa.float64() if pa.types.is_floating(kind) else pa.string()
-
-
-def carried_types(prepared: Iterable[PreparedInput], options: ReadOptions) -> dict[str, pa.DataType]:
-    """One Arrow type per carried column that holds the values of all inputs."""
-    joined: dict[str, pa.DataType] = {}
-    for name in options.carried.values():
-        kinds = {entry.carried_types[name] for entry in prepared}
-        if len(kinds) == 1:
-            joined[name] = kinds.pop()
-        elif kinds == {pa.int64(), pa.float64()}:
-            joined[name] = pa.float64()
-        else:
-            joined[name] = pa.string()
-    return joined
 
 
 def tasks(
@@ -344,7 +301,7 @@ def tasks(
         try:
             n_counts = _n_counts(opened, entry)
             is_wanted = _filter(opened) if entry.has_filter else None
-            carried = {new: _carried(opened, old, types[new]) for old, new in options.carried.items()}
+            carried = {new: carried_values(opened, old, types[new]) for old, new in options.carried.items()}
             for block in opened.blocks(start=row if index == source else 0, rows=rows):
                 span = slice(block.start, block.start + block.n_cells)
                 yield Task(
@@ -381,16 +338,3 @@ def _n_counts(source: CountSource, entry: PreparedInput) -> np.ndarray | None:
 
 def _filter(source: CountSource) -> np.ndarray:
     return _numbers(source.obs("filter_pass"), f"{source.name}: obs column filter_pass") == 1
-
-
-def _carried(source: CountSource, name: str, kind: pa.DataType) -> pa.Array:
-    values = source.obs(name)
-    array = values if isinstance(values, pa.Array) else number_array(values)
-    if array.type == kind:
-        return array
-    if pa.types.is_string(kind) and pa.types.is_boolean(array.type):
-        return text_list_array([None if value is None else str(value) for value in array.to_pylist()])
-    try:
-        return array.cast(kind)
-    except pa.ArrowException as error:
-        raise InputError(f"{source.name}: obs column {name!r} cannot be carried as {kind} ({error})") from None

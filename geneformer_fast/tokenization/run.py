@@ -14,6 +14,7 @@ import geneformer_fast
 from geneformer_fast.errors import InputError, OutputError, VocabularyError
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens, record_batch, token_schema
+from geneformer_fast.tokenization.carried import carried_columns, joined_types
 from geneformer_fast.tokenization.doubts import about_totals, warn
 from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
@@ -131,7 +132,7 @@ def tokenize(
         gene_column=gene_column,
         allow_float=allow_float,
         allow_duplicate_cells=allow_duplicate_cells,
-        carried={} if out is None else reading.carried_columns(obs),
+        carried={} if out is None else carried_columns(obs),
         n_counts=n_counts,
         use_filter_pass=filter_pass,
         allow_few_genes=allow_few_genes,
@@ -249,7 +250,7 @@ def _tokenize_to_folder(
 ) -> None:
     prepared = reading.prepare(entries, vocabulary, options, is_resumable=True)
     try:
-        types = reading.carried_types(prepared, options)
+        types = joined_types([entry.carried_types for entry in prepared], options)
         names = [entry.name for entry in prepared]
         schema = token_schema(vocabulary.input_ids_dtype, types, names)
         plan = {**_plan(prepared, vocabulary, options), "shard_bytes": shard_bytes}

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import toys
 
@@ -104,18 +106,32 @@ def test_every_output_is_the_in_memory_result(tmp_path: Path) -> None:
     assert np.flatnonzero(np.isnan(expected).all(1)).tolist() == [0, 4, 5, 10]
     assert np.isnan(expected).any(1).sum() == 4
     assert_same(embed(source, model, **options), expected)
-    for suffix in ("npy", "arrow", "h5ad"):
+    for suffix in ("npy", "arrow", "parquet", "csv", "h5ad"):
         out = tmp_path / f"out.{suffix}"
-        assert embed(source, model, out, obs=["kind"], **options) == out
+        assert embed(source, model, out, obs=None if suffix == "h5ad" else ["kind"], **options) == out
         assert json.loads((tmp_path / f"out.{suffix}.json").read_text())["pool"] == "mean"
     assert_same(np.load(tmp_path / "out.npy"), expected)
     assert np.load(tmp_path / "out.npy").dtype == np.float32
-    table = read_arrow(tmp_path / "out.arrow")
-    kept = table.column("source_row").to_numpy()
-    assert kept.tolist() == [1, 2, 3, 6, 7, 8, 9]
-    assert_same(embedding_of(table), expected[kept])
-    assert table.column("kind").to_pylist() == adata.obs["kind"].iloc[kept].tolist()
-    assert table.schema.metadata[b"pool"] == b"mean"
+    kept = [1, 2, 3, 6, 7, 8, 9]
+    for table in (read_arrow(tmp_path / "out.arrow"), pq.read_table(tmp_path / "out.parquet")):
+        assert table.column_names == ["obs_names", "kind", "length", "source_file", "source_row", "embedding"]
+        assert table.column("source_row").to_pylist() == kept
+        assert_same(embedding_of(table), expected[kept])
+        assert table.column("obs_names").to_pylist() == adata.obs_names[kept].tolist()
+        assert table.column("kind").to_pylist() == adata.obs["kind"].iloc[kept].tolist()
+        assert table.schema.metadata[b"pool"] == b"mean"
+    frame = pd.read_csv(tmp_path / "out.csv", float_precision="round_trip")
+    names = [f"embedding_{i}" for i in range(32)]
+    assert list(frame) == [*table.column_names[:-1], *names]
+    np.testing.assert_array_equal(frame[names].to_numpy(np.float32), embedding_of(table))
+    assert frame["obs_names"].tolist() == adata.obs_names[kept].tolist()
+    rows = pq.read_table(tmp_path / "out.cells.parquet")
+    assert rows.column_names == table.column_names[:-1]
+    assert rows.column("obs_names").to_pylist() == adata.obs_names.tolist()
+    assert rows.column("kind").to_pylist() == adata.obs["kind"].tolist()
+    assert rows.column("source_row").to_pylist() == list(range(11))
+    assert set(rows.column("source_file").to_pylist()) == {str(source)}
+    assert np.flatnonzero(rows.column("length")).tolist() == kept
     copied = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert_same(copied.obsm[KEY], expected)
     assert copied.uns[KEY]["pool"] == "mean"
@@ -209,7 +225,7 @@ def test_existing_output_is_refused_or_replaced(tmp_path: Path) -> None:
     assert np.load(out).shape == (8, 32)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "arrow", "h5ad"])
+@pytest.mark.parametrize("suffix", ["npy", "arrow", "parquet", "csv", "h5ad"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failure_in_the_middle_leaves_nothing(
     suffix: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

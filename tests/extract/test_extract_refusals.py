@@ -129,8 +129,8 @@ def test_unfinished_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("out.csv", r"\.npy, \.arrow, \.h5ad"),
-        ("missing/out.npy", "missing is not a folder"),
+        ("out.txt", r"\.npy, \.arrow, \.parquet, \.csv, \.h5ad"),
+        ("missing/out.txt", "must end in one of"),
         ("out.h5ad", "copy of an .h5ad input"),
     ],
 )
@@ -145,7 +145,9 @@ def test_outputs_that_cannot_be(out: str, message: str, tmp_path: Path, monkeypa
 def test_genes_have_no_h5ad_output_and_no_picture(tmp_path: Path) -> None:
     words = toys.vocabulary()
     toys.cells().write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(UnsupportedError, match="gene embeddings"):
+    with pytest.raises(
+        UnsupportedError, match=r"rows of genes go into a table \(\.parquet, \.csv\), not into an \.h5ad"
+    ):
         embed(tmp_path / "cells.h5ad", toys.encoder(words), tmp_path / "o.h5ad", dictionary=words, pool="gene")
     with pytest.raises(UnsupportedError, match="picture"):
         embed(tmp_path / "cells.h5ad", toys.encoder(words), dictionary=words, pool="gene", plot=tmp_path / "p.png")

@@ -94,8 +94,8 @@ def test_a_model_of_other_making_is_read_by_its_id2label(home, tmp_path):
 def test_refusals(done, home, new_cells, tmp_path):
     with pytest.raises(CheckpointError, match="holds no classifier; make one with geneformer-fast finetune"):
         gf.predict(home / "tokens", home / "model")
-    with pytest.raises(OutputError, match=r"must end in one of \.parquet, \.h5ad"):
-        gf.predict(home / "tokens", done.model, tmp_path / "out.csv")
+    with pytest.raises(OutputError, match=r"must end in one of \.parquet, \.csv, \.h5ad"):
+        gf.predict(home / "tokens", done.model, tmp_path / "out.npy")
     with pytest.raises(UnsupportedError, match=r"an \.h5ad output is a copy of an \.h5ad input"):
         gf.predict(home / "tokens", done.model, tmp_path / "out.h5ad")
     (tmp_path / "there.parquet").write_text("mine")

@@ -1,0 +1,113 @@
+"""Options that a call cannot follow are refused: none is ever ignored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geneformer_fast.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call reads and writes, as far as options depend on it.
+
+    Attributes
+    ----------
+    is_anndata, is_tokens
+        Whether the input is an AnnData, or a token folder; else it is files of counts.
+    suffix
+        Of the output file; None keeps the result in memory.
+    is_genes
+        Whether rows of the result are genes.
+    has_plot
+        Whether a picture is asked for.
+    is_model
+        Whether the model is an encoder that is loaded already.
+    """
+
+    is_anndata: bool
+    is_tokens: bool
+    suffix: str | None
+    is_genes: bool
+    has_plot: bool = False
+    is_model: bool = False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the result goes into an AnnData."""
+        return self.is_anndata and self.suffix is None
+
+
+# Option, when it would do nothing, and what is said then.
+Rule = tuple[str, Callable[[Request], bool], str]
+_READING = ("counts_layer", "gene_column", "allow_float", "allow_duplicate_cells", "allow_few_genes")
+_OF_COUNTS = "is about reading counts, and the input is a folder of tokens; it belongs to tokenize"
+_OF_GENES = "has no meaning where rows are genes"
+_SHARED: tuple[Rule, ...] = (
+    *((name, lambda r: r.is_tokens, _OF_COUNTS) for name in _READING),
+    ("obs", lambda r: r.is_genes, _OF_GENES),
+    ("obs", lambda r: r.is_in_place, "has no effect on an AnnData, which keeps its own obs"),
+    ("obs", lambda r: r.suffix == ".h5ad", "has no effect on an .h5ad output, which keeps all of obs"),
+    ("copy", lambda r: not r.is_in_place, "returns a changed AnnData, so it needs an AnnData and no output file"),
+    ("overwrite", lambda r: r.suffix is None and not r.has_plot, "needs an output file, and none is named"),
+)
+EMBED: tuple[Rule, ...] = (
+    *_SHARED,
+    ("obs", lambda r: r.suffix is None, "needs an output file, since an array in memory has no place for columns"),
+    (
+        "key_added",
+        lambda r: not r.is_in_place and r.suffix != ".h5ad",
+        "names a place in obsm and uns, so it needs an AnnData or an .h5ad output",
+    ),
+    ("dtype", lambda r: r.is_model, "is about loading a checkpoint, and the model is loaded; use model.to(...)"),
+    ("device", lambda r: r.is_model, "is about loading a checkpoint, and the model is loaded; use model.to(...)"),
+    ("color", lambda r: not r.has_plot, "colours a picture, and none is asked for; name one with plot"),
+    ("plot", lambda r: r.is_genes, "is a picture of cells, and rows are genes"),
+)
+PREDICT: tuple[Rule, ...] = (
+    *_SHARED,
+    ("copy", lambda r: r.is_genes, "needs classes of cells; those of genes are a table"),
+)
+_FLAGS = {"key_added": " (--key)", "copy": "=True"}
+
+
+def check_options(rules: Sequence[Rule], request: Request, options: Mapping[str, Any]) -> None:
+    """Refuse the first option that would do nothing.
+
+    Parameters
+    ----------
+    rules
+        Of the function that is called.
+    request
+        What it is to do.
+    options
+        Its options; None, False, ``"auto"`` and what is empty are as good as not given.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the option and says why.
+    """
+    given = {name for name, value in options.items() if value is not None and value != "auto" and is_given(value)}
+    for name, is_idle, why in rules:
+        if name in given and is_idle(request):
+            raise UnsupportedError(name + _FLAGS.get(name, f" (--{name.replace('_', '-')})") + f" {why}")
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value of an option asks for anything."""
+    return bool(value) if isinstance(value, bool | Mapping | list | tuple | str) else True
+
+
+def check_h5ad(data: Any, is_genes: bool) -> None:
+    """Refuse an .h5ad output that cannot be a copy of the input."""
+    if not isinstance(data, str | os.PathLike) or Path(data).suffix != ".h5ad":
+        raise UnsupportedError(
+            "an .h5ad output is a copy of an .h5ad input; choose another kind of output for other inputs"
+        )
+    if is_genes:
+        raise UnsupportedError("rows of genes go into a table (.parquet, .csv), not into an .h5ad output")
