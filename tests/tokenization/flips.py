@@ -111,7 +111,8 @@ def ours(kind: str, folder: Path) -> Content:
             for row in range(block.n_cells):
                 part = slice(block.indptr[row], block.indptr[row + 1])
                 dense[block.start + row, block.indices[part]] = block.data[part]
-        columns = {name: _listed(source.obs(name)) for name in ("kind", "score") if name in source.obs_columns}
+        asked = () if kind == "10x h5" else ("kind",) if kind == "loom" else ("kind", "score")
+        columns = {name: _listed(source.obs(name)) for name in asked}
         return [dense.tolist(), source.gene_ids().tolist(), source.cell_names().tolist(), columns]
 
 
@@ -128,16 +129,13 @@ def others(kind: str, folder: Path) -> Content | None:
 
         return [repr(_Official(io.BytesIO(path.read_bytes())).load()) for path in sorted(folder.iterdir())]
     (path,) = folder.iterdir()
-    if path.suffix in (".h5ad", ".zarr"):
-        import anndata
-
-        with warnings.catch_warnings(action="ignore"):
-            adata = anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
-        dense = adata.X if isinstance(adata.X, np.ndarray) else adata.X.toarray()
-        columns = {name: adata.obs[name].tolist() for name in ("kind", "score") if name in adata.obs}
-        columns |= {"kind": [None if kind != kind else kind for kind in columns["kind"]]} if "kind" in columns else {}
-        ids = adata.var.get("ensembl_id", adata.var_names)
-        return [dense.astype(float).tolist(), [*ids], [*adata.obs_names], columns]
+    if path.suffix == ".zarr":
+        return _by_anndata(path)
+    if path.suffix == ".h5ad":
+        try:
+            return _by_anndata(path)
+        except Exception:  # it reads all of the file, also what is damaged and not asked for
+            return _by_h5py(path)
     import h5py
     import scipy.sparse as sp
 
@@ -151,6 +149,35 @@ def others(kind: str, folder: Path) -> Content | None:
         matrix = sp.csr_matrix(tuple(parts), shape=tuple(group["shape"][:][::-1]))
         texts = [group[key].asstr()[:].tolist() for key in ("features/id", "barcodes")]
         return [matrix.toarray().astype(float).tolist(), *texts, {}]
+
+
+def _by_anndata(path: Path) -> Content:
+    import anndata
+
+    with warnings.catch_warnings(action="ignore"):
+        adata = anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
+    dense = adata.X if isinstance(adata.X, np.ndarray) else adata.X.toarray()
+    columns = {name: adata.obs[name].tolist() for name in ("kind", "score") if name in adata.obs}
+    columns |= {"kind": [None if kind != kind else kind for kind in columns["kind"]]} if "kind" in columns else {}
+    ids = adata.var.get("ensembl_id", adata.var_names)
+    return [dense.astype(float).tolist(), [*ids], [*adata.obs_names], columns]
+
+
+def _by_h5py(path: Path) -> Content:
+    import h5py
+    import scipy.sparse as sp
+
+    with h5py.File(path) as file:
+        if isinstance(file["X"], h5py.Dataset):
+            dense = file["X"][:]
+        else:
+            parts = tuple(file[f"X/{key}"][:] for key in ("data", "indices", "indptr"))
+            make = sp.csr_matrix if file["X"].attrs["encoding-type"] == "csr_matrix" else sp.csc_matrix
+            dense = make(parts, shape=tuple(file["X"].attrs["shape"])).toarray()
+        kinds = [*file["obs/kind/categories"].asstr()[:].tolist(), None]
+        columns = {"kind": [kinds[code] for code in file["obs/kind/codes"][:]], "score": file["obs/score"][:].tolist()}
+        texts = [file[key].asstr()[:].tolist() for key in ("var/ensembl_id", "obs/_index")]
+        return [dense.astype(float).tolist(), *texts, columns]
 
 
 def flip(source: Path, target: Path, seed: int) -> str:

@@ -55,7 +55,7 @@ def outcomes(kind: str, folder: Path, first: int, last: int) -> list[dict[str, o
 @pytest.mark.parametrize("kind", KINDS)
 def test_flipped_bytes(tmp_path, kind):
     if kind.startswith("zarr"):
-        pytest.importorskip("zarr", minversion="3.1")
+        pytest.importorskip("zarr", minversion="3.1.3")
     folder = tmp_path / "whole"
     folder.mkdir()
     flips.write(kind, folder)
