@@ -65,7 +65,8 @@ def linked_files(file: Any) -> list[Path]:
     """The other files that external links of an HDF5 file lead to, as far as they are there."""
     import h5py
 
-    folder, found = Path(file.filename).parent, set()
+    folder = Path(file.filename).parent
+    found: set[Path] = set()
 
     def note(_name: str, link: Any) -> None:
         if isinstance(link, h5py.ExternalLink):
