@@ -106,6 +106,6 @@ def test_a_digest_is_of_all_that_is_said(tmp_path: Path) -> None:
         {**again, "sha256": 7},
         {"sha256": again["sha256"]},
     ):
-        with pytest.raises(CheckpointError, match="is damaged or was changed.*restore it"):
+        with pytest.raises(CheckpointError, match=r"is damaged or was changed.*restore it"):
             check_digest(other, tmp_path, CheckpointError, "restore it")
     assert with_digest(content) == content
