@@ -20,9 +20,12 @@ import toys
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged, Vocabulary, load, open_tokens, save, tokenize
 from geneformer_fast.checkpoints import hf
-from geneformer_fast.errors import GeneformerFastError, UnsupportedError
+from geneformer_fast.errors import GeneformerFastError, OutputError, UnsupportedError
 from geneformer_fast.files.checksums import VERIFY
 from geneformer_fast.finetuning.models import read_card, save_classifier, with_head
+from geneformer_fast.tokenization.arrow import record_batch, token_schema
+from geneformer_fast.tokenization.output import TokenOutput
+from geneformer_fast.tokenization.tally import empty_tally
 from geneformer_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.optimizer import make_optimizer
@@ -80,6 +83,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _shard(save(Encoder(model.config, "mlm"), base / "shards"))
     words().save(base / "vocabulary")
     tokenize(toys.cells(12), base / "tokens", vocabulary=words(), obs=["kind"], progress=False)
+    _unfinished(base / "unfinished", resume=False)
     (base / "recipe").mkdir()
     (base / "recipe" / "recipe.json").write_text(json.dumps(Recipe(clip=None, max_seconds=3.0).to_dict()))
     (base / "config").mkdir()
@@ -88,6 +92,36 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {"n_worse": 0, "seconds": 1.5, "evaluations": [{"step": 2.0, "loss": 1.0}], "best": None, "scaler": {}}
     save_checkpoint(base / "checkpoints", 2, learner, make_optimizer(learner, Recipe()), state, Ranks(), keep=1)
     return base
+
+
+def _unfinished(folder: Path, *, resume: bool) -> None:
+    """A token folder of two shards that was begun, or gone on with to its end."""
+    schema = token_schema(np.dtype(np.int16), {}, ["a"])
+    plan = {"vocabulary": {"name": "toy"}, "inputs": [{"n_cells": 4}], "options": {}, "shard_bytes": 1}
+    output = TokenOutput(folder, schema=schema, sources=["a"], plan=plan, resume=resume, shard_bytes=1)
+    try:
+        if resume:
+            output.finish(source=1, cells=output.progress["cells"])
+            return
+        for row in (0, 2):
+            columns = {"length": np.array([2, 1]), "source_file": np.zeros(2, int), "source_row": np.arange(2) + row}
+            batch = record_batch(schema, np.arange(3, dtype=np.int16), columns)
+            output.write(batch, source=0, row=row + 2, cells=[{**empty_tally("a"), "read": row + 2}])
+    finally:
+        output.close()
+
+
+def _use_unfinished(folder: Path) -> None:
+    """Goes on with a copy, since that changes the folder."""
+    copied = shutil.copytree(folder, folder.with_name("copied"))
+    try:
+        with pytest.raises(OutputError):  # which says how far it is, or what is wrong
+            open_tokens(copied)
+        _unfinished(copied, resume=True)
+        with open_tokens(copied) as tokens:
+            tokens.read(range(len(tokens)))
+    finally:
+        shutil.rmtree(copied)
 
 
 def _shard(folder: Path) -> None:
@@ -139,6 +173,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "vocabulary": ("vocabulary", "vocabulary.json", Vocabulary.from_folder),
     "manifest": ("tokens", "manifest.json", _use_tokens),
     "state of tokens": ("tokens", "state.json", _use_tokens),
+    "unfinished": ("unfinished", "UNFINISHED.json", _use_unfinished),
     "dataset info": ("tokens", "dataset_info.json", _use_tokens),
     "recipe": ("recipe", "recipe.json", lambda folder: recipe_of(folder / "recipe.json")),
     "configuration": ("config", "config.json", lambda folder: config_of(folder / "config.json")),
@@ -203,6 +238,8 @@ def test_wrong_values(
         for kind, new in WRONG.items():
             if is_checked and kind not in ("true", "10^30", "list"):
                 continue  # what a schema looks at is the same
+            if reader == "unfinished" and (place[:1] != ("progress",) or kind in ("10^8", "inf", "empty", "digits")):
+                continue  # what was asked for is compared as it is; each of these takes long
             path.write_text(dumped(put(content, place, new)))
             try:
                 n_refused += tried(use, folder) is not None
@@ -247,6 +284,10 @@ def test_wrong_values(
         ("manifest", ("shards", 0, "file"), "../data-00000-of-00001.arrow"),
         ("manifest", ("vocabulary", "special", "cls"), -1),
         ("state of tokens", ("_data_files", 0, "filename"), "../data-00000-of-00001.arrow"),
+        ("unfinished", ("progress", "row"), -1),
+        ("unfinished", ("progress", "source"), 2),
+        ("unfinished", ("progress", "shards", 1, "n_bytes"), 1.5),
+        ("unfinished", ("progress", "cells", 0, "read"), "2"),
         ("recipe", ("epochs",), "3"),
         ("recipe", ("masking", "share"), float("inf")),
         ("checkpoint", ("world_size",), 0),
