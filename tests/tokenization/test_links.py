@@ -104,6 +104,46 @@ def test_a_dense_matrix_behind_a_link(tmp_path):
     np.testing.assert_array_equal(read(path), counts(2))
 
 
+def test_categories_are_those_of_the_file_behind_the_link(tmp_path):
+    """As anndata 0.7 stored them: a reference, which is a place in a file."""
+
+    def edit(file):
+        del file["obs"]
+        file["obs"] = h5py.ExternalLink("other.h5ad", "/obs")
+
+    path = linked(tmp_path, lambda file: None)
+    for name, labels in (("main.h5ad", ["wrong", "labels"]), ("other.h5ad", ["right", "names"])):
+        with h5py.File(tmp_path / name, "r+") as file:
+            file["obs/__categories/kind"] = labels
+            file["obs/kind"] = np.arange(N_CELLS, dtype=np.int8) % 2
+            file["obs/kind"].attrs["categories"] = file["obs/__categories/kind"].ref
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    with open_source(path) as source:
+        assert source.obs("kind").to_pylist()[:3] == ["right", "names", "right"]
+
+
+@pytest.mark.parametrize("driver", ["core", "stdio"])
+def test_files_opened_by_other_drivers(tmp_path, monkeypatch, driver):
+    path = linked(tmp_path, lambda file: None)
+    opened = h5py.File
+    monkeypatch.setattr(h5py, "File", lambda name, mode: opened(name, mode, driver=driver))
+    np.testing.assert_array_equal(read(path), counts(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*lacks")
+def test_a_matrix_of_more_columns_than_fit_into_memory(tmp_path):
+    """Nothing of it is stored, so the file is small; read as zeros, one row is a terabyte."""
+
+    def edit(file):
+        del file["X"]
+        file.create_dataset("X", (N_CELLS, 2**38), "f4", chunks=(1, 2**20))
+
+    path = linked(tmp_path, edit)
+    with pytest.raises(InputError, match="columns are more genes than there are"):
+        read(path)
+
+
 def test_a_link_that_leads_nowhere(tmp_path):
     path = linked(tmp_path, _to_matrix)
     (tmp_path / "other.h5ad").unlink()

@@ -11,6 +11,7 @@ from geneformer_fast.tokenization.sources.block import CountBlock, Sample, sampl
 
 # One read of a dense matrix: 64 MB, unless a single row of chunks is larger.
 _READ_BYTES = 64 << 20
+_MOST_COLUMNS = 1 << 24
 
 
 class DenseMatrix:
@@ -33,6 +34,8 @@ class DenseMatrix:
         self._transposed = cells_in_columns
         n_rows, n_columns = (int(n) for n in array.shape)
         self.shape = (n_columns, n_rows) if cells_in_columns else (n_rows, n_columns)
+        if self.shape[1] > _MOST_COLUMNS:  # a row is read at a time
+            raise ValueError(f"{self.shape[1]} columns are more genes than there are")
         self.value_dtype = value_dtype(np.dtype(array.dtype))
         chunks = getattr(array, "chunks", None)
         self._chunk_rows = int(chunks[1 if cells_in_columns else 0]) if chunks else 1

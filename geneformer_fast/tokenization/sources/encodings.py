@@ -105,7 +105,9 @@ def read_column(node: Any, root: Any) -> Any:
     categories = node.attrs.get("categories")
     if categories is None:
         return read_array(node)
-    return _categorical(node, read_column(root[categories], root))
+    # a reference means a place in the file that holds it, which links may have led to
+    home = getattr(node, "file", root)
+    return _categorical(node, read_column(home[categories], home))
 
 
 def _categorical(codes: Any, categories: Any) -> Any:
@@ -161,10 +163,11 @@ def _compound_table(dataset: Any, root: Any, name: str, n_rows: int) -> Table:
 
     def column(field: str) -> Any:
         values = dataset[field]
+        home = getattr(dataset, "file", root)
         # categories of these files lie in uns under the column's name
         key = f"uns/{field}_categories"
-        if values.dtype.kind in "iu" and key in root:
-            return decode_categories(values, read_array(root[key]))
+        if values.dtype.kind in "iu" and key in home:
+            return decode_categories(values, read_array(home[key]))
         return text_array(values) if values.dtype.kind in "OSU" else values
 
     index = next((field for field in ("index", "_index") if field in fields), None)

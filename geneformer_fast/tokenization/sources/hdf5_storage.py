@@ -35,14 +35,17 @@ class OwnBytes:
     Attributes
     ----------
     fd
-        A descriptor of the very file that h5py has open, whatever lies under its name by now.
+        A descriptor of the very file that h5py has open, whatever lies under its name by now; -1 where it has none.
     """
 
     def __init__(self, file: Any) -> None:
         import h5py
 
         self._number = h5py.h5o.get_info(file.id).fileno
-        self.fd = os.dup(file.id.get_vfd_handle())
+        self.fd = -1
+        # other drivers (the environment's HDF5_DRIVER) keep files in memory, or in parts
+        if file.driver == "sec2":
+            self.fd = os.dup(file.id.get_vfd_handle())
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -54,7 +57,7 @@ class OwnBytes:
         """Whether a data set lies in this file, as a range or in chunks, in the type that numpy calls it."""
         import h5py
 
-        if h5py.h5o.get_info(dataset.id).fileno != self._number or dataset.file.userblock_size:
+        if self.fd < 0 or h5py.h5o.get_info(dataset.id).fileno != self._number or dataset.file.userblock_size:
             return False
         if dataset.is_virtual or dataset.external:
             return False
