@@ -14,7 +14,7 @@ import geneformer_fast
 from geneformer_fast.cli import COMMANDS, build_parser
 
 PACKAGE = Path(geneformer_fast.__file__).parent
-_READ_COUNTS = ("tokenize", "medians")
+_READ_COUNTS = ("tokenize", "medians", "embed", "predict")
 _WRITE_TOKENS = ("tokenize",)
 #: Module -> the commands that show its messages; the longest name that fits decides. What other modules advise has to
 #: be an option of some command.

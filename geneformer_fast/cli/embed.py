@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from geneformer_fast.cli.tokenize import add_count_options, count_options
+
 NAME = "embed"
 HELP = "embed cells or genes with an encoder"
 
@@ -37,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
     )
     parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
-    parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
-    parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
-    parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
-    parser.add_argument("--allow-few-genes", action="store_true", help="go on where most gene ids match nothing")
+    add_count_options(parser)
     parser.add_argument(
         "--obs",
         action="append",
@@ -75,10 +74,7 @@ def run(args: argparse.Namespace) -> int:
         layer=args.layer,
         dictionary=args.dictionary,
         counts_layer=args.counts_layer,
-        gene_column=args.gene_column,
-        allow_float=args.allow_float,
-        allow_duplicate_cells=args.allow_duplicate_cells,
-        allow_few_genes=args.allow_few_genes,
+        **count_options(args),
         obs=carried_columns(args.obs),
         key_added=args.key,
         dtype=args.dtype,

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         mapping=Vocabulary.from_folder(args.mapping, args.mapping_preset) if args.mapping else None,
         layer=args.layer,
+        filter_pass=not args.no_filter_pass,
         **count_options(args),
         min_cells=args.min_cells,
         workers=args.workers,

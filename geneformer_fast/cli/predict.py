@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from geneformer_fast.cli.embed import not_written, state_of
+from geneformer_fast.cli.tokenize import add_count_options, count_options
 
 NAME = "predict"
 HELP = "tell classes of cells or genes with a fine-tuned model"
@@ -29,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
     )
     parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
-    parser.add_argument("--gene-column", metavar="NAME", help="which column of var holds the gene ids")
-    parser.add_argument("--allow-float", action="store_true", help="let TPM-like floats pass as counts")
-    parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
-    parser.add_argument("--allow-few-genes", action="store_true", help="go on where most gene ids match nothing")
+    add_count_options(parser)
     parser.add_argument(
         "--obs",
         action="append",
@@ -59,10 +57,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         dictionary=args.dictionary,
         counts_layer=args.counts_layer,
-        gene_column=args.gene_column,
-        allow_float=args.allow_float,
-        allow_duplicate_cells=args.allow_duplicate_cells,
-        allow_few_genes=args.allow_few_genes,
+        **count_options(args),
         obs=carried_columns(args.obs),
         key_added=args.key,
         dtype=args.dtype,

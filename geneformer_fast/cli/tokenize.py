@@ -22,6 +22,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs; taken in sorted order")
     parser.add_argument("--layer", help="layer with the counts (default: raw.X where it holds counts, else X)")
     add_count_options(parser)
+    parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
 
@@ -40,7 +41,6 @@ def add_count_options(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help="total counts per cell: an obs column, 'computed', or 'auto' (n_counts where obs has it; the default)",
     )
-    parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
 
 
 def count_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +51,6 @@ def count_options(args: argparse.Namespace) -> dict[str, Any]:
         "allow_duplicate_cells": args.allow_duplicate_cells,
         "allow_few_genes": args.allow_few_genes,
         "n_counts": args.n_counts,
-        "filter_pass": not args.no_filter_pass,
     }
 
 
@@ -105,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             layer=args.layer,
             obs=carried_columns(args.obs),
             max_len=args.max_len,
+            filter_pass=not args.no_filter_pass,
             **count_options(args),
             workers=args.workers,
             resume=args.resume,

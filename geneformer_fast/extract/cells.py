@@ -21,7 +21,7 @@ from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
-from geneformer_fast.tokenization.manifest import STATE, UNFINISHED
+from geneformer_fast.tokenization.manifest import DATASET_DICT, STATE, UNFINISHED
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
@@ -98,6 +98,8 @@ def open_cells(
             f"{config.vocabulary or 'the model'}'s token and median dictionaries"
         )
     config.check_vocabulary(vocabulary.identity())
+    if config.max_len < vocabulary.max_len:
+        options = {**options, "max_len": config.max_len}
     reading = ReadOptions(
         **{name: options[name] for name in options if name != "obs"}, carried=carried_columns(options["obs"])
     )
@@ -235,4 +237,4 @@ def is_token_folder(data: Any) -> bool:
     """Whether this is a folder of tokens, finished or not."""
     if not isinstance(data, str | os.PathLike):
         return False
-    return Path(data).is_dir() and any((Path(data) / name).exists() for name in (STATE, UNFINISHED))
+    return Path(data).is_dir() and any((Path(data) / name).exists() for name in (STATE, UNFINISHED, DATASET_DICT))

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.tokenization.genes import map_genes
+from geneformer_fast.tokenization.sources.features import expression_of
+from geneformer_fast.tokenization.sources.memory import frame_table
 from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -57,6 +59,9 @@ def by_column(
     """[n_vars, C] rows of [tokens, C] gene embeddings in the order of var, NaN for genes without a token or unseen."""
     assert vocabulary is not None  # the counts were tokenized with it
     ids = _ids_of_var(adata, gene_column)
+    is_gene = expression_of(frame_table(adata.var, "var"))
+    if is_gene is not None:  # an antibody has the name of a gene, but no embedding
+        ids = [gene if kept else "" for gene, kept in zip(ids, is_gene.tolist(), strict=True)]
     genes = map_genes(ids, vocabulary, source_name="<AnnData>", allow_few_genes=allow_few_genes)
     tokens = genes.column_to_token
     placed = np.full((adata.n_vars, embeddings.shape[1]), np.nan, dtype=np.float32)

@@ -44,7 +44,7 @@ class Request:
 
 # Option, when it would do nothing, and what is said then.
 Rule = tuple[str, Callable[[Request], bool], str]
-_READING = ("counts_layer", "gene_column", "allow_float", "allow_duplicate_cells", "allow_few_genes")
+_READING = ("counts_layer", "gene_column", "allow_float", "allow_duplicate_cells", "allow_few_genes", "n_counts")
 _OF_COUNTS = "is about reading counts, and the input is a folder of tokens; it belongs to tokenize"
 _OF_GENES = "has no meaning where rows are genes"
 _SHARED: tuple[Rule, ...] = (

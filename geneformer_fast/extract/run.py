@@ -63,6 +63,7 @@ def embed(
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
     allow_few_genes: bool = False,
+    n_counts: str = "auto",
     obs: Mapping[str, str] | Sequence[str] | None = None,
     key_added: str | None = None,
     copy: bool = False,
@@ -99,7 +100,7 @@ def embed(
     dictionary
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
         is taken. None looks for ``vocabulary.json`` in the model's folder.
-    counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes
+    counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts
         As ``layer``, ``gene_column`` and so on of ``tokenize``.
     obs
         Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
@@ -152,6 +153,7 @@ def embed(
         "allow_float": allow_float,
         "allow_duplicate_cells": allow_duplicate_cells,
         "allow_few_genes": allow_few_genes,
+        "n_counts": n_counts,
     }
     others = {"obs": obs, "key_added": key_added, "copy": copy, "dtype": dtype, "device": device, "color": color}
     check_options(

@@ -46,6 +46,7 @@ def predict(
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
     allow_few_genes: bool = False,
+    n_counts: str = "auto",
     obs: Mapping[str, str] | Sequence[str] | None = None,
     key_added: str | None = None,
     copy: bool = False,
@@ -67,7 +68,7 @@ def predict(
     out
         ``.parquet`` or ``.csv``, a table of the cells (or genes) that have predictions; or ``.h5ad``, a copy of an
         .h5ad input with the predictions added.
-    dictionary, counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes
+    dictionary, counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts
         As in :func:`geneformer_fast.embed`.
     obs
         Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
@@ -109,6 +110,7 @@ def predict(
         "allow_float": allow_float,
         "allow_duplicate_cells": allow_duplicate_cells,
         "allow_few_genes": allow_few_genes,
+        "n_counts": n_counts,
     }
     request = Request(is_anndata(data), is_token_folder(data), suffix, is_genes)
     others = {"counts_layer": counts_layer, "obs": obs, "copy": copy, "overwrite": overwrite}

@@ -137,7 +137,7 @@ def check_allow_float(at: Workplace, place: Place, allow_float: bool) -> None:
 def check_allowance(match: str) -> Callable[..., None]:
     """What is refused without the option passes with it."""
 
-    def check(at: Workplace, place: Place, **option: bool) -> None:
+    def check(at: Workplace, place: Place, **option: Any) -> None:
         if place.source == "tokens":
             at.refuses(place, "is about reading counts", **option)
             return
@@ -145,6 +145,8 @@ def check_allowance(match: str) -> Callable[..., None]:
         if "allow_few_genes" in option:
             ids = [*toys.gene_ids()[:4], *(f"ENSG{10_000_000_000 + i:011d}" for i in range(toys.N_GENES - 4))]
             data.var_names = data.var["ensembl_id"] = ids
+        elif "n_counts" in option:
+            data.obs["n_counts"] = 0.0
         else:
             data.obs_names = ["same"] * data.n_obs
         source: Any = data
@@ -255,6 +257,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "allow_float": (True, check_allow_float),
     "allow_duplicate_cells": (True, check_allowance("appear more than once")),
     "allow_few_genes": (True, check_allowance("gene")),
+    "n_counts": ("computed", check_allowance("Total counts must be positive")),
     "obs": ({"kind": "label"}, check_obs),
     "key_added": ("X_mine", check_key),
     "copy": (True, check_copy),
@@ -286,6 +289,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr("geneformer_fast.extract.embed", lambda data, model, out, **given: seen.update(given) or out)
     given = {
         "pool": "mean", "layer": "last", "dictionary": "d", "counts_layer": "c", "gene_column": "g", "obs": "new=old",
+        "n_counts": "computed",
         "key": "k", "dtype": "float16", "device": "cuda:3", "token_budget": "7", "plot": "p.png", "color": "kind",
     }  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

@@ -73,6 +73,12 @@ def gene_expression(
     return ColumnSubset(matrix, is_gene), var.subset(is_gene), dict(sorted(left_out.items()))
 
 
+def expression_of(var: Table) -> np.ndarray | None:
+    """[n_features] bool, whether each is gene expression; None where no column of var says so."""
+    types = _types(var)
+    return None if types is None else is_expression(types)
+
+
 def is_expression(types: Sequence[str]) -> np.ndarray | None:
     """[n_features] bool, or None where these are no types of features, or none of them is gene expression."""
     plain = {text: _plain(text) for text in set(types)}

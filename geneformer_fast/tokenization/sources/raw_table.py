@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.sources.selection import CHOSEN_BY
 from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
 from geneformer_fast.tokenization.sources.table import Table
 
@@ -40,7 +41,7 @@ def raw_table(raw: Table, var: Table, gene_column: str | None) -> Table:
         columns |= {column: lambda column=column: _taken(var.read(column), order) for column in further}  # type: ignore[misc]
         return Table(raw.name, raw.n_rows, columns, raw.stored_index)
     there = f"{np.count_nonzero(order >= 0)} of {len(names)} genes of raw.X"
-    advice = "add the ids to adata.raw.var, or choose a matrix that has var's genes with layer= (--layer)"
+    advice = f"add the ids to adata.raw.var, or choose a matrix that has var's genes with {CHOSEN_BY}"
     if gene_column is not None and gene_column in further:
         raise InputError(
             f"{raw.name}: has no column {gene_column!r}; var has it, but names only {there}, which holds the counts: "
