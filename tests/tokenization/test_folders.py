@@ -275,6 +275,12 @@ def test_mudata_says_how_to_take_one_modality(tmp_path):
         InputError, match=r"MuData .*\(prot, rna\).*read_h5mu\('.*cells\.h5mu'\)\.mod\['rna'\]\.write_h5ad"
     ):
         open_source(path)
+    with pytest.raises(InputError, match=r"holds no input.* MuData \(cells\.h5mu\) is not read whole: save one"):
+        expand_inputs(tmp_path)
+    zarr = pytest.importorskip("zarr", minversion="3")
+    zarr.open_group(str(tmp_path / "cells.zarr"), mode="w", zarr_format=2).create_group("mod/rna")
+    with pytest.raises(InputError, match=r"mudata\.read_zarr\('.*cells\.zarr'\)\.mod\['rna'\]"):
+        open_source(tmp_path / "cells.zarr")
 
     class MuData:
         mod = ("rna", "prot")

@@ -93,6 +93,9 @@ def _is_input(entry: Path) -> bool:
 def _hint(folder: Path, entries: list[Path]) -> str:
     if any(entry.suffix in COMPRESSED and Path(entry.stem).suffix in SUFFIXES for entry in entries):
         return ". It holds compressed files: decompress them first"
+    modalities = [entry.name for entry in entries if entry.suffix == ".h5mu"]
+    if modalities:
+        return f". MuData ({_listed(modalities)}) is not read whole: save one modality of it as .h5ad"
     deeper = [entry.name for entry in entries if entry.is_dir()]
     return f". Its folders are not looked into: name one of them ({_listed(deeper)})" if deeper else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -149,7 +150,8 @@ def modalities_message(name: str, modalities: Iterable[str]) -> str:
     first = next(
         (key for key in names if key.lower() in ("rna", "gex", "gene expression")), names[0] if names else "rna"
     )
+    read = "read_zarr" if Path(name).is_dir() else "read_h5mu"
     return (
         f"{name}: is a MuData file of several modalities ({', '.join(names) or 'none'}). Take the one with counts of "
-        f"genes: mudata.read_h5mu({name!r}).mod[{first!r}].write_h5ad('{first}.h5ad')"
+        f"genes: mudata.{read}({name!r}).mod[{first!r}].write_h5ad('{first}.h5ad')"
     )
