@@ -227,3 +227,16 @@ def test_a_file_in_the_way_and_too_few_cells_are_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="--cells 5: too few"):
         quickstart(tmp_path / "new", n_cells=5)
     assert not (tmp_path / "new").exists()
+
+
+def test_two_tours_at_once_and_hidden_files(tmp_path, capsys):
+    from geneformer_fast.files.locks import folder_lock
+
+    (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / ".summary.json.partial").write_text("{")
+    with folder_lock(tmp_path):
+        assert cli.main(["quickstart", "--out", str(tmp_path), "--cells", "120"]) == 2
+    said = capsys.readouterr().err
+    assert "being written by another process" in said
+    assert said.count("\n") == 1
+    assert quickstart(tmp_path, n_cells=120, max_seconds=1, say=lambda line: None)["is_finished"]

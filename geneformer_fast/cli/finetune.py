@@ -64,7 +64,9 @@ def _add_split(parser: argparse.ArgumentParser, *, folds: int, eval_share: float
         help=f"cross-validation; 0 for one division into training, evaluation and test (default: {folds})",
     )  # fmt: skip
     parser.add_argument("--eval-share", type=float, default=eval_share, metavar="X", help="chooses the best epoch")
-    parser.add_argument("--test-share", type=float, default=test_share, metavar="X", help="without --folds")
+    parser.add_argument(
+        "--test-share", type=float, metavar="X", help=f"0 for none; without folds (default: {test_share})"
+    )
     parser.add_argument("--no-final", action="store_true", help="after folds, make no model of all of it")
 
 

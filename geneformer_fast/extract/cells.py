@@ -90,6 +90,11 @@ def open_cells(
         with open_tokens(data) as folder:
             yield _folder_cells(folder, identity_of(folder, config), options["obs"])
         return
+    if isinstance(data, Sequence) and not isinstance(data, str) and (folders := list(filter(is_token_folder, data))):
+        raise UnsupportedError(
+            f"{folders[0]} holds tokens: one folder of tokens is taken at a time, and none beside counts; tokenize all "
+            "inputs into one folder, or go through them one by one"
+        )
     if isinstance(data, str | os.PathLike):
         expand_inputs(os.fspath(data))  # what is not there is said before what is missing to read it
     if vocabulary is None:

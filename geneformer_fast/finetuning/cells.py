@@ -20,13 +20,14 @@ from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_rea
 from geneformer_fast.finetuning.labels import Task, check_ignored, column_values, read_task
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
+from geneformer_fast.finetuning.names import check_names
 from geneformer_fast.finetuning.objectives import CellObjective
 from geneformer_fast.finetuning.outputs import Finetuned, out_folder
-from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, check_names, probabilities_of, some_cells
+from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
 from geneformer_fast.finetuning.recipes import CELLS
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.search import Search
-from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of
+from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.training.loop import Objective
@@ -42,7 +43,7 @@ def finetune_cells(
     group: str | None = None,
     folds: int = 0,
     eval_share: float = 0.1,
-    test_share: float = 0.1,
+    test_share: float | None = None,
     loss: str | Mapping[str, str] = "cross-entropy",
     sampler: str = "none",
     cap: int | None = None,
@@ -78,8 +79,9 @@ def finetune_cells(
         0: one division into training, evaluation and test cells. 2 or more: cross-validation, after which the final
         model learns from all cells but an evaluation share.
     eval_share, test_share
-        Of all cells (with folds: of those outside the test set); 0 for none. The evaluation cells choose the best
-        epoch. With a group, sets of whole groups are taken that come nearest to it and leave every class to learn from.
+        Of all cells (with folds: of those outside the test set); 0 for none. A ``test_share`` of None is 0.1; with
+        folds there is none to choose. The evaluation cells choose the best epoch. With a group, sets of whole groups
+        are taken that come nearest to the share and leave every class to learn from.
     loss
         One of :data:`~geneformer_fast.finetuning.losses.LOSSES` with options, such as ``"focal:gamma=1.5"``; one for
         all tasks or one per task.
@@ -125,6 +127,7 @@ def finetune_cells(
         No such loss, sampler or option.
     """
     wanted = check_ready(search)
+    test_share = share_for_testing(test_share, folds, 0.1)
     recipe = recipe or CELLS
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)

@@ -22,12 +22,13 @@ from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_rea
 from geneformer_fast.finetuning.labels import read_gene_classes
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
 from geneformer_fast.finetuning.models import pretrained
+from geneformer_fast.finetuning.names import check_names
 from geneformer_fast.finetuning.objectives import GeneObjective
 from geneformer_fast.finetuning.outputs import Finetuned, out_folder
-from geneformer_fast.finetuning.predictions import ClassifyingRun, check_names, some_cells, task_columns
+from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
 from geneformer_fast.finetuning.recipes import GENES
 from geneformer_fast.finetuning.search import Search
-from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of
+from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.genes import map_genes
@@ -48,7 +49,7 @@ def finetune_genes(
     dictionary: str | os.PathLike[str] | Vocabulary | None = None,
     folds: int = 5,
     eval_share: float = 0.0,
-    test_share: float = 0.2,
+    test_share: float | None = None,
     loss: str = "cross-entropy",
     freeze_layers: int = 0,
     freeze_embeddings: bool = False,
@@ -81,8 +82,9 @@ def finetune_genes(
         0: one division of the genes into training, evaluation and test. 2 or more: cross-validation over genes, after
         which the final model learns from all of them but an evaluation share.
     eval_share, test_share
-        Of all genes (with folds: of those outside the test set). There are few genes as a rule, so that by default none
-        is spared for choosing the best epoch.
+        Of all genes (with folds: of those outside the test set); 0 for none. A ``test_share`` of None is 0.2; with
+        folds there is none to choose. There are few genes as a rule, so that by default none is spared for choosing
+        the best epoch.
     loss
         As in :func:`finetune_cells`; classes are counted in genes.
     freeze_layers, freeze_embeddings
@@ -110,6 +112,7 @@ def finetune_genes(
         As in :func:`finetune_cells`.
     """
     wanted = check_ready(search)
+    test_share = share_for_testing(test_share, folds, 0.2)
     recipe = recipe or GENES
     class_of = read_gene_classes(classes)
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:

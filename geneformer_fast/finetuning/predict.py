@@ -21,6 +21,7 @@ from geneformer_fast.extract.files import check_columns, hdf5_closing
 from geneformer_fast.extract.options import PREDICT, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, write_table
 from geneformer_fast.extract.run import find_vocabulary
+from geneformer_fast.finetuning import names as naming
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.models import read_card
 from geneformer_fast.finetuning.predictions import ClassifyingRun, probabilities_of, task_columns
@@ -88,14 +89,18 @@ def predict(
     AnnData, pandas.DataFrame, Path or None
         With ``out`` its path. Else for an AnnData None or the copy: per task ``obs["<task>_predicted"]``,
         ``obs["<task>_probability"]`` and ``obsm["<task>_probabilities"]`` [cells, K], with classes, model and versions
-        in ``uns["<task>_predicted"]``. For files and tokens, and for models of genes, a table with name, file and row
-        of every cell (or a row per gene). Cells without any known gene have no prediction.
+        in ``uns["<task>_predicted"]``; those of an earlier prediction are replaced, nothing else is. For files and
+        tokens, and for models of genes, a table with name, file and row of every cell (or a row per gene). Cells
+        without any known gene have no prediction.
 
     Raises
     ------
     CheckpointError
-        The model has no head of classes.
-    VocabularyError, InputError, OutputError, UnsupportedError
+        The model has no head of classes, or two classes of one name.
+    OutputError
+        A name of the predictions is taken by something that ``predict`` did not make; or as in
+        :func:`geneformer_fast.embed`.
+    VocabularyError, InputError, UnsupportedError
         As in :func:`geneformer_fast.embed`.
     """
     target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES)
@@ -104,6 +109,7 @@ def predict(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load(model, dtype=dtype, device=device)
     card = read_card(Path(model), encoder)
+    naming.check_card(card, Path(model))
     is_genes = card["kind"] == "genes"
     counts: dict[str, Any] = {
         "gene_column": gene_column,
@@ -115,8 +121,12 @@ def predict(
     request = Request(is_anndata(data), is_token_folder(data), suffix, is_genes)
     others = {"counts_layer": counts_layer, "obs": obs, "copy": copy, "overwrite": overwrite}
     check_options(PREDICT, request, {**counts, **others})
+    names = [_named(task, card, key_added) for task in card["tasks"]]
     if suffix == ".h5ad":
         check_h5ad(data, is_genes)
+        naming.check_h5ad(Path(data), names)  # type: ignore[arg-type]
+    elif request.is_in_place and not is_genes:
+        naming.check_anndata(data, names)
     asked = asked_columns(obs)
     reading = {**counts, "layer": counts_layer, "obs": asked}
     vocabulary = find_vocabulary(dictionary, model, encoder.config)

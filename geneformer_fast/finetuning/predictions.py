@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.errors import OutputError
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.files.writing import whole_file
@@ -21,9 +21,6 @@ from geneformer_fast.finetuning.objectives import GeneMeans
 from geneformer_fast.heads import CellClassifier, GeneClassifier
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
-
-#: Columns that say which cell or gene a row is of, and where it came from: nothing else is ever called so.
-RESERVED = ("cell", "row", "fold", "source_file", "source_row", "obs_names", "gene", "token", "n_cells")
 
 
 class ClassifyingRun(EncodingRun):
@@ -101,39 +98,6 @@ def source_columns(tokens: TokenFolder, cells: np.ndarray) -> dict[str, pa.Array
             taken = array.take(pa.array(cells, pa.int64()))
             columns[name] = taken.cast(pa.string()) if pa.types.is_dictionary(taken.type) else taken
     return columns
-
-
-def check_names(tasks: Mapping[str, Sequence[str]]) -> None:
-    """Refuse tasks and classes whose columns in a table of predictions would be another column's.
-
-    Parameters
-    ----------
-    tasks
-        Name to classes.
-
-    Raises
-    ------
-    InputError
-        Names the two, and what to do.
-    """
-    owners = dict.fromkeys(RESERVED, "says which row is which")
-    for task, classes in tasks.items():
-        for column, what in (
-            (task, f"the truth of {task!r}"),
-            (f"{task}_predicted", f"the prediction of {task!r}"),
-            (f"{task}_probability", f"the probability of that prediction of {task!r}"),
-            *((f"{task}: {label}", f"the probability of {label!r} in {task!r}") for label in classes),
-        ):
-            if column in owners:
-                raise InputError(
-                    f"the column {column!r} of the predictions would hold {what}, but it {_holds(owners[column])}; "
-                    "carry the label under another name (tokenize --obs NEW=OLD)"
-                )
-            owners[column] = what
-
-
-def _holds(what: str) -> str:
-    return what if what.startswith("says") else f"holds {what}"
 
 
 def task_columns(

@@ -131,6 +131,22 @@ def hold_out(
     return split
 
 
+def share_for_testing(asked: float | None, n_folds: int, otherwise: float) -> float:
+    """The share of a single test set, which there is without folds only.
+
+    Raises
+    ------
+    UnsupportedError
+        It is asked for beside folds.
+    """
+    if asked is not None and n_folds:
+        raise UnsupportedError(
+            f"with {n_folds} folds everything is tested once, so that there is no test_share (--test-share) to choose; "
+            "leave it out, or take 0 folds"
+        )
+    return otherwise if asked is None else asked
+
+
 def numbers_of(
     split: Split, codes: np.ndarray, names: Sequence[str], groups: np.ndarray | None = None, of: str = "cells"
 ) -> dict[str, dict[str, Any]]:

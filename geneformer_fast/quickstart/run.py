@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,9 @@ import numpy as np
 
 import geneformer_fast
 from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.schema import read_json
+from geneformer_fast.files.writing import write_json
 from geneformer_fast.quickstart import evaluate, picture, synthetic
 
 if TYPE_CHECKING:
@@ -84,14 +86,22 @@ def quickstart(
     Raises
     ------
     OutputError
-        The folder holds something that is not an earlier tour.
+        The folder holds something that is not an earlier tour, another process is writing into it, or there is no room.
     UnsupportedError
         matplotlib or scikit-learn is missing, or there are too few cells to hold donors out.
     """
     _check_ready(n_cells)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder with --out")
+    with folder_lock(out):
+        _prepare_folder(out)
+        return _tour(out, n_cells, max_seconds, seed, say)
+
+
+def _tour(out: Path, n_cells: int, max_seconds: float, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything, into a folder that is ready and locked."""
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
-    _prepare_folder(out)
     tour = Tour(out, say)
     adata = _make_cells(tour, n_cells, seed)
     vocabulary = _make_vocabulary(tour)
@@ -112,7 +122,7 @@ def quickstart(
             panels = picture.Panels(embeddings[shown], labels[shown], history.losses, losses, scores)
             picture.draw(panels, out / "quickstart.png")
     summary = _summary(tour, adata, tokens, model, history, losses, scores, is_held_out)
-    _write_summary(out, summary)
+    write_json(out / SUMMARY, summary, indent=2)
     _say_what_next(tour, summary)
     return summary
 
@@ -130,28 +140,19 @@ def _check_ready(n_cells: int) -> None:
 
 
 def _prepare_folder(out: Path) -> None:
-    """Make the folder, or clear an earlier tour out of it."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a folder with --out")
-    if out.is_dir() and any(out.iterdir()):
+    """Clear an earlier tour out of the folder. Hidden files are no content of it."""
+    if any(not path.name.startswith(".") for path in out.iterdir()):
         try:
-            made_by = json.loads((out / SUMMARY).read_text()).get("made_by")
-        except (OSError, ValueError, AttributeError):
+            made_by = read_json(out / SUMMARY, OutputError).get("made_by")
+        except OutputError:
             made_by = None
         if made_by != MADE_BY:
             raise OutputError(f"{out} holds files that quickstart did not make; name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_summary(out, {"made_by": MADE_BY, "is_finished": False})
+    write_json(out / SUMMARY, {"made_by": MADE_BY, "is_finished": False})
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
-
-
-def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    temporary = out / f".{SUMMARY}.partial"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(out / SUMMARY)
 
 
 def _make_cells(tour: Tour, n_cells: int, seed: int) -> anndata.AnnData:

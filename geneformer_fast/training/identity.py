@@ -24,6 +24,7 @@ CONTENT = {
     "eval_tokens_content": "tokens to evaluate on",
     "weights": "weights to begin with",
     "splits": "splits",
+    "data": "labels or splits",
     "search": "search",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import anndata
 import numpy as np
@@ -13,7 +14,9 @@ import toys
 from typed_cells import TYPES, typed_cells
 
 import geneformer_fast as gf
+from geneformer_fast.cli import main
 from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedError
+from geneformer_fast.finetuning.names import check_card
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,72 @@ def test_refusals(done, home, new_cells, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         gf.predict(home / "tokens", done.model, tmp_path / "there.parquet")
     assert (tmp_path / "there.parquet").read_text() == "mine"
+
+
+@pytest.mark.parametrize("column", ["kind_predicted", "kind_probability"])
+def test_columns_of_the_users_are_not_written_over(done, new_cells, tmp_path, column):
+    adata = new_cells.copy()
+    adata.obs[column] = "mine"
+    with pytest.raises(OutputError, match=rf"the AnnData: its obs holds '{column}' already.*key_added=, --key"):
+        gf.predict(adata, done.model, progress=False)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(OutputError, match=rf"cells\.h5ad: its obs holds '{column}' already"):
+        gf.predict(tmp_path / "cells.h5ad", done.model, tmp_path / "out.h5ad", progress=False)
+    assert not (tmp_path / "out.h5ad").exists()
+    gf.predict(adata, done.model, key_added="guess", progress=False)
+    assert (adata.obs[column] == "mine").all()
+    gf.predict(adata, done.model, key_added="guess", progress=False)  # our own are replaced
+
+
+def test_places_beside_obs_are_not_written_over_either(done, new_cells, tmp_path):
+    for place, name, value in (
+        ("obsm", "kind_probabilities", np.zeros((30, 2))),
+        ("uns", "kind_predicted", {"colors": "red"}),
+    ):
+        adata = new_cells.copy()
+        getattr(adata, place)[name] = value
+        with pytest.raises(OutputError, match=f"its {place} holds '{name}' already"):
+            gf.predict(adata, done.model, progress=False)
+    adata = new_cells.copy()
+    adata.obs.index.name = "kind_predicted"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(OutputError, match="holds 'kind_predicted' already"):
+        gf.predict(tmp_path / "cells.h5ad", done.model, tmp_path / "out.h5ad", progress=False)
+    new_cells.write_h5ad(tmp_path / "plain.h5ad")
+    with pytest.raises(OutputError, match="a name with a slash, 'a/b'"):
+        gf.predict(tmp_path / "plain.h5ad", done.model, tmp_path / "out.h5ad", key_added="a/b", progress=False)
+
+
+def test_tasks_that_would_be_written_under_one_name_are_refused(done, home, tmp_path):
+    with pytest.raises(CheckpointError, match="two of its tasks would be written as 'kind: x: y'"):
+        check_card(
+            {"tasks": [{"name": "kind", "classes": ["x: y", "z"]}, {"name": "kind: x", "classes": ["y"]}]}, tmp_path
+        )
+    assert check_card({"tasks": [{"name": "a", "classes": ["x"]}, {"name": "b", "classes": ["x"]}]}, tmp_path) is None
+    # Two classes of one name: nobody could tell them apart, wherever they are read from.
+    shutil.copytree(done.model, tmp_path / "model")
+    for name in ("finetuned.json", "SHA256SUMS"):
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"]["1"] = config["id2label"]["0"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="two of its class names are 'B'"):
+        gf.predict(home / "tokens", tmp_path / "model", progress=False)
+
+
+def test_several_inputs_on_the_command_line(done, home, tmp_path, capsys):
+    for name, seed in (("a", 1), ("b", 2)):
+        cells = typed_cells(12, seed=seed)
+        cells.obs_names = [f"{name}{number}" for number in range(12)]
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    words = ["predict", str(tmp_path / "a.h5ad"), str(tmp_path / "b.h5ad"), "--model", str(done.model)]
+    assert main([*words, "--out", str(tmp_path / "out.parquet")]) == 0
+    table = pq.read_table(tmp_path / "out.parquet").to_pandas()
+    assert len(table) == 24
+    assert table["source_file"].nunique() == 2
+    assert main([*words, "--out", str(tmp_path / "out.h5ad")]) == 2
+    tokens = str(home / "tokens")
+    assert main(["predict", tokens, tokens, "--model", str(done.model), "--out", str(tmp_path / "two.parquet")]) == 2
+    said = capsys.readouterr().err
+    assert "one folder of tokens" in said
+    assert "Traceback" not in said

@@ -22,7 +22,7 @@ from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.finetuning import engine
-from geneformer_fast.finetuning.predictions import RESERVED, check_names
+from geneformer_fast.finetuning.names import RESERVED, check_names
 from geneformer_fast.finetuning.search import Search, Space, search
 
 ONE_EPOCH = dataclasses.replace(SHORT, epochs=1)
@@ -280,6 +280,14 @@ def test_an_infinite_label_is_named(oddly_named, home, tmp_path):
 def test_shares_that_are_none_are_refused(home, tmp_path, name, share):
     with pytest.raises(UnsupportedError, match=f"{name} must be from 0"):
         gf.finetune_cells(home / "tokens", home / "model", "kind", tmp_path / "out", recipe=ONE_EPOCH, **{name: share})
+
+
+def test_a_test_share_beside_folds_is_not_ignored(home, tmp_path, capsys):
+    with pytest.raises(UnsupportedError, match=r"with 2 folds everything is tested once.*--test-share"):
+        gf.finetune_cells(home / "tokens", home / "model", "kind", tmp_path / "out", folds=2, test_share=0.1)
+    words = ["finetune", "cells", str(home / "tokens"), "--model", str(home / "model"), "--label", "kind"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--folds", "2", "--test-share", "0.1"]) == 2
+    assert "everything is tested once" in capsys.readouterr().err
 
 
 def test_no_test_share_is_said_where_scores_would_be(home, tmp_path):

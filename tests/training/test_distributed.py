@@ -81,3 +81,9 @@ def test_ranks_share_the_tokens(runs: Path) -> None:
 def test_fewer_cells_than_processes_are_refused_by_all(runs: Path) -> None:
     for rank in (0, 1):
         assert "1 cells cannot be shared among 2 processes" in (runs / f"few.{rank}").read_text()
+
+
+def test_a_folder_that_somebody_writes_is_refused_by_all(runs: Path) -> None:
+    assert "being written by another process" in (runs / "taken.0").read_text()
+    assert "cannot be written, as the first process says" in (runs / "taken.1").read_text()
+    assert not list((runs / "taken").iterdir())

@@ -6,6 +6,7 @@ and ``from-one``, a run of one process that ended after its first epoch.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 
 from geneformer_fast import open_tokens, pretrain
-from geneformer_fast.errors import InputError
+from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.training.distributed import Ranks, process_group
 
 #: Of every run. Pieces are small, so that ranks have several, and not equally many.
@@ -40,6 +42,14 @@ def main(tokens: str, out: Path) -> None:
             pretrain(tokens, out / "few", config=post, eval_column=("score", all_but_one), **RUN)
         except InputError as error:
             (out / f"few.{ranks.rank}").write_text(str(error))
+        # Somebody else trains into the folder: the first process finds out for all.
+        with folder_lock(out / "taken") if ranks.is_first else contextlib.nullcontext():
+            ranks.barrier()
+            try:
+                pretrain(tokens, out / "taken", config=post, **HELD_OUT, **RUN)
+            except OutputError as error:
+                (out / f"taken.{ranks.rank}").write_text(str(error))
+            ranks.barrier()
 
 
 def forget_last(run: Path) -> None:

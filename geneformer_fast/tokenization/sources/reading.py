@@ -21,7 +21,6 @@ _FOREIGN = (
     RuntimeError,
     OverflowError,
     MemoryError,
-    SystemError,
     NotImplementedError,
     zlib.error,
     struct.error,
