@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
@@ -113,6 +114,26 @@ def test_errors_are_one_line_and_leave_nothing(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_model_and_damaged_tokens(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(workplace, tmp_path / "broken")
+    for path in (broken / "model" / "model.safetensors", next((broken / "tokens").glob("data-*.arrow"))):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert run(broken, "cells.h5ad", tmp_path / "a.npy") == 2
+    assert "model.safetensors is damaged" in capsys.readouterr().err
+    shutil.copytree(workplace / "model", broken / "model", dirs_exist_ok=True)
+    assert run(broken, "tokens", tmp_path / "a.npy") == 2
+    error = capsys.readouterr().err
+    assert ".arrow is damaged" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*.npy"))
+    assert run(broken, "tokens", tmp_path / "a.npy", "--no-verify") == 0
+    assert np.load(tmp_path / "a.npy").shape[0] == 29
 
 
 def test_a_model_that_is_not_there(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ class BertSettings:
     position_embedding_type: str | None = None
     hidden_act: str = "gelu"
     layer_norm_eps: schema.number(*BOUNDS["eps"], above=0) = 1e-12  # type: ignore[valid-type]
-    type_vocab_size: schema.whole(*BOUNDS["n_token_types"]) = 2  # type: ignore[valid-type]
+    type_vocab_size: schema.whole(1, BOUNDS["n_token_types"][1]) = 2  # type: ignore[valid-type]
     hidden_dropout_prob: schema.number(*BOUNDS["dropout"]) = 0.1  # type: ignore[valid-type]
     attention_probs_dropout_prob: schema.number(*BOUNDS["attention_dropout"]) = 0.1  # type: ignore[valid-type]
     pad_token_id: schema.whole(0, 2**31) | None = None  # type: ignore[valid-type]
@@ -185,7 +185,9 @@ def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderCon
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"{where}: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     own = settings.get(OWN_KEY) or {}
-    vocab_size = settings["vocab_size"]
+    vocab_size, pad_id = settings["vocab_size"], settings.get("pad_token_id") or 0
+    if pad_id >= vocab_size:
+        raise CheckpointError(f"{where}: pad_token_id is {pad_id}; input should be below vocab_size, {vocab_size}")
     try:
         return EncoderConfig(
             n_layers=settings["num_hidden_layers"],
@@ -200,7 +202,7 @@ def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderCon
             n_token_types=settings.get("type_vocab_size", 2),
             dropout=float(settings.get("hidden_dropout_prob", 0.1)),
             attention_dropout=float(settings.get("attention_probs_dropout_prob", 0.1)),
-            pad_id=settings.get("pad_token_id") or 0,
+            pad_id=pad_id,
             init_std=float(settings.get("initializer_range", 0.02)),
             tied_decoder=settings.get("tie_word_embeddings", True),
             vocabulary=own.get("vocabulary", VOCABULARIES.get(vocab_size)),

@@ -8,6 +8,7 @@ heavy inside ``run``, so that help and argument errors appear at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 
 from geneformer_fast import __version__
 from geneformer_fast.errors import GeneformerFastError
+from geneformer_fast.files.checksums import unverified
 
 #: Command name -> the module that implements it, in the order help lists them.
 COMMANDS = {
@@ -29,6 +31,9 @@ COMMANDS = {
     "doctor": "geneformer_fast.cli.doctor",
     "quickstart": "geneformer_fast.cli.quickstart",
 }
+
+# Commands that read what carries checksums: tokens, models, vocabularies.
+_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict")
 
 EXIT_ERROR = 2
 EXIT_BROKEN_PIPE = 141
@@ -54,6 +59,10 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
         module = import_module(COMMANDS[name])
         command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
+        if name in _CHECKING:
+            command.add_argument(
+                "--no-verify", action="store_true", help="read tokens, models and vocabularies without their checksums"
+            )
         command.set_defaults(run=module.run, interrupted=getattr(module, "interrupted", None))
     return parser
 
@@ -87,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_needed(arguments)).parse_args(arguments)
+    is_checked = not getattr(args, "no_verify", False)
     as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _in_one_line
     try:
-        return int(args.run(args))
+        with contextlib.nullcontext() if is_checked else unverified():
+            return int(args.run(args))
     except GeneformerFastError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR

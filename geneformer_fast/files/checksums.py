@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,20 @@ _BLOCK = 1 << 20
 def is_verifying(verify: bool | None = None) -> bool:
     """Whether checksums are compared: as asked, or where nobody asks as the environment says (:data:`VERIFY`)."""
     return os.environ.get(VERIFY, "1").lower() not in ("0", "no", "false", "off") if verify is None else bool(verify)
+
+
+@contextlib.contextmanager
+def unverified() -> Iterator[None]:
+    """Nothing is compared with its checksums meanwhile, in this process and those that it starts."""
+    before = os.environ.get(VERIFY)
+    os.environ[VERIFY] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VERIFY, None)
+        else:
+            os.environ[VERIFY] = before
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -220,8 +220,8 @@ class TokenFolder:
         self._locate_cells()
         if self.manifest is not None and self.manifest.get("n_cells") != self.n_cells:
             raise OutputError(
-                f"{self.path}: {manifest.MANIFEST} says {self.manifest.get('n_cells')} cells, the shards hold "
-                f"{self.n_cells}; the folder was changed after it was written"
+                f"{self.path}: {manifest.MANIFEST} says {self.manifest.get('n_cells')} cells (n_cells), the shards "
+                f"hold {self.n_cells}; the folder was changed after it was written"
             )
 
     def _token_dtype(self) -> np.dtype:

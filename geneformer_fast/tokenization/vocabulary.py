@@ -228,18 +228,22 @@ class Vocabulary:
         from geneformer_fast.tokenization.dictionaries import checked_numbers, checked_strings
 
         try:
-            return cls(
-                name=_text(content["name"], f"{where}: name"),
-                family=_text(content["family"], f"{where}: family"),
-                token_ids=checked_numbers(content["token_ids"], int, f"{where}: token_ids"),
-                medians=checked_numbers(content["medians"], float, f"{where}: medians"),
-                aliases=checked_strings(content["aliases"], f"{where}: aliases"),
-                symbols=checked_strings(content["symbols"], f"{where}: symbols"),
-                special=checked_numbers(content["special"], int, f"{where}: special"),
-                max_len=content["max_len"],
-            )
+            fields = {
+                "name": _text(content["name"], f"{where}: name"),
+                "family": _text(content["family"], f"{where}: family"),
+                "token_ids": checked_numbers(content["token_ids"], int, f"{where}: token_ids"),
+                "medians": checked_numbers(content["medians"], float, f"{where}: medians"),
+                "aliases": checked_strings(content["aliases"], f"{where}: aliases"),
+                "symbols": checked_strings(content["symbols"], f"{where}: symbols"),
+                "special": checked_numbers(content["special"], int, f"{where}: special"),
+                "max_len": content["max_len"],
+            }
         except KeyError as error:
             raise VocabularyError(f"{where}: the field {error.args[0]!r} is missing; the file is incomplete") from None
+        try:
+            return cls(**fields)
+        except VocabularyError as error:
+            raise VocabularyError(f"{where}: {error}") from None
 
     @classmethod
     def from_folder(cls, folder: str | Path, preset: str | None = None) -> Vocabulary:

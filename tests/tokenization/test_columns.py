@@ -52,7 +52,7 @@ def stored(adata, tmp_path, kind):
         if kind == "h5ad":
             adata.write_h5ad(tmp_path / "cells.h5ad")
         else:
-            pytest.importorskip("zarr", minversion="3.1")
+            pytest.importorskip("zarr", minversion="3.1.3")
             with anndata.settings.override(zarr_write_format=int(kind[-1])):
                 adata.write_zarr(tmp_path / "cells.zarr")
     return tmp_path / ("cells.h5ad" if kind == "h5ad" else "cells.zarr")

@@ -53,7 +53,7 @@ def expected(*, is_dense):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_antibodies_are_not_added_to_their_genes_in_any_format(kind, tmp_path):
     if kind == "zarr":
-        pytest.importorskip("zarr", minversion="3")
+        pytest.importorskip("zarr", minversion="3.1.3")
     data = written(kind, cells(), tmp_path)
     before = data.X.copy() if kind.startswith("memory") else None
     got, described = tokens_of(data, tmp_path)

@@ -514,7 +514,7 @@ def test_malformed_10x_h5(shared_dir, tmp_path):
 
 
 def test_malformed_zarr(tmp_path):
-    pytest.importorskip("zarr", minversion="3")
+    pytest.importorskip("zarr", minversion="3.1.3")
     path = tmp_path / "cells.zarr"
     with anndata.settings.override(zarr_write_format=2):
         small_adata().write_zarr(path)

@@ -17,7 +17,7 @@ VOCABULARY = small_vocabulary()
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_store_whose_chunks_changed_is_another_input(tmp_path, version):
-    zarr = pytest.importorskip("zarr", minversion="3")
+    zarr = pytest.importorskip("zarr", minversion="3.1.3")
     path, out = tmp_path / "cells.zarr", tmp_path / "out"
     adata = make_cells(300, 1)
     with anndata.settings.override(zarr_write_format=version):

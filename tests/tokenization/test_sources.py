@@ -144,7 +144,7 @@ def test_backed_anndata(tmp_path, layout):
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
 def test_zarr(tmp_path, monkeypatch, layout, zarr_format):
-    pytest.importorskip("zarr", minversion="3")
+    pytest.importorskip("zarr", minversion="3.1.3")
     path = tmp_path / "cells.zarr"
     with anndata.settings.override(zarr_write_format=zarr_format):
         make(LAYOUTS[layout]()).write_zarr(path)

@@ -24,7 +24,7 @@ import scipy.sparse as sp
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources import open_source
 
-zarr = pytest.importorskip("zarr", minversion="3.1")
+zarr = pytest.importorskip("zarr", minversion="3.1.3")
 numcodecs = pytest.importorskip("numcodecs")
 
 pytestmark = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from ground import SHORT, Ground
+from safetensors.torch import load_file, save_file
 
 from geneformer_fast import load, pretrain
 from geneformer_fast.errors import CheckpointError
@@ -158,6 +160,62 @@ def test_a_flipped_bit_is_seen(ground: Ground, tmp_path: Path, file: str, monkey
         load_checkpoint(path, model, optimizer, Ranks())
     monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
     load_checkpoint(path, model, optimizer, Ranks())
+
+
+WRONG_STATES = {
+    "missing": lambda name, state: None,
+    "short": lambda name, state: state[:-1],
+    "deep": lambda name, state: state[None],
+    "other kind": lambda name, state: state.to(torch.float32),
+    "negative": lambda name, state: None if state.dtype == torch.uint8 else -state.abs() - 1,
+    "large": lambda name, state: None if state.dtype == torch.uint8 else state + 2.0**33,
+    "infinite": lambda name, state: torch.full_like(state, math.inf) if state.is_floating_point() else None,
+    "position": lambda name, state: state + torch.tensor([0] * 624 + [625]) if name == "python" else None,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_random_states_that_are_none_are_refused_before_any_is_set(
+    ground: Ground, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ground.model()
+    optimizer = make_optimizer(model, SHORT)
+    path = save_checkpoint(tmp_path, 12, model, optimizer, {}, Ranks(), keep=1)
+    monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
+    states = load_file(path / "random.safetensors")
+    for name, state in states.items():
+        kind = name.removesuffix(".0")
+        changed = WRONG_STATES[wrong](kind, state)
+        if changed is None and wrong != "missing":
+            continue
+        rest = {other: tensor for other, tensor in states.items() if other != name}
+        save_file(rest if changed is None else {**rest, name: changed.to(changed.dtype)}, path / "random.safetensors")
+        before = random.getstate(), torch.get_rng_state()
+        may_be = wrong in ("negative", "large") and kind.endswith("gauss")  # any finite number is one
+        if may_be:
+            load_checkpoint(path, model, optimizer, Ranks())
+            continue
+        with pytest.raises(CheckpointError, match=rf"random\.safetensors: the random state {name} is .*remove this"):
+            load_checkpoint(path, model, optimizer, Ranks())
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("wrong", ["kind", "missing", "shape", "dtype"])
+def test_moments_that_are_none_are_refused(
+    ground: Ground, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground.fit(model := ground.model(), SHORT, out=tmp_path / "run")
+    *_, path = checkpoints_in(tmp_path / "run" / "checkpoints")
+    monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
+    moments = load_file(path / "optimizer.safetensors")
+    name = "blocks.0.qkv.weight.exp_avg"
+    moment = moments.pop(name)
+    change = {"kind": {f"{name}_of_another": moment}, "missing": {}, "shape": {name: moment[:-1].clone()}}
+    change["dtype"] = {name: moment.long()}
+    save_file({**moments, **change[wrong]}, path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: blocks\.0\.qkv\.weight\.exp_avg.* AdamW keeps"):
+        load_checkpoint(path, model, make_optimizer(model, SHORT), Ranks())
 
 
 def test_a_flipped_bit_in_the_best_weights_is_seen(ground: Ground, tmp_path: Path) -> None:

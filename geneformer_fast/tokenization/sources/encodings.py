@@ -135,8 +135,11 @@ def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:
 def _index_key(group: Any) -> str | None:
     """The column with the row names."""
     key = group.attrs.get("_index")
-    key = None if key is None else _plain(key)
-    return key if key and key in group else next((other for other in ("_index", "index") if other in group), None)
+    if key is None:
+        return next((other for other in ("_index", "index") if other in group), None)
+    if _plain(key) not in group:
+        raise ValueError(f"the row names should be in {_plain(key)!r}, which is not there")
+    return _plain(key)
 
 
 def table_length(group: Any) -> int:

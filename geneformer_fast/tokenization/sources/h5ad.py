@@ -8,7 +8,7 @@ from typing import Any
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table, table_length
-from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
+from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes, linked_files
 from geneformer_fast.tokenization.sources.raw_table import raw_table
 from geneformer_fast.tokenization.sources.reading import reading
 from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts, modalities_message
@@ -20,7 +20,8 @@ def open_h5ad(
     file: Any, path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool
 ) -> CountSource:
     """Open an h5ad from an h5py file; the source closes it."""
-    own = OwnBytes(file)
+    with reading(name, "file"):
+        own, paths = OwnBytes(file), [path, *linked_files(file)]
 
     def close() -> None:
         file.close()
@@ -35,7 +36,7 @@ def open_h5ad(
             layer=layer,
             gene_column=gene_column,
             allow_float=allow_float,
-            paths=[path],
+            paths=paths,
             close=close,
         )
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ class OwnBytes:
         if dataset.is_virtual or dataset.external:
             return False
         return bool(dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)))
+
+
+def linked_files(file: Any) -> list[Path]:
+    """The other files that external links of an HDF5 file lead to, as far as they are there."""
+    import h5py
+
+    folder = Path(file.filename).parent
+    found: set[Path] = set()
+
+    def note(_name: str, link: Any) -> None:
+        if isinstance(link, h5py.ExternalLink):
+            found.update(path for path in (folder / link.filename, Path(link.filename)) if path.is_file())
+
+    # damage is met where something is read; h5py raises a SystemError here where HDF5 says what is wrong
+    with suppress(OSError, RuntimeError, KeyError, ValueError, SystemError):
+        file.visititems_links(note)
+    return sorted(found)
 
 
 def check_filters(dataset: Any) -> None:

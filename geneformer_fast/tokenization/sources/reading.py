@@ -21,6 +21,7 @@ _FOREIGN = (
     RuntimeError,
     OverflowError,
     MemoryError,
+    SystemError,
     NotImplementedError,
     zlib.error,
     struct.error,

@@ -134,12 +134,12 @@ def text_array(values: np.ndarray) -> pa.Array:
 
 
 def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
-    """Values of a categorical column; a negative code is a missing value.
+    """Values of a categorical column; the code -1 is a missing value.
 
     Raises
     ------
     ValueError
-        A code beyond the categories.
+        A code that is no category's.
     """
     import pyarrow as pa
 
@@ -150,6 +150,8 @@ def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> n
         raise ValueError(f"category codes have type {codes.dtype}, expected integers")
     if codes.size and int(codes.max()) >= len(categories):
         raise ValueError(f"category code {int(codes.max())}, but there are only {len(categories)} categories")
+    if codes.size and int(codes.min()) < -1:
+        raise ValueError(f"category code {int(codes.min())}; a missing value is -1")
     missing = codes < 0
     if isinstance(categories, np.ndarray) and not missing.any():
         return categories[codes]

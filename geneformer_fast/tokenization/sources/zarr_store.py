@@ -19,9 +19,11 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
         raise UnsupportedError(
             f"{name}: reading .zarr needs the zarr package: pip install 'geneformer-fast[zarr]', or save as .h5ad"
         ) from None
-    if tuple(map(int, zarr.__version__.split(".")[:2])) < _LEAST_ZARR:
+    from packaging.version import Version
+
+    if Version(zarr.__version__) < Version(_LEAST_ZARR):
         raise UnsupportedError(
-            f"{name}: reading .zarr needs zarr 3.1 or later, here is {zarr.__version__}: pip install -U "
+            f"{name}: reading .zarr needs zarr {_LEAST_ZARR} or later, here is {zarr.__version__}: pip install -U "
             "'geneformer-fast[zarr]', or save as .h5ad"
         )
     with reading(name, "store"):
@@ -43,7 +45,7 @@ def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | No
     )
 
 
-# Earlier versions run whatever codec a store names.
-_LEAST_ZARR = (3, 1)
+# Earlier versions read shards that do not divide an array as zeros, without a word.
+_LEAST_ZARR = "3.1.3"
 # These are read to tell whether a store changed; of its chunks, which may be a hundred thousand files, size and time.
 _METADATA = frozenset({".zgroup", ".zattrs", ".zarray", ".zmetadata", "zarr.json"})
