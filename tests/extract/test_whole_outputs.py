@@ -1,0 +1,251 @@
+"""A result is there whole, with what belongs to it, from one run; or it is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import toys
+
+import geneformer_fast
+from geneformer_fast import embed, save, tokenize
+from geneformer_fast.errors import OutputError
+from geneformer_fast.extract import encoding
+from geneformer_fast.extract.outputs import read_cells
+from geneformer_fast.files import writing
+from geneformer_fast.files.locks import file_lock
+
+ROOT = Path(geneformer_fast.__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two files of cells of other names, their tokens and a model."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = toys.vocabulary()
+    save(toys.encoder(words, width=64), folder / "model")
+    words.save(folder / "model")
+    for name, seed in (("a", 1), ("b", 2)):
+        toys.cells(400, seed=seed, prefix=name).write_h5ad(folder / f"{name}.h5ad")
+        tokenize(folder / f"{name}.h5ad", folder / name, vocabulary=words, progress=False)
+    return folder
+
+
+def of_one_run(out: Path) -> str | None:
+    """Whose cells an .npy holds ("a" or "b"), after a look at all that lies beside it; None where it is not there."""
+    beside = [out.with_name(f"{out.name}.json"), out.with_name(f"{out.stem}.cells.parquet")]
+    if not out.exists():
+        assert not any(path.exists() for path in beside)
+        return None
+    values = np.load(out)
+    assert np.isfinite(values).all(), "no row is missing"
+    digest = sha256(out.read_bytes()).hexdigest()
+    if beside[0].exists():
+        assert json.loads(beside[0].read_text())["sha256"] == digest
+        assert beside[1].exists(), "the JSON comes last"
+    if beside[1].exists():
+        table = pq.read_table(beside[1])
+        assert table.schema.metadata[b"sha256"].decode() == digest
+        assert table.num_rows == len(values)
+        return table.column("obs_names")[0].as_py()[0]
+    return "?"
+
+
+def test_the_table_beside_an_array_has_its_rows(home: Path, tmp_path: Path) -> None:
+    embed(home / "a", home / "model", tmp_path / "z.npy")
+    assert of_one_run(tmp_path / "z.npy") == "a"
+    table = pq.read_table(tmp_path / "z.cells.parquet")
+    assert table.column("obs_names").to_pylist() == [f"a{i}" for i in range(400)]
+    assert table.schema.metadata[b"pool"] == b"cls"
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_killed_between_renames(last: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the moment, no array lies beside the table or JSON of another one."""
+    out = tmp_path / "z.npy"
+    embed(home / "a", home / "model", out)
+    renamed = []
+    rename = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source: Path, target: Path) -> None:
+        if len(renamed) == last:
+            raise Killed
+        renamed.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(writing.os, "replace", replace)
+    if last < 3:
+        with pytest.raises(Killed):
+            embed(home / "b", home / "model", out, overwrite=True)
+    else:
+        embed(home / "b", home / "model", out, overwrite=True)
+    assert renamed == ["z.npy", "z.cells.parquet", "z.npy.json"][:last]
+    assert of_one_run(out) == ["?", "?", "b", "b"][last]
+    assert np.load(out).shape == (400, 64)
+    assert not toys.leftovers(tmp_path)
+
+
+def test_companions_of_another_array_are_noticed(home: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        embed(home / name, home / "model", tmp_path / f"{name}.npy")
+    rows = np.arange(400)
+    assert read_cells(tmp_path / "a.npy", rows, "X").shape == (400, 64)
+    (tmp_path / "a.cells.parquet").replace(tmp_path / "b.cells.parquet")
+    with pytest.raises(OutputError, match=r"b\.cells\.parquet was not written with .*b\.npy"):
+        read_cells(tmp_path / "b.npy", rows, "X")
+    (tmp_path / "a.npy.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"a\.npy\.json was not written with"):
+        read_cells(tmp_path / "a.npy", rows, "X")
+
+
+def test_a_table_that_is_somebodys_own_is_not_replaced(home: Path, tmp_path: Path) -> None:
+    table = tmp_path / "z.cells.parquet"
+    table.write_text("mine")
+    with pytest.raises(OutputError, match=r"z\.cells\.parquet exists already"):
+        embed(home / "a", home / "model", tmp_path / "z.npy")
+    assert table.read_text() == "mine"
+    table.unlink()
+    embed(home / "a", home / "model", tmp_path / "z.npy")
+    (tmp_path / "z.npy").unlink()
+    embed(home / "b", home / "model", tmp_path / "z.npy")  # what was left of a removed array is in nobody's way
+    assert of_one_run(tmp_path / "z.npy") == "b"
+
+
+def test_another_table_does_not_stay_beside_a_new_array(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "z.npy"
+    embed(home / "a", home / "model", out)
+    embed(home / "a", home / "model", out, pool="gene", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["z.genes.parquet", "z.npy", "z.npy.json"]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "arrow", "parquet", "csv"])
+def test_folders_are_made_where_something_comes_of_it(suffix: str, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / f"z.{suffix}"
+    (home / "broken").mkdir(exist_ok=True)
+    (home / "broken" / "state.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"broken/state\.json"):
+        embed(home / "broken", home / "model", out)
+    assert not list(tmp_path.iterdir())
+    embed(home / "a", home / "model", out)
+    assert out.exists()
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        embed(home / "a", home / "model", tmp_path / "folder.npy", overwrite=True)
+
+
+def test_one_process_at_a_time(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "z.npy"
+    with file_lock(out), pytest.raises(OutputError, match=r"z\.npy is being written by another process"):
+        embed(home / "a", home / "model", out)
+    with file_lock(tmp_path / "p.png"), pytest.raises(OutputError, match=r"p\.png is being written by another process"):
+        embed(home / "a", home / "model", out, plot=tmp_path / "p.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look at the output and the lock."""
+    from geneformer_fast.extract import run
+
+    load = run.load
+
+    def slow_load(*arguments: object, **options: object) -> object:
+        (tmp_path / "z.npy").write_text("theirs")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(run, "load", slow_load)
+    monkeypatch.setattr(encoding.EncodingRun, "stream", lambda *a: pytest.fail("refused only after work was done"))
+    with pytest.raises(OutputError, match="exists already"):
+        embed(home / "a", home / "model", tmp_path / "z.npy")
+    assert (tmp_path / "z.npy").read_text() == "theirs"
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from geneformer_fast import embed
+from geneformer_fast.errors import OutputError
+home, out = Path(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
+for suffix in ("npy", "arrow", "parquet", "csv", "h5ad"):
+    try:
+        embed(home / ("a.h5ad" if suffix == "h5ad" else "a"), home / "model", out / f"z.{suffix}", progress=False)
+    except OutputError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(home), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.strip().split("\n")
+    assert len(said) == 5, done.stdout
+    for suffix, line in zip(("npy", "arrow", "parquet", "csv", "h5ad"), said, strict=True):
+        assert line.startswith(f"{tmp_path / f'z.{suffix}'} cannot be written: it is larger than the file system"), line
+    assert not list(tmp_path.iterdir())
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "geneformer_fast", *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_at_once_and_killed_at_any_moment(home: Path, tmp_path: Path) -> None:
+    """Two commands into one output, one of them killed: what is there is whole and of one of them."""
+    rng = random.Random(0)
+    out, refused, whole = tmp_path / "z.npy", 0, 0
+    options = ("--model", home / "model", "--out", out, "--overwrite", "--token-budget", 64)
+    for _ in range(6):
+        runs = [start("embed", home / name, *options) for name in "ab"]
+        time.sleep(rng.uniform(1.0, 7.0))
+        runs[rng.randrange(2)].send_signal(signal.SIGKILL)
+        for run in runs:
+            _, said = run.communicate()
+            assert run.returncode in (0, 2, -signal.SIGKILL)
+            if run.returncode == 2:
+                assert "is being written by another process" in said
+                refused += 1
+        whole += of_one_run(out) in ("a", "b")
+    assert refused
+    assert whole
+    last = start("embed", home / "a", *options)
+    assert last.wait() == 0
+    assert of_one_run(out) == "a"
+    assert not toys.leftovers(tmp_path), "the next run removes what killed ones left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "arrow", "h5ad"])
+def test_killed_at_any_moment(suffix: str, home: Path, tmp_path: Path) -> None:
+    rng = random.Random(suffix)
+    for number in range(3):
+        out = tmp_path / f"{number}.{suffix}"
+        data = home / ("a.h5ad" if suffix == "h5ad" else "a")
+        run = start("embed", data, "--model", home / "model", "--out", out, "--token-budget", 64)
+        time.sleep(rng.uniform(2.0, 7.0))
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        if out.exists():
+            values = read_cells(out, np.arange(400), "X_geneformer")
+            assert values.shape == (400, 64)
+            assert np.isfinite(values).all()
+            assert suffix != "h5ad" or anndata.read_h5ad(out).n_obs == 400
