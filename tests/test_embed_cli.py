@@ -8,7 +8,9 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import toys
 from test_plot import n_colors, pixels
@@ -148,6 +150,31 @@ def test_ctrl_c(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Encoder, "forward", forward)
-    assert run(workplace, "cells.h5ad", tmp_path / "out.npy") == 130
-    assert "interrupted" in capsys.readouterr().err
+    out = tmp_path / "out.npy"
+    assert run(workplace, "cells.h5ad", out) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted: {out} is not written, and nothing half-written is left; run the same command again" in said
     assert not list(tmp_path.iterdir())
+    out.write_text("precious")
+    assert run(workplace, "cells.h5ad", out, "--overwrite") == 130
+    assert f"interrupted: {out} is as it was before" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+    monkeypatch.undo()
+    monkeypatch.setattr("geneformer_fast.extract.run.plot_umap", forward)
+    assert run(workplace, "cells.h5ad", out, "--overwrite", "--plot", str(tmp_path / "p.png")) == 130
+    assert f"interrupted: {out} is complete; {tmp_path / 'p.png'} is not written" in capsys.readouterr().err
+    assert np.load(out).shape == (30, 32)
+
+
+def test_columns_and_names_of_cells_from_the_command_line(workplace: Path, tmp_path: Path) -> None:
+    arguments = ["--obs", "barcode=index", "--obs", "cell_type=kind"]
+    assert run(workplace, "cells.h5ad", tmp_path / "z.npy", *arguments) == 0
+    table = pq.read_table(tmp_path / "z.cells.parquet")
+    adata = anndata.read_h5ad(workplace / "cells.h5ad")
+    assert table.column("barcode").to_pylist() == table.column("obs_names").to_pylist() == adata.obs_names.tolist()
+    assert table.column("cell_type").to_pylist() == adata.obs["kind"].tolist()
+    assert np.load(tmp_path / "z.npy").shape[0] == table.num_rows == 30
+    assert run(workplace, "tokens", tmp_path / "t.csv", "--obs", "cell=obs_names") == 0
+    frame = pd.read_csv(tmp_path / "t.csv")
+    assert frame["cell"].tolist() == adata.obs_names.delete(3).tolist()
+    assert list(frame)[:3] == ["cell", "kind", "score"]

@@ -14,7 +14,12 @@ HELP = "embed cells or genes with an encoder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("input", help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom) or a folder of tokens")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="counts (.h5ad, .zarr, 10x .h5 or folder, .loom), several of them, or a folder of tokens",
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder (config.json and weights)")
     parser.add_argument(
         "--out",
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     args.before = state_of(args.out)
     begin = perf_counter()
     path = embed(
-        args.input,
+        args.inputs[0] if len(args.inputs) == 1 else args.inputs,
         args.model,
         args.out,
         pool=args.pool,

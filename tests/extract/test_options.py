@@ -302,7 +302,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     # On the command line there is no AnnData to copy, and the terminal decides about progress.
     assert set(seen) == set(OPTIONS) - {"copy", "progress"}
     parsed = build_parser(["embed"]).parse_args(["embed", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "interrupted", "input", "model", "out", "no_verify"}
+    others = {"command", "run", "interrupted", "inputs", "model", "out", "no_verify"}
     assert set(vars(parsed)) - others == {"key" if name == "key_added" else name for name in seen}
 
 

@@ -203,20 +203,29 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(home: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def many(home: Path) -> Path:
+    """Cells enough to embed for some seconds, so that a signal finds the command at it."""
+    for name, seed in (("a", 1), ("b", 2)):
+        toys.cells(6000, seed=seed, prefix=name).write_h5ad(home / f"many_{name}.h5ad")
+        tokenize(home / f"many_{name}.h5ad", home / f"many_{name}", vocabulary=toys.vocabulary(), progress=False)
+    return home
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "geneformer_fast", *map(str, arguments)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_two_at_once_and_killed_at_any_moment(home: Path, tmp_path: Path) -> None:
+def test_two_at_once_and_killed_at_any_moment(many: Path, tmp_path: Path) -> None:
     """Two commands into one output, one of them killed: what is there is whole and of one of them."""
     rng = random.Random(0)
     out, refused, whole = tmp_path / "z.npy", 0, 0
-    options = ("--model", home / "model", "--out", out, "--overwrite", "--token-budget", 64)
+    options = ("--model", many / "model", "--out", out, "--overwrite", "--token-budget", 8)
     for _ in range(6):
-        runs = [start("embed", home / name, *options) for name in "ab"]
-        time.sleep(rng.uniform(1.0, 7.0))
+        runs = [start("embed", many / f"many_{name}", *options) for name in "ab"]
+        time.sleep(rng.uniform(4.0, 16.0))
         runs[rng.randrange(2)].send_signal(signal.SIGKILL)
         for run in runs:
             _, said = run.communicate()
@@ -227,7 +236,7 @@ def test_two_at_once_and_killed_at_any_moment(home: Path, tmp_path: Path) -> Non
         whole += of_one_run(out) in ("a", "b")
     assert refused
     assert whole
-    last = start("embed", home / "a", *options)
+    last = start("embed", many / "many_a", *options)
     assert last.wait() == 0
     assert of_one_run(out) == "a"
     assert not toys.leftovers(tmp_path), "the next run removes what killed ones left"
@@ -235,17 +244,17 @@ def test_two_at_once_and_killed_at_any_moment(home: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "arrow", "h5ad"])
-def test_killed_at_any_moment(suffix: str, home: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment(suffix: str, many: Path, tmp_path: Path) -> None:
     rng = random.Random(suffix)
     for number in range(3):
         out = tmp_path / f"{number}.{suffix}"
-        data = home / ("a.h5ad" if suffix == "h5ad" else "a")
-        run = start("embed", data, "--model", home / "model", "--out", out, "--token-budget", 64)
-        time.sleep(rng.uniform(2.0, 7.0))
+        data = many / ("many_a.h5ad" if suffix == "h5ad" else "many_a")
+        run = start("embed", data, "--model", many / "model", "--out", out, "--token-budget", 8)
+        time.sleep(rng.uniform(4.0, 16.0))
         run.send_signal(signal.SIGKILL)
         run.communicate()
         if out.exists():
-            values = read_cells(out, np.arange(400), "X_geneformer")
-            assert values.shape == (400, 64)
+            values = read_cells(out, np.arange(6000), "X_geneformer")
+            assert values.shape == (6000, 64)
             assert np.isfinite(values).all()
-            assert suffix != "h5ad" or anndata.read_h5ad(out).n_obs == 400
+            assert suffix != "h5ad" or anndata.read_h5ad(out).n_obs == 6000
