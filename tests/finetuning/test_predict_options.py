@@ -119,6 +119,13 @@ def check_allowance(at: Workplace, place: Place, **option: bool) -> None:
     assert at.predict(place, source, **option) is not None
 
 
+def check_n_counts(at: Workplace, place: Place, n_counts: str) -> None:
+    if place.source == "tokens":
+        at.refuses(place, "is about reading counts", n_counts=n_counts)
+    else:
+        at.refuses(place, "no column 'sex' for the total counts", InputError, n_counts=n_counts)
+
+
 def check_obs(at: Workplace, place: Place, obs: dict[str, str]) -> None:
     if place.is_in_place or place.suffix == ".h5ad":
         at.refuses(place, r"obs \(--obs\) has no effect on an", obs=obs)
@@ -199,6 +206,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "allow_float": (True, check_allow_float),
     "allow_duplicate_cells": (True, check_allowance),
     "allow_few_genes": (True, check_allowance),
+    "n_counts": ("sex", check_n_counts),
     "obs": ({"donor": "origin"}, check_obs),
     "key_added": ("guess", check_key),
     "copy": (True, check_copy),
@@ -228,7 +236,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "predict", lambda data, model, out, **given: seen.update(given) or out)
     given = {
         "dictionary": "d", "counts_layer": "c", "gene_column": "g", "obs": "new=old", "key": "k", "dtype": "float16",
-        "device": "cuda:3", "token_budget": "7",
+        "device": "cuda:3", "token_budget": "7", "n_counts": "n",
     }  # fmt: skip
     flags = ["allow_float", "allow_duplicate_cells", "allow_few_genes", "overwrite"]
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -239,7 +247,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     assert seen == {**expected, **dict.fromkeys(flags, True)}
     assert set(seen) == set(OPTIONS) - {"copy", "progress"}
     parsed = build_parser(["predict"]).parse_args(["predict", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "interrupted", "inputs", "model", "out"}
+    others = {"command", "run", "interrupted", "inputs", "model", "out", "no_verify"}
     assert set(vars(parsed)) - others == {"key" if name == "key_added" else name for name in seen}
 
 
