@@ -150,7 +150,7 @@ class EncoderConfig:
             layer = int(layer)
         if isinstance(layer, str) and layer in named:
             return named[layer]
-        if isinstance(layer, int) and 0 <= layer < self.n_layers:
+        if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < self.n_layers:
             return layer + 1
         raise UnsupportedError(
             f'no layer {layer!r}: use "last", "penultimate", "embeddings" or 0 to {self.n_layers - 1} '

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import embed_tokens, residual_layernorm
+from geneformer_kernels.arguments import is_looked_into
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig
@@ -46,8 +47,9 @@ class RankTokens(nn.Module):
     def check(self, tokens: Ragged) -> None:
         """Refuse what a table lookup would only answer with an index error, or on a GPU with a dead process."""
         _check_length(tokens, self.config)
-        if tokens.values.is_floating_point():
-            raise InputError(f"this model reads token ids, not {tokens.values.dtype} values")
+        if tokens.values.dtype not in (torch.int32, torch.int64) or tokens.values.ndim != 1:
+            kind = f"{tokens.values.dtype} values of the shape {[*tokens.values.shape]}"
+            raise InputError(f"this model reads token ids, [T] int32 or int64, not {kind}")
         # Looking at values would make a card wait, and break a compiled graph.
         if tokens.values.device.type != "cpu" or not tokens.n_tokens or torch.compiler.is_compiling():
             return
@@ -80,7 +82,7 @@ class SoftBins(nn.Module):
         self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T] values -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
-        _check_length(tokens, self.config)
+        self.check(tokens)
         values = tokens.values.to(self.linear1.weight.dtype)[:, None]
         scores = F.leaky_relu(self.linear1(values), 0.1)
         weights = torch.softmax(self.linear2(scores) + self.config.bin_alpha * scores, dim=-1)
@@ -95,8 +97,20 @@ class SoftBins(nn.Module):
         stream = F.dropout(hidden, dropout_p)
         return stream, stream.to(out_dtype)
 
+    def check(self, tokens: Ragged) -> None:
+        """Refuse what is no value, and on the CPU values that are not finite."""
+        _check_length(tokens, self.config)
+        if not tokens.values.is_floating_point() or tokens.values.ndim != 1:
+            kind = f"{tokens.values.dtype} of the shape {[*tokens.values.shape]}"
+            raise InputError(f"this model reads values, [T] floating point, not {kind}")
+        if is_looked_into(tokens.values) and not tokens.values.isfinite().all():
+            raise InputError("a value is NaN or infinite; this model reads finite values")
+
 
 def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
+    if not isinstance(tokens, Ragged):
+        raise TypeError(f"tokens must be a Ragged (Ragged.from_cells packs cells), not {type(tokens).__name__}")
+    tokens.check()
     if tokens.max_len > config.max_len:
         name = config.vocabulary or "this model"
         raise VocabularyError(

@@ -16,6 +16,7 @@ from geneformer_kernels import (
     residual_layernorm,
     varlen_attention_qkv,
 )
+from geneformer_kernels.arguments import FLOATS, check_ids, check_tensor
 from geneformer_kernels.dispatch import as_chosen_now
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
@@ -269,13 +270,14 @@ class Encoder(nn.Module):
         torch.Tensor
             [R, V], [R, n_classes], [B, n_classes] or [B, C].
         """
+        self._check_hidden(hidden)
         if self.head is None:
             raise ValueError('this encoder has no head; make it with head="mlm", "cells", "genes" or "pooler"')
         if isinstance(self.head, CellClassifier | Pooler):
             if rows is not None:
                 raise ValueError("this head reads the first token of each cell; rows cannot be chosen")
             return self.head(hidden.values[hidden.starts.long()])
-        wanted = hidden.values if rows is None else hidden.values[rows]
+        wanted = hidden.values if rows is None else _rows_of(hidden, rows)
         if isinstance(self.head, MLMHead):
             return self.head(wanted, self.token_table if self.config.tied_decoder else None)
         return self.head(wanted)
@@ -303,8 +305,16 @@ class Encoder(nn.Module):
         """
         if not isinstance(self.head, MLMHead):
             raise ValueError('this encoder predicts no masked genes; make it with head="mlm"')
+        self._check_hidden(hidden)
         table = self.token_table if self.config.tied_decoder else None
-        return self.head.loss(hidden.values[rows], targets, table, reduction=reduction)
+        return self.head.loss(_rows_of(hidden, rows), targets, table, reduction=reduction)
+
+    def _check_hidden(self, hidden: Ragged) -> None:
+        if not isinstance(hidden, Ragged):
+            raise TypeError(f"hidden must be the Ragged that the encoder returned, not {type(hidden).__name__}")
+        check_tensor("hidden", hidden.values, FLOATS, n_axes=2)
+        if hidden.values.shape[1] != self.config.width:
+            raise ValueError(f"hidden {[*hidden.values.shape]} must be [T, {self.config.width}]")
 
     def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, x) before the first block."""
@@ -353,6 +363,17 @@ class Encoder(nn.Module):
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.dtype
+
+
+def _rows_of(hidden: Ragged, rows: torch.Tensor) -> torch.Tensor:
+    """[R, C], the rows that indices [R] or booleans [T] name."""
+    check_tensor("rows", rows, (torch.int32, torch.int64, torch.bool), n_axes=1, device=hidden.values.device)
+    if rows.dtype == torch.bool:
+        if len(rows) != hidden.n_tokens:
+            raise ValueError(f"rows [{len(rows)}] must name {hidden.n_tokens} tokens, or be indices of them")
+    else:  # negative ones would count from the end
+        check_ids("rows", rows, hidden.n_tokens, "the tokens")
+    return hidden.values[rows]
 
 
 def add_norm(

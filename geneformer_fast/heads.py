@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import mlm_cross_entropy, residual_layernorm
+from geneformer_kernels.arguments import check_whole
 from geneformer_kernels.ops.feed_forward.reference import activate
 from torch import nn
 
@@ -120,6 +121,8 @@ def make_head(name: str | None, config: EncoderConfig, n_classes: int = 2) -> nn
         "cells": lambda: CellClassifier(config, n_classes),
         "genes": lambda: GeneClassifier(config, n_classes),
     }
+    if name in ("cells", "genes"):
+        check_whole("n_classes", n_classes, 1)
     if name not in makers:
         raise ValueError(f"no head named {name!r}; there are {', '.join(makers)}")
     return makers[name]()

@@ -7,6 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from geneformer_kernels.arguments import (
+    COUNTS,
+    FLOATS,
+    INTEGERS,
+    check_bounds,
+    check_tensor,
+    check_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -30,26 +38,43 @@ class Ragged:
     @classmethod
     def from_cells(cls, cells: Sequence[torch.Tensor | Sequence[int]]) -> Ragged:
         """Pack a list of cells, each [L_i, ...]; an empty list gives an empty batch of tokens."""
+        if isinstance(cells, torch.Tensor | str) or any(not hasattr(cell, "__len__") for cell in cells):
+            raise TypeError("cells must be a list of tensors or of lists of numbers, one for each cell")
         # An empty Python list would become float32: tokens are integers.
         tensors = [torch.as_tensor(cell) if len(cell) else torch.zeros(0, dtype=torch.int64) for cell in cells]
+        for number, cell in enumerate(tensors):
+            check_tensor(f"cell {number}", cell, COUNTS)
+        if len({(cell.dtype, cell.device) for cell in tensors if len(cell)}) > 1:
+            kinds = sorted({f"{cell.dtype} on {cell.device}" for cell in tensors if len(cell)})
+            raise ValueError(f"cells must have one dtype and device, not {', '.join(kinds)}")
         lengths = [len(cell) for cell in tensors]
         values = torch.cat(tensors) if tensors else torch.zeros(0, dtype=torch.int64)
         return cls.from_lengths(values, lengths)
 
     @classmethod
     def from_lengths(cls, values: torch.Tensor, lengths: Sequence[int] | torch.Tensor) -> Ragged:
-        """Pack values that lie one cell after another, given each cell's length."""
-        counts = torch.as_tensor(lengths, dtype=torch.int64)
-        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
-        torch.cumsum(counts, 0, out=cu_seqlens[1:])
-        if int(cu_seqlens[-1]) != len(values):
-            raise ValueError(f"lengths add up to {int(cu_seqlens[-1])} but there are {len(values)} values")
+        """Pack values that lie one cell after another, given each cell's length.
+
+        Raises
+        ------
+        TypeError
+            ``values`` are no tensor.
+        ValueError
+            Lengths are no integers, negative, or do not add up to the number of values.
+        """
+        _check_values("values", values)
+        counts = _whole_lengths(lengths)
+        if int(counts.sum()) != len(values):
+            raise ValueError(f"lengths add up to {int(counts.sum())} but there are {len(values)} values")
+        cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         longest = int(counts.max()) if len(counts) else 0
         return cls(values, cu_seqlens.to(values.device), longest)
 
     @classmethod
     def from_padded(cls, padded: torch.Tensor, mask: torch.Tensor) -> Ragged:
         """Pack a padded batch [B, L, ...] given its mask [B, L] (non-zero where a value counts)."""
+        check_tensor("padded", padded, COUNTS)
+        check_tensor("mask", mask, COUNTS, device=padded.device)
         if padded.shape[:2] != mask.shape:
             raise ValueError(f"padded batch {[*padded.shape]} and mask {[*mask.shape]} do not agree")
         keep = mask.bool()
@@ -58,6 +83,9 @@ class Ragged:
     def to_padded(self, fill: float = 0, *, length: int | None = None) -> torch.Tensor:
         """[B, length, ...] with ``fill`` behind each cell; length None is the longest cell."""
         length = self.max_len if length is None else length
+        check_whole("length", length, 0)
+        if not isinstance(fill, int | float) or (self.values.dtype not in FLOATS and fill != int(fill)):
+            raise ValueError(f"fill must be a number that {self.values.dtype} holds, not {fill!r}")
         if length < self.max_len:
             raise ValueError(f"cannot pad to {length}: the longest cell has {self.max_len}")
         out = self.values.new_full((self.n_cells, length, *self.values.shape[1:]), fill)
@@ -68,6 +96,21 @@ class Ragged:
         """[B, length] booleans, True where a padded batch would hold a value."""
         columns = torch.arange(self.max_len if length is None else length, device=self.cu_seqlens.device)
         return columns < self.lengths[:, None]
+
+    def check(self) -> None:
+        """Refuse parts that do not fit together; on the CPU also by value, so that no change goes unnoticed.
+
+        Raises
+        ------
+        TypeError
+            A part is no tensor, or ``max_len`` no integer.
+        ValueError
+            ``cu_seqlens`` do not run from 0 to T, or a cell has more than ``max_len`` values.
+        """
+        _check_values("values", self.values)
+        check_tensor("cu_seqlens", self.cu_seqlens, (torch.int32, torch.int64), device=self.values.device)
+        longest = check_bounds("cu_seqlens", self.cu_seqlens, len(self.values))
+        check_whole("max_len", self.max_len, longest)
 
     @property
     def n_cells(self) -> int:
@@ -105,6 +148,7 @@ class Ragged:
 
     def with_values(self, values: torch.Tensor) -> Ragged:
         """The same cells with other values, such as hidden states in place of tokens."""
+        _check_values("values", values)
         if len(values) != self.n_tokens:
             raise ValueError(f"{len(values)} values do not fit {self.n_tokens} tokens")
         return replace(self, values=values)
@@ -121,6 +165,29 @@ class Ragged:
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+def _check_values(name: str, values: torch.Tensor) -> None:
+    check_tensor(name, values, COUNTS)
+    if values.ndim == 0:
+        raise ValueError(f"{name} must be one after another, not a single number")
+
+
+def _whole_lengths(lengths: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """[B] int64 on the host; ValueError for what would have to be changed to be lengths."""
+    try:
+        counts = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"lengths must be integers, one for each cell, not {type(lengths).__name__}") from None
+    if counts.numel() == 0 and counts.ndim == 1:
+        return torch.zeros(0, dtype=torch.int64)
+    check_tensor("lengths", counts, INTEGERS, n_axes=1)
+    counts = counts.to("cpu", torch.int64)
+    if int(counts.min()) < 0:
+        raise ValueError(f"lengths must not be negative: cell {int(counts.argmin())} has {int(counts.min())}")
+    if float(counts.double().sum()) >= 2**31:
+        raise ValueError("lengths must add up to less than 2**31: make smaller batches")
+    return counts
 
 
 @dataclass(frozen=True)
@@ -151,6 +218,10 @@ class Padding:
     def of(cls, mask: torch.Tensor | None, n_cells: int, length: int, device: torch.device) -> Padding:
         """From a mask [B, L], non-zero where there is a value; None means everywhere."""
         if mask is not None:
+            check_tensor("mask", mask, COUNTS, n_axes=2)
+            if mask.shape not in ((n_cells, length), (1, length)):
+                raise ValueError(f"mask {[*mask.shape]} must be [{n_cells}, {length}]")
+            mask = mask.expand(n_cells, length)  # one row is for all cells, as everywhere in torch
             keep = mask.to(device) != 0
             counts = keep.sum(1)
             # One question to the device for both answers.

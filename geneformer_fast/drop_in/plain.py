@@ -81,11 +81,12 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 
 def is_plain_norm(norm: nn.Module, dropout: nn.Module) -> bool:
     """:func:`is_plain` for a LayerNorm with scale and shift, and the dropout in front of it."""
-    return (
+    return bool(
         is_plain(norm, nn.LayerNorm)
         and is_plain(dropout, nn.Dropout)
         and norm.weight is not None
         and norm.bias is not None
+        and vars(norm)["eps"] > 0  # operations of ours want one
     )
 
 

@@ -19,7 +19,10 @@ INTEGERS = (
     *(torch.int8, torch.uint8, torch.int16, torch.uint16),
     *(torch.int32, torch.uint32, torch.int64, torch.uint64),
 )
-_KINDS = {FLOATS: "float16, bfloat16, float32 or float64", INTEGERS: "integers"}
+#: What may count.
+COUNTS = (torch.bool, *INTEGERS, *FLOATS)
+_UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_KINDS = {FLOATS: "float16, bfloat16, float32 or float64", INTEGERS: "integers", COUNTS: "real numbers"}
 
 
 def check_tensor(
@@ -32,7 +35,7 @@ def check_tensor(
         wanted = _KINDS.get(dtypes) or " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {wanted}, not {x.dtype}")
     if n_axes is not None and x.ndim != n_axes:
-        raise ValueError(f"{name} must have {n_axes} axes, not the shape {[*x.shape]}")
+        raise ValueError(f"{name} must have {n_axes} {'axis' if n_axes == 1 else 'axes'}, not the shape {[*x.shape]}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, where the others are, not on {x.device}")
 
@@ -50,19 +53,28 @@ def is_looked_into(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_bounds(name: str, cu_seqlens: Any, n_tokens: int) -> None:
-    """[B + 1] integers, by value on the CPU: cumulative lengths of cells, from 0 to ``n_tokens``."""
+def check_bounds(name: str, cu_seqlens: Any, n_tokens: int) -> int:
+    """[B + 1] integers, by value on the CPU: cumulative lengths of cells, from 0 to ``n_tokens``.
+
+    Returns
+    -------
+    int
+        Tokens of the longest cell, 0 where nobody looks.
+    """
     check_tensor(name, cu_seqlens, INTEGERS)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{name} must be [B + 1], not {[*cu_seqlens.shape]}")
     if len(cu_seqlens) == 1 and n_tokens > 0:  # on a card no program would run, and the result be whatever was there
         raise ValueError(f"{name} must run from 0 to {n_tokens} (the tokens), and has one number")
-    if is_looked_into(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != n_tokens:
-            raise ValueError(f"{name} must run from 0 to {n_tokens} (the tokens), not {bounds[0]}..{bounds[-1]}")
-        if any(start > stop for start, stop in itertools.pairwise(bounds)):
-            raise ValueError(f"{name} must not decrease")
+    if not is_looked_into(cu_seqlens):
+        return 0
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != n_tokens:
+        raise ValueError(f"{name} must run from 0 to {n_tokens} (the tokens), not {bounds[0]}..{bounds[-1]}")
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"{name} must not decrease")
+    return max(lengths, default=0)
 
 
 def check_ids(name: str, ids: torch.Tensor, n_rows: int, what: str) -> None:
@@ -71,6 +83,24 @@ def check_ids(name: str, ids: torch.Tensor, n_rows: int, what: str) -> None:
         low, high = (int(each) for each in ids.aminmax())
         if low < 0 or high >= n_rows:
             raise ValueError(f"{name} must lie between 0 and {n_rows - 1} ({what}), not {low if low < 0 else high}")
+
+
+def has_wrong_counts(x: torch.Tensor) -> torch.Tensor:
+    """[] boolean on the device of ``x``: whether one is negative, NaN or infinite."""
+    if x.dtype in _UNSIGNED or not x.numel():
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+    low, high = x.aminmax()  # NaN where there is one
+    return ~((low >= 0) & (high < math.inf))
+
+
+def check_counts(name: str, x: torch.Tensor) -> None:
+    """By value on the CPU: finite numbers that are not negative."""
+    if is_looked_into(x) and bool(has_wrong_counts(x)):
+        raise ValueError(WRONG_COUNTS.format(name))
+
+
+#: What is said of an argument with such numbers.
+WRONG_COUNTS = "{} must be finite and not negative"
 
 
 def check_real(name: str, value: Any) -> None:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from geneformer_kernels.arguments import (
+    FLOATS,
+    check_choice,
+    check_optional,
+    check_out_dtype,
+    check_positive,
+    check_probability,
+    check_seed,
+    check_tensor,
+)
+
 NORMS = ("post", "pre")
 
 
@@ -12,21 +23,35 @@ def check_norm(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    *,
+    eps: float,
     norm: str,
     dropout_p: float,
+    out_dtype: torch.dtype | None,
+    seed: torch.Tensor | None,
 ) -> None:
     """Look at everything but what the sublayer itself computes with.
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        Shapes do not fit, ``norm`` is unknown, or ``dropout_p`` is no probability.
+        Shapes, dtypes or devices do not fit, ``norm`` is unknown, ``eps`` is not positive, or ``dropout_p`` is no
+        probability.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, not {norm!r}")
+    check_tensor("x", x, FLOATS)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be rows of at least one column, not {[*x.shape]}")
+    check_optional("residual", residual, FLOATS, device=x.device)
+    check_tensor("weight", weight, FLOATS, device=x.device)
+    check_tensor("bias", bias, FLOATS, device=x.device)
+    check_choice("norm", norm, NORMS)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"x {[*x.shape]} and residual {[*residual.shape]} must have one shape")
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(f"weight {[*weight.shape]} and bias {[*bias.shape]} must be [{x.shape[-1]}]")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
+    check_positive("eps", eps)
+    check_probability("dropout_p", dropout_p)
+    check_out_dtype("out_dtype", out_dtype)
+    check_seed("seed", seed, x.device)

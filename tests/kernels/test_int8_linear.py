@@ -420,7 +420,7 @@ def test_bad_arguments() -> None:
         int8_linear(x, weight_q, weight_scale, bias, mode="static")
     with pytest.raises(ValueError, match="do not fit"):
         int8_linear(x[:, :5], weight_q, weight_scale, bias)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="weight_q must be int8"):
         int8_linear(x, weight_q.float(), weight_scale, bias)
     with pytest.raises(ValueError, match="bias"):
         int8_linear(x, weight_q, weight_scale, bias[:2])

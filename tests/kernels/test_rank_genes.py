@@ -274,12 +274,12 @@ def test_sums_of_columns_that_share_a_gene(impl, dtype, addends, other, is_great
 
 @pytest.mark.parametrize("signs", [[1, -1], [-1, -1], [-1, 1, 1]])
 def test_negative_counts_do_no_harm(signs):
-    """They are not allowed, and nobody looks for them; the order means nothing, but each gene comes once."""
+    """They are not allowed, and where nobody looks the order means nothing, but each gene comes once."""
     for n_genes in (2, 4000):  # many columns to a gene, and one
         columns = host.prepare_columns(np.arange(4000) % n_genes, np.arange(n_genes), np.ones(n_genes))
         data = np.resize(signs, 4000) * np.resize([1.0, 2.5, 3e-300, 1e300], 4000)
         block = np.array([0, 4000]), np.arange(4000), data, np.ones(1)
-        values, lengths = host.rank_block(*block, columns, is_division=False, keep=4000)
+        values, lengths = host.rank_block(*block, columns, is_division=False, keep=4000, is_checked=True)
         assert sorted(values.tolist()) == list(range(n_genes))
         assert lengths.tolist() == [n_genes]
 

@@ -7,6 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from geneformer_kernels.arguments import (
+    FLOATS,
+    check_bounds,
+    check_ids,
+    check_optional,
+    check_out_dtype,
+    check_positive,
+    check_probability,
+    check_seed,
+    check_tensor,
+)
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import keep_scale
 from geneformer_kernels.launch import too_wide
@@ -321,12 +332,12 @@ def embed_tokens(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        Shapes or dtypes do not fit, a table is empty and tokens are there, or ``dropout_p`` is no probability.
-    IndexError
-        On the CPU: a token or a position is outside its table.
-    RuntimeError
-        On the CPU: ``cu_seqlens`` do not end at T.
+        Shapes, dtypes or devices do not fit, a table is empty and tokens are there, ``eps`` is not positive, or
+        ``dropout_p`` is no probability. On the CPU: a token or a position is outside its table, or ``cu_seqlens`` do
+        not run from 0 to T.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -334,7 +345,11 @@ def embed_tokens(
     ----------
     Devlin et al., "BERT", arXiv:1810.04805.
     """
-    _check(token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias, dropout_p)
+    _check(token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
+    check_positive("eps", eps)
+    check_probability("dropout_p", dropout_p)
+    check_out_dtype("out_dtype", out_dtype)
+    check_seed("seed", seed, token_table.device)
     wide = torch.float64 if token_table.dtype == torch.float64 else torch.float32
     out_dtype = out_dtype or wide
     inputs = (token_ids, cu_seqlens, token_table, position_table, type_row, weight, bias)
@@ -365,30 +380,32 @@ def _check(
     type_row: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    dropout_p: float,
 ) -> None:
+    check_tensor("token_table", token_table, FLOATS, n_axes=2)
+    device = token_table.device
+    check_tensor("position_table", position_table, FLOATS, n_axes=2, device=device)
     for name, index in (("token_ids", token_ids), ("cu_seqlens", cu_seqlens)):
-        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be a vector of int32 or int64, not {[*index.shape]} of {index.dtype}")
-    if cu_seqlens.shape[0] == 0 or (cu_seqlens.shape[0] == 1 and token_ids.shape[0]):
-        raise ValueError("cu_seqlens must hold the start of every cell and the end of the last, [B + 1]")
-    if token_table.ndim != 2 or position_table.ndim != 2 or token_table.shape[1] != position_table.shape[1]:
+        check_tensor(name, index, (torch.int32, torch.int64), n_axes=1, device=device)
+    n_tokens, n_positions = token_table.shape[0], position_table.shape[0]
+    if token_table.shape[1] != position_table.shape[1] or not token_table.shape[1]:
         raise ValueError(
-            f"the tables of tokens {[*token_table.shape]} and positions {[*position_table.shape]} must be [V, C] and "
-            "[L, C]"
+            f"token_table {[*token_table.shape]} and position_table {[*position_table.shape]} must be [V, C] and [L, C]"
         )
-    if token_ids.shape[0] and not (token_table.shape[0] and position_table.shape[0]):
+    longest = check_bounds("cu_seqlens", cu_seqlens, token_ids.shape[0])
+    if token_ids.shape[0] and not (n_tokens and n_positions):
         raise ValueError(
-            f"the tables of tokens {[*token_table.shape]} and positions {[*position_table.shape]} must have rows for "
+            f"token_table {[*token_table.shape]} and position_table {[*position_table.shape]} must have rows for "
             f"{token_ids.shape[0]} tokens"
         )
+    check_ids("token_ids", token_ids, n_tokens, "rows of token_table")
+    if longest > n_positions:
+        raise ValueError(f"position_table has {n_positions} rows, and the longest cell {longest} tokens")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must both be there or both be None")
     for name, row in (("type_row", type_row), ("weight", weight), ("bias", bias)):
+        check_optional(name, row, FLOATS, device=device)
         if row is not None and row.shape != token_table.shape[1:]:
             raise ValueError(f"{name} {[*row.shape]} must be [{token_table.shape[1]}]")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie between 0 and 1, not {dropout_p}")
 
 
 def _embed_tokens_torch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, check_tensor
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.layernorm import check_norm
@@ -53,8 +54,10 @@ def feed_forward(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        The activation is unknown or shapes do not fit.
+        The activation is unknown, or shapes, dtypes or devices do not fit.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -177,8 +180,11 @@ def feed_forward_layernorm(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        The activation or ``norm`` is unknown, shapes do not fit, or ``dropout_p`` is no probability.
+        The activation or ``norm`` is unknown, shapes, dtypes or devices do not fit, ``eps`` is not positive, or
+        ``dropout_p`` is no probability.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -195,7 +201,7 @@ def feed_forward_layernorm(
     architecture", arXiv:2002.04745 (post and pre).
     """
     _check(x, up_weight, up_bias, down_weight, down_bias, activation)
-    check_norm(x, residual, weight, bias, norm, dropout_p)
+    check_norm(x, residual, weight, bias, eps=eps, norm=norm, dropout_p=dropout_p, out_dtype=out_dtype, seed=seed)
     out_dtype = out_dtype or x.dtype
     x = _computed_in(x)
     width, ff_width = x.shape[-1], down_weight.shape[1]
@@ -252,14 +258,20 @@ def _check(
     down_bias: torch.Tensor | None,
     activation: str,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+    check_tensor("x", x, FLOATS)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be rows of at least one column, not {[*x.shape]}")
+    check_tensor("up_weight", up_weight, FLOATS, n_axes=2, device=x.device)
+    check_tensor("down_weight", down_weight, FLOATS, n_axes=2, device=x.device)
+    check_choice("activation", activation, ACTIVATIONS)
     hidden_width = down_weight.shape[1] * (2 if activation == "swiglu" else 1)
     if up_weight.shape != (hidden_width, x.shape[-1]) or down_weight.shape[0] != x.shape[-1]:
         raise ValueError(
-            f"x {[*x.shape]}, up {[*up_weight.shape]} and down {[*down_weight.shape]} do not fit for {activation}"
+            f"x {[*x.shape]}, up_weight {[*up_weight.shape]} and down_weight {[*down_weight.shape]} do not fit for "
+            f"{activation}"
         )
     for name, bias, size in (("up_bias", up_bias, hidden_width), ("down_bias", down_bias, x.shape[-1])):
+        check_optional(name, bias, FLOATS, device=x.device)
         if bias is not None and bias.shape != (size,):
             raise ValueError(f"{name} {[*bias.shape]} must be [{size}]")
 

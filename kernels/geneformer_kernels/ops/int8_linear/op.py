@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, check_out_dtype, check_tensor
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.launch import precision_of
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, launching_on, plainly_on
@@ -256,6 +257,8 @@ def quantize_rows(x: torch.Tensor, *, impl: Impl | str | None = None) -> tuple[t
 
     Raises
     ------
+    TypeError, ValueError
+        ``x`` is no tensor of floats, or has no axis.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -263,6 +266,9 @@ def quantize_rows(x: torch.Tensor, *, impl: Impl | str | None = None) -> tuple[t
     ----------
     Dettmers et al., "LLM.int8()", arXiv:2208.07339 (row by row, largest magnitude).
     """
+    check_tensor("x", x, FLOATS)
+    if x.ndim == 0:
+        raise ValueError("x must be rows, not a single number")
     chosen = choose_for("quantize_rows", x, impl)
     q, scale = quantize_rows_op(x.detach().reshape(-1, x.shape[-1]) if x.ndim != 2 else x.detach(), chosen)
     return q.view(x.shape), scale.view(x.shape[:-1])
@@ -273,9 +279,10 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises
     ------
-    ValueError
-        The weight is no matrix or holds NaN or infinity.
+    TypeError, ValueError
+        The weight is no matrix of floats, or holds NaN or infinity.
     """
+    check_tensor("weight", weight, FLOATS)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [N, K], not {[*weight.shape]}")
     q, scale = reference.quantize_rows(weight.detach())
@@ -324,9 +331,11 @@ def int8_linear(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no dtype.
     ValueError
-        Shapes or dtypes do not fit, ``activation`` or ``mode`` is unknown, or ``"dynamic"`` for K above 133,144, where
-        sums of integer products leave int32.
+        Shapes, dtypes or devices do not fit, ``activation`` or ``mode`` is unknown, or ``"dynamic"``
+        for K above 133,144, where sums of integer products leave int32.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -334,15 +343,15 @@ def int8_linear(
     ----------
     Dettmers et al., "LLM.int8()", arXiv:2208.07339; Jacob et al., arXiv:1712.05877 (integer products).
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {ACTIVATIONS}, not {activation!r}")
-    if mode is not None and mode not in MODES:
-        raise ValueError(f"mode must be None or one of {MODES}, not {mode!r}")
-    if weight_q.ndim != 2 or weight_q.dtype != torch.int8 or x.ndim < 1 or x.shape[-1] != weight_q.shape[1]:
-        raise ValueError(
-            f"x {[*x.shape]} and weight {weight_q.dtype} {[*weight_q.shape]} do not fit: [..., K] and int8 [N, K] are "
-            "needed"
-        )
+    check_tensor("x", x, FLOATS)
+    check_tensor("weight_q", weight_q, (torch.int8,), device=x.device)
+    check_tensor("weight_scale", weight_scale, (torch.float32,), device=x.device)
+    check_optional("bias", bias, FLOATS, device=x.device)
+    check_choice("activation", activation, ACTIVATIONS, may_be_none=True)
+    check_choice("mode", mode, MODES, may_be_none=True)
+    check_out_dtype("out_dtype", out_dtype)
+    if weight_q.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight_q.shape[1]:
+        raise ValueError(f"x {[*x.shape]} and weight_q {[*weight_q.shape]} do not fit: [..., K] and [N, K] are needed")
     for name, each in (("weight_scale", weight_scale), ("bias", bias)):
         if each is not None and each.shape != weight_q.shape[:1]:
             raise ValueError(f"{name} {[*each.shape]} must be [{weight_q.shape[0]}]")

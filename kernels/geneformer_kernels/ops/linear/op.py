@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from geneformer_kernels.arguments import FLOATS, check_optional, check_tensor
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
 from geneformer_kernels.onednn import is_for_onednn, onednn_linear
@@ -32,11 +33,22 @@ def linear(
 
     Raises
     ------
+    TypeError
+        Something is no tensor.
     ValueError
-        Shapes do not fit.
+        Shapes, dtypes or devices do not fit.
     """
+    check_tensor("x", x, FLOATS)
+    check_tensor("weight", weight, FLOATS, device=x.device)
+    check_optional("bias", bias, FLOATS, device=x.device)
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x {[*x.shape]} and weight {[*weight.shape]} do not fit: [T, C] and [N, C] are needed")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {[*bias.shape]} must be [{weight.shape[0]}]")
+    for name, each in (("weight", weight), ("bias", bias)):
+        # Autocast makes one dtype of them.
+        if each is not None and each.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} must be {x.dtype} as x is, not {each.dtype}")
     if choose_for("linear", x, impl) == Impl.REFERENCE:
         return reference.linear(x, weight, bias)
     if is_for_onednn(x, weight, bias):

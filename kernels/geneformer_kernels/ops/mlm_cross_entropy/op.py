@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from geneformer_kernels.arguments import (
+    FLOATS,
+    INTEGERS,
+    check_choice,
+    check_optional,
+    check_tensor,
+    check_whole,
+    is_looked_into,
+)
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, plainly_on, target_for
 from geneformer_kernels.operators import operator
@@ -293,8 +302,10 @@ def mlm_cross_entropy(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no integer.
     ValueError
-        Shapes, dtypes or the reduction do not fit; on the CPU: a target is outside the vocabulary and not
+        Shapes, dtypes, devices or the reduction do not fit; on the CPU: a target is outside the vocabulary and not
         ``ignore_index``. On a card nobody waits to see that: the row's loss becomes NaN, and so do its row of the
         gradient of ``hidden`` and all of the gradients of ``weight`` and ``bias``. (The reference ends in torch's
         device-side assertion there.)
@@ -316,9 +327,6 @@ def mlm_cross_entropy(
     shape = {"width": hidden.shape[1], "n_vocab": weight.shape[0], "needs_grad": needs_gradient(hidden, weight, bias)}
     chosen = choose_for(plan.OP, hidden, impl, shape=shape)
     if chosen == Impl.REFERENCE:
-        # torch raises an IndexError, and a compiled graph cannot look into tensors.
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            row_chunks.refuse_outside(targets, ignore_index, len(weight))
         return reference.mlm_cross_entropy(hidden, weight, bias, targets, ignore_index, reduction)
     if bias is None:
         bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -336,13 +344,17 @@ def _validate(
     ignore_index: int,
     reduction: str,
 ) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
+    check_tensor("hidden", hidden, FLOATS)
+    check_tensor("weight", weight, FLOATS, device=hidden.device)
+    check_optional("bias", bias, FLOATS, device=hidden.device)
+    check_tensor("targets", targets, INTEGERS, device=hidden.device)
+    check_choice("reduction", reduction, REDUCTIONS)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"hidden {[*hidden.shape]} and weight {[*weight.shape]} must be [R, C] and [V, C]")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 [{hidden.shape[0]}], not {targets.dtype} {[*targets.shape]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {[*bias.shape]} must be [{weight.shape[0]}]")
-    if not -(2**31) <= ignore_index < 2**31:
-        raise ValueError(f"ignore_index {ignore_index} must fit into 32 bits")
+    check_whole("ignore_index", ignore_index, -(2**31), 2**31 - 1)
+    if is_looked_into(targets):
+        row_chunks.refuse_outside(targets, ignore_index, len(weight))

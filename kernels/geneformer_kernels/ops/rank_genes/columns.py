@@ -46,17 +46,16 @@ def prepare_columns(column_to_gene: np.ndarray, token_ids: np.ndarray, medians: 
     Raises
     ------
     ValueError
-        Two genes share a token id, a token id is negative or no int32, a median is not a positive finite number, or
-        ``column_to_gene`` names a gene that is not there.
+        Indices or ids are no integers, two genes share a token id, a token id is negative or no int32, a median is not
+        a positive finite number, or ``column_to_gene`` names a gene that is not there.
     """
-    column_to_gene = np.asarray(column_to_gene, dtype=np.int64)
-    token_ids = np.asarray(token_ids, dtype=np.int64)
+    column_to_gene, token_ids = whole(column_to_gene, "column_to_gene"), whole(token_ids, "token_ids")
     medians = np.asarray(medians, dtype=np.float64)
     if not np.all((medians > 0) & np.isfinite(medians)):
         raise ValueError("medians must be positive finite numbers")
     if ((token_ids < 0) | (token_ids >= 2**31)).any() or len(np.unique(token_ids)) != len(token_ids):
         raise ValueError("token ids must be unique, not negative and less than 2**31")
-    if (column_to_gene >= len(token_ids)).any():
+    if ((column_to_gene < -1) | (column_to_gene >= len(token_ids))).any():
         raise ValueError("column_to_gene names a gene that is not there")
     token_ids = token_ids.astype(np.int32)
     is_kept = column_to_gene >= 0
@@ -69,3 +68,11 @@ def prepare_columns(column_to_gene: np.ndarray, token_ids: np.ndarray, medians: 
     column_medians = np.ones(len(column_to_gene))
     column_medians[is_kept] = medians[genes]
     return Columns(codes, column_medians, token_ids[shared], medians[shared])
+
+
+def whole(values: np.ndarray, name: str) -> np.ndarray:
+    """int64 of integers; of other numbers, which would lose their fractions, ValueError."""
+    found = np.asarray(values)
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, not {found.dtype}")
+    return found.astype(np.int64, copy=False)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from geneformer_kernels.arguments import WRONG_COUNTS, has_wrong_counts
 from geneformer_kernels.on_device import target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.rank_genes.columns import RepeatedColumnError
@@ -101,7 +102,7 @@ def prepare_columns(
     rank_of_gene = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     gene = column_to_gene.to(torch.int64)
     is_kept = gene >= 0
-    is_there = gene < n_genes
+    is_there = (gene >= -1) & (gene < n_genes)
     gene = torch.where(is_kept & is_there, gene, 0)
     n_columns = torch.zeros_like(order).index_add_(0, gene, (is_kept & is_there).to(torch.int64))
     rank = rank_of_gene[gene]
@@ -145,15 +146,16 @@ def rank_cells(
 
     Takes the same block of cells and what :func:`prepare_columns` made of the columns. ``is_checked``: the caller has
     made sure that no row names a column twice, which is then not looked for; in rows whose columns ascend that costs
-    nothing anyway. Call :func:`wait` to learn how many tokens there are, and to have errors raised; without it, cells
-    that the status calls wrong hold tokens that mean nothing.
+    nothing anyway. Counts must be finite and not negative, which only :func:`wait` can look at. Call :func:`wait` to
+    learn how many tokens there are, and to have errors raised; without it, cells that the status calls wrong hold
+    tokens that mean nothing.
     """
     block = (indptr, indices, data, n_counts)
     return RankedCells(*rank_genes_fwd(*block, *columns.tables, keep, first, last, padded_length, pad_id, is_checked))
 
 
-def wait(ranked: RankedCells, columns: DeviceColumns, n_counts: torch.Tensor) -> int:
-    """How many tokens all cells have together; waits for the device once.
+def wait(ranked: RankedCells, columns: DeviceColumns, n_counts: torch.Tensor, data: torch.Tensor | None = None) -> int:
+    """How many tokens all cells have together; waits for the device once, also to look at ``data`` if it is given.
 
     Raises
     ------
@@ -161,18 +163,21 @@ def wait(ranked: RankedCells, columns: DeviceColumns, n_counts: torch.Tensor) ->
         A row names a column twice.
     ValueError
         The block was no CSR matrix over the prepared columns, a cell with something to rank had no positive finite
-        n_counts, or the columns, prepared without waiting, were wrong.
+        n_counts, the columns, prepared without waiting, were wrong, or a count was negative, NaN or infinite.
     """
     bad = ranked.status & (WRONG_INDPTR | WRONG_COLUMN | REPEATED_COLUMN)
     # The kernels look at the totals of all rows with entries, but if these are all dropped there is nothing to divide.
     bad |= torch.where(ranked.cu_seqlens.diff() > 0, ranked.status & WRONG_TOTAL, 0)
-    found = [columns.problem, ranked.cu_seqlens[-1]]
+    is_wrong = torch.zeros_like(columns.problem) if data is None else has_wrong_counts(data)
+    found = [columns.problem, is_wrong, ranked.cu_seqlens[-1]]
     if len(bad):
         row = torch.where(bad != 0, torch.arange(len(bad), device=bad.device), len(bad) - 1).amin()
         found += [bad.gather(0, row[None]).squeeze(0), row]  # bad[row] would wait
-    number, n_tokens, *first_bad = torch.stack([value.to(torch.int64) for value in found]).tolist()
+    number, has_wrong, n_tokens, *first_bad = torch.stack([value.to(torch.int64) for value in found]).tolist()
     if number:
         raise ValueError(_COLUMN_PROBLEMS[number])
+    if has_wrong:
+        raise ValueError(WRONG_COUNTS.format("data"))
     if not first_bad or not first_bad[0]:
         return n_tokens
     kind, row = first_bad

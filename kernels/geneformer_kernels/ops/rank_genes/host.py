@@ -12,7 +12,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from geneformer_kernels.ops.rank_genes.columns import Columns, RepeatedColumnError, prepare_columns
+from geneformer_kernels.ops.rank_genes.columns import Columns, RepeatedColumnError, prepare_columns, whole
 from geneformer_kernels.ops.rank_genes.plan import plan
 
 __all__ = ["Columns", "RepeatedColumnError", "prepare_columns", "rank_block"]
@@ -281,6 +281,28 @@ def _check_block(indptr: np.ndarray, indices: np.ndarray, n_columns: int) -> Non
         raise ValueError(f"row {row}: {'indptr does not fit' if problem == 1 else 'a column index is out of range'}")
 
 
+def _check_numbers(indices: np.ndarray, data: np.ndarray) -> None:
+    if indices.size and indices.dtype.kind not in "iu":
+        raise ValueError(f"indices must be integers, not {indices.dtype}")
+    if data.dtype.kind not in "biuf":
+        raise ValueError(f"data must be real numbers, not {data.dtype}")
+    # NaN is neither.
+    if data.dtype.kind in "if" and data.size and not (data.min() >= 0 and data.max() < np.inf):
+        raise ValueError("data must be finite and not negative")
+
+
+def _out_dtype(dtype: np.dtype | type | str, columns: Columns, first: int, last: int) -> np.dtype:
+    """The dtype, if every token fits into it."""
+    found = np.dtype(dtype)
+    if found.kind not in "iu":
+        raise ValueError(f"out_dtype must be an integer dtype, not {found}")
+    tokens = columns.codes, columns.sum_tokens
+    largest = max(first, last, *(int(each.max(initial=0)) for each in tokens))
+    if largest > np.iinfo(found).max:
+        raise ValueError(f"out_dtype {found} does not hold token {largest}")
+    return found
+
+
 #: Dtypes the compiled loops know; every other one is widened, exactly, to one of them.
 _WIDENED = {
     "bool": "int32", "int8": "int32", "uint8": "int32", "int16": "int32", "uint16": "int32", "float16": "float32",
@@ -324,8 +346,8 @@ def rank_block(
     out_dtype
         Integer dtype of the tokens.
     is_checked
-        True where the caller has made sure of a valid CSR block without repeated columns; a wrong one then reads and
-        writes outside of the arrays. Saves 8 % of the time.
+        True where the caller has made sure of a valid CSR block without repeated columns, of finite counts that are not
+        negative; a wrong one then reads and writes outside of the arrays. Saves 8 % of the time.
 
     Returns
     -------
@@ -338,11 +360,15 @@ def rank_block(
     RepeatedColumnError
         A row names a column twice.
     ValueError
-        The block is no CSR matrix over the prepared columns, or a cell with something to rank has no positive finite
-        n_counts.
+        The block is no CSR matrix over the prepared columns, a count is negative or not finite, a cell with something
+        to rank has no positive finite n_counts, or ``out_dtype`` does not hold a token.
     """
-    indptr = np.ascontiguousarray(indptr, dtype=np.int64)
-    if not is_checked and np.asarray(indices).dtype.itemsize > 4:  # before they lose what int32 does not hold
+    indptr = np.ascontiguousarray(whole(indptr, "indptr"))
+    data, out_dtype = np.asarray(data), _out_dtype(out_dtype, columns, first, last)
+    if not is_checked:
+        indices = np.asarray(indices)
+        _check_numbers(indices, data)
+    if not is_checked and indices.dtype.itemsize > 4:  # before they lose what int32 does not hold
         is_out = (indices < 0) | (indices >= len(columns.codes))
         if is_out.any():
             row = np.searchsorted(indptr, np.flatnonzero(is_out)[0], side="right") - 1

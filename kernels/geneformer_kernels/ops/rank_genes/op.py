@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from geneformer_kernels.arguments import COUNTS, FLOATS, INTEGERS, check_counts, check_tensor, check_whole
 from geneformer_kernels.dispatch import Impl, choose
 from geneformer_kernels.ops.rank_genes import reference
 from geneformer_kernels.ops.rank_genes.plan import MAX_RANK_BITS
@@ -70,9 +71,12 @@ def rank_genes(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no integer.
     ValueError
-        Shapes do not fit, the block is no CSR matrix over the columns, a column is named twice in a row, n_counts or a
-        median is not positive and finite, token ids repeat, or ``column_to_gene`` names a gene that is not there.
+        Shapes, dtypes or devices do not fit, the block is no CSR matrix over the columns, a column is named twice in a
+        row, a count is negative or not finite, n_counts or a median is not positive and finite, token ids repeat, or
+        ``column_to_gene`` names a gene that is not there.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -80,7 +84,8 @@ def rank_genes(
     ----------
     Theodoris et al., "Transfer learning enables predictions in network biology", Nature 618 (2023), rank encoding.
     """
-    _check_shapes(indptr, indices, data, n_counts, token_ids, medians, keep, first, last, padded_length)
+    _check(indptr, indices, data, n_counts, column_to_gene, token_ids, medians)
+    _check_numbers(keep, first, last, padded_length, pad_id)
     shape = {"keep": keep, "n_expressed": len(indices) // max(len(n_counts), 1)}
     too_many = len(token_ids) > 1 << MAX_RANK_BITS
     cannot = f"ranking on a GPU knows at most {1 << MAX_RANK_BITS:,} genes, not {len(token_ids):,}" if too_many else ""
@@ -93,7 +98,7 @@ def rank_genes(
             indptr, indices, data, n_counts, on_device, keep=keep, first=first, last=last,
             padded_length=padded_length, pad_id=pad_id,
         )  # fmt: skip
-        n_tokens = device.wait(ranked, on_device, n_counts)
+        n_tokens = device.wait(ranked, on_device, n_counts, data)
         return ranked.values[:n_tokens] if padded_length is None else ranked.values, ranked.cu_seqlens
     if choice.impl == Impl.REFERENCE:
         place = "cpu" if data.device.type == "mps" else data.device
@@ -120,25 +125,41 @@ def rank_genes(
     return values, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _check_shapes(
+def _check(
     indptr: torch.Tensor,
     indices: torch.Tensor,
     data: torch.Tensor,
     n_counts: torch.Tensor,
+    column_to_gene: torch.Tensor,
     token_ids: torch.Tensor,
     medians: torch.Tensor,
-    keep: int,
-    first: int,
-    last: int,
-    padded_length: int | None,
 ) -> None:
+    check_tensor("data", data, COUNTS, n_axes=1)
+    for name, x, dtypes in (
+        ("indptr", indptr, INTEGERS),
+        ("indices", indices, INTEGERS),
+        ("n_counts", n_counts, (*INTEGERS, *FLOATS)),
+        ("column_to_gene", column_to_gene, INTEGERS),
+        ("token_ids", token_ids, INTEGERS),
+        ("medians", medians, FLOATS),
+    ):
+        check_tensor(name, x, dtypes, n_axes=1, device=data.device)
     if len(indices) != len(data) or len(indptr) != len(n_counts) + 1 or len(token_ids) != len(medians):
         raise ValueError(
             f"indices [{len(indices)}] and data [{len(data)}], indptr [{len(indptr)}] and n_counts [{len(n_counts)}]"
             f" + 1, token_ids [{len(token_ids)}] and medians [{len(medians)}] must fit together"
         )
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
+    check_counts("data", data)
+
+
+def _check_numbers(keep: int, first: int, last: int, padded_length: int | None, pad_id: int) -> None:
+    check_whole("keep", keep, 1)
+    check_whole("first", first, -1, 2**31 - 1)
+    check_whole("last", last, -1, 2**31 - 1)
+    check_whole("pad_id", pad_id, -(2**63), 2**63 - 1)
+    if padded_length is None:
+        return
+    check_whole("padded_length", padded_length, 0)
     n_most = keep + int(first >= 0) + int(last >= 0)
-    if padded_length is not None and padded_length < n_most:
+    if padded_length < n_most:
         raise ValueError(f"padded_length {padded_length} is less than the {n_most} tokens a cell can have")

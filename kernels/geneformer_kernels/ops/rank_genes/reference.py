@@ -65,7 +65,7 @@ def _check_genes(column_to_gene: torch.Tensor, token_ids: torch.Tensor, medians:
         raise ValueError("medians must be positive finite numbers")
     if ((token_ids < 0) | (token_ids.long() >= 2**31)).any() or len(token_ids.unique()) != len(token_ids):
         raise ValueError("token ids must be unique, not negative and less than 2**31")
-    if (column_to_gene >= len(token_ids)).any():
+    if ((column_to_gene < -1) | (column_to_gene >= len(token_ids))).any():
         raise ValueError("column_to_gene names a gene that is not there")
 
 

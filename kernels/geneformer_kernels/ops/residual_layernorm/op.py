@@ -271,8 +271,11 @@ def residual_layernorm(
 
     Raises
     ------
+    TypeError
+        Something is no tensor, or no number.
     ValueError
-        Shapes do not fit, ``norm`` is unknown, or ``dropout_p`` is no probability.
+        Shapes, dtypes or devices do not fit, ``norm`` is unknown, ``eps`` is not positive, or ``dropout_p`` is no
+        probability.
     ImplUnavailableError
         An implementation asked for by name cannot run here.
 
@@ -281,7 +284,7 @@ def residual_layernorm(
     Ba et al., "Layer normalization", arXiv:1607.06450; Xiong et al., "On layer normalization in the transformer
     architecture", arXiv:2002.04745 (post and pre).
     """
-    check_norm(x, residual, weight, bias, norm, dropout_p)
+    check_norm(x, residual, weight, bias, eps=eps, norm=norm, dropout_p=dropout_p, out_dtype=out_dtype, seed=seed)
     out_dtype = out_dtype or x.dtype
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype

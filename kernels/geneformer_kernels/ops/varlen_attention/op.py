@@ -10,12 +10,12 @@ import torch
 from geneformer_kernels.arguments import (
     FLOATS,
     check_bounds,
+    check_out_dtype,
     check_positive,
     check_probability,
     check_seed,
     check_tensor,
     check_whole,
-    is_looked_into,
 )
 from geneformer_kernels.dispatch import Choice, Impl, is_forced, tell_once
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_capturing, needs_gradient, target_for
@@ -148,16 +148,16 @@ def attention_cells(
     TypeError, ValueError, ImplUnavailableError
         As :func:`varlen_attention` does.
     """
-    dtype = x.dtype if dtype is None and isinstance(x, torch.Tensor) else dtype
     check_tensor("x", x, FLOATS)
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, not {dtype}")
-    check_bounds("cu_seqlens", cu_seqlens, len(x))
+    if x.ndim == 0:
+        raise ValueError("x must be rows, not a single number")
+    check_out_dtype("dtype", dtype)
+    dtype = x.dtype if dtype is None else dtype
+    least = check_bounds("cu_seqlens", cu_seqlens, len(x))
     check_whole("head_dim", head_dim, 1)
     check_probability("dropout_p", dropout_p, may_be_one=False)
     if longest is not None:
-        known = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 and is_looked_into(cu_seqlens) else 0
-        check_whole("longest", longest, known)
+        check_whole("longest", longest, least)
     cells = AttentionCells(cu_seqlens, len(x), longest).to(x.device)
     needs_grad = torch.is_grad_enabled()
     choice = _choose(x, head_dim, impl, dropout_p, cells.cu_seqlens, needs_grad, dtype)
