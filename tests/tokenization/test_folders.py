@@ -296,3 +296,22 @@ def test_the_parts_of_a_copied_anndata_are_untouched():
     with open_source(adata) as source:
         np.testing.assert_array_equal(dense_of(source), before.toarray()[:, 1:])
     np.testing.assert_array_equal(adata.X.toarray(), before.toarray())
+
+
+@pytest.mark.parametrize(
+    ("matrix", "features", "barcodes"),
+    [
+        ("GSM1_matrix_a.mtx.gz", "GSM1_features_a.tsv.gz", "GSM1_barcodes_a.tsv.gz"),
+        ("GSM1_counts.mtx", "GSM1_counts.genes.tsv", "GSM1_counts.barcodes.tsv"),
+        ("sample.mtx", "sample_genes.txt", "sample_barcodes.txt"),
+    ],
+)
+def test_other_names_of_triplets(tmp_path, matrix, features, barcodes):
+    adata = with_dense()
+    plain = written("10x", adata, tmp_path)
+    for old, new in (("matrix.mtx", matrix), ("features.tsv", features), ("barcodes.tsv", barcodes)):
+        write_text(tmp_path / new, (plain / old).read_text())
+    shutil.rmtree(plain)
+    with open_source(tmp_path) as source:
+        np.testing.assert_array_equal(dense_of(source), adata.X)
+    assert expand_inputs(tmp_path) == [tmp_path / matrix]
