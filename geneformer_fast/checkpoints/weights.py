@@ -5,11 +5,12 @@ Nothing is executed: PyTorch files are read by ``torch.load`` with ``weights_onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.j
 FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BUFFERS = ("position_ids", "token_type_ids")  # whole numbers that old checkpoints keep
-_ADVICE = "the file is truncated or damaged; download or copy it again"
+_AGAIN = "download or copy it again"
+_ADVICE = f"the file is truncated or damaged; {_AGAIN}"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
 # torch stores tensors as they are; who packed them again gains less than this.
 _MOST_INFLATED = 64
@@ -198,25 +200,32 @@ def _check(path: Path, sha256: str | None) -> None:
     """Compare a file with its checksum, or with those inside it."""
     if sha256 is not None:
         check_file(path, sha256, CheckpointError, _CHANGED)
-    elif path.suffix == ".bin":
-        _check_zip(path)
+    elif path.suffix == ".bin" and _is_archive(path):
+        with _archive(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at these
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; {_AGAIN}")
 
 
-def _check_zip(path: Path) -> None:
-    """Compare the records of a PyTorch file with their CRCs, which ``torch.load`` does not look at."""
+def _is_archive(path: Path) -> bool:
+    """Whether a PyTorch file is a zip archive; older ones are not, and have no checksums."""
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # older files are no archives and have none
-            return
+        return file.read(4) == b"PK\x03\x04"
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An open PyTorch file whose records have names of their own, and sizes that its own size bears out."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if sum(info.file_size for info in archive.infolist()) > _MOST_INFLATED * path.stat().st_size:
-                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_ADVICE}")
-            damaged = archive.testzip() if len(set(names)) == len(names) else "its list of records"
+            records = archive.infolist()
+            if len({record.filename for record in records}) < len(records):
+                raise CheckpointError(f"{path} is damaged: two of its records have one name; {_AGAIN}")
+            if sum(record.file_size for record in records) > _MOST_INFLATED * path.stat().st_size:
+                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_AGAIN}")
+            yield archive
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_ADVICE}") from None
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; download or copy it again")
 
 
 def _check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
@@ -237,6 +246,9 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     what = foreign_kind(path)
     if what is not None and "torch.save" not in what:
         raise CheckpointError(f"{path} is {what}")
+    if _is_archive(path):
+        with _archive(path):
+            pass
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
