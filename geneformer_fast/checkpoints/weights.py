@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError, OutputError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifying, read_sums, sums_text
@@ -37,6 +39,9 @@ _ADVICE = f"the file is truncated or damaged; {_AGAIN}"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
 # torch stores tensors as they are; who packed them again gains less than this.
 _MOST_INFLATED = 64
+# How the line of SHA256SUMS begins that notes the configuration.
+_NOTED = "# config.json: "
+_HARMLESS = ("dropout", "attention_dropout", "pad_id", "init_std", "vocabulary", "vocabulary_fingerprint")
 # What else lies in a folder without weights, and what to do.
 _OTHERS = (
     (
@@ -90,15 +95,17 @@ def read_tensors(folder: Path, *, verify: bool | None = None) -> dict[str, torch
 
 def write_model(
     folder: Path,
+    config: EncoderConfig,
     settings: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
     overwrite: bool,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``config.json``, ``model.safetensors`` and its checksum, all of them whole or none.
+    """Write ``config.json``, ``model.safetensors`` and ``SHA256SUMS``, all of them whole or none.
 
-    Other files of the folder stay.
+    Other files of the folder stay. ``config.json`` has no checksum, since people and tools edit it; what decides the
+    model's numbers is noted beside the checksums, for :func:`warn_of_changes`.
 
     Raises
     ------
@@ -111,14 +118,41 @@ def write_model(
         # Renamed from the last to the first: without config.json a folder is no model, and weights that do not fit
         # their checksum are refused, so that nobody takes what a kill leaves for a model.
         with (
-            whole_file(folder / CONFIG) as config,
+            whole_file(folder / CONFIG) as described,
             whole_file(folder / SUMS) as sums,
             whole_file(folder / WEIGHTS) as weights,
         ):
             write_tensors(weights, tensors, metadata)
-            sums.write_text(sums_text({WEIGHTS: weights}), encoding="utf-8")
-            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            noted = json.dumps(_deciding(config), sort_keys=True)
+            sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
+            described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def warn_of_changes(folder: Path, config: EncoderConfig) -> None:
+    """Warn where ``config.json`` says something else of the model than when its weights were saved.
+
+    That may be meant, so it is no error; but a digit that changed there changes all numbers without a word.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        noted = json.loads(next(line for line in lines if line.startswith(_NOTED)).removeprefix(_NOTED))
+    except (OSError, ValueError, StopIteration, RecursionError):
+        return
+    now = _deciding(config)
+    changed = [name for name in now if isinstance(noted, dict) and name in noted and noted[name] != now[name]]
+    if changed:
+        said = ", ".join(f"{name} {noted[name]!r} then, {now[name]!r} now" for name in changed)
+        warnings.warn(
+            f"{folder / CONFIG} was changed after the weights beside it were saved: {said}. If that is not meant, "
+            f"restore it; else remove {SUMS}",
+            stacklevel=4,
+        )
+
+
+def _deciding(config: EncoderConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers that a model computes."""
+    return {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:
