@@ -315,3 +315,14 @@ def test_other_names_of_triplets(tmp_path, matrix, features, barcodes):
     with open_source(tmp_path) as source:
         np.testing.assert_array_equal(dense_of(source), adata.X)
     assert expand_inputs(tmp_path) == [tmp_path / matrix]
+
+
+def test_a_folder_that_is_looked_at_again_is_spoken_of_once(tmp_path):
+    """``embed`` looks three times; Python shows a warning once for each place in the code that gives it."""
+    make_cells(20).write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "notes.txt").write_text("")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        expand_inputs(tmp_path)
+        expand_inputs([tmp_path])
+    assert len(caught) == 1
