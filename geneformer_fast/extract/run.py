@@ -177,7 +177,10 @@ def embed(
         if plot is not None:
             check_enough(len(cells.lengths))
         run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
-        provenance, labels = run.provenance(model), labels_of(data, cells, color)
+        provenance, labels = (
+            run.provenance(model),
+            labels_of(data, cells, color, asked),
+        )
         result: Any
         if target is None:
             result = embeddings = run.genes()[0] if is_genes else run.to_memory()
