@@ -169,9 +169,10 @@ def embed(
     encoder = _as_encoder(model, dtype, device)
     encoder.config.layer_index(layer)
     with contextlib.ExitStack() as stack:
-        for place in (None if target is None else target.path, None if plot is None else Path(plot)):
-            if place is not None:
-                stack.enter_context(alone(place, overwrite=overwrite))
+        if target is not None:
+            stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
+        if plot is not None:
+            stack.enter_context(alone(Path(plot), overwrite=overwrite))
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
         if plot is not None:
