@@ -23,6 +23,7 @@ REQUIRED = {
     "h5py": "reading .h5ad, 10x .h5 and .loom",
     "pyarrow": "token folders",
     "safetensors": "model files",
+    "pydantic": "schemas of the JSON files that are read",
     "tqdm": "progress bars",
     "psutil": "memory figures",
     "triton": "GPU kernels (Linux)",
