@@ -7,7 +7,6 @@ torch's dynamically quantized layers (they scale by the largest value of the bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -43,6 +42,9 @@ _PARTS: dict[str, dict[str, str]] = {
 REPLACED = ("BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention", "BertSdpaSelfAttention")
 _CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, modeling_bert.BertEmbeddings, modeling_bert.BertModel)
 _STOCK = (*_CLASSES, *(getattr(modeling_bert, name) for name in _PARTS if hasattr(modeling_bert, name)))
+# Asked of every part in every forward pass; a class does not change what it is.
+_LEAVES_SEEN: dict[tuple[type, str], bool] = {}
+_NAMES_SEEN: dict[type, str | None] = {}
 
 
 def why_not_encoder(bert: Any) -> str | None:
@@ -53,20 +55,19 @@ def why_not_encoder(bert: Any) -> str | None:
     pooler = parts.get("pooler")
     if pooler is not None and stock_name(type(pooler)) != "BertPooler":
         return f"its pooler is a {_called(pooler)}, which may read padding"
-    return next(_obstacles(parts.get("encoder"), "encoder", "BertEncoder"), None)
+    return _obstacle(parts.get("encoder"), "encoder", "BertEncoder")
 
 
 def why_not_head(head: Any) -> str | None:
     """Why the head of a BertForMaskedLM cannot be handed some rows only; None where it can."""
-    return next(_obstacles(head, "cls", "BertOnlyMLMHead", minds_hooks=False), None)
+    return _obstacle(head, "cls", "BertOnlyMLMHead", minds_hooks=False)
 
 
 def why_not_classifier(model: Any) -> str | None:
     """Why a BertForTokenClassification cannot be handed zeros at padding; None where it can."""
-    classifier = model.classifier
-    if issubclass(type(classifier), _LEAVES[_LINEAR]) or _is_adapter(type(classifier)):
+    if _is_leaf(type(model.classifier), _LINEAR):
         return None
-    return f"its classifier is a {_called(classifier)}, which may read padding"
+    return f"its classifier is a {_called(model.classifier)}, which may read padding"
 
 
 def patched_class() -> str | None:
@@ -78,41 +79,55 @@ def patched_class() -> str | None:
     return None
 
 
-def _obstacles(module: Any, name: str, expected: str, *, minds_hooks: bool = True) -> Iterator[str]:
+def _obstacle(module: Any, name: str, expected: str, *, minds_hooks: bool = True) -> str | None:
+    """The first part of a container, itself included, that is not what it should be; None where all are."""
     kind = stock_name(type(module))
-    if kind not in expected.split():
-        yield f"{name} is a {_called(module)}, not transformers' own {expected.split()[0]}"
-        return
-    if kind in REPLACED:
-        forward = vars(module).get("forward")
-        if forward is None:
-            yield f"{name} has been exchanged since accelerate()"
-        elif not getattr(type(forward), "is_packed", False) and not hasattr(module, "_hf_hook"):
-            yield f"somebody has replaced the forward of {name}"
-    elif "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        yield f"somebody has replaced the forward of {name}"
+    if kind is None or kind not in expected.split():
+        return f"{name} is a {_called(module)}, not transformers' own {expected.split()[0]}"
+    forward = vars(module).get("forward")
+    if kind in REPLACED and forward is None:
+        return f"{name} has been exchanged since accelerate()"
+    is_own = forward is None or (kind in REPLACED and getattr(type(forward), "is_packed", False))
+    if not is_own and not hasattr(module, "_hf_hook"):
+        return f"somebody has replaced the forward of {name}"
     if minds_hooks and has_foreign_hooks(module):
-        yield _hooked(name)
+        return _hooked(name)
     for part, what in _PARTS[kind].items():
-        child = module._modules.get(part)
+        child, path = module._modules.get(part), f"{name}.{part}"
         if part == "layer":
-            for index, layer in enumerate(child if isinstance(child, nn.ModuleList) else [child]):
-                yield from _obstacles(layer, f"{name}.layer.{index}", what, minds_hooks=minds_hooks)
+            layers = child._modules.values() if isinstance(child, nn.ModuleList) else [child]
+            found = (_obstacle(each, f"{path}.{i}", what, minds_hooks=minds_hooks) for i, each in enumerate(layers))
+            reason = next((each for each in found if each is not None), None)
         elif what not in _LEAVES:
-            yield from _obstacles(child, f"{name}.{part}", what, minds_hooks=minds_hooks)
+            reason = _obstacle(child, path, what, minds_hooks=minds_hooks)
         # A plain function may stand for an activation, as an attribute of its own.
-        elif child is not None or what != _ACTIVATION:
-            yield from _leaf_obstacles(child, f"{name}.{part}", what, minds_hooks)
+        elif child is None and what == _ACTIVATION:
+            reason = None
+        else:
+            reason = _leaf_obstacle(child, path, what, minds_hooks)
+        if reason is not None:
+            return reason
+    return None
 
 
-def _leaf_obstacles(leaf: Any, name: str, what: str, minds_hooks: bool) -> Iterator[str]:
-    kind = type(leaf)
-    if not (issubclass(kind, _LEAVES[what]) or _is_adapter(kind) or (what == _ACTIVATION and _is_activation(kind))):
-        yield f"{name} is a {_called(leaf)}, which is not known to work token by token"
-    elif "forward" in vars(leaf) and not hasattr(leaf, "_hf_hook"):
-        yield f"somebody has replaced the forward of {name}"
-    elif minds_hooks and any(map(has_foreign_hooks, leaf.modules() if leaf._modules else (leaf,))):
-        yield _hooked(name)
+def _leaf_obstacle(leaf: Any, name: str, what: str, minds_hooks: bool) -> str | None:
+    if not _is_leaf(type(leaf), what):
+        return f"{name} is a {_called(leaf)}, which is not known to work token by token"
+    if "forward" in vars(leaf) and not hasattr(leaf, "_hf_hook"):
+        return f"somebody has replaced the forward of {name}"
+    if minds_hooks and (any(map(has_foreign_hooks, leaf.modules())) if leaf._modules else has_foreign_hooks(leaf)):
+        return _hooked(name)
+    return None
+
+
+def _is_leaf(kind: type, what: str) -> bool:
+    known = _LEAVES_SEEN.get((kind, what))
+    if known is None:
+        known = issubclass(kind, _LEAVES[what]) or any(base.__module__.startswith("peft.") for base in kind.__mro__)
+        if what == _ACTIVATION and kind is not nn.MultiheadAttention:
+            known = known or kind.__module__ in _ACTIVATIONS
+        _LEAVES_SEEN[kind, what] = known
+    return known
 
 
 def _hooked(name: str) -> str:
@@ -121,18 +136,12 @@ def _hooked(name: str) -> str:
 
 def stock_name(kind: type) -> str | None:
     """The name of transformers' own class, also where torch's sharding has made a subclass of it; else None."""
-    first, *others = kind.__bases__
-    if others and first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed."):
-        kind = others[0]
-    return kind.__name__ if kind.__module__ == modeling_bert.__name__ else None
-
-
-def _is_adapter(kind: type) -> bool:
-    return any(base.__module__.startswith("peft.") for base in kind.__mro__)
-
-
-def _is_activation(kind: type) -> bool:
-    return kind.__module__ in _ACTIVATIONS and kind is not nn.MultiheadAttention
+    if kind not in _NAMES_SEEN:
+        first, *others = kind.__bases__
+        is_sharded = others and first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed.")
+        own = others[0] if is_sharded else kind
+        _NAMES_SEEN[kind] = own.__name__ if own.__module__ == modeling_bert.__name__ else None
+    return _NAMES_SEEN[kind]
 
 
 def _called(module: Any) -> str:

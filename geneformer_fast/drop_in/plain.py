@@ -34,8 +34,15 @@ def has_global_hooks() -> bool:
 
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether somebody's own hooks are on a module: written for padded batches, they are shown nothing else."""
-    attributes = vars(module)
-    return _is_any_foreign(attributes.get(name) for name in _HOOKS)
+    known = module.__dict__
+    if not (
+        known["_forward_hooks"]
+        or known["_forward_pre_hooks"]
+        or known["_backward_hooks"]
+        or known["_backward_pre_hooks"]
+    ):
+        return False
+    return _is_any_foreign(known[name] for name in _HOOKS)
 
 
 def has_foreign_global_hooks() -> bool:

@@ -298,6 +298,22 @@ def test_linear_layers_of_other_kinds_are_called_on_packed_cells(attending: list
     assert attending == [int(given["attention_mask"].sum())] * 2
 
 
+def test_a_model_of_weight_only_linear_layers_is_packed(attending: list[int]) -> None:
+    """As 8-bit and 4-bit models of transformers are, decoder included."""
+    model, given = bert("BertForMaskedLM").train(), inputs()
+    replace(model, nn.Linear, WeightOnly)
+    labels = labels_for(model, given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        stock = model(**given, **labels)
+        gf.accelerate(model)
+        ours = model(**given, **labels)
+    keep = given["attention_mask"].bool()
+    torch.testing.assert_close(ours.loss, stock.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.logits[keep], stock.logits[keep], atol=1e-5, rtol=1e-5)
+    assert attending
+
+
 KINDS = ["Linear", "LayerNorm", "Dropout", "BertSelfOutput", "BertIntermediate", "BertOutput"]
 CONTAINERS = ["BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention"]
 
