@@ -30,7 +30,7 @@ from geneformer_fast.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from geneformer_fast.training.divergence import Divergence
+from geneformer_fast.training.divergence import Divergence, not_finite_message
 from geneformer_fast.training.engine import Engine
 from geneformer_fast.training.history import History, LoopState, StepRecord, metrics_for_json, metrics_from
 from geneformer_fast.training.identity import identity_of_run
@@ -40,7 +40,6 @@ from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import RunFolder, writing_alone
 
 SAVE_EVERY = 1000  # where a recipe leaves it open, so that an epoch of days does not hang on one process
-_CELLS_NAMED = 8  # cells that an error lists
 
 
 def fit(
@@ -280,7 +279,9 @@ class _Run:
         loss = total / weight if weight else 0.0
         is_scaled = self.engine.scaler.is_enabled()  # overflown gradients are part of float16, an infinite loss is not
         if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm)):
-            raise TrainingError(self._not_finite(pending, loss, norm))
+            kept = checkpoints_in(self.folder.checkpoints) if self.folder is not None else []
+            cells = [piece.cells for piece in pending.pieces if not piece.is_filler]
+            raise TrainingError(not_finite_message(pending.step, loss, norm, cells, self.tokens.path, kept))
         return loss, weight, norm
 
     def _settle(self) -> None:
@@ -325,18 +326,6 @@ class _Run:
         if flops is None:
             return None
         return flops / record.seconds / speed.peak_flops(self.engine.device, self.engine.dtype)
-
-    def _not_finite(self, pending: _Pending, loss: float, norm: float) -> str:
-        cells = np.concatenate([piece.cells for piece in pending.pieces if not piece.is_filler] or [np.zeros(0, int)])
-        named = ", ".join(map(str, cells[:_CELLS_NAMED])) + (" ..." if len(cells) > _CELLS_NAMED else "")
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-        kept = "no checkpoint was written yet"
-        if self.folder is not None and (there := checkpoints_in(self.folder.checkpoints)):
-            kept = f"the last checkpoint, {there[-1]}, is untouched"
-        return (
-            f"step {pending.step}: {what}, with cells {named} of {self.tokens.path}; {kept}. Try a lower learning "
-            "rate, a longer warm-up, or precision 'float32'"
-        )
 
     def _after_step(self, piece: Piece) -> None:
         """Evaluate and save where it is time to."""
