@@ -35,7 +35,10 @@ COMMANDS_OF = {
     **{f"cli/{name}.py": (name,) for name in COMMANDS},
 }
 #: Options that the module's messages name to some of these commands only.
-ONLY_FOR = {("tokenization/inputs.py", "--obs"): ("tokenize", "embed")}
+ONLY_FOR = {
+    ("tokenization/inputs.py", "--obs"): ("tokenize", "embed"),
+    ("finetuning/names.py", "--key"): ("predict",),
+}
 OF_THE_PROGRAM = {"--version", "--help"}
 _OPTION = re.compile(r"(?:\b(?P<command>[a-z]+) )?(?P<option>--[a-z][a-z-]*)")
 _PROGRAM = re.compile(r"geneformer-fast ([a-z]+)")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import toys
-from test_plot import n_colors, pixels
+from pictures import n_colors, pixels
 
 from geneformer_fast import Encoder, embed, load, save, tokenize
 from geneformer_fast.cli import main
@@ -32,6 +32,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.save(folder / "dictionary")
     tokenize(adata, folder / "tokens", vocabulary=words, obs=["kind", "score"])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _pictures_without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.draw_without_umap(monkeypatch)
 
 
 def run(workplace: Path, source: str, out: Path, *arguments: str) -> int:

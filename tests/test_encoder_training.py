@@ -102,7 +102,7 @@ def test_recomputation_makes_the_choices_of_the_forward_pass(op: str | None) -> 
 
 def test_choices_cannot_be_made_within_a_compiled_function() -> None:
     """Its operations are chosen while it is compiled, so the block would come too late: it breaks the graph."""
-    encoder, tokens = model().eval(), batch()
+    encoder, tokens = model(n_layers=1).eval(), batch()
 
     def run() -> torch.Tensor:
         with use_impl("reference"):
@@ -139,11 +139,14 @@ def test_autocast_keeps_float32_parameters_and_stream(kind: str) -> None:
             assert cosine > 0.98, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "is_training"), [("post-norm", True), ("post-norm", False), ("pre-norm", True), ("swiglu", False)]
+)
 def test_compiles_without_a_graph_break(kind: str, is_training: bool) -> None:
+    """One layer, for the compiler takes its time for each, and each is like the first."""
     torch._dynamo.reset()
-    encoder, tokens = model(kind, dropout=0.0, attention_dropout=0.0).train(is_training), batch()
+    encoder = model(kind, n_layers=1, dropout=0.0, attention_dropout=0.0).train(is_training)
+    tokens = batch()
     rows, targets = masked(tokens)
 
     def step(tokens: Ragged) -> torch.Tensor:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import n_colors, pixels
 
 from geneformer_fast import plot
 from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.plot import check_picture, plot_umap
 
-pytest.importorskip("umap")
-matplotlib = pytest.importorskip("matplotlib")
+# Found, not imported: every worker loads this file, and one of them runs it.
+pytestmark = pytest.mark.skipif(
+    find_spec("umap") is None or find_spec("matplotlib") is None, reason="pictures need umap-learn and matplotlib"
+)
 
 
 def clusters(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,20 +27,6 @@ def clusters(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     groups = np.arange(n) % 3
     return (rng.normal(size=(n, 8)) * 0.1 + groups[:, None] * 10).astype(np.float32), groups
-
-
-def pixels(path: Path) -> np.ndarray:
-    from matplotlib.image import imread
-
-    return imread(path)[..., :3]
-
-
-def n_colors(image: np.ndarray) -> int:
-    """Colours that at least 20 pixels have, greys and white aside."""
-    flat = (image.reshape(-1, 3) * 255).astype(int)
-    vivid = flat[np.ptp(flat, axis=1) > 40]
-    _, counts = np.unique(vivid, axis=0, return_counts=True)
-    return int((counts >= 20).sum())
 
 
 def test_classes_get_colours_of_their_own(tmp_path: Path) -> None:
@@ -52,10 +42,27 @@ def test_classes_get_colours_of_their_own(tmp_path: Path) -> None:
 
 def test_torch_keeps_its_number_of_threads(tmp_path: Path) -> None:
     # A process of its own: numba starts its threads once, and an earlier test has had it do so. It finds torch's OpenMP
-    # where threadpoolctl has looked at it before, as it does in much of scikit-learn.
+    # where threadpoolctl has looked at it before, as it does in much of scikit-learn. What UMAP does to threads every
+    # loop of numba's does, without being compiled for so long.
     code = f"""
-import numpy as np, threadpoolctl, torch
+import sys, types
+import numba, numpy as np, threadpoolctl, torch
 from geneformer_fast.plot import plot_umap
+
+@numba.njit(parallel=True)
+def first_two(x):
+    out = np.empty((len(x), 2))
+    for i in numba.prange(len(x)):
+        out[i] = x[i, :2]
+    return out
+
+class UMAP:
+    def __init__(self, **options):
+        pass
+    def fit_transform(self, x):
+        return first_two(x)
+
+sys.modules["umap"] = types.SimpleNamespace(UMAP=UMAP)
 torch.set_num_threads(1)
 assert torch.get_num_threads() == 1  # the first call sets OpenMP's number once more
 threadpoolctl.threadpool_info()
@@ -105,6 +112,8 @@ def test_a_sample_is_drawn_of_many_cells(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(umap.UMAP, "fit_transform", fit_transform)
     monkeypatch.setattr(plot, "MOST_CELLS", 40)
     embeddings, groups = clusters(90)
+    import matplotlib
+
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters stay letters
         plot_umap(embeddings, groups.astype(str), tmp_path / "p.svg")
     assert seen == [40]

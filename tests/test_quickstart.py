@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from toys import draw_without_umap
 
 import geneformer_fast
 from geneformer_fast import cli
@@ -155,7 +156,9 @@ class TestTraining:
 def tour(tmp_path_factory):
     out = tmp_path_factory.mktemp("tour") / "quickstart"
     lines: list[str] = []
-    summary = quickstart(out, n_cells=300, max_seconds=3, say=lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_without_umap(patch)
+        summary = quickstart(out, n_cells=300, max_seconds=3, say=lines.append)
     return out, summary, "\n".join(lines)
 
 
@@ -197,7 +200,8 @@ class TestTour:
         model.config.check_vocabulary(vocabulary.identity())
         assert model.config.vocab_size == vocabulary.n_tokens
 
-    def test_a_second_tour_replaces_the_first_and_keeps_what_is_not_its_own(self, tour):
+    def test_a_second_tour_replaces_the_first_and_keeps_what_is_not_its_own(self, tour, monkeypatch):
+        draw_without_umap(monkeypatch)
         out = tour[0]
         (out / "notes.txt").write_text("mine")
         (out / "tokens" / "stale").write_text("")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import anndata
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.sparse as sp
 import torch
 
@@ -53,6 +56,21 @@ def encoder(words: Vocabulary | None = None, *, family: str = "v2", seed: int = 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2 + (0.1 if parameter.ndim == 1 else 0.0))
     return model.eval()
+
+
+def draw_without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of the first two columns: UMAP is compiled for 15 seconds in every process, and ``test_plot`` has it."""
+
+    class FirstTwo:
+        def __init__(self, **options: object) -> None:
+            pass
+
+        def fit_transform(self, embeddings: np.ndarray) -> np.ndarray:
+            return np.asarray(embeddings)[:, :2]
+
+    module = ModuleType("umap")
+    module.UMAP = FirstTwo
+    monkeypatch.setitem(sys.modules, "umap", module)
 
 
 def leftovers(folder: Path) -> list[str]:

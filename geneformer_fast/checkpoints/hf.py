@@ -16,11 +16,20 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
-from geneformer_fast.checkpoints.weights import ADAPTER, CONFIG, check_tensors, n_classes_of, read_tensors, write_model
+from geneformer_fast.checkpoints.weights import (
+    ADAPTER,
+    CONFIG,
+    check_tensors,
+    n_classes_of,
+    read_tensors,
+    warn_of_changes,
+    write_model,
+)
 from geneformer_fast.config import BOUNDS, EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.files import schema
+from geneformer_fast.files.checksums import is_verifying
 from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
 
 ARCHITECTURES = {
@@ -78,6 +87,8 @@ def load(
     config = config_from_settings(settings, folder / CONFIG)
     tensors = read_tensors(folder, verify=verify)
     check_tensors(tensors, config.n_layers, _LAYER, folder)
+    if is_verifying(verify):
+        warn_of_changes(folder, config)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     architecture = _architecture(settings, tensors, folder)
     head: str | None = ARCHITECTURES[architecture]
@@ -113,7 +124,7 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
     # safetensors refuses memory shared between tensors; spelled-out aliases are written twice, as they were found.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     settings = settings_from_encoder(encoder, source)
-    return write_model(Path(path), settings, tensors, overwrite=overwrite, metadata={"format": "pt"})
+    return write_model(Path(path), encoder.config, settings, tensors, overwrite=overwrite, metadata={"format": "pt"})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -11,11 +11,19 @@ from typing import Any, Literal
 import torch
 
 from geneformer_fast.checkpoints import hf
-from geneformer_fast.checkpoints.weights import CONFIG, check_tensors, n_classes_of, read_tensors, write_model
+from geneformer_fast.checkpoints.weights import (
+    CONFIG,
+    check_tensors,
+    n_classes_of,
+    read_tensors,
+    warn_of_changes,
+    write_model,
+)
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError
 from geneformer_fast.files import schema
+from geneformer_fast.files.checksums import is_verifying
 
 #: ``model_type`` of config.json.
 MODEL_TYPE = "geneformer_fast"
@@ -47,7 +55,7 @@ def save_native(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bo
     state = encoder.state_dict()
     if head in ("cells", "genes"):
         settings["n_classes"] = len(state[_CLASSIFIER])
-    return write_model(Path(path), settings, state, overwrite=overwrite)
+    return write_model(Path(path), encoder.config, settings, state, overwrite=overwrite)
 
 
 def load_native(
@@ -70,6 +78,8 @@ def load_native(
     config = EncoderConfig.from_dict(settings["encoder"], where=f"{path}: encoder")
     tensors = read_tensors(folder, verify=verify)
     check_tensors(tensors, config.n_layers, _LAYER, folder)
+    if is_verifying(verify):
+        warn_of_changes(folder, config)
     n_classes = n_classes_of(tensors, _CLASSIFIER, folder)
     if settings.get("n_classes") not in (None, n_classes):
         raise CheckpointError(f"{path}: n_classes is {settings['n_classes']:,}, but the weights have {n_classes}")

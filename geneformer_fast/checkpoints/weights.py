@@ -5,11 +5,13 @@ Nothing is executed: PyTorch files are read by ``torch.load`` with ``weights_onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 
+from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError, OutputError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifying, read_sums, sums_text
@@ -31,10 +34,14 @@ CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.j
 FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BUFFERS = ("position_ids", "token_type_ids")  # whole numbers that old checkpoints keep
-_ADVICE = "the file is truncated or damaged; download or copy it again"
+_AGAIN = "download or copy it again"
+_ADVICE = f"the file is truncated or damaged; {_AGAIN}"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
 # torch stores tensors as they are; who packed them again gains less than this.
 _MOST_INFLATED = 64
+# How the line of SHA256SUMS begins that notes the configuration.
+_NOTED = "# config.json: "
+_HARMLESS = ("dropout", "attention_dropout", "pad_id", "init_std", "vocabulary", "vocabulary_fingerprint")
 # What else lies in a folder without weights, and what to do.
 _OTHERS = (
     (
@@ -88,15 +95,17 @@ def read_tensors(folder: Path, *, verify: bool | None = None) -> dict[str, torch
 
 def write_model(
     folder: Path,
+    config: EncoderConfig,
     settings: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
     overwrite: bool,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``config.json``, ``model.safetensors`` and its checksum, all of them whole or none.
+    """Write ``config.json``, ``model.safetensors`` and ``SHA256SUMS``, all of them whole or none.
 
-    Other files of the folder stay.
+    Other files of the folder stay. ``config.json`` has no checksum, since people and tools edit it; what decides the
+    model's numbers is noted beside the checksums, for :func:`warn_of_changes`.
 
     Raises
     ------
@@ -109,14 +118,41 @@ def write_model(
         # Renamed from the last to the first: without config.json a folder is no model, and weights that do not fit
         # their checksum are refused, so that nobody takes what a kill leaves for a model.
         with (
-            whole_file(folder / CONFIG) as config,
+            whole_file(folder / CONFIG) as described,
             whole_file(folder / SUMS) as sums,
             whole_file(folder / WEIGHTS) as weights,
         ):
             write_tensors(weights, tensors, metadata)
-            sums.write_text(sums_text({WEIGHTS: weights}), encoding="utf-8")
-            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            noted = json.dumps(_deciding(config), sort_keys=True)
+            sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
+            described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def warn_of_changes(folder: Path, config: EncoderConfig) -> None:
+    """Warn where ``config.json`` says something else of the model than when its weights were saved.
+
+    That may be meant, so it is no error; but a digit that changed there changes all numbers without a word.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        noted = json.loads(next(line for line in lines if line.startswith(_NOTED)).removeprefix(_NOTED))
+    except (OSError, ValueError, StopIteration, RecursionError):
+        return
+    now = _deciding(config)
+    changed = [name for name in now if isinstance(noted, dict) and name in noted and noted[name] != now[name]]
+    if changed:
+        said = ", ".join(f"{name} {noted[name]!r} then, {now[name]!r} now" for name in changed)
+        warnings.warn(
+            f"{folder / CONFIG} was changed after the weights beside it were saved: {said}. If that is not meant, "
+            f"restore it; else remove {SUMS}",
+            stacklevel=4,
+        )
+
+
+def _deciding(config: EncoderConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers that a model computes."""
+    return {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:
@@ -198,25 +234,32 @@ def _check(path: Path, sha256: str | None) -> None:
     """Compare a file with its checksum, or with those inside it."""
     if sha256 is not None:
         check_file(path, sha256, CheckpointError, _CHANGED)
-    elif path.suffix == ".bin":
-        _check_zip(path)
+    elif path.suffix == ".bin" and _is_archive(path):
+        with _archive(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at these
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; {_AGAIN}")
 
 
-def _check_zip(path: Path) -> None:
-    """Compare the records of a PyTorch file with their CRCs, which ``torch.load`` does not look at."""
+def _is_archive(path: Path) -> bool:
+    """Whether a PyTorch file is a zip archive; older ones are not, and have no checksums."""
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # older files are no archives and have none
-            return
+        return file.read(4) == b"PK\x03\x04"
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An open PyTorch file whose records have names of their own, and sizes that its own size bears out."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if sum(info.file_size for info in archive.infolist()) > _MOST_INFLATED * path.stat().st_size:
-                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_ADVICE}")
-            damaged = archive.testzip() if len(set(names)) == len(names) else "its list of records"
+            records = archive.infolist()
+            if len({record.filename for record in records}) < len(records):
+                raise CheckpointError(f"{path} is damaged: two of its records have one name; {_AGAIN}")
+            if sum(record.file_size for record in records) > _MOST_INFLATED * path.stat().st_size:
+                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_AGAIN}")
+            yield archive
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_ADVICE}") from None
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; download or copy it again")
 
 
 def _check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
@@ -237,6 +280,9 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     what = foreign_kind(path)
     if what is not None and "torch.save" not in what:
         raise CheckpointError(f"{path} is {what}")
+    if _is_archive(path):
+        with _archive(path):
+            pass
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:

@@ -207,19 +207,20 @@ def asked_columns(obs: Mapping[str, str] | Sequence[str] | None, color: str | No
     """{column of obs: name in the result} for what a user asks for, a column to colour by among them."""
     names = [obs] if isinstance(obs, str) else obs or ()
     asked = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
-    if color is not None and color not in asked.values():
+    if color is not None and color not in (*asked, *asked.values()):
         asked[color] = color
     return asked
 
 
-def labels_of(data: Any, cells: Cells, color: str | None) -> np.ndarray | None:
-    """A value per cell to colour by, from obs or from the columns that tokens carry."""
+def labels_of(data: Any, cells: Cells, color: str | None, asked: Mapping[str, str]) -> np.ndarray | None:
+    """A value per cell to colour by, from obs or from the columns that tokens carry, whatever they are to be called."""
     if color is None:
         return None
     if is_anndata(data):
         if color not in data.obs:
             raise InputError(f"obs has no column {color!r} to colour by; there are {', '.join(data.obs.columns)}")
         return np.asarray(data.obs[color])[cells.rows]
+    color = asked.get(color, color)
     if color not in cells.columns:
         raise InputError(f"the tokens carry no column {color!r} to colour by; there are {', '.join(cells.columns)}")
     column = cells.column(color)

@@ -61,6 +61,11 @@ class Output:
         if self.table is not None and (self.path.exists() or not _is_of_array(self.table)):
             check_free(self.table, overwrite=overwrite)
 
+    @property
+    def beside(self) -> list[Path]:
+        """What will lie beside it."""
+        return [json_of(self.path), *([] if self.table is None else [self.table])]
+
     @contextlib.contextmanager
     def writing(self, provenance: Mapping[str, Any], table: Callable[[], pa.Table] | None = None) -> Iterator[Path]:
         """The path to write to; in the end it takes its name, with its table and provenance beside it.
@@ -121,8 +126,8 @@ def as_text(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone(path: Path, *, overwrite: bool) -> Iterator[None]:
-    """While this process, and no other, computes and writes a file.
+def alone(path: Path, *beside: Path, overwrite: bool) -> Iterator[None]:
+    """While this process, and no other, computes and writes a file, and what will lie beside it.
 
     Missing folders above it are made, and are gone again where nothing came of it.
 
@@ -133,7 +138,9 @@ def alone(path: Path, *, overwrite: bool) -> Iterator[None]:
     """
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
     try:
-        with file_lock(path):
+        with contextlib.ExitStack() as stack:
+            for place in (path, *beside):
+                stack.enter_context(file_lock(place))
             check_free(path, overwrite=overwrite)
             yield
     except BaseException:

@@ -169,15 +169,19 @@ def embed(
     encoder = _as_encoder(model, dtype, device)
     encoder.config.layer_index(layer)
     with contextlib.ExitStack() as stack:
-        for place in (None if target is None else target.path, None if plot is None else Path(plot)):
-            if place is not None:
-                stack.enter_context(alone(place, overwrite=overwrite))
+        if target is not None:
+            stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
+        if plot is not None:
+            stack.enter_context(alone(Path(plot), overwrite=overwrite))
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
         if plot is not None:
             check_enough(len(cells.lengths))
         run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
-        provenance, labels = run.provenance(model), labels_of(data, cells, color)
+        provenance, labels = (
+            run.provenance(model),
+            labels_of(data, cells, color, asked),
+        )
         result: Any
         if target is None:
             result = embeddings = run.genes()[0] if is_genes else run.to_memory()

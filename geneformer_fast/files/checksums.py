@@ -119,6 +119,8 @@ def read_sums(folder: Path, error: type[GeneformerFastError]) -> dict[str, str]:
         raise error(f"{path} cannot be read ({reason}); remove it to go without checksums") from None
     sums = {}
     for line in text.splitlines():
+        if line.startswith("#"):  # which sha256sum passes over too
+            continue
         digest, _, name = line.partition("  ")
         name = name.removeprefix("*")
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or not name or Path(name).name != name:

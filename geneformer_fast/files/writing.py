@@ -172,6 +172,8 @@ def _is_near(path: Path, target: Path) -> bool:
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed runs left of unfinished files. Only who has the lock of the folder, or file, may do this."""
     for leftover in folder.glob(f".{_escaped(name)}.*{PARTIAL}"):
+        if name != "*" and "." in leftover.name[len(name[:100]) + 2 : -len(PARTIAL)]:
+            continue  # of a file with a longer name (a.json of a), which another process may be writing
         if leftover.is_dir() and not leftover.is_symlink():
             for old in leftover.glob(f"{_OLD}*"):
                 if not (folder / old.name.removeprefix(_OLD)).exists():

@@ -132,7 +132,7 @@ def predict(
     vocabulary = find_vocabulary(dictionary, model, encoder.config)
     with contextlib.ExitStack() as stack:
         if target is not None:
-            stack.enter_context(alone(target.path, overwrite=overwrite))
+            stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
         run = ClassifyingRun(encoder, cells, token_budget, progress)
         provenance = _provenance(card, Path(model), encoder, cells)

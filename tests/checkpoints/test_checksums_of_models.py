@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,28 @@ def test_a_flipped_bit_is_refused_unless_nobody_looks(folder: Path, monkeypatch:
 def test_an_edited_config_is_no_damage(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "note": "mine"}))
-    load(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)
+
+
+def test_a_config_that_changes_the_numbers_is_warned_of(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    changed = {**settings, "num_attention_heads": 4}
+    if "encoder" in settings:
+        changed = {**settings, "encoder": {**settings["encoder"], "n_heads": 4}}
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.warns(
+        UserWarning, match=r"config\.json was changed after .*: n_heads 2 then, 4 now\. .* remove SHA256SUMS"
+    ):
+        assert load(folder).config.n_heads == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, verify=False)
+    (folder / SUMS).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)
 
 
 def test_every_shard_is_compared(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -9,11 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from geneformer_fast import Encoder, EncoderConfig, embed, open_tokens
+from geneformer_fast import (
+    Encoder,
+    EncoderConfig,
+    embed,
+    finetune_cells,
+    open_tokens,
+    predict,
+    pretrain,
+    save,
+)
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.loader import read_ragged
 from geneformer_fast.data.stored import StoredCells, without_padding
 from geneformer_fast.errors import InputError
+from geneformer_fast.finetuning.recipes import CELLS
+from geneformer_fast.training.recipe import Recipe
 
 SIZES = {"v1": 25_426, "v2": 20_275, "bionemo": 25_429}
 NAMES = {"v1": "geneformer-v1", "v2": "geneformer-v2", "bionemo": "bionemo"}
@@ -138,3 +150,43 @@ def test_what_is_right_is_given_as_it_is(tmp_path: Path) -> None:
         checked = StoredCells(tokens, {"pad": 0, "mask": 1, "cls": 2, "eos": 3})(np.arange(3), values, bounds)
         assert checked[0] is values
         assert checked[1] is bounds
+
+
+def quick(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, epochs=1, batch_cells=8, batch_tokens=None, is_showing_progress=False)
+
+
+def labelled(folder: Path, odd: list[int]) -> Path:
+    """40 cells of V1 with classes and a gene of each class, the 34th of them an odd one."""
+    datasets = pytest.importorskip("datasets")
+    rng = np.random.default_rng(0)
+    cells = [[10 + i % 2, *rng.permutation(np.arange(20, 60))[:12].tolist()] for i in range(40)]
+    cells[33] = odd
+    columns = {"input_ids": cells, "length": [len(cell) for cell in cells], "kind": ["x", "y"] * 20}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("odd", [[11, 20, 0, 21], [11, 20, 21, 0]], ids=["inside", "after"])
+@pytest.mark.parametrize("who", ["pretrain", "finetune", "embed", "predict"])
+def test_whoever_reads_tokens(who: str, odd: list[int], tmp_path: Path) -> None:
+    tokens = labelled(tmp_path / "tokens", odd)
+    config = EncoderConfig(1, 16, 2, 16, SIZES["v1"], 64, vocabulary=NAMES["v1"])
+    torch.manual_seed(0)
+    save(Encoder(config, head="cells" if who == "predict" else "mlm"), tmp_path / "model")
+
+    def read() -> object:
+        if who == "embed":
+            return embed(tokens, tmp_path / "model", tmp_path / "z.npy")
+        if who == "predict":
+            return predict(tokens, tmp_path / "model", tmp_path / "z.csv", progress=False)
+        if who == "pretrain":
+            return pretrain(tokens, tmp_path / "out", config=config, recipe=quick(Recipe()), eval_share=0)
+        return finetune_cells(tokens, tmp_path / "model", "kind", tmp_path / "out", recipe=quick(CELLS))
+
+    if odd[-1] == 0:
+        with pytest.warns(UserWarning, match="1 of 40 cells are stored with padding"):
+            read()
+    else:
+        with pytest.raises(InputError, match=r"cell 33 has padding \(id 0\) among its genes"):
+            read()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 import torch
@@ -130,4 +133,39 @@ def test_gene_files(tmp_path: Path) -> None:
     assert sorted(genes) == sorted(set(toys.gene_ids()) - {toys.gene_ids()[7]})
     tokens = [words.token_ids[gene] for gene in genes]
     assert table.column("token").to_pylist() == tokens
+    n_cells = (adata.X > 0).sum(axis=0).A1[[toys.gene_ids().index(gene) for gene in genes]]
+    assert table.column("n_cells").to_pylist() == n_cells.tolist()
     np.testing.assert_array_equal(np.array(table.column("embedding").to_pylist(), np.float32), expected[tokens])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet", "csv"])
+def test_tables_of_genes(suffix: str, tmp_path: Path) -> None:
+    """An array has a row per token and a table beside it with the same rows; a table has the genes that were seen."""
+    words, adata = toys.vocabulary(), toys.cells(10)
+    symbols = {f"SYM{i}": gene for i, gene in enumerate(toys.gene_ids()[:20])}
+    words = dataclasses.replace(words, symbols=symbols)
+    adata.X = without(adata.X, [7])
+    model, out = toys.encoder(words), tmp_path / f"genes.{suffix}"
+    expected = embed(adata, model, dictionary=words, pool="gene", copy=True).varm["X_geneformer"]
+    embed(adata, model, out, dictionary=words, pool="gene")
+    beside = tmp_path / "genes.genes.parquet" if suffix == "npy" else out
+    table = pd.read_csv(beside) if suffix == "csv" else pq.read_table(beside).to_pandas()
+    assert list(table)[:4] == ["token", "gene", "symbol", "n_cells"]
+    if suffix == "npy":
+        assert table["token"].tolist() == list(range(words.n_tokens))
+        assert table["gene"].isna().sum() == len(words.special)
+        values = np.load(out)
+    else:
+        names = [f"embedding_{i}" for i in range(32)]
+        values = table[names].to_numpy() if suffix == "csv" else np.stack(table["embedding"])
+        assert len(table) == toys.N_GENES - 1
+    counted = (adata.X > 0).sum(axis=0).A1
+    for place, (gene, n_cells) in enumerate(zip(toys.gene_ids(), counted, strict=True)):
+        found = np.flatnonzero(table["gene"] == gene)
+        if place == 7 and suffix != "npy":
+            assert not len(found)
+            continue
+        assert table["n_cells"].iloc[found[0]] == n_cells
+        assert table["token"].iloc[found[0]] == words.token_ids[gene]
+        assert (table["symbol"].iloc[found[0]] == f"SYM{place}") == (place < 20)
+        np.testing.assert_allclose(values[found[0]], expected[place], atol=1e-6, rtol=0)

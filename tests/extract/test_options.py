@@ -245,6 +245,13 @@ def check_color(at: Workplace, place: Place, color: str) -> None:
         at.embed(place, plot=at.out / "p.png", color=color)
     kinds = anndata.read_h5ad(at.folder / "cells.h5ad").obs["kind"].tolist()
     assert drawn == [(kinds[:3] + kinds[4:], "kind")]
+    if place.suffix in TABLES:
+        # The column to colour by keeps the name that it is to have in the table.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "plot_umap", lambda values, labels, path, label: drawn.append((list(labels), label)))
+            result = at.embed(place, plot=at.out / "p.png", color=color, obs={"kind": "label"})
+        assert drawn[1] == drawn[0]
+        assert {"label"} == {"label", "kind"} & set(columns_of(result))
 
 
 #: Every option of ``embed``: a value, and what it does or why it is refused, place by place.

@@ -182,3 +182,13 @@ def test_threads_do_not_meet(tmp_path: Path) -> None:
         thread.join()
     assert len(path.read_text()) > 10_000
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_a_longer_name_are_another_files(tmp_path: Path) -> None:
+    names = (".z.npy.abc_12xy.part", ".z.npy.json.abc_12xy.part", ".z.npy.json.parquet.abc_12xy.part")
+    for name in names:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path, "z.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    remove_leftovers(tmp_path, "z.npy.json")
+    assert [path.name for path in tmp_path.iterdir()] == [names[2]]

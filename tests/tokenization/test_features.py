@@ -79,6 +79,7 @@ def test_antibodies_are_not_added_to_their_genes_in_any_format(kind, tmp_path):
         ("feature_types", ["GENE_EXPRESSION"] * 12 + ["whatever"] * 2),
         ("feature_types", ["GEX"] * 12 + ["ADT"] * 2),
         ("feature_types", ["Gene"] * 12 + ["Antibody Capture"] * 2),
+        ("modality", ["rna"] * 12 + ["prot"] * 2),
     ],
 )
 def test_columns_and_values_of_the_wild(column, types, tmp_path):
@@ -105,6 +106,12 @@ def test_what_says_nothing_of_the_kind_leaves_nothing_out(column, types):
     with open_source(cells(column, types)) as source:
         assert source.n_genes == 14
         assert source.left_out == {}
+
+
+def test_types_that_nobody_knows_are_said():
+    with pytest.warns(UserWarning, match=r"the types 'Gene', 'Spot', which say nothing known .* all are read as genes"):
+        source = open_source(cells("feature_types", ["Gene"] * 12 + ["Spot"] * 2))
+    assert (source.n_genes, source.left_out) == (14, {})
 
 
 def test_joined_tables_with_a_column_of_types_each():

@@ -296,3 +296,33 @@ def test_the_parts_of_a_copied_anndata_are_untouched():
     with open_source(adata) as source:
         np.testing.assert_array_equal(dense_of(source), before.toarray()[:, 1:])
     np.testing.assert_array_equal(adata.X.toarray(), before.toarray())
+
+
+@pytest.mark.parametrize(
+    ("matrix", "features", "barcodes"),
+    [
+        ("GSM1_matrix_a.mtx.gz", "GSM1_features_a.tsv.gz", "GSM1_barcodes_a.tsv.gz"),
+        ("GSM1_counts.mtx", "GSM1_counts.genes.tsv", "GSM1_counts.barcodes.tsv"),
+        ("sample.mtx", "sample_genes.txt", "sample_barcodes.txt"),
+    ],
+)
+def test_other_names_of_triplets(tmp_path, matrix, features, barcodes):
+    adata = with_dense()
+    plain = written("10x", adata, tmp_path)
+    for old, new in (("matrix.mtx", matrix), ("features.tsv", features), ("barcodes.tsv", barcodes)):
+        write_text(tmp_path / new, (plain / old).read_text())
+    shutil.rmtree(plain)
+    with open_source(tmp_path) as source:
+        np.testing.assert_array_equal(dense_of(source), adata.X)
+    assert expand_inputs(tmp_path) == [tmp_path / matrix]
+
+
+def test_a_folder_that_is_looked_at_again_is_spoken_of_once(tmp_path):
+    """``embed`` looks three times; Python shows a warning once for each place in the code that gives it."""
+    make_cells(20).write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "notes.txt").write_text("")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        expand_inputs(tmp_path)
+        expand_inputs([tmp_path])
+    assert len(caught) == 1

@@ -20,7 +20,7 @@ from geneformer_fast.tokenization import run
 from geneformer_fast.tokenization.arrow import open_tokens
 from geneformer_fast.tokenization.run import tokenize
 
-SHARD_BYTES = 15_000
+SHARD_BYTES = 32_000
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_killed_while_overwriting(corpus, tmp_path):
     old = folder_bytes(tmp_path / "old")
     _tokenize(corpus, tmp_path / "new")
     new = folder_bytes(tmp_path / "new")
-    for step in range(0, 40, 2):
+    for step in range(0, 40, 3):
         out = tmp_path / f"over{step}"
         shutil.copytree(tmp_path / "old", out)
         _killed_at_step(step, corpus, out, overwrite=True)
@@ -243,7 +243,7 @@ def test_resuming_something_else_is_refused(corpus, tmp_path):
         ({"obs": ["cluster"]}, r"options\.obs"),
         ({"allow_float": True}, r"options\.allow_float: begun with false, now true"),
         ({"n_counts": "computed"}, r"options\.n_counts"),
-        ({"shard_bytes": 99_999}, "shard_bytes: begun with 15000, now 99999"),
+        ({"shard_bytes": 99_999}, "shard_bytes: begun with 32000, now 99999"),
     ):
         with pytest.raises(OutputError, match=rf"(?s)begun differently.*{named}"):
             _tokenize(corpus, out, resume=True, **options)

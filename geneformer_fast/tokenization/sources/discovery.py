@@ -106,7 +106,7 @@ def _warn_of_skipped(folder: Path, inside: list[Path], skipped: list[Path]) -> N
         return
     what = f"only the matrix folder {folder} itself is read" if inside == [folder] else f"{len(inside)} inputs are read"
     hint = "; decompress what is compressed" if any(name.endswith(COMPRESSED) for name in names) else ""
-    warnings.warn(f"{folder}: {what}, and what else lies there is left out: {_listed(names)}{hint}", stacklevel=4)
+    warnings.warn(f"{folder}: {what}, and what else lies there is left out: {_listed(names)}{hint}", stacklevel=2)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -111,8 +111,8 @@ def read_column(node: Any, root: Any) -> Any:
 
 
 def _categorical(codes: Any, categories: Any) -> Any:
-    # one category needs no codes: absent ones are written for it, and read as it
-    return decode_categories(read_array(codes, absent="accept" if len(categories) == 1 else "refuse"), categories)
+    # the codes of a single category are zeros, which writers leave out
+    return decode_categories(read_array(codes, absent="warn" if len(categories) == 1 else "refuse"), categories)
 
 
 def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:

@@ -18,6 +18,7 @@ from geneformer_fast.tokenization.sources.table import Table, as_text
 GENE_EXPRESSION = "Gene Expression"
 #: What features without a type are called in reports.
 UNTYPED = "no type"
+_MOST_SHOWN = 5
 
 # Names of columns as letters and digits: feature_types, feature_type, feature-type, and the feature_types-0 of joined
 # tables; then names that may mean something else, and are believed only where a value says gene expression.
@@ -28,7 +29,8 @@ _EXPRESSION = frozenset({"geneexpression", "gex"})
 _EXPRESSION_AMONG_OTHERS = frozenset({"gene", "genes", "rna", "mrna"})
 _OTHER_TYPES = frozenset(("antibodycapture", "antibody", "antibodies", "adt", "hto", "protein", "proteins"))
 _OTHER_TYPES |= {"proteinexpression", "antigencapture", "multiplexingcapture", "crisprguidecapture", "crispr"}
-_OTHER_TYPES |= {"custom", "peak", "peaks", "atac", "chromatinaccessibility"}
+_OTHER_TYPES |= {"custom", "peak", "peaks", "atac", "chromatinaccessibility", "prot", "citeseq", "antibodyderivedtag"}
+_OTHER_TYPES |= {"hashtag", "hashtags", "hashtagoligo", "guide", "guides", "grna", "sgrna", "crisprguide"}
 
 
 def gene_expression(
@@ -65,6 +67,7 @@ def gene_expression(
                 f"{name}: no feature is {GENE_EXPRESSION!r}; there are {', '.join(shown)}. Give the matrix of counts "
                 "of genes."
             )
+        _warn_of_unknown(name, types or ())
         return matrix, var, {}
     if is_gene.all():
         return matrix, var, {}
@@ -122,6 +125,18 @@ def _foreign(types: Sequence[str], *, is_typed: bool) -> list[str]:
     present = sorted({text.strip() for text in types if not is_missing(text)})
     is_known = all(_plain(text) in _OTHER_TYPES for text in present)
     return present if is_typed or is_known else []
+
+
+def _warn_of_unknown(name: str, types: Sequence[str]) -> None:
+    """Say that nothing is left out where some features are called genes, and others something unknown."""
+    present = {text.strip() for text in set(types) if not is_missing(text)}
+    if len(present) > 1 and {_plain(text) for text in present} & _EXPRESSION_AMONG_OTHERS:
+        shown = ", ".join(repr(text) for text in sorted(present)[:_MOST_SHOWN]) + ", ..." * (len(present) > _MOST_SHOWN)
+        warnings.warn(
+            f"{name}: features have the types {shown}, which say nothing known about what they are: all are read as "
+            f"genes. If some are none, call the others {GENE_EXPRESSION!r} in a column feature_types",
+            stacklevel=2,
+        )
 
 
 def _check_untyped(name: str, var: Table, types: Sequence[str], n_untyped: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
+from geneformer_fast.errors import InputError
+
 #: What to do where pieces of an array are not stored, which both libraries read as zeros without a word.
 Absent = Literal["refuse", "warn", "accept"]
 
@@ -27,9 +29,7 @@ def readable(node: Any, *, absent: Absent = "refuse") -> Any:
     Raises
     ------
     InputError
-        Its compression is not available, or not allowed.
-    ValueError
-        Pieces are absent.
+        Its compression is not available, or not allowed, or pieces are absent.
     """
     library = type(node).__module__.partition(".")[0]
     if library == "h5py":
@@ -39,10 +39,10 @@ def readable(node: Any, *, absent: Absent = "refuse") -> Any:
         _judge(node.file.filename, node.name.lstrip("/"), absent_chunks(node), absent, "file", node)
         return node
     if library == "zarr":
-        from geneformer_fast.tokenization.sources.zarr_storage import checked_array, n_absent
+        from geneformer_fast.tokenization.sources.zarr_storage import checked_array, n_absent, store_name
 
         array = checked_array(node)
-        _judge(str(array.store), array.path, n_absent(array), absent, "store", array)
+        _judge(store_name(array), array.path, n_absent(array), absent, "store", array)
         return array
     return node
 
@@ -52,10 +52,10 @@ def _judge(place: str, path: str, counted: tuple[int, int], absent: Absent, kind
     if missing <= 0 or absent == "accept":
         return
     if absent == "refuse":
-        raise ValueError(
-            f"{path} lacks {missing} of {total} chunks; the {kind} was not copied or written completely. (Some writers "
-            f"leave chunks of zeros out, and lost ones look the same: if zeros are meant, write this array again with "
-            f"its empty chunks, in zarr with zarr.config.set({{'array.write_empty_chunks': True}}))"
+        raise InputError(
+            f"{place}: {path} lacks {missing} of {total} chunks; the {kind} was not copied or written completely, copy "
+            "it again. Writers may leave chunks of zeros out, and lost ones look the same: if zeros are meant, write "
+            "this array again with its empty chunks (zarr.config.set({'array.write_empty_chunks': True}))"
         )
     warnings.warn(
         f"{place}: {path} of shape {tuple(node.shape)} lacks {missing} of {total} chunks, whose values are read as "

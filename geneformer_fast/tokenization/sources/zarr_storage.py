@@ -50,7 +50,7 @@ def checked_array(array: Any) -> Any:
     import zarr
 
     metadata = array.metadata
-    where = f"{array.store}: {array.path}"
+    where = f"{store_name(array)}: {array.path}"
     dtype = _native(metadata.dtype)
     chunk, whole = _limit(array.chunks, dtype), _limit(array.shape, dtype)
     if chunk > max(_LARGE_CHUNK, 4 * whole):
@@ -70,6 +70,12 @@ def checked_array(array: Any) -> Any:
     inner = getattr(array, "async_array", None) or array._async_array
     config = getattr(inner, "config", None) or inner._config
     return zarr.Array(type(inner)(metadata=limited, store_path=inner.store_path, config=config))
+
+
+def store_name(array: Any) -> str:
+    """The folder of an array's store, or what else it is."""
+    store = array.store_path.store
+    return str(getattr(store, "root", store))
 
 
 def _native(dtype: Any) -> np.dtype:
