@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
 
 _EMBED, _TOKENIZE = "bench/test_bench_embed.py::test_bench_embed", "bench/test_bench_tokenize.py::test_bench"
+_VERIFY = "bench/test_bench_verify.py::test_bench_verify"
 #: Result -> the test that makes it, per suite, in order of importance.
 SUITES = {
     "cpu": {
@@ -26,6 +27,13 @@ SUITES = {
         "rank_genes_mix_celseq2_5cl_v1": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v1]",
         "rank_genes_mix_celseq2_5cl_v2": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v2]",
         "memory_medians": f"{_TOKENIZE}_peak_memory[medians]",
+        "verify_tokens": f"{_VERIFY}_tokens",
+        "verify_tokenize": f"{_VERIFY}_tokenize",
+        **{
+            f"verify_{preset}_{kind}": f"{_VERIFY}_model[{file}-geneformer-{preset}]"
+            for preset in ("v1-10m", "v2-104m")
+            for kind, file in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin"))
+        },
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
     },
