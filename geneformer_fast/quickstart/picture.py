@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geneformer_fast.files.writing import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -41,7 +43,8 @@ def draw(panels: Panels, path: Path) -> None:
     _draw_cells(cells, panels)
     _draw_loss(loss, panels)
     _draw_scores(bars, panels)
-    figure.savefig(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
 
 
 def _draw_cells(axes: Axes, panels: Panels) -> None:
