@@ -28,13 +28,14 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import TrainingError
+from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning.cells import CellWork, finetune_cells
 from geneformer_fast.finetuning.labels import read_task
 from geneformer_fast.finetuning.recipes import CELLS
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.scores import over_folds, score
 from geneformer_fast.tokenization.arrow import open_tokens
-from geneformer_fast.tokenization.manifest import read_json, write_json
+from geneformer_fast.tokenization.manifest import read_json
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
 from geneformer_fast.training.recipe import Recipe

@@ -42,6 +42,8 @@ CASES = [
 def skip_what_cannot_be(name: str, kind: str, place: Any) -> None:
     if place.name == "interpreted" and (name == "v1-10m" or kind == "bfloat16"):
         pytest.skip("the interpreter is slow, and has no bfloat16 products")
+    if place.name == "interpreted" and (name, kind) in (("gelu", "float32"), ("pre-norm", "float32")):
+        pytest.skip("the interpreter is slow: float32 is shown by the first encoder")
     if place.name == "cuda" and kind == "bfloat16" and torch.cuda.get_device_capability() < (7, 5):
         pytest.skip("this card has no bfloat16")
 

@@ -488,7 +488,7 @@ def test_bad_arguments() -> None:
         feed_forward_layernorm(*tensors, **options | {"norm": "sandwich"})
     with pytest.raises(ValueError, match="activation must be"):
         feed_forward_layernorm(*tensors, **options | {"activation": "mish"})
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\]"):
         feed_forward_layernorm(*tensors, **options, dropout_p=1.5)
     with pytest.raises(ValueError, match="one shape"):
         feed_forward_layernorm(tensors[0], tensors[1][:1], *tensors[2:], **options)
