@@ -1,4 +1,4 @@
-"""Embeddings of cells and genes: counts or tokens in; obsm, .npy or Arrow out."""
+"""Embeddings of cells and genes: counts or tokens in; obsm, arrays or tables out."""
 
 from __future__ import annotations
 

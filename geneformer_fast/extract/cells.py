@@ -120,13 +120,13 @@ def open_cells(
 
 
 def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mapping[str, str]) -> Cells:
-    """Cells of a token folder, with all columns that it carries, under the names that are asked for."""
-    there = [name for name in folder.columns if name != "input_ids"]
+    """Cells of a token folder, with all columns of one value per cell that it carries, named as asked for."""
+    there = [field.name for field in folder.schema if not pa.types.is_nested(field.type)]
     absent = next((name for name in asked if name not in there), None)
     if absent is not None:
         raise InputError(
-            f"{folder.path} carries no column {absent!r}; there are {', '.join(there)}. Carry it along with "
-            f"tokenize --obs {absent}"
+            f"{folder.path} carries no column {absent!r}, of one value per cell; there are "
+            f"{', '.join(there) or 'none'}. Carry it along with tokenize --obs {absent}"
         )
     names = [asked.get(name, name) for name in there]
     stored = dict(zip(names, there, strict=True))
@@ -135,10 +135,14 @@ def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mappi
         raise InputError(
             f"the name {taken!r} is taken twice among the columns that {folder.path} carries; choose another"
         )
+    if "length" not in names:  # so that a table has the cells as rows, whatever the folder lacks
+        names.append("length")
+
+    def column(name: str) -> pa.ChunkedArray:
+        return folder.column(stored[name]) if name in stored else _chunked(pa.array(folder.lengths()))
+
     rows = np.arange(folder.n_cells)
-    return Cells(
-        folder.lengths(), folder.read, rows, len(rows), identity, list(stored), lambda name: folder.column(stored[name])
-    )
+    return Cells(folder.lengths(), folder.read, rows, len(rows), identity, names, column)
 
 
 def _input_cells(folder: TokenFolder, identity: Mapping[str, Any], data: Any, reading: ReadOptions) -> Cells:

@@ -204,6 +204,31 @@ def test_token_folders_of_ours_and_of_datasets(tmp_path: Path) -> None:
     np.testing.assert_array_equal(out.column("score").to_numpy(), adata.obs["score"].iloc[kept])
 
 
+def test_tokens_that_carry_nothing(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"input_ids": [[2, 9, 3], [2, 8, 7, 3]]}).save_to_disk(str(tmp_path / "theirs"))
+    published = toys.encoder(vocabulary="geneformer-v2", vocabulary_fingerprint=None)
+    embed(tmp_path / "theirs", published, tmp_path / "z.npy")
+    assert pq.read_table(tmp_path / "z.cells.parquet").to_pydict() == {"length": [3, 4]}
+    embed(tmp_path / "theirs", published, tmp_path / "z.csv")
+    assert pd.read_csv(tmp_path / "z.csv")["length"].tolist() == [3, 4]
+
+
+def test_lists_that_tokens_carry_are_of_no_table(tmp_path: Path) -> None:
+    """Masks of attention, as datasets for transformers hold them: they say nothing that names a cell."""
+    datasets = pytest.importorskip("datasets")
+    cells = [[2, 9, 3], [2, 8, 7, 3]]
+    columns = {"input_ids": cells, "attention_mask": [[1] * len(cell) for cell in cells], "kind": ["x", "y"]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "theirs"))
+    published = toys.encoder(vocabulary="geneformer-v2", vocabulary_fingerprint=None)
+    for suffix in ("npy", "arrow", "parquet", "csv"):
+        embed(tmp_path / "theirs", published, tmp_path / f"z.{suffix}")
+    assert pq.read_table(tmp_path / "z.cells.parquet").to_pydict() == {"kind": ["x", "y"], "length": [3, 4]}
+    assert pq.read_table(tmp_path / "z.parquet").column_names == ["kind", "length", "embedding"]
+    with pytest.raises(InputError, match="carries no column 'attention_mask', of one value per cell; there are kind"):
+        embed(tmp_path / "theirs", published, tmp_path / "y.npy", obs=["attention_mask"])
+
+
 def test_checkpoint_folder_with_its_vocabulary(tmp_path: Path) -> None:
     words, adata = toys.vocabulary(), toys.cells(8)
     save(toys.encoder(words), tmp_path / "model")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,3 +303,46 @@ def test_ctrl_c_says_what_is_there(at: Workplace, monkeypatch: pytest.MonkeyPatc
     said = capsys.readouterr().err
     assert f"interrupted: {out} is not written, and nothing half-written is left; run the same command again" in said
     assert not list(at.out.iterdir())
+
+
+@pytest.mark.slow
+def test_two_at_once_and_killed_at_any_moment(at: Workplace) -> None:
+    """Two commands into one output, one of them killed: what is there is whole and of one of them."""
+    root = Path(gf.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    rng, out = random.Random(0), at.out / "z.parquet"
+    for prefix in "ab":
+        adata = typed_cells(3000, seed=ord(prefix))
+        adata.obs_names = [f"{prefix}{i}" for i in range(3000)]
+        adata.write_h5ad(at.out.parent / f"{prefix}.h5ad")
+        gf.tokenize(
+            at.out.parent / f"{prefix}.h5ad", at.out.parent / f"tokens_{prefix}", vocabulary=toys.vocabulary(),
+            progress=False, overwrite=True,
+        )  # fmt: skip
+
+    def start(prefix: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "geneformer_fast", "predict", at.out.parent / f"tokens_{prefix}", "--model"]
+        command += [at.model, "--out", out, "--overwrite", "--token-budget", 8]
+        return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+
+    def whose() -> set[str]:
+        """Whose cells the table holds."""
+        table = pd.read_parquet(out)
+        assert len(table) == 3000
+        assert np.isfinite(table["kind_probability"]).all()
+        return {name[0] for name in table["obs_names"]}
+
+    for _ in range(3):
+        runs = [start(prefix) for prefix in "ab"]
+        while not (at.out / ".z.parquet.lock").exists() and any(run.poll() is None for run in runs):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 4.0))
+        runs[rng.randrange(2)].send_signal(signal.SIGKILL)
+        for run in runs:
+            _, said = run.communicate()
+            assert run.returncode in (0, 2, -signal.SIGKILL)
+            assert run.returncode != 2 or "is being written by another process" in said
+        assert not out.exists() or len(whose()) == 1
+    assert start("b").wait() == 0
+    assert whose() == {"b"}
+    assert not toys.leftovers(at.out)
