@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,7 +61,10 @@ class Weighted:
 
     def order(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws with replacement."""
-        weights = np.asarray(self.weights, dtype=np.float64)[cells]
+        weights = np.asarray(self.weights, dtype=np.float64)
+        if weights.ndim != 1 or (len(cells) and cells.max() >= len(weights)):
+            raise UnsupportedError(f"weights {[*weights.shape]} must be one for each cell of the token folder")
+        weights = weights[cells]
         if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
             raise UnsupportedError("weights of cells must be finite, not negative, and not all 0")
         return rng.choice(cells, len(cells), p=weights / weights.sum())
@@ -139,7 +142,9 @@ class BatchPlan:
     Raises
     ------
     InputError
-        There are no cells, or fewer than ranks.
+        There are no cells, or fewer than ranks; a cell is not in the token folder.
+    UnsupportedError
+        A size is no positive integer, or there are two of them.
     """
 
     def __init__(
@@ -157,10 +162,18 @@ class BatchPlan:
     ) -> None:
         if (batch_cells is None) == (batch_tokens is None):
             raise UnsupportedError("give the size of a batch either in cells or in tokens")
-        if any(size is not None and size < 1 for size in (batch_cells, batch_tokens, token_budget)):
-            raise UnsupportedError("batch sizes and the token budget must be at least 1")
-        self.lengths = np.asarray(lengths)
-        self.cells = np.sort(np.asarray(cells, dtype=np.int64))
+        for name, size in (
+            ("batch_cells", batch_cells),
+            ("batch_tokens", batch_tokens),
+            ("token_budget", token_budget),
+        ):
+            if size is not None:
+                _check_number(name, size, 1)
+        _check_number("seed", seed, 0)
+        _check_number("world_size", world_size, 1)
+        _check_number("rank", rank, 0, world_size - 1)
+        self.lengths = _whole("lengths", lengths)
+        self.cells = np.sort(_cells(cells, len(self.lengths)))
         if not len(self.cells):
             raise InputError("there are no cells to train on")
         if len(self.cells) < world_size:
@@ -174,7 +187,7 @@ class BatchPlan:
     def epoch(self, number: int) -> Epoch:
         """One epoch's cells, in their order, and its steps."""
         rng = np.random.default_rng((self.seed, number, _ORDER))
-        order = np.asarray(self.sampler.order(self.cells, rng), dtype=np.int64)
+        order = _cells(self.sampler.order(self.cells, rng), len(self.lengths))
         if not len(order):
             raise InputError("the sampler left no cells to train on")
         lengths = self.lengths[order]
@@ -258,6 +271,33 @@ class BatchPlan:
         return np.concatenate([[0], inner, [n_cells]])
 
 
+def _check_number(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """UnsupportedError for what is no integer, or too small or large."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UnsupportedError(f"{name} must be an integer {limits}, not {value!r}")
+
+
+def _whole(name: str, values: Any) -> np.ndarray:
+    """[n] int64; InputError for what would have to be changed, or is negative."""
+    found = np.asarray(values)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise InputError(f"{name} must be a vector of integers, not {found.dtype} of the shape {[*found.shape]}")
+    found = found.astype(np.int64, copy=False)
+    if len(found) and found.min() < 0:
+        raise InputError(f"{name} must not be negative: number {int(found.argmin())} is {int(found.min())}")
+    return found
+
+
+def _cells(cells: Any, n_cells: int) -> np.ndarray:
+    """Indices into the token folder."""
+    found = _whole("cells", cells)
+    if len(found) and found.max() >= n_cells:
+        raise InputError(f"cells must be below {n_cells}, the cells of the token folder, not {int(found.max())}")
+    return found
+
+
 def _shares(lengths: np.ndarray, n_shares: int) -> list[int]:
     """[n_shares + 1] bounds that split cells into runs of about equally many tokens."""
     stops = np.cumsum(lengths)
@@ -290,8 +330,12 @@ def evaluation_pieces(
     InputError
         There are fewer cells than ranks.
     """
-    cells = np.asarray(cells, dtype=np.int64)
-    lengths = np.asarray(lengths)[cells]
+    _check_number("token_budget", token_budget, 1)
+    _check_number("world_size", world_size, 1)
+    _check_number("rank", rank, 0, world_size - 1)
+    lengths = _whole("lengths", lengths)
+    cells = _cells(cells, len(lengths))
+    lengths = lengths[cells]
     bounds = budget_cuts(lengths, token_budget)
     if world_size > 1:
         if len(cells) < world_size:

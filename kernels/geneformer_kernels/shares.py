@@ -7,6 +7,7 @@ meet, and what is no product (compiled loops, copies) on one.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -37,12 +38,15 @@ def in_shares(task: Callable[[list[Item]], None], items: Sequence[Item], cost: C
     if n_shares == 1:
         compute(shares[0])
     else:
-        list(_pool(torch.get_num_threads()).map(compute, shares))
+        list(_pool(torch.get_num_threads(), os.getpid()).map(compute, shares))
 
 
 @functools.cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes on one thread only; here it goes on with as many as before."""
+def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads in which torch computes on one thread only; here it goes on with as many as before.
+
+    A forked process has none of its parent's threads, so that it gets a pool of its own.
+    """
     all_begun = Barrier(n_threads + 1)
 
     def begin() -> None:

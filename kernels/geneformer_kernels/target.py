@@ -91,18 +91,19 @@ CARDS = {
 
 
 def target_of(device: str | torch.device) -> Target:
-    """The target behind a torch device; asked of the hardware once per device and process."""
+    """The target behind a torch device; the hardware is asked once per device and process, the threads every time."""
     import torch
 
     device = torch.device(device)
     index = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
-    return _probe(device.type, index)
+    return _probe(device.type, index, torch.get_num_threads() if device.type == "cpu" else 1)
 
 
+# Of the arguments, what may change while a process runs; what is asked besides stays what it is.
 @functools.cache
-def _probe(device_type: str, index: int | None) -> Target:
+def _probe(device_type: str, index: int | None, n_threads: int) -> Target:
     import torch
 
     if device_type == "cuda":
@@ -114,7 +115,7 @@ def _probe(device_type: str, index: int | None) -> Target:
         return Target("cuda", sm, smem_bytes, properties.multi_processor_count, triton_version(), name=properties.name)
     if device_type == "cpu":
         features = cpu_features() | ({"triton_interpreter"} if is_interpreted() else set())
-        return Target.cpu(features, n_cores=torch.get_num_threads(), name=cpu_name())
+        return Target.cpu(features, n_cores=n_threads, name=cpu_name())
     return Target(device_type, name=device_type)
 
 

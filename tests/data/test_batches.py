@@ -184,3 +184,40 @@ def test_refusals() -> None:
         BatchPlan(lengths, np.arange(3), token_budget=1)
     with pytest.raises(UnsupportedError, match="at least 1"):
         BatchPlan(lengths, np.arange(3), batch_cells=0, token_budget=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_cells": 2.5}, UnsupportedError, "batch_cells must be an integer of at least 1, not 2.5"),
+        ({"batch_cells": True}, UnsupportedError, "batch_cells must be an integer"),
+        ({"batch_cells": 0}, UnsupportedError, "batch_cells must be an integer of at least 1, not 0"),
+        ({"token_budget": -1}, UnsupportedError, "token_budget must be"),
+        ({"token_budget": float("inf")}, UnsupportedError, "token_budget must be"),
+        ({"seed": -1}, UnsupportedError, "seed must be"),
+        ({"rank": 2, "world_size": 2}, UnsupportedError, "rank must be an integer from 0 to 1, not 2"),
+        ({"world_size": 0}, UnsupportedError, "world_size must be"),
+        ({"lengths": np.array([3.0, 4.5])}, InputError, "lengths must be a vector of integers"),
+        ({"lengths": np.array([[3, 4]])}, InputError, "lengths must be a vector of integers"),
+        ({"lengths": np.array([3, -4])}, InputError, "lengths must not be negative: number 1 is -4"),
+        ({"cells": np.array([0.0, 1.9])}, InputError, "cells must be a vector of integers"),
+        ({"cells": np.array([True, False])}, InputError, "cells must be a vector of integers"),
+        ({"cells": np.array([0, -1])}, InputError, "cells must not be negative"),
+        ({"cells": np.array([0, 2])}, InputError, "cells must be below 2, the cells of the token folder, not 2"),
+    ],
+)
+def test_nonsense_is_refused(change: dict, error: type[Exception], message: str) -> None:
+    given = dict(lengths=np.array([3, 4]), cells=np.array([0, 1]), batch_cells=1, token_budget=9) | change
+    with pytest.raises(error, match=message):
+        BatchPlan(**given)
+    given.pop("batch_cells")
+    given.pop("seed", None)
+    if not set(change) & {"batch_cells", "seed"}:
+        with pytest.raises(error, match=message):
+            evaluation_pieces(**given)
+
+
+def test_weights_are_of_all_cells() -> None:
+    plan = BatchPlan(np.ones(4, int), np.arange(4), batch_cells=3, token_budget=9, sampler=Weighted(np.ones(3)))
+    with pytest.raises(UnsupportedError, match=r"weights \[3\] must be one for each cell"):
+        plan.epoch(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 from geneformer_kernels.shares import in_shares
+from geneformer_kernels.target import target_of
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -58,3 +60,29 @@ def test_an_error_in_a_share_reaches_the_caller(n_threads: int) -> None:
 
     with pytest.raises(ValueError, match="two"):
         in_shares(task, range(5), float)
+
+
+def _share_in_a_child(seen) -> None:
+    in_shares(lambda items: seen.put(sorted(items)), [3, 4], float)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """Those of its parent's pool are not there: to wait for them would take for ever."""
+    before, forking = torch.get_num_threads(), multiprocessing.get_context("fork")
+    torch.set_num_threads(2)
+    try:
+        in_shares(lambda items: None, [1, 2], float)
+        seen = forking.Queue()
+        child = forking.Process(target=_share_in_a_child, args=(seen,))
+        child.start()
+        try:
+            assert sorted(seen.get(timeout=20) for _ in range(2)) == [[3], [4]]
+        finally:
+            child.kill()
+            child.join()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_target_has_the_threads_of_the_moment(n_threads: int) -> None:
+    assert target_of("cpu").n_sms == n_threads
