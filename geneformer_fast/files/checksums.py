@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import GeneformerFastError
-from geneformer_fast.files.writing import whole_file
+from geneformer_fast.files.writing import is_plain_name, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -121,11 +121,11 @@ def read_sums(folder: Path, error: type[GeneformerFastError]) -> dict[str, str]:
     for line in text.splitlines():
         if line.startswith("#"):  # which sha256sum passes over too
             continue
-        digest, _, name = line.partition("  ")
-        name = name.removeprefix("*")
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or not name or Path(name).name != name:
+        digest, mark, name = line[:64], line[64:66], line[66:].removeprefix("./")
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or mark not in ("  ", " *") or not name:
             raise error(f"{path} holds a line that is no checksum and file name; remove it to go without checksums")
-        sums[name] = digest
+        if is_plain_name(name):  # others list files of other folders too
+            sums[name] = digest
     return sums
 
 
