@@ -79,6 +79,7 @@ def test_antibodies_are_not_added_to_their_genes_in_any_format(kind, tmp_path):
         ("feature_types", ["GENE_EXPRESSION"] * 12 + ["whatever"] * 2),
         ("feature_types", ["GEX"] * 12 + ["ADT"] * 2),
         ("feature_types", ["Gene"] * 12 + ["Antibody Capture"] * 2),
+        ("feature_types", ["mRNA"] * 12 + ["AbSeq"] * 2),  # BD Rhapsody
         ("modality", ["rna"] * 12 + ["prot"] * 2),
     ],
 )

@@ -266,6 +266,25 @@ def test_numbers_that_are_none_of_a_matrix(tmp_path, entry):
         dense_of(source)
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_marks_of_editors_and_ends_of_lines_are_no_part_of_ids(tmp_path, is_compressed):
+    """Files saved on Windows: the mark of UTF-8 before the first id, two characters at the end of a line."""
+    adata = with_dense()
+    plain = written("10x", adata, tmp_path)
+    marked = plain.rename(tmp_path / "marked")
+    plain = written("10x", adata, tmp_path)
+    for path in sorted(marked.iterdir()):
+        content = b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
+        path.write_bytes(content)
+        if is_compressed:
+            path.unlink()
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    with open_source(plain) as want, open_source(marked) as got:
+        assert got.gene_ids().tolist() == want.gene_ids().tolist() == GENES
+        assert got.cell_names().tolist() == want.cell_names().tolist()
+        np.testing.assert_array_equal(dense_of(got), dense_of(want))
+
+
 def test_mudata_says_how_to_take_one_modality(tmp_path):
     path = tmp_path / "cells.h5mu"
     with h5py.File(path, "w") as file:

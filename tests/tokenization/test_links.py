@@ -155,24 +155,37 @@ def test_a_link_that_leads_nowhere(tmp_path):
         read(path)
 
 
-def virtual(file, name, n_first=None, source="other.h5ad"):
-    """X/name as a virtual data set over the other file, or over its beginning alone."""
+def virtual(file, name, n_first=None, source="other.h5ad", *, is_whole=False):
+    """X/name as a virtual data set over the other file, or over its beginning alone; ``is_whole`` selects nothing."""
     with h5py.File(os.path.join(os.path.dirname(file.filename), "other.h5ad")) as other:
         length, dtype = other[f"X/{name}"].shape[0], other[f"X/{name}"].dtype
     layout = h5py.VirtualLayout((length,), dtype)
     n_first = length if n_first is None else n_first
-    layout[:n_first] = h5py.VirtualSource(source, f"X/{name}", (length,))[:n_first]
+    values = h5py.VirtualSource(source, f"X/{name}", (length,))
+    layout[:n_first] = values if is_whole else values[:n_first]
     del file[f"X/{name}"]
     file.create_virtual_dataset(f"X/{name}", layout)
 
 
-def test_virtual_data_sets(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_virtual_data_sets(tmp_path, monkeypatch, is_whole):
     monkeypatch.chdir("/")
-    path = linked(tmp_path, lambda file: [virtual(file, name) for name in ("data", "indices", "indptr")])
+    names = ("data", "indices", "indptr")
+    path = linked(tmp_path, lambda file: [virtual(file, name, is_whole=is_whole) for name in names])
     np.testing.assert_array_equal(read(path), counts(2))
     # HDF5 reads what is missing as zeros, without a word
     shutil.move(tmp_path / "other.h5ad", tmp_path / "moved.h5ad")
     with pytest.raises(InputError, match=r"source 'X/data' in 'other\.h5ad' is not there, so its values would read as"):
+        read(path)
+
+
+def test_a_virtual_data_set_whose_whole_source_became_shorter(tmp_path):
+    path = linked(tmp_path, lambda file: virtual(file, "data", is_whole=True))
+    with h5py.File(tmp_path / "other.h5ad", "r+") as file:
+        values = file["X/data"][:-1]
+        del file["X/data"]
+        file["X/data"] = values
+    with pytest.raises(InputError, match=r"has shape \(\d+,\), not what is taken from it"):
         read(path)
 
 

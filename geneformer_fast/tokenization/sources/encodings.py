@@ -98,8 +98,10 @@ def read_column(node: Any, root: Any) -> Any:
         if "codes" in node and "categories" in node:
             return _categorical(node["codes"], read_column(node["categories"], root))
         if "values" in node and "mask" in node:
-            # nothing is missing where a writer left the empty mask out
-            return with_missing(read_array(node["values"]), read_array(node["mask"], absent="warn"))
+            # Nothing is missing where a writer left the empty mask out; a lost one turns missing texts into empty ones,
+            # which are told apart where it matters, but missing numbers into others.
+            values = read_array(node["values"])
+            return with_missing(values, read_array(node["mask"], absent="usual" if _is_text(values) else "warn"))
         kind = _plain(node.attrs.get("encoding-type", "none given"))
         raise ValueError(f"its encoding ({kind}) is none of numbers, text, categories or nullable values")
     categories = node.attrs.get("categories")
@@ -110,9 +112,13 @@ def read_column(node: Any, root: Any) -> Any:
     return _categorical(node, read_column(home[categories], home))
 
 
+def _is_text(values: Any) -> bool:
+    return hasattr(values, "type") and str(values.type) in ("string", "large_string")
+
+
 def _categorical(codes: Any, categories: Any) -> Any:
-    # the codes of a single category are zeros, which writers leave out
-    return decode_categories(read_array(codes, absent="warn" if len(categories) == 1 else "refuse"), categories)
+    # the codes of a single category are zeros, which writers leave out: most files of 10x have such feature_types
+    return decode_categories(read_array(codes, absent="usual" if len(categories) == 1 else "refuse"), categories)
 
 
 def read_table(group: Any, root: Any, name: str, n_rows: int) -> Table:

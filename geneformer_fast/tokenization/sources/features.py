@@ -27,7 +27,7 @@ _MAYBE_TYPE_COLUMN = re.compile(r"modalit(?:y|ies)|types?|librarytypes?|assays?"
 # Values as letters and digits. CELLxGENE's feature_type holds biotypes (protein_coding), which say nothing of the kind.
 _EXPRESSION = frozenset({"geneexpression", "gex"})
 _EXPRESSION_AMONG_OTHERS = frozenset({"gene", "genes", "rna", "mrna"})
-_OTHER_TYPES = frozenset(("antibodycapture", "antibody", "antibodies", "adt", "hto", "protein", "proteins"))
+_OTHER_TYPES = frozenset(("antibodycapture", "antibody", "antibodies", "adt", "hto", "abseq", "protein", "proteins"))
 _OTHER_TYPES |= {"proteinexpression", "antigencapture", "multiplexingcapture", "crisprguidecapture", "crispr"}
 _OTHER_TYPES |= {"custom", "peak", "peaks", "atac", "chromatinaccessibility", "prot", "citeseq", "antibodyderivedtag"}
 _OTHER_TYPES |= {"hashtag", "hashtags", "hashtagoligo", "guide", "guides", "grna", "sgrna", "crisprguide"}

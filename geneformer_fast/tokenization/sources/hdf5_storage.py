@@ -167,12 +167,18 @@ def check_virtual(dataset: Any, depth: int = 0) -> None:
 
 
 def _check_source(file: Any, source: Any, place: str, depth: int) -> None:
+    import h5py
+
     if source.dset_name not in file:
         raise ValueError(f"{place} is not there, so its values would read as zeros")
     target = file[source.dset_name]
-    _, last = source.src_space.get_select_bounds()
-    if len(last) != len(target.shape) or any(i >= n for i, n in zip(last, target.shape, strict=True)):
-        raise ValueError(f"{place} has shape {target.shape}, less than is taken from it")
+    if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:  # a whole source is named without its shape
+        is_there = target.size == source.vspace.get_select_npoints()
+    else:
+        _, last = source.src_space.get_select_bounds()
+        is_there = len(last) == len(target.shape) and all(i < n for i, n in zip(last, target.shape, strict=True))
+    if not is_there:
+        raise ValueError(f"{place} has shape {target.shape}, not what is taken from it")
     check_filters(target)
     if target.is_virtual:
         check_virtual(target, depth + 1)

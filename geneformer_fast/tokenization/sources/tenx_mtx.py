@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 from collections.abc import Iterator, Sequence
@@ -64,14 +65,14 @@ def _open(path: Path) -> IO[bytes]:
 
 def _lines(path: Path) -> list[str]:
     with _open(path) as file:
-        text = file.read().decode("utf-8")
+        text = file.read().decode("utf-8-sig")  # editors put a mark before the first id
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _open_matrix(files: Triplet, name: str, n_features: int, n_cells: int) -> SpooledMatrix:
     path = files.matrix
     with _open(path) as file:
-        banner = file.readline(1024).decode("latin1").split()
+        banner = file.readline(1024).removeprefix(codecs.BOM_UTF8).decode("latin1").split()
         if len(banner) < 5 or banner[0] != "%%MatrixMarket" or banner[2] != "coordinate":
             raise ValueError(f"{path.name} does not begin with a MatrixMarket coordinate header")
         if banner[3] not in ("integer", "real") or banner[4] != "general":
@@ -145,7 +146,7 @@ def _parsed(path: Path, kinds: Sequence[np.dtype], *, regular: bool) -> Iterator
     from pyarrow import csv
 
     with _open(path) as file:
-        line = file.readline()
+        line = file.readline().removeprefix(codecs.BOM_UTF8)
         while line.startswith(b"%") or (line and not line.strip()):
             line = file.readline()
         stream: Any = file if regular else _SingleSpaces(file)
