@@ -23,8 +23,8 @@ from geneformer_fast.checkpoints import hf
 from geneformer_fast.errors import GeneformerFastError, OutputError, UnsupportedError
 from geneformer_fast.files.checksums import VERIFY
 from geneformer_fast.finetuning.models import read_card, save_classifier, with_head
-from geneformer_fast.tokenization.arrow import record_batch, token_schema
 from geneformer_fast.tokenization.output import TokenOutput
+from geneformer_fast.tokenization.shards import record_batch, token_schema
 from geneformer_fast.tokenization.tally import empty_tally
 from geneformer_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from geneformer_fast.training.distributed import Ranks

@@ -16,7 +16,7 @@ from geneformer_fast.files.checksums import check_file, fingerprint_of, is_verif
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import sync_folder, system_errors, write_json
 from geneformer_fast.tokenization import manifest
-from geneformer_fast.tokenization.arrow import ShardWriter, features
+from geneformer_fast.tokenization.shards import ShardWriter, features
 
 _AGAIN = "pass --overwrite to start again"
 #: A shard is closed by the first batch that makes it this large. Small enough that little is lost when a run is killed.

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.checksums import fingerprint_of, sha256_of
-from geneformer_fast.tokenization.arrow import ShardWriter, open_tokens, record_batch, token_schema
+from geneformer_fast.tokenization.arrow import open_tokens
 from geneformer_fast.tokenization.run import tokenize
+from geneformer_fast.tokenization.shards import ShardWriter, record_batch, token_schema
 from geneformer_fast.tokenization.stream import StreamFile
 
 
