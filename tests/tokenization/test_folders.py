@@ -78,6 +78,7 @@ def test_molecules_and_summaries_are_no_counts(tmp_path):
         (["cells_x_genes.mature.mtx", "cells_x_genes.nascent.mtx"], True),
         (["a.h5ad", "b.h5ad", "B_cell.h5ad", "T_cell.h5ad", "total.h5ad", "cell.h5ad"], False),
         (["GSM1_filtered.h5", "GSM2_raw.h5"], False),
+        (["CD34+.h5ad", "CD34-.h5ad", "αβ.h5ad", "γδ.h5ad", "s(1).h5ad", "s(2).h5ad", "T.h5ad", "t.h5ad"], False),
     ],
 )
 def test_names_of_the_same_cells(tmp_path, names, is_twice):
@@ -113,6 +114,10 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
     (tmp_path / "b.h5ad.gz").unlink()
     (tmp_path / "outs").mkdir()
     with pytest.raises(InputError, match=r"holds no input.*name one of them \(outs\)"):
+        expand_inputs(tmp_path)
+    (tmp_path / "counts.mtx").write_text("")
+    names = r"counts\.features\.tsv and counts\.barcodes\.tsv"
+    with pytest.raises(InputError, match=rf"holds no input.* counts\.mtx needs its .* beside it: name them {names}"):
         expand_inputs(tmp_path)
 
 
@@ -228,6 +233,10 @@ def test_kb_pythons_cells_by_genes(tmp_path, n_cells):
     scipy.io.mmwrite(tmp_path / "cells_x_genes.mtx", sp.coo_matrix(adata.X), field="real")
     (tmp_path / "cells_x_genes.genes.txt").write_text("".join(f"{gene}.3\n" for gene in GENES))
     (tmp_path / "cells_x_genes.barcodes.txt").write_text("".join(f"{name}\n" for name in adata.obs_names))
+    (tmp_path / "cells_x_genes.genes.names.txt").write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert expand_inputs(tmp_path) == [tmp_path / "cells_x_genes.mtx"]
     for data in (tmp_path / "cells_x_genes.mtx", tmp_path):
         with open_source(data) as source:
             np.testing.assert_array_equal(dense_of(source), adata.X)

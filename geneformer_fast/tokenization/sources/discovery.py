@@ -9,7 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.triplets import KB_PART, has_companions, is_matrix_file, triplet_at
+from geneformer_fast.tokenization.sources.triplets import (
+    KB_PART,
+    expected_companions,
+    has_companions,
+    is_kb_file,
+    is_matrix_file,
+    triplet_at,
+)
 
 SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 FORMATS = "AnnData .h5ad and .zarr, 10x .h5 and matrix folders (matrix.mtx), .loom"
@@ -72,7 +79,10 @@ def _inputs_at(path: Path) -> list[Path]:
     if not inside:
         raise InputError(f"{path}: the folder holds no input. Supported are {FORMATS}{_hint(path, entries)}")
     refuse_repeated(str(path), inside)
-    used = {*inside, *(file for entry in inside if is_matrix_file(entry) for file in _companions(entry))}
+    matrices = [entry for entry in inside if is_matrix_file(entry)]
+    used = {*inside, *(file for entry in matrices for file in _companions(entry))}
+    if any(is_kb_file(entry) for entry in matrices):  # names of genes, prefixes of barcodes
+        used.update(filter(is_kb_file, entries))
     _warn_of_skipped(path, inside, [entry for entry in entries if entry not in used])
     return inside
 
@@ -96,6 +106,10 @@ def _hint(folder: Path, entries: list[Path]) -> str:
     modalities = [entry.name for entry in entries if entry.suffix == ".h5mu"]
     if modalities:
         return f". MuData ({_listed(modalities)}) is not read whole: save one modality of it as .h5ad"
+    alone = next((entry for entry in entries if is_matrix_file(entry)), None)
+    if alone is not None:
+        features, barcodes = expected_companions(alone)
+        return f". {alone.name} needs its features and barcodes beside it: name them {features} and {barcodes}"
     deeper = [entry.name for entry in entries if entry.is_dir()]
     return f". Its folders are not looked into: name one of them ({_listed(deeper)})" if deeper else ""
 
@@ -137,5 +151,5 @@ def _name_of_cells(path: Path) -> str:
     for suffix in (".gz", *SUFFIXES, ".zarr", ".mtx"):
         stem = stem.removesuffix(suffix)
     stem = KB_PART.sub("", stem).replace("gene_bc_matrices", "gene_bc_matrix")
-    words = (word.lower() for word in re.split(r"[^A-Za-z0-9]+", stem))
-    return "_".join(word for word in words if word not in _SAME_CELLS)
+    words = re.split(r"[\s._-]+", stem)  # other signs tell samples apart: CD34+ and CD34-
+    return "_".join(word for word in words if word.lower() not in _SAME_CELLS)

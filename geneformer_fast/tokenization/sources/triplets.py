@@ -48,6 +48,16 @@ def has_companions(matrix: Path) -> bool:
     return all(_find(matrix, words) is not None for words in (_FEATURES, _BARCODES))
 
 
+def is_kb_file(path: Path) -> bool:
+    """Whether this file is named as kb-python names what it writes about one matrix."""
+    return path.name.startswith("cells_x_genes.")
+
+
+def expected_companions(matrix: Path) -> tuple[str, str]:
+    """The likeliest names of the features and the barcodes of a matrix file."""
+    return _candidates(matrix, _FEATURES)[0].name, _candidates(matrix, _BARCODES)[0].name
+
+
 def triplet_at(path: Path, name: str) -> Triplet:
     """The files of a matrix file, or of the only matrix in a folder.
 
