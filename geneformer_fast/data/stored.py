@@ -107,8 +107,8 @@ class StoredCells:
 
     def _refuse(self, cell: int, what: str) -> NoReturn:
         raise InputError(
-            f"{self._path}: cell {int(cell)} {what}, which a model would take for a gene or miss; tokenize the counts "
-            "again, or leave the cell out"
+            f"{self._path}: cell {int(cell)} {what}, which no model was trained to read; tokenize the counts again, or "
+            "leave the cell out"
         )
 
     def _count(self) -> None:

@@ -53,6 +53,10 @@ _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 29
 # Sixteen bytes hold every integer that means something here; longer ones take quadratic time to print.
 _MAX_INT_BYTES = 16
+# Integers from here on may all have the same hash, and take quadratic time as keys.
+_MAX_INT_KEY = 1 << 60
+# What protocol 2 writes as text and a call are the bytes of one scalar; a long text could be encoded again and again.
+_MAX_ENCODED = 64
 _SHOWN = 200
 
 
@@ -82,6 +86,8 @@ def _scalar(dtype: object, data: object) -> float | int | bool:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     # protocol 2 writes bytes as text plus a call of _codecs.encode
+    if len(text) > _MAX_ENCODED:
+        raise pickle.UnpicklingError(f"bytes made of {len(text)} characters, which no number needs")
     return text.encode("latin1") if encoding in ("latin1", "latin-1") else text.encode("utf-8")
 
 
@@ -124,6 +130,8 @@ def _key(value: Any) -> Any:
     # a nested tuple as a key would be hashed, level by level
     if type(value) not in _ATOMS:
         raise pickle.UnpicklingError(f"a key is a {type(value).__name__}, not text or a number")
+    if type(value) is int and abs(value) >= _MAX_INT_KEY:
+        raise pickle.UnpicklingError("a key is an integer of more than 60 bits")
     return value
 
 

@@ -115,6 +115,10 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
     (tmp_path / "outs").mkdir()
     with pytest.raises(InputError, match=r"holds no input.*name one of them \(outs\)"):
         expand_inputs(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds no input.* It holds tokens already"):
+        expand_inputs(tmp_path)
+    (tmp_path / "state.json").unlink()
     (tmp_path / "counts.mtx").write_text("")
     names = r"counts\.features\.tsv and counts\.barcodes\.tsv"
     with pytest.raises(InputError, match=rf"holds no input.* counts\.mtx needs its .* beside it: name them {names}"):

@@ -135,6 +135,17 @@ BOMBS = {
     "deep lists": (b"}K\x01", b"]" * 100_000, b"a" * 99_999, b"s."),
     "a key in pairs": (b"ccollections\nOrderedDict\n(((K\x01t", b"\x85" * 200_000, b"K\x01tttR."),
     "many marks": (b"(" * 200_000, b"t" * 200_000, b"."),
+    # multiples of 2^61 - 1 all have the hash 0
+    "keys of one hash": (
+        b"}(",
+        *(b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"K\x00" for i in range(1, 30_000)),
+        b"u.",
+    ),
+    "a text encoded again and again": (
+        b"c_codecs\nencode\nq\x000X@B\x0f\x00" + b"a" * 10**6 + b"q\x010}K\x01(",
+        b"h\x00h\x01\x85R" * 1000,
+        b"ls.",
+    ),
     "a long integer": (b"}K\x01\x8b", struct.pack("<i", 10**6), b"\x7f" * 10**6, b"s."),
 }
 

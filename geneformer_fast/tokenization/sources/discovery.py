@@ -22,6 +22,8 @@ SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 FORMATS = "AnnData .h5ad and .zarr, 10x .h5 and matrix folders (matrix.mtx), .loom"
 
 _MOST_NAMED = 5
+# What lies in a folder of tokens, or of several, as datasets writes them.
+_OF_TOKENS = ("state.json", "dataset_dict.json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 # Words that tell two matrices of the same cells apart.
 _SAME_CELLS = frozenset(("raw", "filtered", "unfiltered", "h5", "spliced", "unspliced"))
@@ -101,6 +103,8 @@ def _is_input(entry: Path) -> bool:
 
 
 def _hint(folder: Path, entries: list[Path]) -> str:
+    if any((folder / name).is_file() for name in _OF_TOKENS):
+        return ". It holds tokens already"
     if any(entry.suffix in COMPRESSED and Path(entry.stem).suffix in SUFFIXES for entry in entries):
         return ". It holds compressed files: decompress them first"
     modalities = [entry.name for entry in entries if entry.suffix == ".h5mu"]
