@@ -177,6 +177,10 @@ def test_report_names_what_is_left_out(tmp_path, capsys):
         ("ID", GENES[:14], "ID"),  # SingleCellExperiment
         ("ensembl_gene_id", GENES[:14], "ensembl_gene_id"),  # biomaRt
         ("gene.ids", GENES[:14], "gene.ids"),
+        ("ens_id", GENES[:14], "ens_id"),
+        ("gene", GENES[:14], "gene"),
+        ("index", GENES[:14], "index"),  # after reset_index()
+        ("gene", [f"x{i}" for i in range(14)], "var_names"),
         ("ID", [f"x{i}" for i in range(14)], "var_names"),
         ("notes", GENES[:14], "var_names"),
     ],

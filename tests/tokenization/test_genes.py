@@ -223,6 +223,17 @@ def test_ensembl_ids_of_which_most_match_nothing(shared_dir):
     assert map_genes([*strange[:400], *genes[400:]], vocabulary, source_name="cells.h5ad").report.matched == 600
 
 
+def test_names_that_are_old_symbols_by_chance_are_next_to_nothing(shared_dir):
+    """V2's mapping knows 13 of g0 to g699."""
+    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    names = [f"g{i}" for i in range(700)]
+    with pytest.raises(InputError, match=r"13 of 700 gene ids match.* pass --allow-few-genes"):
+        map_genes(names, vocabulary, source_name="cells.h5ad")
+    assert map_genes(names, vocabulary, source_name="cells.h5ad", allow_few_genes=True).report.aliased == 13
+    panel = [*list(vocabulary.token_ids)[:40], *(f"control {i}" for i in range(400))]
+    assert map_genes(panel, vocabulary, source_name="cells.h5ad").report.matched == 40
+
+
 def test_ids_that_the_mapping_knows_or_a_whole_annotation_are_no_few_genes(shared_dir):
     """Most genes of an annotation have no token: what V2's mapping knows, and files with all genes of V1, go on."""
     v2 = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")

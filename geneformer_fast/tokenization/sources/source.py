@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 GENE_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl")
 # Names that loom, R and others give the same column, as letters and digits; believed only where they hold Ensembl ids.
 _OTHER_GENE_COLUMNS = re.compile(
-    r"(?:ensembl|ensemblgene|gene|feature)?(?:ids?|accessions?)|ensembl|ensemblgenes?|ensg|geneensembl|genestableids?"
+    r"(?:ensembl|ensemblgene|ens|geneens|gene|feature)?(?:ids?|accessions?)|ensembl|ensemblgenes?|ensg|geneensembl"
+    r"|genestableids?|genes?|features?|index"
 )
 #: What the row names of obs are called, as in scanpy; ``tokenize`` carries them along.
 OBS_NAMES = "obs_names"
