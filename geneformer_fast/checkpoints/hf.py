@@ -174,7 +174,7 @@ class BertSettings:
     tie_word_embeddings: bool = True
     architectures: list[str] | None = None
     id2label: dict[str, str | int] | None = None
-    label2id: dict[str, int] | None = None
+    label2id: dict[str, int | str] | None = None
     geneformer_fast: OwnSettings | None = None
 
 

@@ -109,9 +109,15 @@ def write_model(
 
     Raises
     ------
+    CheckpointError
+        The settings hold what JSON has no number for.
     OutputError
         The folder holds a model already, another process is writing into it, or the system lets nobody write there.
     """
+    try:
+        said = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False)
+    except ValueError as reason:  # such as the 1e999 of a config.json that the model came with
+        raise CheckpointError(f"{folder / CONFIG} cannot say what the model's settings hold ({reason})") from None
     with folder_lock(folder):
         if (folder / CONFIG).exists() and not overwrite:
             raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
@@ -125,7 +131,7 @@ def write_model(
             write_tensors(weights, tensors, metadata)
             noted = json.dumps(_deciding(config), sort_keys=True)
             sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
-            described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            described.write_text(f"{said}\n", encoding="utf-8")
     return folder
 
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import identity_of
-from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
+from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
+from geneformer_fast.files.writing import reason_of
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
@@ -25,6 +26,9 @@ from geneformer_fast.tokenization.manifest import DATASET_DICT, STATE, UNFINISHE
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+# What to do where files of ours in the folder for temporary files cannot be written.
+_ABOUT_SCRATCH = "tokens of counts are kept there meanwhile: set TMPDIR to another folder, or tokenize first"
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,23 @@ def open_cells(
         cells = tokenize_anndata(data, vocabulary, **{name: options[name] for name in options if name != "obs"})
         yield _memory_cells(cells, data, vocabulary, reading)
         return
-    with tempfile.TemporaryDirectory(prefix="geneformer-fast-") as scratch:
+    with _scratch() as scratch:
         tokens = Path(scratch) / "tokens"
-        tokenize(data, tokens, vocabulary=vocabulary, progress=progress, **options)
+        try:
+            tokenize(data, tokens, vocabulary=vocabulary, progress=progress, **options)
+        except OutputError as error:
+            raise OutputError(f"{error}; {_ABOUT_SCRATCH}") from error
         with open_tokens(tokens) as folder:
             yield _input_cells(folder, vocabulary.identity(), data, reading)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for tokens that are needed for a while."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="geneformer-fast-")
+    except OSError as error:
+        place = error.filename or "the folder for temporary files"
+        raise OutputError(f"{place} cannot be written: {reason_of(error)}; {_ABOUT_SCRATCH}") from error
 
 
 def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mapping[str, str]) -> Cells:

@@ -266,8 +266,10 @@ def _write_genes(
     means, n_cells = run.genes()
     if target.path.suffix == ".npy":
         columns = gene_columns(np.arange(len(means)), n_cells, vocabulary)
-        with target.writing(provenance, lambda: pa.table(columns)) as path, open(path, "wb") as file:
-            np.save(file, means)
+        with target.writing(provenance, lambda: pa.table(columns)) as path:
+            array = NpyWriter(path, *means.shape)
+            array.write(np.arange(len(means)), means)
+            array.close()
         return
     seen = np.flatnonzero(n_cells)
     with target.writing(provenance) as path:

@@ -119,9 +119,9 @@ def read_sums(folder: Path, error: type[GeneformerFastError]) -> dict[str, str]:
         raise error(f"{path} cannot be read ({reason}); remove it to go without checksums") from None
     sums = {}
     for line in text.splitlines():
-        if line.startswith("#"):  # which sha256sum passes over too
+        if line.startswith("#") or not line.strip():  # which sha256sum passes over too
             continue
-        digest, mark, name = line[:64], line[64:66], line[66:].removeprefix("./")
+        digest, mark, name = line[:64].lower(), line[64:66], line[66:].removeprefix("./")
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or mark not in ("  ", " *") or not name:
             raise error(f"{path} holds a line that is no checksum and file name; remove it to go without checksums")
         if is_plain_name(name):  # others list files of other folders too

@@ -12,7 +12,8 @@ import numpy as np
 
 #: Of so many groups every set is looked at: 65,536 of them.
 MOST_SETS = 16
-#: So many ways to deal groups into folds are looked at one by one, if no more than as many numbers come of them.
+#: So many ways to deal groups into folds are looked at one by one, if no more than as many numbers come of them: that
+#: also bounds the groups, and so how deep :func:`_partitions` goes.
 MOST_DEALS, _MOST_NUMBERS = 20_000, 20_000_000
 # A set may miss the share that was asked for by so much of it more than the nearest one does, where it then has a class
 # that is absent from the nearest one; and by so much for the seed to have a choice.
@@ -85,8 +86,9 @@ def deal(counts: np.ndarray, n_folds: int, rng: np.random.Generator) -> np.ndarr
     counts = counts[:, counts.any(0)]
     if len(counts) < n_folds:
         return None
-    n_ways = _stirling(len(counts), n_folds)
-    if n_ways <= MOST_DEALS and n_ways * n_folds * counts.shape[1] <= _MOST_NUMBERS:
+    if n_folds == len(counts):  # one group after another, of which there may be thousands
+        found = np.arange(n_folds)[None]
+    elif _n_numbers(counts, n_folds) <= _MOST_NUMBERS:
         found = np.array(list(_partitions(len(counts), n_folds)))
     else:
         found = _good_deals(counts, n_folds, rng)
@@ -178,6 +180,12 @@ def _best_exchange(
         if (n_left + has[gone] - has[new] > 0).all():
             return gone, new
     return None
+
+
+def _n_numbers(counts: np.ndarray, n_folds: int) -> int:
+    """How many numbers come of looking at every way to deal groups into folds; more than can be, of too many ways."""
+    n_ways = _stirling(len(counts), n_folds)
+    return n_ways * n_folds * max(counts.shape) if n_ways <= MOST_DEALS else _MOST_NUMBERS + 1
 
 
 def _stirling(n: int, k: int) -> int:

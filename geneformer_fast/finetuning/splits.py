@@ -204,7 +204,7 @@ def check_classes(
     few = {name: count for name, count in counts.items() if count < least}
     fewer = ", or take fewer folds" if "folds" in why else ""
     if few:
-        shown = ", ".join(f"{name} ({count})" for name, count in sorted(few.items()))
+        shown = _some([f"{name} ({count})" for name, count in sorted(few.items())])
         leave = "min_cells" if of == "cells" else "the classes file"
         raise InputError(
             f"{why} need {least} {of} of every class, but there are fewer of {shown}; leave these classes out "
@@ -226,11 +226,17 @@ def check_classes(
         )
     alone = {str(names[int(code)]): found[0] for code in present if len(found := np.unique(groups[codes == code])) < 2}
     if alone:
-        shown = ", ".join(f"{name} ({group})" for name, group in alone.items())
+        shown = _some([f"{name} ({group})" for name, group in alone.items()])
         raise InputError(
-            f"all {of} of {', '.join(alone)} come from one group, which cannot be in training and test at once: "
+            f"all {of} of {_some(list(alone))} come from one group, which cannot be in training and test at once: "
             f"{shown}; leave these classes out, or take no group column"
         )
+
+
+def _some(shown: Sequence[str]) -> str:
+    """The first of many, for a message that can be read."""
+    more = f" and {len(shown) - _MOST_SHOWN:,} more" if len(shown) > _MOST_SHOWN else ""
+    return ", ".join(shown[:_MOST_SHOWN]) + more
 
 
 def _check_shares(eval_share: float, test_share: float) -> None:

@@ -94,6 +94,11 @@ def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any],
                         f"{folder} holds a {what} with {name} {old.get(name)!r}, not {value[name]!r}: continue it with "
                         "the same recipe, or name another folder"
                     )
+        elif old != value and key == "data" and "splits" in asked and "splits" not in there:
+            raise OutputError(
+                f"{folder} holds a {what} of an earlier version, with other labels or splits: it divided groups "
+                "otherwise. Go on with that version, or name another folder"
+            )
         elif old != value:
             raise OutputError(_differing(folder, what, key, old, value))
     if unknown:
@@ -109,7 +114,7 @@ def _differing(folder: Path, what: str, key: str, old: Any, value: Any) -> str:
     ending = "continue it with the same, or name another folder"
     named = CONTENT.get(key, key.replace("_", " "))
     if key in CONTENT and all(entry is None or isinstance(entry, str) for entry in (old, value)):
-        return f"{folder} holds a {what} of other {named}, though they may be as many: {ending}"
+        return f"{folder} holds a {what} of other {named}, however alike they look: {ending}"
     if isinstance(old, str | int | float | None) and isinstance(value, str | int | float | None):
         return f"{folder} holds a {what} with {named} {_short(old)}, not {_short(value)}: {ending}"
     if isinstance(old, dict) and isinstance(value, dict) and not {"sha256", "n_cells"} & old.keys():

@@ -49,6 +49,18 @@ def test_old_buffers_and_spelled_out_decoder_come_back(folder: Path, tmp_path: P
     assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_settings_that_nobody_reads(folder: Path, tmp_path: Path) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    # People write numbers of classes as text, too.
+    path.write_text(json.dumps({**settings, "label2id": {"a": "0", "b": 1}}))
+    assert json.loads((save(load(folder), tmp_path / "a") / "config.json").read_text())["label2id"]["a"] == "0"
+    path.write_text(json.dumps({**settings, "scale": "?"}).replace('"?"', "1e999"))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot say what the model's settings hold"):
+        save(load(folder), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_untied_decoder(tmp_path: Path) -> None:
     import dataclasses
 

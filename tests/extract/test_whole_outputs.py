@@ -203,6 +203,46 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(home: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+FULL_ELSEWHERE = """
+import resource, signal, sys
+from pathlib import Path
+from geneformer_fast.errors import OutputError
+from geneformer_fast.extract import embed
+
+home, out = Path(sys.argv[1]), Path(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for data, pool in ((home / "a", "gene"), (home / "a.h5ad", "mean")):
+    try:
+        embed(data, home / "model", out / "z.npy", pool=pool, progress=False)
+    except OutputError as error:
+        print(error)
+import tempfile
+tempfile.tempdir = str(home / "no such folder")
+try:
+    embed(home / "a.h5ad", home / "model", out / "z.npy", pool="mean", progress=False)
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named_for_genes_and_for_temporary_files(home: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_ELSEWHERE, str(home), str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    genes, temporary, absent = done.stdout.strip().split("\n")
+    assert genes.startswith(f"{tmp_path / 'z.npy'} cannot be written: it is larger than the file system")
+    assert "larger than the file system" in temporary
+    assert "no such folder" in absent
+    assert temporary.endswith("set TMPDIR to another folder, or tokenize first")
+    assert absent.endswith("set TMPDIR to another folder, or tokenize first")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def many(home: Path) -> Path:
     """Cells enough to embed for some seconds, so that a signal finds the command at it."""

@@ -54,7 +54,7 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["x", "0" * 64, "0" * 64 + " a", "0" * 64 + "  ", "g" * 64 + "  a", "0" * 63 + "  a"],
+    ["x", "0" * 64, "0" * 64 + " a", "0" * 64 + "  ", "g" * 64 + "  a", "0" * 63 + "  a", "SHA256 (a) = " + "0" * 64],
 )
 def test_other_lines_are_refused(tmp_path: Path, line: str) -> None:
     assert read_sums(tmp_path, CheckpointError) == {}
@@ -64,8 +64,8 @@ def test_other_lines_are_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_lists_of_other_programs_are_read_as_far_as_they_are_of_this_folder(tmp_path: Path) -> None:
-    one, two = "1" * 64, "2" * 64
-    (tmp_path / SUMS).write_text(f"# theirs\n{one}  ./a.bin\n{two} *b.bin\n{one}  ../c.bin\n{one}  d/e.bin\n")
+    one, two = "1" * 63 + "a", "2" * 64
+    (tmp_path / SUMS).write_text(f"# theirs\n{one.upper()}  ./a.bin\n{two} *b.bin\n{one}  ../c.bin\n\n{one}  d/e.bin\n")
     assert read_sums(tmp_path, CheckpointError) == {"a.bin": one, "b.bin": two}
 
 

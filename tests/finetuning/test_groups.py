@@ -234,6 +234,25 @@ def test_folds_that_exist_are_found_and_none_is_without_evaluation():
             assert len(split.test) in (16, 24)
 
 
+@pytest.mark.parametrize("n_spared", [0, 1])
+def test_every_group_is_a_fold_of_its_own(n_spared):
+    for n_groups in (30, 1200) if not n_spared else (30, 120):
+        counts = np.random.default_rng(n_groups).integers(1, 9, (n_groups, 2))
+        places = deal(counts, n_groups - n_spared, np.random.default_rng(0))
+        sizes = np.bincount(places)
+        assert len(sizes) == n_groups - n_spared
+        assert sizes.min() == 1
+        assert sizes.max() == 1 + n_spared
+
+
+def test_the_ways_that_are_looked_at_fit_into_memory():
+    # 99 folds of 100 groups: 4,950 ways, each of 99 x 100 numbers.
+    assert grouped._n_numbers(np.ones((100, 2)), 99) > grouped._MOST_NUMBERS
+    assert grouped._n_numbers(np.ones((12, 3)), 3) > grouped._MOST_NUMBERS  # 86,526 ways
+    assert grouped._n_numbers(np.ones((6, 3)), 3) == 90 * 3 * 6
+    assert grouped._n_numbers(np.ones((4, 9)), 2) == 7 * 2 * 9
+
+
 def test_where_no_donor_can_be_spared_the_last_epoch_is_kept_and_said():
     codes, donors = cells_of([[9, 9], [9, 9]])
     with pytest.warns(UserWarning, match="in 2 of 2 folds no group can be spared for evaluation"):

@@ -76,7 +76,7 @@ def test_other_tokens_of_equal_lengths_are_refused(home, half, tmp_path):
     gf.tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", vocabulary=toys.vocabulary(), obs=columns, progress=False)
     ours, theirs = gf.open_tokens(home / "tokens"), gf.open_tokens(tmp_path / "tokens")
     assert np.array_equal(ours.lengths(), theirs.lengths())
-    with pytest.raises(OutputError, match="a fine-tuning of other tokens, though they may be as many"):
+    with pytest.raises(OutputError, match="a fine-tuning of other tokens, however alike they look"):
         go_on(home, half, tokens=tmp_path / "tokens")
 
 
@@ -99,6 +99,12 @@ def test_a_fine_tuning_of_an_earlier_version_goes_on_with_a_warning(home, half):
         go_on(home, half)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        go_on(home, half)
+    # Groups were divided otherwise, so that what is there is of other cells: that is said.
+    path.write_text(json.dumps({k: v for k, v in content.items() if k != "splits"} | {"data": "0" * 64}))
+    with pytest.raises(
+        OutputError, match=r"of an earlier version, with other labels or splits.*divided groups otherwise"
+    ):
         go_on(home, half)
 
 

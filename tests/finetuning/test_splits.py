@@ -113,6 +113,13 @@ def test_refusals_name_the_class():
         hold_out(codes, NAMES, eval_share=0.5, test_share=0.5)
 
 
+def test_refusals_of_many_classes_can_be_read():
+    names = [f"type{i}" for i in range(500)]
+    with pytest.raises(InputError, match=r"fewer of type0 \(1\).* and 480 more; leave") as refusal:
+        hold_out(np.arange(500), names)
+    assert len(str(refusal.value)) < 600
+
+
 def test_refusals_by_donor():
     codes = np.tile([0, 1], 20)
     with pytest.raises(InputError, match="need 5 groups, but there are 2"):
