@@ -155,6 +155,8 @@ def _stock_gradients(encoder: Encoder, cells: Batch, dtype: torch.dtype) -> tupl
 
 @pytest.mark.parametrize("name", ["small", "pre-norm"])
 def test_training_with_dropout_repeats_itself_for_a_seed(name: str, place: Any) -> None:
+    if place.name == "interpreted" and name != "small":
+        pytest.skip("the interpreter is slow, and the masks are drawn by the same kernels")
     encoder = random_encoder(config_of(name, place.name), place.device).train()
     cells = batch(encoder.config, place.name)
 

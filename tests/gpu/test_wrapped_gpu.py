@@ -38,6 +38,8 @@ def test_recomputed_activations_give_the_same_gradients(name: str, place: Any) -
     """torch's checkpointing around every block, dropout on: the second forward draws the same masks."""
     from torch.utils.checkpoint import checkpoint
 
+    if place.name == "interpreted" and name != "small":
+        pytest.skip("the interpreter is slow, and the masks are drawn by the same kernels")
     encoder = random_encoder(config_of(name, place.name), place.device).train()
     cells = batch(encoder.config, place.name)
     found = []
