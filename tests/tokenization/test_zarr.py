@@ -248,6 +248,57 @@ def test_a_chunk_that_inflates_to_more_than_it_may(tmp_path, name):
         tracemalloc.stop()
 
 
+def test_many_empty_streams_in_a_chunk(tmp_path):
+    """Two megabytes that hold nothing, before what is meant."""
+    path = store(tmp_path, 2)
+    rewrite(path, "X/indptr", 2, chunks=(N_CELLS + 1,), compressors=numcodecs.GZip())
+    (file,) = chunk_files(path, "X/indptr")
+    whole = file.read_bytes()
+    file.write_bytes(gzip.compress(b"") * 5 + whole)
+    np.testing.assert_array_equal(read(path), counts())
+    file.write_bytes(gzip.compress(b"") * 100_000 + whole)
+    with pytest.raises(InputError, match="more than 1000 streams"):
+        read(path)
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+@pytest.mark.parametrize("shards", [None, (N_CELLS,)])
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_a_chunk_that_announces_more_texts_than_it_may(tmp_path, fmt, shards, is_compressed):
+    """Places for all of them would be made first: eight bytes each, 32 GB."""
+    if fmt == 2 and shards:
+        pytest.skip("format 2 has no shards")
+    path = store(tmp_path, fmt)
+    sharded = {} if shards is None else {"shards": shards}
+    make = numcodecs.Zlib() if fmt == 2 else zarr.codecs.GzipCodec()
+    rewrite(path, "obs/_index", fmt, chunks=(60,), compressors=make if is_compressed else None, **sharded)
+    np.testing.assert_array_equal(read(path), counts())
+    root = zarr.open(str(path), mode="r+")
+    honest = numcodecs.vlen.VLenUTF8.encode
+    with pytest.MonkeyPatch.context() as patch:
+        announced = (2**27).to_bytes(4, "little")
+
+        class Boasting(numcodecs.vlen.VLenUTF8):
+            def encode(self, buf):
+                return announced + bytes(honest(self, buf))[4:]
+
+        if fmt == 3:
+            patch.setattr(zarr.codecs.vlen_utf8, "_vlen_utf8_codec", Boasting())
+            root["obs/_index"][:] = root["obs/_index"][:]
+        else:
+            file = chunk_files(path, "obs/_index")[0]
+            content = file.read_bytes()
+            content = zlib.decompress(content) if is_compressed else content
+            file.write_bytes((zlib.compress if is_compressed else bytes)(announced + content[4:]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=f"a chunk of 60 texts announces {2**27}"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("fmt", [2, 3])
 @pytest.mark.parametrize(
     "key", ["X/data", "X/indices", "X/indptr", "obs/_index", "obs/label/codes", "obs/label/categories"]

@@ -14,6 +14,8 @@ import numpy as np
 COMPRESSORS = frozenset(("zlib", "gzip", "bz2", "lzma", "zstd", "lz4", "blosc"))
 
 _LZMA_MEMORY = 256 << 20
+# Writers make one; what is left is copied after each, which takes quadratic time.
+_MAX_MEMBERS = 1000
 _ZSTD_MAGIC = 0xFD2FB528
 
 
@@ -79,6 +81,8 @@ def _members(raw: memoryview, limit: int, make: Callable[[], Any]) -> bytes:
     n_bytes = 0
     rest: bytes | memoryview = raw
     while len(rest):
+        if len(parts) == _MAX_MEMBERS:
+            raise ValueError(f"a compressed chunk has more than {_MAX_MEMBERS} streams; the store is corrupt")
         stream = make()
         try:
             part = stream.decompress(rest, limit + 1 - n_bytes)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numcodecs.abc import Codec
 from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import vlen_utf8
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.sources.inflate import COMPRESSORS, bounded
@@ -28,7 +29,8 @@ _FILTERS = frozenset(
         *("bitround", "crc32", "crc32c", "adler32", "fletcher32", "jenkins_lookup3"),
     )
 )
-_FORMAT_3 = frozenset(("bytes", "transpose", "gzip", "zstd", "blosc", "crc32c", "vlen-utf8", "vlen-bytes"))
+_TEXTS = frozenset(("vlen-utf8", "vlen-bytes"))
+_FORMAT_3 = frozenset(("bytes", "transpose", "gzip", "zstd", "blosc", "crc32c"))
 _SHARDING = "sharding_indexed"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 # A chunk of texts says how many, not how long: 64 MB, and as much again per 16 Ki of them.
@@ -59,12 +61,11 @@ def checked_array(array: Any) -> Any:
         for codec in (*(metadata.filters or ()), metadata.compressor):
             if codec is not None:
                 _check_name(codec.codec_id, where, _FILTERS | COMPRESSORS)
-        if metadata.compressor is None:
-            return array
-        limit = chunk
-        if metadata.filters:  # they may widen numbers
-            limit = max(limit, 8 * int(np.prod(metadata.chunks, dtype=object))) + _SLACK
-        limited = replace(metadata, compressor=_Limited(metadata.compressor, limit))
+        compressor, filters, n = metadata.compressor, metadata.filters or (), int(np.prod(array.chunks, dtype=object))
+        limit = max(chunk, 8 * n) + _SLACK if filters else chunk  # filters may widen numbers
+        compressor = None if compressor is None else _Limited(compressor, limit)
+        filters = [_CountedTexts(codec, n) if codec.codec_id in _TEXTS else codec for codec in filters]
+        limited = replace(metadata, compressor=compressor, filters=filters or None)
     else:
         limited = replace(metadata, codecs=_limited_codecs(metadata.codecs, where))
     inner = getattr(array, "async_array", None) or array._async_array
@@ -111,6 +112,9 @@ def _limited_codecs(codecs: Iterable[Any], where: str) -> list[Any]:
                     index_location=codec.index_location,
                 )
             )
+            continue
+        if name in _TEXTS:
+            limited.append(VLenUTF8Codec() if name == "vlen-utf8" else VLenBytesCodec())
             continue
         plain = name.removeprefix("numcodecs.")
         _check_name(name, where, _FORMAT_3 if plain == name else (f"numcodecs.{x}" for x in _FILTERS | COMPRESSORS))
@@ -163,6 +167,50 @@ class _LimitedCodec(BytesBytesCodec):
         if content is not None:
             return chunk_spec.prototype.buffer.from_bytes(content)
         return await self.inner._decode_single(chunk_bytes, chunk_spec)
+
+
+def _check_count(raw: Any, most: int) -> None:
+    """Compare the number of texts that a chunk announces, whose places are made first, with what it may hold."""
+    head = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)[:4]
+    if len(head) == 4 and (n := int(head.view("<u4")[0])) > most:
+        raise ValueError(f"a chunk of {most} texts announces {n}; the store is corrupt")
+
+
+class _CountedTexts(Codec):
+    """What decodes texts in format 2, of no more texts than a chunk has."""
+
+    codec_id = "vlen-utf8"
+
+    def __init__(self, codec: Any, most: int) -> None:
+        self.codec_id = codec.codec_id
+        self._codec = codec
+        self._most = most
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        _check_count(buf, self._most)
+        return self._codec.decode(buf, out)
+
+    def encode(self, buf: Any) -> Any:
+        return self._codec.encode(buf)
+
+    def get_config(self) -> dict[str, Any]:
+        return self._codec.get_config()
+
+
+class VLenUTF8Codec(vlen_utf8.VLenUTF8Codec):
+    """The same in format 3, under the name by which zarr knows what decodes texts."""
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        _check_count(chunk_bytes.as_numpy_array(), int(np.prod(chunk_spec.shape, dtype=object)))
+        return await super()._decode_single(chunk_bytes, chunk_spec)
+
+
+class VLenBytesCodec(vlen_utf8.VLenBytesCodec):
+    """The same for bytes."""
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        _check_count(chunk_bytes.as_numpy_array(), int(np.prod(chunk_spec.shape, dtype=object)))
+        return await super()._decode_single(chunk_bytes, chunk_spec)
 
 
 def n_absent(array: Any) -> tuple[int, int]:
