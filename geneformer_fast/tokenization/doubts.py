@@ -40,8 +40,8 @@ def about_genes(source: CountSource, vocabulary: Vocabulary) -> str | None:
     if source.n_genes > _SELECTED_GENES or len(vocabulary.token_ids) < _WHOLE_VOCABULARY:
         return None
     return (
-        f"{source.name}: {source.counts_from} has only {source.n_genes:,} genes, as a selection of highly "
-        "variable genes or a targeted panel has. Tokens are ranks among all genes that a cell expresses: these will be shorter "
+        f"{source.name}: {source.counts_from} has only {source.n_genes:,} genes, as a selection of highly variable "
+        "genes or a targeted panel has. Tokens are ranks among all genes that a cell expresses: these will be shorter "
         "and in other places than those the models were trained on. Give the counts of all measured genes if there "
         "are any"
     )
