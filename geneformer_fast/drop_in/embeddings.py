@@ -20,7 +20,7 @@ def packed_embeddings(embeddings: Any, arguments: dict[str, Any], padding: Paddi
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     parts = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
     is_known = type(embeddings) is modeling_bert.BertEmbeddings and not has_global_hooks()
-    is_known = is_known and all(type(part) is nn.Embedding for part in parts)
+    is_known = is_known and all(map(_is_plain_table, parts))
     norm, dropout = embeddings.LayerNorm, embeddings.dropout
     if not (is_known and is_plain_norm(norm, dropout) and all(map(is_unhooked, (embeddings, *parts)))):
         # Hooks on embeddings look at shapes (NEFTune scales its noise by them), and so may tables somebody has put
@@ -38,6 +38,11 @@ def packed_embeddings(embeddings: Any, arguments: dict[str, Any], padding: Paddi
     is_raised = rows.device.type == "cuda" and torch.is_autocast_enabled("cuda")
     outer = torch.promote_types(norm.weight.dtype, torch.float32) if is_raised else norm.weight.dtype
     return F.dropout(stream, dropout.p, dropout.training), outer
+
+
+def _is_plain_table(table: Any) -> bool:
+    """Whether rows of a table are looked up and nothing else: the other options count all that is looked up."""
+    return type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
 
 
 class _Asked:

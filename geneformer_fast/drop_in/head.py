@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,10 @@ class Head:
         if not is_whole or any(each is None for each in (norm.weight, norm.bias, decoder.bias)):
             return None
         if isinstance(activation, nn.Module):
-            if not is_unhooked(activation) or any(True for _ in activation.parameters()):
+            if not is_unhooked(activation) or next(_tensors_of(activation), None) is not None:
                 return None
-            activation = activation.forward
+            # A copy keeps its options, and whether it is training.
+            activation = copy.copy(activation).forward
         return cls(
             (dense.weight, dense.bias), activation, (norm.weight, norm.bias), norm.eps, (decoder.weight, decoder.bias)
         )
@@ -69,6 +71,11 @@ class Head:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that logits depend on besides the hidden states."""
         return tuple(each for each in (*self.dense, *self.norm, *self.decoder) if each is not None)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def loss_of_rows(module: Any, head: Head | None, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -110,6 +117,8 @@ def why_not_labels(model: Any, labels: Any, n_places: int) -> str | None:
         return f"labels are {getattr(labels, 'dtype', type(labels).__name__)}, not int64"
     if labels.numel() != n_places:
         return f"there are {labels.numel()} labels for {n_places} places"
+    if labels.ndim != 1 and not labels.is_contiguous():
+        return "labels that are not contiguous cannot be viewed as one row"
     # On a card nobody waits to look; the operation makes the loss NaN there.
     if n_tokens is None or labels.device.type != "cpu" or not labels.numel():
         return None

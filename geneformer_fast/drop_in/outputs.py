@@ -11,10 +11,14 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from geneformer_kernels.on_device import plainly_on
 from transformers.modeling_outputs import MaskedLMOutput
 
 from geneformer_fast.drop_in.head import Head
 from geneformer_fast.errors import UnsupportedError
+
+# A tensor at one moment: its version, its fingerprint, and how far that is exact.
+_State = tuple[int, torch.Tensor, float]
 
 
 class LogitsOnDemand:
@@ -39,7 +43,7 @@ class LogitsOnDemand:
         kind = hidden.device.type
         self.is_quiet = is_quiet
         self._head, self._hidden = head, hidden
-        self._has_grad = torch.is_grad_enabled()
+        self._has_grad, self._is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         dtype = head.decoder[0].dtype
         self.dtype = self._autocast or (dtype if dtype.is_floating_point else hidden.dtype)
@@ -65,6 +69,8 @@ class LogitsOnDemand:
             self._check()
             dtype = self._autocast or torch.float32
             with (
+                # Who reads without gradients may be followed by who wants them.
+                torch.inference_mode(self._is_inference and torch.is_inference_mode_enabled()),
                 torch.set_grad_enabled(self._has_grad),
                 torch.autocast(self._hidden.device.type, dtype, enabled=self._autocast is not None),
             ):
@@ -72,22 +78,43 @@ class LogitsOnDemand:
         return self._value
 
     def _check(self) -> None:
-        versions, sums = self._made
-        if not any(each.numel() and not each.untyped_storage().size() for each in self._read):
-            versions_now, sums_now = self._state()
-            if versions == versions_now and torch.allclose(sums, sums_now, rtol=0.0, atol=0.0, equal_nan=True):
-                return
+        is_there = all(not each.numel() or each.untyped_storage().size() for each in self._read)
+        if is_there and all(map(_is_same, self._made, self._state())):
+            return
         raise UnsupportedError(
             "the model's weights or the hidden states have changed since this output was made, so its logits cannot be "
             "computed any more; read outputs.logits before the optimizer's step"
         )
 
     @torch.no_grad()
-    def _state(self) -> tuple[list[int], torch.Tensor]:
-        """Versions, and sums: what is written through ``.data`` or another library's view has no version."""
-        versions = [0 if each.is_inference() else each._version for each in self._read]
-        sums = [each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) for each in self._read]
-        return versions, torch.stack([each.to(self._hidden.device, torch.float64) for each in sums])
+    def _state(self) -> list[_State]:
+        """Versions and fingerprints: what is written through ``.data`` or another library's view has no version."""
+        with plainly_on(self._hidden):
+            return [(0 if each.is_inference() else each._version, *_fingerprint(each)) for each in self._read]
+
+
+def _fingerprint(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """[C] -> a copy; [..., C] -> [...] sums of rows, every column with a factor of its own; and how far that is exact.
+
+    Rows or columns that change places, and changes that cancel each other in a sum, change it as well. It takes as long
+    as one more token takes in the head.
+    """
+    if x.ndim == 1:
+        return x.detach().clone(), 0.0
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    factors = torch.arange(1, x.shape[-1] + 1, device=x.device).to(x.dtype).sin()
+    # Another number of threads adds in another order.
+    return x @ factors, 64 * torch.finfo(x.dtype).eps
+
+
+def _is_same(before: _State, after: _State) -> bool:
+    (version, was, rounding), (version_now, now, _) = before, after
+    if version != version_now or (was.shape, was.dtype, was.device) != (now.shape, now.dtype, now.device):
+        return False
+    if not was.numel() or not bool((was.isfinite() == now.isfinite()).all()):
+        return not was.numel()
+    was, now = was.nan_to_num(0.0, 0.0, 0.0), now.nan_to_num(0.0, 0.0, 0.0)
+    return bool(((was - now).abs() <= rounding * was.abs().amax()).all())
 
 
 class MaskedOutput(MaskedLMOutput):

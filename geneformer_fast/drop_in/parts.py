@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from geneformer_fast.drop_in.plain import has_foreign_hooks
+from geneformer_fast.drop_in.plain import has_foreign_hooks, origin
 
 _LINEAR, _NORM, _DROPOUT, _ACTIVATION = "a linear layer", "a norm", "a dropout", "an activation"
 _LEAVES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -22,6 +22,7 @@ _LEAVES: dict[str, tuple[type[nn.Module], ...]] = {
     _ACTIVATION: (),
 }
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation", "torch.nn.modules.linear")
+_ATTENTIONS = ("transformers.", "torch.", "geneformer_fast.")
 _ADD_NORM = {"dense": _LINEAR, "dropout": _DROPOUT, "LayerNorm": _NORM}
 _ATTENTION = {"query": _LINEAR, "key": _LINEAR, "value": _LINEAR, "dropout": _DROPOUT}
 # Container -> its parts: a leaf's kind, or the containers that may stand there.
@@ -42,6 +43,8 @@ _PARTS: dict[str, dict[str, str]] = {
 REPLACED = ("BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention", "BertSdpaSelfAttention")
 _CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, modeling_bert.BertEmbeddings, modeling_bert.BertModel)
 _STOCK = (*_CLASSES, *(getattr(modeling_bert, name) for name in _PARTS if hasattr(modeling_bert, name)))
+# Methods that packed forward passes stand in for.
+_METHODS = ("forward", "feed_forward_chunk")
 # Asked of every part in every forward pass; a class does not change what it is.
 _LEAVES_SEEN: dict[tuple[type, str], bool] = {}
 _NAMES_SEEN: dict[type, str | None] = {}
@@ -65,18 +68,41 @@ def why_not_head(head: Any) -> str | None:
 
 def why_not_classifier(model: Any) -> str | None:
     """Why a BertForTokenClassification cannot be handed zeros at padding; None where it can."""
-    if _is_leaf(type(model.classifier), _LINEAR):
-        return None
-    return f"its classifier is a {_called(model.classifier)}, which may read padding"
+    for name, what in (("classifier", _LINEAR), ("dropout", _DROPOUT)):
+        module = getattr(model, name)
+        if not _is_leaf(type(module), what):
+            return f"its {name} is a {_called(module)}, which may read padding"
+    return patched_model(model)
 
 
 def patched_class() -> str | None:
-    """Why nothing can be packed: somebody has put another ``forward`` into a class that BERT is built of."""
+    """Why nothing can be packed: somebody has put another method into a class that BERT is built of."""
     for kind in _STOCK:
-        # torch.nn.Linear's stands in torch.nn.modules.linear, transformers' decorators keep their function's.
-        if getattr(kind.forward, "__module__", None) != kind.__module__:
-            return f"{kind.__name__}.forward has been replaced"
+        for name in _METHODS:
+            # torch.nn.Linear's stands in torch.nn.modules.linear, transformers' decorators keep their function's.
+            if hasattr(kind, name) and getattr(getattr(kind, name), "__module__", None) != kind.__module__:
+                return f"{kind.__name__}.{name} has been replaced"
     return None
+
+
+def patched_model(model: nn.Module) -> str | None:
+    """The same for the class of a model with a head."""
+    if getattr(type(model).forward, "__module__", None) == modeling_bert.__name__:
+        return None
+    return f"{type(model).__name__}.forward has been replaced"
+
+
+def why_not_attention(config: Any) -> str | None:
+    """Why attention goes to the function that was registered for it: it is somebody's own, and may do anything."""
+    # Before release 5 BERT chooses between classes, which are looked at as parts.
+    functions = getattr(modeling_bert, "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is None:
+        return None
+    name = getattr(config, "_attn_implementation", None)
+    function = functions.get(name, modeling_bert.eager_attention_forward)
+    return (
+        None if origin(function).startswith(_ATTENTIONS) else f"its attention {name!r} is a function of somebody's own"
+    )
 
 
 def _obstacle(module: Any, name: str, expected: str, *, minds_hooks: bool = True) -> str | None:
@@ -90,6 +116,9 @@ def _obstacle(module: Any, name: str, expected: str, *, minds_hooks: bool = True
     is_own = forward is None or (kind in REPLACED and getattr(type(forward), "is_packed", False))
     if not is_own and not hasattr(module, "_hf_hook"):
         return f"somebody has replaced the forward of {name}"
+    changed = _changed(module, kind)
+    if changed is not None:
+        return f"somebody has changed the {changed} of {name}"
     if minds_hooks and has_foreign_hooks(module):
         return _hooked(name)
     for part, what in _PARTS[kind].items():
@@ -108,6 +137,19 @@ def _obstacle(module: Any, name: str, expected: str, *, minds_hooks: bool = True
         if reason is not None:
             return reason
     return None
+
+
+def _changed(module: nn.Module, kind: str) -> str | None:
+    """What somebody has set in a container that packed cells would not see."""
+    known = module.__dict__
+    if kind == "BertLayer":
+        return "feed_forward_chunk" if "feed_forward_chunk" in known else None
+    if "query" not in module._modules:
+        return None
+    if known.get("is_causal"):
+        return "is_causal"
+    # Releases before 5 divide by the root of the size and hold no factor.
+    return None if known.get("scaling") in (None, known["attention_head_size"] ** -0.5) else "scaling"
 
 
 def _leaf_obstacle(leaf: Any, name: str, what: str, minds_hooks: bool) -> str | None:

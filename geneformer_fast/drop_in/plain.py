@@ -18,6 +18,8 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Sharding, pruning, counters and collectors of outputs: their hooks look at no shape, so packed tensors do for them.
 # Hooks of PEFT are not among them: they hand out one adapter for each row of a padded batch.
 _MACHINERY = ("torch.", "transformers.", "accelerate.")
+# Observers of quantization do look: at the largest value there is, padding included.
+_OBSERVERS = ("torch.ao.",)
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -51,7 +53,8 @@ def has_foreign_global_hooks() -> bool:
 
 
 def _is_any_foreign(groups: Iterable[dict[int, Any] | None]) -> bool:
-    return any(not _origin(hook).startswith(_MACHINERY) for hook in _hooks_in(groups))
+    origins = (origin(hook) for hook in _hooks_in(groups))
+    return any(not each.startswith(_MACHINERY) or each.startswith(_OBSERVERS) for each in origins)
 
 
 def _hooks_in(groups: Iterable[dict[int, Any] | None]) -> Iterator[Any]:
@@ -60,11 +63,11 @@ def _hooks_in(groups: Iterable[dict[int, Any] | None]) -> Iterator[Any]:
             yield from group.values()
 
 
-def _origin(hook: Any) -> str:
-    """The module a hook was written in."""
-    while hasattr(hook, "func"):
-        hook = hook.func
-    return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
+def origin(function: Any) -> str:
+    """The module a hook or another function was written in, with a dot behind it."""
+    while hasattr(function, "func"):
+        function = function.func
+    return f"{getattr(function, '__module__', None) or type(function).__module__}."
 
 
 def packed_forward_of(module: nn.Module) -> Any:

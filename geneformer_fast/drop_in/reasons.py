@@ -10,7 +10,15 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 
 from geneformer_fast.drop_in.head import why_not_labels
-from geneformer_fast.drop_in.parts import REPLACED, patched_class, stock_name, why_not_encoder, why_not_head
+from geneformer_fast.drop_in.parts import (
+    REPLACED,
+    patched_class,
+    patched_model,
+    stock_name,
+    why_not_attention,
+    why_not_encoder,
+    why_not_head,
+)
 from geneformer_fast.drop_in.plain import has_foreign_global_hooks
 from geneformer_fast.drop_in.readers import PAST_PADDING, unmasked_pooling
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
@@ -131,7 +139,7 @@ def _why_not_values(tensor: Any) -> str | None:
 def why_not_masked_lm(model: Any, arguments: dict[str, Any]) -> str | None:
     """Why a call of BertForMaskedLM goes to its stock forward pass as a whole; its encoder is asked separately."""
     labels, source = arguments.get("labels"), arguments.get("input_ids")
-    reason = patched_class() or why_not_head(model.cls)
+    reason = patched_class() or patched_model(model) or why_not_head(model.cls)
     if reason is None and has_foreign_global_hooks():
         reason = "hooks for all modules are set, and they expect padded batches"
     if reason is not None or labels is None:
@@ -146,7 +154,7 @@ def why_not_packed(bert: Any, arguments: dict[str, Any]) -> str | None:
     for name, value in arguments.items():
         if name not in _SERVED and value is not None and value is not False:
             return f"{name} was passed: " + _WHY.get(name, "the packed forward pass does not know it")
-    reason = patched_class() or why_not_encoder(bert)
+    reason = patched_class() or why_not_attention(bert.config) or why_not_encoder(bert)
     if reason is None and has_foreign_global_hooks():
         reason = "hooks for all modules are set, and they expect padded batches"
     if reason is not None:

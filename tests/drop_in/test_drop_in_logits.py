@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import geneformer_fast as gf
+from geneformer_fast.drop_in.head import Head
 from geneformer_fast.drop_in.outputs import LogitsOnDemand
 from geneformer_fast.errors import UnsupportedError
 
@@ -372,3 +374,84 @@ def test_the_loss_never_holds_full_logits() -> None:
     gf.accelerate(model)
     # A row in eight has a label, and the largest thing left is the token table's gradient.
     assert most() <= 5000 * 32 * 4
+
+
+def swap_rows(weight: torch.Tensor) -> None:
+    values = weight.detach().numpy()
+    values[[3, 4]] = values[[4, 3]]
+
+
+def move_within_a_row(weight: torch.Tensor) -> None:
+    weight.data[5, 3] += 0.5
+    weight.data[5, 4] -= 0.5
+
+
+UNSEEN: dict[str, Callable[[Any], None]] = {
+    "rows changed places": lambda model: swap_rows(model.cls.predictions.decoder.weight),
+    "columns changed places": lambda model: model.cls.predictions.decoder.weight.data.copy_(
+        model.cls.predictions.decoder.weight.data.flip(1)
+    ),
+    "biases changed places": lambda model: swap_rows(model.cls.predictions.bias),
+    "changes that cancel": lambda model: move_within_a_row(model.cls.predictions.decoder.weight),
+    "other memory": lambda model: setattr(
+        model.cls.predictions.decoder.weight, "data", model.cls.predictions.decoder.weight.data.flip(0)
+    ),
+    "signs": lambda model: model.cls.predictions.decoder.weight.data.neg_(),
+    "one weight a little": lambda model: model.cls.predictions.transform.dense.weight.data[2, 3:4].add_(1e-4),
+    "another dtype": lambda model: model.half(),
+}
+
+
+@pytest.mark.parametrize("what", UNSEEN)
+def test_late_logits_notice_changes_that_no_sum_and_no_version_tells(what: str) -> None:
+    watched = Watched(is_training=True)
+    output = watched.call()
+    UNSEEN[what](watched.model)
+    with pytest.raises(UnsupportedError, match="have changed since this output was made"):
+        _ = output.logits
+
+
+def test_late_logits_are_those_of_the_activation_as_it_was() -> None:
+    watched = Watched(is_training=True)
+    activation = nn.ELU(alpha=0.3)
+    transform = watched.model.cls.predictions.transform
+    # A plain function stood there.
+    del transform.transform_act_fn
+    transform.transform_act_fn = activation
+    expected = watched.call().logits
+    output = watched.call()
+    activation.alpha = 5.0
+    torch.testing.assert_close(output.logits, expected)
+
+
+def test_late_logits_read_in_inference_mode_keep_their_graph() -> None:
+    watched = Watched(is_training=True)
+    output = watched.call()
+    with torch.inference_mode():
+        _ = output.logits
+    assert output.logits.requires_grad
+    (output.loss + output.logits.square().mean()).backward()
+    weight = watched.model.cls.predictions.decoder.weight
+    ours = weight.grad.clone()
+    watched.model.zero_grad()
+    output = watched.call()
+    (output.loss + output.logits.square().mean()).backward()
+    torch.testing.assert_close(ours, weight.grad)
+
+
+def test_late_logits_may_be_read_with_another_number_of_threads() -> None:
+    """Sums come out otherwise then, by rounding."""
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        hidden = torch.randn(4, 40, 256)
+        head = Head(
+            (torch.randn(256, 256), None), torch.relu, (torch.ones(256), torch.zeros(256)), 1e-12,
+            (torch.randn(5000, 256), torch.zeros(5000)),
+        )  # fmt: skip
+        late = LogitsOnDemand(head, hidden, is_quiet=False)
+        expected = head.logits(hidden)
+        torch.set_num_threads(3)
+        torch.testing.assert_close(late.tensor(), expected, atol=1e-3, rtol=1e-4)
+    finally:
+        torch.set_num_threads(n_threads)
