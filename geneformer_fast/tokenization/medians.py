@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
@@ -86,7 +88,7 @@ def medians(
     InputError
         An input cannot be read or holds no counts, or no gene is found in enough cells.
     OutputError
-        The folder holds something already.
+        The folder holds something already, or another process is writing into it.
 
     References
     ----------
@@ -95,41 +97,57 @@ def medians(
     """
     if out is not None:
         _check_folder(Path(out), overwrite)
-    is_object = hasattr(data, "obs_names")
-    entries = [data] if is_object else expand_inputs(data)  # type: ignore[arg-type]
-    options = reading.ReadOptions(
-        layer=layer,
-        gene_column=gene_column,
-        allow_float=allow_float,
-        allow_duplicate_cells=allow_duplicate_cells,
-        allow_few_genes=allow_few_genes,
-        n_counts=n_counts,
-        use_filter_pass=filter_pass,
-    )
-    known = mapping or Vocabulary.from_medians(dict.fromkeys(_all_genes(entries, options), 1.0), family, name=name)
-    prepared = reading.prepare(entries, known, options)
-    search = MedianSearch(known.n_tokens, memory_bytes)
-    try:
-        n_passes = _search(search, prepared, known, options, workers or default_workers(), progress)
-    finally:
-        reading.close_all(prepared)
-    found = {
-        gene: float(search.medians[token])
-        for gene, token in known.token_ids.items()
-        if search.counts[token] >= max(min_cells, 1)
-    }
-    if not found:
-        raise InputError(f"no gene is found in {max(min_cells, 1)} cells or more; nothing to make a vocabulary of")
-    vocabulary = Vocabulary.from_medians(
-        found,
-        family,
-        name=name,
-        aliases={alias: gene for alias, gene in known.aliases.items() if gene in found},
-        symbols={symbol: gene for symbol, gene in known.symbols.items() if gene in found},
-    )
-    if out is not None:
-        _save(vocabulary, Path(out), prepared, options, search, known, n_passes)
+    with contextlib.nullcontext() if out is None else _writing_alone(Path(out), overwrite):
+        is_object = hasattr(data, "obs_names")
+        entries = [data] if is_object else expand_inputs(data)  # type: ignore[arg-type]
+        options = reading.ReadOptions(
+            layer=layer,
+            gene_column=gene_column,
+            allow_float=allow_float,
+            allow_duplicate_cells=allow_duplicate_cells,
+            allow_few_genes=allow_few_genes,
+            n_counts=n_counts,
+            use_filter_pass=filter_pass,
+        )
+        known = mapping or Vocabulary.from_medians(dict.fromkeys(_all_genes(entries, options), 1.0), family, name=name)
+        prepared = reading.prepare(entries, known, options)
+        search = MedianSearch(known.n_tokens, memory_bytes)
+        try:
+            n_passes = _search(search, prepared, known, options, workers or default_workers(), progress)
+        finally:
+            reading.close_all(prepared)
+        found = {
+            gene: float(search.medians[token])
+            for gene, token in known.token_ids.items()
+            if search.counts[token] >= max(min_cells, 1)
+        }
+        if not found:
+            raise InputError(f"no gene is found in {max(min_cells, 1)} cells or more; nothing to make a vocabulary of")
+        vocabulary = Vocabulary.from_medians(
+            found,
+            family,
+            name=name,
+            aliases={alias: gene for alias, gene in known.aliases.items() if gene in found},
+            symbols={symbol: gene for symbol, gene in known.symbols.items() if gene in found},
+        )
+        if out is not None:
+            _save(vocabulary, Path(out), prepared, options, search, known, n_passes)
     return vocabulary
+
+
+@contextlib.contextmanager
+def _writing_alone(folder: Path, overwrite: bool) -> Iterator[None]:
+    """While nobody else makes a vocabulary in a folder; one that was made for it is gone again after a failure."""
+    is_new = not folder.exists()
+    try:
+        with folder_lock(folder):
+            _check_folder(folder, overwrite)  # again, since another process may have ended meanwhile
+            yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -216,7 +234,6 @@ def _save(
     n_passes: int,
 ) -> None:
     """The vocabulary last: a folder with vocabulary.json is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "vocabulary": vocabulary.identity(),
         "options": options.to_dict(),

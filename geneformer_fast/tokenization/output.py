@@ -80,10 +80,13 @@ class TokenOutput:
         self.is_finished = False
         self.progress: dict[str, Any] = {"source": 0, "row": 0, "n_cells": 0, "n_tokens": 0, "shards": [], "cells": []}
         self._made = self.progress
-        state = manifest.state_of(folder)
-        self._check_state(state, resume, overwrite)
-        self._lock = contextlib.ExitStack()
-        self._lock.enter_context(folder_lock(folder))
+        if (state := manifest.state_of(folder)) != "unfinished":  # which it also is while another process writes it
+            self._check_state(state, resume, overwrite)
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(folder_lock(folder))
+            state = manifest.state_of(folder)  # again, since another process may have finished it meanwhile
+            self._check_state(state, resume, overwrite)
+            self._lock = lock.pop_all()
         try:
             if state in ("finished", "unfinished") and resume:
                 self._resume(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.tokenization import medians as module
 from geneformer_fast.tokenization.medians import medians
 from geneformer_fast.tokenization.quantiles import MedianSearch
 from geneformer_fast.tokenization.vocabulary import Vocabulary
@@ -173,3 +176,25 @@ def test_real_cells_and_the_official_mapping(shared_dir):
         column = slice(summed.indptr[i], summed.indptr[i + 1])
         values = summed.data[column] / totals[summed.indices[column]] * 10000
         assert (got.medians.get(genes[i]) if len(values) else None) == (np.median(values) if len(values) else None)
+
+
+def test_one_process_at_a_time_and_nothing_of_another_is_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "vocabulary"
+    with folder_lock(out), pytest.raises(OutputError, match="is being written by another process"):
+        medians(_adata(1), out)
+    out.rmdir()
+    with pytest.raises(InputError, match="no gene is found"):
+        medians(_adata(1), out, min_cells=10_000)
+    assert not out.exists()
+
+    @contextlib.contextmanager
+    def late(folder):
+        monkeypatch.undo()
+        medians(_adata(2), folder)  # another process comes first, and ends
+        with folder_lock(folder):
+            yield
+
+    monkeypatch.setattr(module, "folder_lock", late)
+    with pytest.raises(OutputError, match="holds a vocabulary already"):
+        medians(_adata(1), out)
+    assert Vocabulary.from_folder(out).medians == medians(_adata(2)).medians

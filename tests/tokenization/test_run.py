@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from oracle import as_lists, oracle_tokens
 
 from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
-from geneformer_fast.tokenization import pipeline, run
+from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.tokenization import output, pipeline, run
 from geneformer_fast.tokenization.arrow import open_tokens
 from geneformer_fast.tokenization.run import tokenize, tokenize_anndata
 
@@ -422,3 +424,27 @@ def test_the_pass_needs_neither_torch_nor_pandas(corpus, vocabulary, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_another_process_writes_or_has_just_finished_is_left_alone(vocabulary, tmp_path, monkeypatch):
+    ours, theirs, out = make_cells(30, 1), make_cells(20, 2), tmp_path / "out"
+    ours.write_h5ad(tmp_path / "ours.h5ad")
+    theirs.write_h5ad(tmp_path / "theirs.h5ad")
+    out.mkdir()
+    (out / "UNFINISHED.json").write_text("{}")
+    with folder_lock(out), pytest.raises(OutputError, match="is being written by another process"):
+        tokenize(tmp_path / "ours.h5ad", out, vocabulary=vocabulary)
+    (out / "UNFINISHED.json").unlink()
+
+    @contextlib.contextmanager
+    def late(folder):
+        monkeypatch.undo()
+        tokenize(tmp_path / "theirs.h5ad", folder, vocabulary=vocabulary)
+        with folder_lock(folder):
+            yield
+
+    monkeypatch.setattr(output, "folder_lock", late)
+    with pytest.raises(OutputError, match="holds finished tokens"):
+        tokenize(tmp_path / "ours.h5ad", out, vocabulary=vocabulary)
+    with open_tokens(out) as folder:
+        assert folder.manifest["inputs"][0]["path"].endswith("theirs.h5ad")
