@@ -174,3 +174,17 @@ def test_a_reader_that_goes_away_is_no_crash():
     writer.stderr.close()
     assert writer.wait(timeout=60) == 141
     assert complaint == ""
+
+
+def test_a_warning_is_shown_once(add_command, capsys):
+    """Whatever libraries do to the filters, after which Python forgets what it has shown."""
+
+    def run(args):
+        for message in ("first", "second", "first"):
+            sys.stderr.write(warnings.formatwarning(message, UserWarning, "file.py", 1))
+        return 0
+
+    add_command(run)
+    for _ in range(2):
+        assert cli.main(["say", "word"]) == 0
+        assert capsys.readouterr().err == "warning: first\nwarning: second\n"

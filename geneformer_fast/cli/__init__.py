@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_needed(arguments)).parse_args(arguments)
     is_checked = not getattr(args, "no_verify", False)
-    as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _in_one_line
+    as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _OneLine()
     try:
         with contextlib.nullcontext() if is_checked else unverified():
             return int(args.run(args))
@@ -122,5 +122,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = as_python_shows_them
 
 
-def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"warning: {message}\n"
+class _OneLine:
+    """Formats warnings as one line each, and one that was shown as nothing: files are opened more than once.
+
+    Python itself forgets what it has shown whenever a library changes its filters.
+    """
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: Any, **__: Any) -> str:
+        line = f"warning: {message}\n"
+        if line in self._shown:
+            return ""
+        self._shown.add(line)
+        return line
