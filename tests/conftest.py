@@ -27,8 +27,10 @@ if find_spec("hypothesis") is not None:
 ROOT = Path(__file__).resolve().parent.parent
 #: Test files at a time when the whole default suite is asked for: some of them hold gigabytes.
 MOST_WORKERS = 4
-# A mark, or one of the fixtures that bring it.
-_FOR_CARDS = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
+# A mark, or in the folders that have them one of the fixtures that bring it.
+_MARK = re.compile(r"mark\.gpu\b")
+_FIXTURES = re.compile(r"^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
+_FOLDERS_WITH_FIXTURES = ("kernels", "gpu")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,7 +62,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     files = [collection_path] if collection_path.match("test_*.py") else sorted(collection_path.rglob("test_*.py"))
     if not files:
         return None
-    return not any(_FOR_CARDS.search(path.read_text(encoding="utf-8")) for path in files) or None
+    return not any(map(_is_for_cards, files)) or None
+
+
+def _is_for_cards(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    has_fixtures = path.parent.name in _FOLDERS_WITH_FIXTURES
+    return _MARK.search(text) is not None or (has_fixtures and _FIXTURES.search(text) is not None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

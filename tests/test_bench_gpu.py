@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,17 +128,12 @@ def test_an_encoder_whose_cells_see_each_other_is_not_timed(monkeypatch: pytest.
     pytest.importorskip("transformers")
     from geneformer_fast import encoder
 
-    # One cell where there were several.
-    names = [name for name in vars(encoder) if name.startswith("varlen_attention")]
-    for name in names:
-        plain = getattr(encoder, name)
-        monkeypatch.setattr(
-            encoder,
-            name,
-            lambda *args, plain=plain, **options: plain(
-                *args, **{**options, "cu_seqlens": options["cu_seqlens"][[0, -1]]}
-            ),
-        )
+    plain = encoder.attention_cells
+
+    def one_cell(cu_seqlens: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return plain(cu_seqlens[[0, -1]], *args, **{**options, "longest": None})
+
+    monkeypatch.setattr(encoder, "attention_cells", one_cell)
     result = run_case(case_named("encoder_10m_inference"), CPU, seconds=100, is_tiny=True)
     assert result["failed"] == ["full", "uniform"]
     assert "something else" in result["variants"]["full"]["left_out"]["ours"]
