@@ -144,7 +144,9 @@ def check_file(path: Path, expected: str, error: type[GeneformerFastError], advi
 
 def damaged_message(path: Path, found: str, expected: str, advice: str) -> str:
     """What to say of a file whose checksum differs."""
-    return f"{path} is damaged: its SHA-256 is {found[:12]}..., but it was written with {expected[:12]}...; {advice}"
+    return (
+        f"{path} is damaged or was changed: its SHA-256 is {found[:12]}..., written with {expected[:12]}...; {advice}"
+    )
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -29,7 +29,7 @@ def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
         while True:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             is_locked = _flock(descriptor, path)
-            if _is_same(descriptor, lock):
+            if not is_locked or _is_same(descriptor, lock):
                 break
             os.close(descriptor)  # its last owner removed it between the two steps
     try:
@@ -37,8 +37,7 @@ def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
             remove_leftovers(path.parent, path.name)
         yield
     finally:
-        if is_locked:
-            lock.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -192,10 +193,10 @@ def is_plain_name(name: str) -> bool:
 
 
 def settle(path: Path) -> None:
-    """Bring a file onto the disk, with the permissions that other files get here."""
+    """Bring a file onto the disk, with at least the permissions that other files get here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fchmod(descriptor, 0o666 & ~_umask())
+        _permit(descriptor, 0o666)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -220,11 +221,22 @@ def _partial_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # NAME is cut, since the whole may be at the file system's limit of 255 bytes.
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=PARTIAL, dir=path.parent))
-        folder.chmod(0o777 & ~_umask())
         try:
+            _permit(folder, 0o777)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _permit(place: int | Path, most: int) -> None:
+    """Give what a library made for its owner alone the permissions that others have here; nobody loses any.
+
+    The owner of a file may always do this, so that who may not is on a file system without permissions (FAT, SMB).
+    """
+    mode, wanted = stat.S_IMODE(os.stat(place).st_mode), most & ~_umask()
+    if wanted & ~mode:
+        with contextlib.suppress(OSError):
+            os.chmod(place, mode | wanted)
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,14 @@ def test_a_file_lock_leaves_nothing(tmp_path: Path) -> None:
     with file_lock(tmp_path / "a.npy"):
         assert (tmp_path / ".a.npy.lock").exists()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [file_lock, folder_lock])
+def test_where_there_are_no_locks_one_writes_without_and_leaves_nothing(tmp_path: Path, kind, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")  # as some network file systems say
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with kind(tmp_path / "out"), kind(tmp_path / "out"):
+        (tmp_path / "other").write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} - {"out"} == {"other"}

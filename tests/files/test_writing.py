@@ -192,3 +192,22 @@ def test_leftovers_of_a_longer_name_are_another_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
     remove_leftovers(tmp_path, "z.npy.json")
     assert [path.name for path in tmp_path.iterdir()] == [names[2]]
+
+
+def test_permissions_are_given_and_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.ones(2)}
+    with whole_file(tmp_path / "shared") as temporary:  # where a folder's own rules let its group write
+        temporary.write_text("x")
+        temporary.chmod(0o666)
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o666
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("chmod", "fchmod"):  # as on FAT and SMB
+        monkeypatch.setattr(os, name, refuse)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    write_json(tmp_path / "a.json", {})
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.safetensors", "folder", "shared"]
