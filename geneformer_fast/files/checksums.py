@@ -144,9 +144,8 @@ def check_file(path: Path, expected: str, error: type[GeneformerFastError], advi
 
 def damaged_message(path: Path, found: str, expected: str, advice: str) -> str:
     """What to say of a file whose checksum differs."""
-    return (
-        f"{path} is damaged or was changed: its SHA-256 is {found[:12]}..., written with {expected[:12]}...; {advice}"
-    )
+    told = f"its SHA-256 is {found[:12]}..., and was {expected[:12]}... when it was written"
+    return f"{path} is damaged or was changed: {told}; {advice}"
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

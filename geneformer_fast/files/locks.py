@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from geneformer_fast.errors import OutputError
-from geneformer_fast.files.writing import remove_leftovers, system_errors
+from geneformer_fast.files.writing import hidden_name, remove_leftovers, system_errors
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
     path = Path(path)
     with system_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name[:100]}.lock")
+        lock = path.with_name(f".{hidden_name(path.name)}.lock")
         while True:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             is_locked = _flock(descriptor, path)

@@ -16,6 +16,8 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ _REASONS = {
     errno.EACCES: "there is no permission to write there: name another place",
     errno.EPERM: "there is no permission to write there: name another place",
     errno.ENOTDIR: "a part of its path is a file: name another place",
+    errno.EEXIST: "a part of its path is a file: name another place",
     errno.EFBIG: "it is larger than the file system, or a limit of this process, allows: name another place",
     errno.EIO: "the disk failed: look at it before anything else is written there",
 }
@@ -172,14 +175,20 @@ def _is_near(path: Path, target: Path) -> bool:
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed runs left of unfinished files. Only who has the lock of the folder, or file, may do this."""
-    for leftover in folder.glob(f".{_escaped(name)}.*{PARTIAL}"):
-        if name != "*" and "." in leftover.name[len(name[:100]) + 2 : -len(PARTIAL)]:
+    short = hidden_name(name)
+    for leftover in folder.glob(f".{name if name == '*' else escape(short)}.*{PARTIAL}"):
+        if name != "*" and "." in leftover.name[len(short) + 2 : -len(PARTIAL)]:
             continue  # of a file with a longer name (a.json of a), which another process may be writing
         if leftover.is_dir() and not leftover.is_symlink():
             for old in leftover.glob(f"{_OLD}*"):
                 if not (folder / old.name.removeprefix(_OLD)).exists():
                     os.replace(old, folder / old.name.removeprefix(_OLD))
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def hidden_name(name: str) -> str:
+    """What stands for a file in hidden names beside it, which are longer and may have 255 bytes as any other."""
+    return name if len(os.fsencode(name)) <= 100 else sha256(os.fsencode(name)).hexdigest()[:32]
 
 
 def is_leftover(path: Path) -> bool:
@@ -219,8 +228,7 @@ def _partial_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside a path, removed in the end with what is in it."""
     with system_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # NAME is cut, since the whole may be at the file system's limit of 255 bytes.
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=PARTIAL, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{hidden_name(path.name)}.", suffix=PARTIAL, dir=path.parent))
         try:
             _permit(folder, 0o777)
             yield folder
@@ -248,7 +256,3 @@ def _umask() -> int:
         mask = os.umask(0o022)
         os.umask(mask)
         return mask
-
-
-def _escaped(name: str) -> str:
-    return name if name == "*" else "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name[:100])

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.locks import file_lock
 from geneformer_fast.files.writing import (
+    hidden_name,
     is_leftover,
     remove_leftovers,
     whole_file,
@@ -134,7 +136,7 @@ def test_an_error_about_another_file_stays_what_it_is(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot be written: .*name another place"):
+    with pytest.raises(OutputError, match="cannot be written: a part of its path is a file: name another place"):
         write_json(tmp_path / "file" / "a.json", {})
 
 
@@ -211,3 +213,19 @@ def test_permissions_are_given_and_never_taken(tmp_path: Path, monkeypatch: pyte
     with whole_folder(tmp_path / "folder") as temporary:
         (temporary / "a").write_text("x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.safetensors", "folder", "shared"]
+
+
+@pytest.mark.parametrize("letter", ["n", "細"])
+def test_long_names_are_told_apart(tmp_path: Path, letter: str) -> None:
+    name = letter * (200 // len(letter.encode()))
+    one, two = tmp_path / f"{name}.npy", tmp_path / f"{name}.npy.json"
+    with file_lock(one), file_lock(two), whole_file(one) as of_one, whole_file(two) as of_two:
+        remove_leftovers(tmp_path, f"{name}.csv")
+        of_one.write_text("1")
+        of_two.write_text("2")
+        (tmp_path / f".{hidden_name(one.name)}.killed.part").mkdir()
+        remove_leftovers(tmp_path, two.name)
+        assert len([path for path in tmp_path.iterdir() if path.name.endswith(".part")]) == 2
+        of_two.parent.mkdir()
+        of_two.write_text("2")
+    assert (one.read_text(), two.read_text()) == ("1", "2")
