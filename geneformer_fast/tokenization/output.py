@@ -183,6 +183,7 @@ class TokenOutput:
         if self._shard is None:
             self._shard = ShardWriter(self.folder, len(self._made["shards"]), self._schema)
         self._shard.write(batch)
+        self._sealer.submit(self._shard.digest_written)  # what fails here fails again when the shard is sealed
         if self._shard.n_bytes >= self._shard_bytes:
             self._close_shard(source, row, cells)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from geneformer_fast.files.checksums import sha256_of
 from geneformer_fast.files.writing import settle, system_errors
 from geneformer_fast.tokenization import manifest
 from geneformer_fast.tokenization.sources.arrays import number_array
 
+_DIGESTED_BYTES = 1 << 20
 #: Names of Arrow types in the ``features`` of ``datasets``.
 _FEATURE_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}
 
@@ -96,6 +97,7 @@ class ShardWriter:
             self._writer = pa.ipc.new_stream(self._file, schema)
         self.n_cells = 0
         self.n_tokens = 0
+        self._digest, self._n_digested = hashlib.sha256(), 0
 
     @property
     def n_bytes(self) -> int:
@@ -117,6 +119,17 @@ class ShardWriter:
             self._file.close()
         return {"file": self.path.name, "n_cells": self.n_cells, "n_tokens": self.n_tokens, "n_bytes": n_bytes}
 
+    def digest_written(self) -> None:
+        """Bring the checksum up to what is written so far, so that little is left when the shard is sealed.
+
+        For the thread that seals: a stream is only ever appended to, so what lies in the file stays as it is.
+        """
+        with open(self._partial, "rb", buffering=0) as file:
+            file.seek(self._n_digested)
+            while block := file.read(_DIGESTED_BYTES):
+                self._digest.update(block)
+                self._n_digested += len(block)
+
     def seal(self) -> str:
         """After ``finish``: bring the shard onto the disk, then under its name. May run in another thread.
 
@@ -126,10 +139,10 @@ class ShardWriter:
             The SHA-256 of what was written.
         """
         with system_errors(self.path):
-            digest = sha256_of(self._partial)
+            self.digest_written()
             settle(self._partial)
             os.replace(self._partial, self.path)
-        return digest
+        return self._digest.hexdigest()
 
     def abandon(self) -> None:
         """Close and remove what is there of an incomplete shard."""
