@@ -38,7 +38,7 @@ class Ragged:
     @classmethod
     def from_cells(cls, cells: Sequence[torch.Tensor | Sequence[int]]) -> Ragged:
         """Pack a list of cells, each [L_i, ...]; an empty list gives an empty batch of tokens."""
-        if isinstance(cells, torch.Tensor | str) or any(not hasattr(cell, "__len__") for cell in cells):
+        if isinstance(cells, torch.Tensor | str) or not all(map(_is_row, cells)):
             raise TypeError("cells must be a list of tensors or of lists of numbers, one for each cell")
         # An empty Python list would become float32: tokens are integers.
         tensors = [torch.as_tensor(cell) if len(cell) else torch.zeros(0, dtype=torch.int64) for cell in cells]
@@ -47,6 +47,9 @@ class Ragged:
         if len({(cell.dtype, cell.device) for cell in tensors if len(cell)}) > 1:
             kinds = sorted({f"{cell.dtype} on {cell.device}" for cell in tensors if len(cell)})
             raise ValueError(f"cells must have one dtype and device, not {', '.join(kinds)}")
+        if len({cell.shape[1:] for cell in tensors if len(cell)}) > 1:
+            shapes = ", ".join(str([*cell.shape]) for cell in tensors)
+            raise ValueError(f"cells must agree in all axes but the first, and are {shapes}")
         lengths = [len(cell) for cell in tensors]
         values = torch.cat(tensors) if tensors else torch.zeros(0, dtype=torch.int64)
         return cls.from_lengths(values, lengths)
@@ -74,7 +77,7 @@ class Ragged:
     def from_padded(cls, padded: torch.Tensor, mask: torch.Tensor) -> Ragged:
         """Pack a padded batch [B, L, ...] given its mask [B, L] (non-zero where a value counts)."""
         check_tensor("padded", padded, COUNTS)
-        check_tensor("mask", mask, COUNTS, device=padded.device)
+        check_tensor("mask", mask, COUNTS, n_axes=2, device=padded.device)
         if padded.shape[:2] != mask.shape:
             raise ValueError(f"padded batch {[*padded.shape]} and mask {[*mask.shape]} do not agree")
         keep = mask.bool()
@@ -83,8 +86,8 @@ class Ragged:
     def to_padded(self, fill: float = 0, *, length: int | None = None) -> torch.Tensor:
         """[B, length, ...] with ``fill`` behind each cell; length None is the longest cell."""
         length = self.max_len if length is None else length
-        check_whole("length", length, 0)
-        if not isinstance(fill, int | float) or (self.values.dtype not in FLOATS and fill != int(fill)):
+        check_whole("length", length, 0, 2**31 - 1)
+        if not _is_held(fill, self.values.dtype):
             raise ValueError(f"fill must be a number that {self.values.dtype} holds, not {fill!r}")
         if length < self.max_len:
             raise ValueError(f"cannot pad to {length}: the longest cell has {self.max_len}")
@@ -94,7 +97,9 @@ class Ragged:
 
     def mask(self, length: int | None = None) -> torch.Tensor:
         """[B, length] booleans, True where a padded batch would hold a value."""
-        columns = torch.arange(self.max_len if length is None else length, device=self.cu_seqlens.device)
+        length = self.max_len if length is None else length
+        check_whole("length", length, 0, 2**31 - 1)
+        columns = torch.arange(length, device=self.cu_seqlens.device)
         return columns < self.lengths[:, None]
 
     def check(self) -> None:
@@ -165,6 +170,21 @@ class Ragged:
     def pin_memory(self) -> Ragged:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+def _is_row(cell: object) -> bool:
+    return hasattr(cell, "__len__") and getattr(cell, "ndim", 1) > 0
+
+
+def _is_held(fill: object, dtype: torch.dtype) -> bool:
+    """Whether a tensor of this dtype can hold a number as it is."""
+    if not isinstance(fill, int | float):
+        return False
+    if dtype in FLOATS:
+        return isinstance(fill, float) or abs(fill) <= torch.finfo(dtype).max
+    if not isinstance(fill, int) and not fill.is_integer():
+        return False
+    return fill in (0, 1) if dtype == torch.bool else torch.iinfo(dtype).min <= fill <= torch.iinfo(dtype).max
 
 
 def _check_values(name: str, values: torch.Tensor) -> None:

@@ -31,6 +31,8 @@ def check_tensor(
     """A tensor of one of the dtypes, with so many axes, on the device; None asks nothing."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense (strided), not of layout {x.layout}")
     if x.dtype not in dtypes:
         wanted = _KINDS.get(dtypes) or " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {wanted}, not {x.dtype}")
@@ -119,7 +121,11 @@ def check_probability(name: str, value: Any, *, may_be_one: bool = True) -> None
 def check_positive(name: str, value: Any) -> None:
     """A positive finite number."""
     check_real(name, value)
-    if not 0 < value < math.inf:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer may be larger than any float
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, not {value}")
 
 

@@ -17,7 +17,15 @@ T, C, F, V, H = 6, 16, 32, 12, 2
 NO_TENSORS = {"a list": [1.0, 2.0], "an array": np.ones(3), "a number": 3.0, "a word": "x"}
 NO_NUMBERS = {"None": None, "a word": "0.1", "a tensor": torch.tensor([0.1, 0.2]), "a boolean": True, "a list": [0.1]}
 BAD_PROBABILITIES = {"-0.1": -0.1, "1.5": 1.5, "NaN": NAN, "infinity": INF, **NO_NUMBERS}
-BAD_EPS = {"0": 0.0, "-1": -1, "NaN": NAN, "infinity": INF, **NO_NUMBERS}
+BAD_EPS = {
+    "0": 0.0,
+    "-1": -1,
+    "beyond floats": 10**400,
+    "numpy's infinity": np.float32(INF),
+    "NaN": NAN,
+    "infinity": INF,
+    **NO_NUMBERS,
+}
 BAD_OUT_DTYPES = {
     "int16": torch.int16, "bool": torch.bool, "complex64": torch.complex64, "float8": torch.float8_e4m3fn,
     "a word": "float32", "a type": float, "numpy's": np.float32,
@@ -45,6 +53,7 @@ def as_floats(shape: tuple[int, ...] | None = None, *, is_optional: bool = False
     def wrong(x: torch.Tensor) -> dict[str, Any]:
         found = dict(NO_TENSORS) | ({} if is_optional else {"None": None})
         found |= {str(dtype): x.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2)}
+        found |= {"sparse": x.to_sparse()}
         return found | {"another device": x.to("meta"), "another axis": x[None], "no axis": x.new_zeros(())}
 
     return wrong
@@ -52,6 +61,7 @@ def as_floats(shape: tuple[int, ...] | None = None, *, is_optional: bool = False
 
 def as_integers(x: torch.Tensor) -> dict[str, Any]:
     found = dict(NO_TENSORS) | {"None": None, "another device": x.to("meta"), "another axis": x[None]}
+    found |= {"sparse": x.to_sparse()}
     return found | {str(dtype): x.to(dtype) for dtype in (torch.float32, torch.float64, torch.bool, torch.complex64)}
 
 
@@ -105,7 +115,16 @@ BAD_TOKENS = {"below -1": -2, "too large": 2**31, "a fraction": 1.5, **NO_NUMBER
 ALL, TWO = ("triton", "torch", "reference"), ("torch", "reference")
 ATTENTION = {
     "cu_seqlens": lambda x: {name: value for name, value in as_bounds(x).items() if name != "another device"},
-    "scale": {"0": 0.0, "negative": -1.0, "NaN": NAN, "infinity": INF, "a word": "1", "a boolean": True},
+    "scale": {
+        "0": 0.0,
+        "negative": -1.0,
+        "beyond floats": 10**400,
+        "numpy's infinity": np.float32(INF),
+        "NaN": NAN,
+        "infinity": INF,
+        "a word": "1",
+        "a boolean": True,
+    },
     "dropout_p": BAD_PROBABILITIES | {"1": 1.0},
     "seed": BAD_SEEDS,
 }

@@ -145,3 +145,12 @@ def test_bounds_of_every_kind_of_integer() -> None:
         bounds = ints(*itertools.accumulate((0, 4, 0, 2)), dtype=dtype)
         out = geneformer_kernels.varlen_attention(q, q, q, cu_seqlens=bounds)
         assert torch.equal(out, geneformer_kernels.varlen_attention(q, q, q, cu_seqlens=bounds.int()))
+
+
+@pytest.mark.parametrize("impl", CASES["rank_genes"].impls)
+def test_ranks_of_what_wants_a_gradient(impl: str) -> None:
+    case = CASES["rank_genes"]
+    expected = case.function(**case.good, impl=impl)
+    wanting = {name: case.good[name].clone().requires_grad_() for name in ("data", "n_counts", "medians")}
+    for found, wanted in zip(case.function(**{**case.good, **wanting}, impl=impl), expected, strict=True):
+        assert torch.equal(found, wanted)

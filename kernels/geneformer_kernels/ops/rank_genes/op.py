@@ -86,6 +86,8 @@ def rank_genes(
     """
     _check(indptr, indices, data, n_counts, column_to_gene, token_ids, medians)
     _check_numbers(keep, first, last, padded_length, pad_id)
+    # Ranks have no gradient, whatever they are made of.
+    data, n_counts, medians = data.detach(), n_counts.detach(), medians.detach()
     shape = {"keep": keep, "n_expressed": len(indices) // max(len(n_counts), 1)}
     too_many = len(token_ids) > 1 << MAX_RANK_BITS
     cannot = f"ranking on a GPU knows at most {1 << MAX_RANK_BITS:,} genes, not {len(token_ids):,}" if too_many else ""
