@@ -15,12 +15,20 @@ import pyarrow as pa
 
 from geneformer_fast import __version__
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.files.schema import read_json
+from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
-from geneformer_fast.finetuning.outputs import PREDICTIONS, RUN, SCORES, SPLITS, Finetuned, OutFolder
+from geneformer_fast.finetuning.outputs import (
+    PREDICTIONS,
+    RUN,
+    SCORES,
+    SPLITS,
+    Finetuned,
+    OutFolder,
+    read_fold,
+    write_fold,
+)
 from geneformer_fast.finetuning.pictures import check_pictures, plot_confusion, plot_roc
 from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
 from geneformer_fast.finetuning.search import Report, Search, check_search, search
@@ -195,7 +203,7 @@ class Engine:
             write_parquet(tested.table, place / PREDICTIONS)
         if is_final:
             self._save(encoder, how)
-        write_json(place / SCORES, found)
+        write_fold(place, found)
         self._tidy(name)
 
     def _fit(self, name: str, split: Split) -> tuple[Encoder, dict[str, Any]]:
@@ -255,7 +263,7 @@ class Engine:
     def _sum_up(self, n_folds: int, of: str) -> dict[str, Any]:
         """Scores over folds and of all tested cells together; predictions and pictures."""
         places = [self.folder.fold(f"fold-{number}") for number in range(1, n_folds + 1)]
-        found = [read_json(place / SCORES, OutputError) for place in places]
+        found = [read_fold(place) for place in places]
         tested = [(scores, place) for scores, place in zip(found, places, strict=True) if "tasks" in scores]
         summary: dict[str, Any] = {"of": of, "n_folds": len(tested), "n": 0, "tasks": {}}
         if tested:

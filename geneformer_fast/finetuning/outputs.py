@@ -5,7 +5,8 @@
 ``splits.json``
     How many cells, groups and cells of every class are in every part of every fold.
 ``folds/fold-1/``
-    ``predictions.parquet`` and ``scores.json`` of a finished fold; ``run/``, checkpoints of one that is not.
+    ``predictions.parquet`` and ``scores.json`` of a finished fold, with their checksums; ``run/``, checkpoints of one
+    that is not.
 ``predictions.parquet``, ``scores.json``, ``confusion.png``, ``roc.png``
     Of all test cells (or genes).
 ``final/``
@@ -17,6 +18,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError
+from geneformer_fast.files.checksums import DIGEST, check_digest, check_file, is_verifying, sha256_of, with_digest
 from geneformer_fast.files.locks import folder_lock
-from geneformer_fast.files.schema import read_json
+from geneformer_fast.files.schema import number, read_json, whole
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning.search import STORAGE
 from geneformer_fast.training.checkpoint import checkpoints_in
@@ -35,6 +38,9 @@ from geneformer_fast.training.run_folder import RESUME, check_is_no_file, has_co
 ASKED, SPLITS, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
     *("finetune.json", "splits.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
 )
+
+_PREDICTED = "predictions_sha256"
+_AGAIN = "remove its folder to make that fold again"
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,53 @@ class OutFolder:
         for pattern in (SPLITS, SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
             for file in self.path.glob(pattern):
                 file.unlink()
+
+
+@dataclass
+class _Part:
+    """What is summed up of one task's scores in a fold."""
+
+    accuracy: number(0, 1)  # type: ignore[valid-type]
+    macro_f1: number(0, 1)  # type: ignore[valid-type]
+    roc_auc: number(0, 1) | None  # type: ignore[valid-type]
+    confusion: list[list[whole(0)]]  # type: ignore[valid-type]
+
+
+@dataclass
+class _Fold:
+    """What is read of a fold's scores."""
+
+    fold: whole(1)  # type: ignore[valid-type]
+    tasks: dict[str, _Part] | None = None
+    roc: dict[str, list[float] | None] | None = None
+    predictions_sha256: str | None = None
+
+
+def write_fold(place: Path, scores: Mapping[str, Any]) -> None:
+    """Write the scores of a fold, whose predictions are there already: with them it is finished."""
+    content = json.loads(json.dumps(scores))  # as they are read again
+    if (place / PREDICTIONS).exists():
+        content[_PREDICTED] = sha256_of(place / PREDICTIONS)
+    write_json(place / SCORES, with_digest(content))
+
+
+def read_fold(place: Path) -> dict[str, Any]:
+    """The scores of a finished fold.
+
+    Raises
+    ------
+    OutputError
+        They, or its predictions, are not what was written.
+    """
+    path, predictions = place / SCORES, place / PREDICTIONS
+    try:
+        scores = read_json(path, OutputError, _Fold)
+    except OutputError as error:
+        raise OutputError(f"{error}; or {_AGAIN}") from None
+    check_digest(scores, path, OutputError, _AGAIN)
+    if _PREDICTED in scores and predictions.exists() and is_verifying():
+        check_file(predictions, scores[_PREDICTED], OutputError, _AGAIN)
+    return {key: value for key, value in scores.items() if key not in (_PREDICTED, DIGEST)}
 
 
 def interrupted_message(folder: Path) -> str:

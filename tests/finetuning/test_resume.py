@@ -108,6 +108,32 @@ def test_a_fine_tuning_of_an_earlier_version_goes_on_with_a_warning(home, half):
         go_on(home, half)
 
 
+def test_a_finished_fold_is_what_was_written(home, half):
+    place = half / "folds" / "fold-1"
+    path, table = place / "scores.json", place / "predictions.parquet"
+    text, content, whole = path.read_text(), json.loads(path.read_text()), table.read_bytes()
+    for name in ("accuracy", "macro_f1"):  # one digit
+        changed = text.replace(f'"{name}": 0.', f'"{name}": 0.1', 1)
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(OutputError, match=r"scores\.json is damaged.*remove its folder to make that fold again"):
+            go_on(home, half)
+    path.write_text(text)
+    table.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(OutputError, match=r"predictions\.parquet is damaged.*remove its folder"):
+        go_on(home, half)
+    table.write_bytes(whole)
+    # Folds of earlier versions say no checksums, but have to make sense.
+    old = {key: value for key, value in content.items() if key not in ("sha256", "predictions_sha256")}
+    for wrong in ({**old, "tasks": 5}, {**old, "tasks": {"kind": {}}}, {"tasks": {}}, {**old, "roc": [1]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(OutputError, match=r"scores\.json: .*remove its folder"):
+            go_on(home, half)
+    path.write_text(json.dumps(old))
+    assert go_on(home, half).scores["n"] == 90
+    assert "sha256" not in json.loads((half / "scores.json").read_text())["folds"][0]
+
+
 def test_two_at_once_is_one_sentence(home, half, capsys):
     with folder_lock(half):
         with pytest.raises(OutputError, match="half is being written by another process"):
