@@ -121,9 +121,12 @@ class TokenOutput:
         plan = manifest.read_manifest(self.folder, state=begun) if is_sealed else begun
         lines = [line for key in self._plan for line in manifest.differences(plan.get(key), self._plan[key], key)]
         if lines:
+            asked, there = (place.get("options") for place in (self._plan, plan))
+            is_old = isinstance(asked, dict) and isinstance(there, dict) and not asked.keys() <= there.keys()
+            same = "Go on with the earlier version that began it" if is_old else "Repeat what it was begun with"
             raise OutputError(
                 f"{self.folder} cannot be resumed, it was begun differently:\n  " + "\n  ".join(lines[:10]) +
-                "\nRepeat the options and inputs it was begun with, or pass --overwrite to start again."
+                f"\n{same}, or pass --overwrite to start again."
             )  # fmt: skip
         if state == "finished" or is_sealed:
             if is_sealed:

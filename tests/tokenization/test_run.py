@@ -16,6 +16,7 @@ from oracle import as_lists, oracle_tokens
 
 from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
+from geneformer_fast.files.checksums import with_digest
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.tokenization import output, pipeline, run
 from geneformer_fast.tokenization.arrow import open_tokens
@@ -448,3 +449,23 @@ def test_a_folder_that_another_process_writes_or_has_just_finished_is_left_alone
         tokenize(tmp_path / "ours.h5ad", out, vocabulary=vocabulary)
     with open_tokens(out) as folder:
         assert folder.manifest["inputs"][0]["path"].endswith("theirs.h5ad")
+
+
+def test_what_an_earlier_version_began_is_said_to_be_of_one(vocabulary, tmp_path, monkeypatch):
+    make_cells(30, 1).write_h5ad(tmp_path / "a.h5ad")
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary)
+    with pytest.raises(OutputError, match=r"(?s)begun differently.*allow_float.*Repeat what it was begun with, or"):
+        tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary, allow_float=True, resume=True)
+    content = json.loads((out / "UNFINISHED.json").read_text())
+    del content["options"]["allow_few_genes"]
+    (out / "UNFINISHED.json").write_text(json.dumps(with_digest(content)))
+    with pytest.raises(OutputError, match=r"(?s)begun differently.*Go on with the earlier version that began it, or"):
+        tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary, resume=True)
