@@ -142,10 +142,26 @@ def packed_masked_lm(call: Call, *, has_training_logits: bool) -> Any:
 def packed_token_classifier(call: Call, *, padding: str) -> Any:
     """BertForTokenClassification: its own forward pass, unless its classifier may read padding."""
     reason = None if padding == "stock" else why_not_classifier(call.module)
-    return call.own() if reason is None else call.stock(reason)
+    if reason is not None:
+        return call.stock(reason)
+    if not torch.compiler.is_compiling() and why_not_traced(call.arguments.get("input_ids")) is None:
+        _watch_labels(call.module, call.arguments)
+    return call.own()
 
 
-_why_not_masked_lm = torch.compiler.disable(why_not_masked_lm)
+def _watch_labels(model: Any, arguments: dict[str, Any]) -> None:
+    options = getattr(packed_forward_of(model.bert), "options", {})
+    labels, mask = arguments.get("labels"), arguments.get("attention_mask")
+    if options.get("padding") == "zeros" and isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor):
+        options["watch"].labels(labels, mask)
+
+
+@torch.compiler.disable
+def _why_not_masked_lm(model: Any, arguments: dict[str, Any]) -> str | None:
+    reason = why_not_masked_lm(model, arguments)
+    if reason is None:
+        _watch_labels(model, arguments)
+    return reason
 
 
 # An output that computes when asked is no business of a compiler's.

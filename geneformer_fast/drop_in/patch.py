@@ -171,8 +171,8 @@ def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str =
     linear layers that are wrapped, quantized or given adapters: those are called, with packed inputs [T, C]. In
     float32, loss and gradients agree with the stock model to 1e-5. What cannot be packed runs the stock forward pass,
     with one warning that says why: 3-D masks, caches and head masks; hooks of one's own inside of the encoder, and
-    parts of it that somebody has exchanged, wrapped or quantized dynamically; ``torch.func`` transforms, forward-mode
-    derivatives and fake tensors; labels that torch would refuse.
+    parts of it that somebody has exchanged, wrapped or quantized dynamically; attention functions and methods of one's
+    own; ``torch.func`` transforms, forward-mode derivatives and fake tensors; labels that torch would refuse.
 
     With ``padding="zeros"`` nothing is computed at padding, and nothing may read it. Geneformer's own multi-task
     classifier with attention pooling (its default) does: its softmax goes over all positions, padding included, and its

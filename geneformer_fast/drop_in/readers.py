@@ -1,7 +1,7 @@
 """Whether anybody reads hidden states at padding, where they are zero unless the stock values are asked for.
 
-Two readers are recognised: a loss whose gradient arrives at padding, and an attention pooling beside the encoder that
-takes no mask, such as that of Geneformer's multi-task classifier.
+Three readers are recognised: labels at padding, a loss whose gradient arrives there, and an attention pooling beside
+the encoder that takes no mask, such as that of Geneformer's multi-task classifier.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geneformer_fast.drop_in.head import IGNORED
 from geneformer_fast.ragged import Padding
 
 #: How the stock values are asked for.
@@ -31,6 +32,7 @@ class Watch:
 
     wants_caller: bool = True
     wants_gradient: bool = True
+    wants_labels: bool = True
 
     def caller(self, bert: nn.Module, padding: Padding) -> None:
         """Warn where the module that calls a BertModel pools over all positions without a mask."""
@@ -46,6 +48,17 @@ class Watch:
                     _warn(f"{type(owner).__name__}.{pooling} pools over all positions, padding included")
                     return
             frame = frame.f_back
+
+    def labels(self, labels: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Warn where places [B, L] that the mask calls padding have labels; in evaluation no gradient tells."""
+        if not self.wants_labels or labels is None or mask is None or labels.shape != mask.shape:
+            return
+        is_padding = mask == 0
+        if not bool(is_padding.any()):
+            return
+        self.wants_labels = False
+        if bool(((labels != IGNORED) & is_padding.to(labels.device)).any()):
+            _warn("the loss reads hidden states at padding (there are labels)")
 
     def gradient(self, states: torch.Tensor, padding: Padding) -> None:
         """Warn in the backward pass where hidden states [B, L, C] get a gradient at padding."""

@@ -271,3 +271,18 @@ def test_an_overflowing_loss_warns_nobody() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         (model(**given, **labels_for(model, given)).loss * float("inf")).backward()
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertForTokenClassification"])
+def test_labels_at_padding_are_told_of_where_no_gradient_is(architecture: str) -> None:
+    model, given = bert(architecture).eval(), inputs()
+    readers._told.clear()
+    gf.accelerate(model)
+    right = labels_for(model, given)["labels"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**given, labels=right)
+    gf.accelerate(model).undo()
+    gf.accelerate(model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="reads hidden states at padding .there are labels"):
+        model(**given, labels=right.clamp(min=0))
