@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import CheckpointError, UnsupportedError, VocabularyError
 from geneformer_fast.files.schema import check_fields
 
@@ -120,6 +121,7 @@ class EncoderConfig:
             raise UnsupportedError(f"width {self.width} is not divisible by {self.n_heads} heads")
 
     @classmethod
+    @checked
     def preset(cls, name: str, **changes: Any) -> EncoderConfig:
         """A published model's configuration by name (see :data:`PRESETS`), with fields changed by keyword."""
         if name not in PRESETS:
@@ -191,6 +193,7 @@ class EncoderConfig:
         return dataclasses.asdict(self)
 
     @classmethod
+    @checked
     def from_dict(cls, values: dict[str, Any], *, where: str | os.PathLike[str] = "the configuration") -> EncoderConfig:
         """The inverse of :meth:`to_dict`; fields that are unknown, missing or of the wrong kind are refused by name.
 

@@ -29,3 +29,7 @@ class UnsupportedError(GeneformerFastError):
 
 class TrainingError(GeneformerFastError):
     """Training cannot go on: the loss is not finite."""
+
+
+class ArgumentError(GeneformerFastError, TypeError):
+    """A public function was given an argument of another kind than it takes; names the argument and both kinds."""

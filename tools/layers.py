@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.tokenization.identifiers",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
-    (f"{FAST}.files",),
+    (f"{FAST}.files", f"{FAST}.arguments"),
     (KERNELS,),
     (f"{FAST}.errors",),
 )

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, native
 from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 
 
+@checked
 def load(
     path: str | os.PathLike[str],
     *,
@@ -56,6 +58,7 @@ def load(
     return hf.load(folder, dtype=dtype, device=device, verify=verify)
 
 
+@checked
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Save a model as ``config.json`` and ``model.safetensors``, with its checksum in ``SHA256SUMS``.
 

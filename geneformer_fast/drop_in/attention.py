@@ -11,6 +11,7 @@ import transformers
 from geneformer_kernels import varlen_attention
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.ragged import Padding
 
@@ -20,6 +21,7 @@ _PADDING = "_geneformer_fast_padding"
 _told: set[str] = set()
 
 
+@checked
 def register_attention(name: str = NAME) -> str:
     """Make packed attention available to every transformers model that chooses its attention by name.
 

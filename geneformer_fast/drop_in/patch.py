@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.drop_in import layers, models
 from geneformer_fast.drop_in.layers import Packed
 from geneformer_fast.drop_in.models import Call
@@ -135,6 +136,7 @@ class Handle:
             vars(module).pop("_replicate_for_data_parallel", None)
 
 
+@checked
 def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str = "zeros") -> Handle:
     """Make a Hugging Face BERT compute on packed cells, in place, until :meth:`Handle.undo`.
 

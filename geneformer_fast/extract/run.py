@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import FAMILIES
@@ -50,6 +51,7 @@ KEY = "X_geneformer"
 SUFFIXES = (".npy", ".arrow", ".parquet", ".csv", ".h5ad")
 
 
+@checked
 def embed(
     data: AnnData | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model: Encoder | str | os.PathLike[str],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
@@ -34,6 +35,7 @@ from geneformer_fast.training.loop import Objective
 from geneformer_fast.training.recipe import Recipe
 
 
+@checked
 def finetune_cells(
     tokens: str | os.PathLike[str],
     model: Encoder | str | os.PathLike[str],

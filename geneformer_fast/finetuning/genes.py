@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
@@ -40,6 +41,7 @@ TASK = "gene_class"
 _SHOWN = 5  # gene ids in a message
 
 
+@checked
 def finetune_genes(
     tokens: str | os.PathLike[str],
     model: Encoder | str | os.PathLike[str],

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from geneformer_fast import __version__
+from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.errors import OutputError
 from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".h5ad")
 
 
+@checked
 def predict(
     data: AnnData | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model: str | os.PathLike[str],

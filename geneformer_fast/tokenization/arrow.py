@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.checksums import damaged_message, fingerprint_of, is_verifying
 from geneformer_fast.files.schema import parse_json
@@ -27,6 +28,7 @@ from geneformer_fast.tokenization.stream import StreamFile
 _DAMAGED = "restore it from a good copy, or tokenize again"
 
 
+@checked
 def open_tokens(folder: str | os.PathLike[str], *, verify: bool | None = None) -> TokenFolder:
     """Open a finished token folder, ours or one that ``datasets`` wrote with an ``input_ids`` column.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
@@ -32,6 +33,7 @@ CORPUS_FILE = "corpus.json"
 _BLOCK_ROWS = 1024
 
 
+@checked
 def medians(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 import geneformer_fast
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import InputError, OutputError, VocabularyError
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
@@ -52,6 +53,7 @@ class TokenizedCells(NamedTuple):
     kept_rows: np.ndarray
 
 
+@checked
 def tokenize(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,

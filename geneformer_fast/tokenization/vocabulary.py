@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.errors import VocabularyError
 from geneformer_fast.files.checksums import with_digest
 from geneformer_fast.files.writing import write_json
@@ -246,6 +247,7 @@ class Vocabulary:
             raise VocabularyError(f"{where}: {error}") from None
 
     @classmethod
+    @checked
     def from_folder(cls, folder: str | Path, preset: str | None = None) -> Vocabulary:
         """Read a vocabulary from a folder.
 
@@ -272,6 +274,7 @@ class Vocabulary:
         return read_folder(Path(folder), preset)
 
     @classmethod
+    @checked
     def from_medians(
         cls,
         medians: Mapping[str, float],

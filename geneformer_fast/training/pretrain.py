@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.native import MODEL_TYPE
 from geneformer_fast.checkpoints.weights import CONFIG
@@ -37,6 +38,7 @@ from geneformer_fast.training.run_folder import writing_alone
 FINAL = "final"
 
 
+@checked
 def pretrain(
     tokens: str | os.PathLike[str] | TokenFolder,
     out: str | os.PathLike[str],

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from geneformer_fast.arguments import checked
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.schema import check_fields
@@ -148,6 +149,7 @@ class Recipe:
             raise UnsupportedError("warmup_ratio, floor and floor_ratio must be from 0 to 1")
 
     @classmethod
+    @checked
     def preset(cls, name: str, **changes: Any) -> Recipe:
         """A published recipe by name (see :data:`RECIPES`), with fields changed by keyword."""
         if name not in RECIPES:
@@ -165,6 +167,7 @@ class Recipe:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
     @classmethod
+    @checked
     def from_dict(cls, values: dict[str, Any], *, where: str | os.PathLike[str] | None = None) -> Recipe:
         """The inverse of :meth:`to_dict`; what is left out has its default, unknown fields are refused by name.
 
