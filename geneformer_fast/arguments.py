@@ -29,7 +29,7 @@ _KINDS: dict[str, Check] = {
     "float": lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
     "PathLike": lambda value: isinstance(value, os.PathLike),
-    "Sequence": lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes),
+    "Sequence": lambda value: _is_list(value),
     "Iterable": lambda value: isinstance(value, Iterable) and not isinstance(value, str | bytes),
     "Mapping": lambda value: isinstance(value, Mapping),
     "Callable": callable,
@@ -88,6 +88,13 @@ def _check_of_parts(name: str, parts: ast.expr) -> Check:
     if name in _COLLECTIONS and len(inner) == 1:
         return lambda value: is_one(value) and (not hasattr(value, "__len__") or all(map(inner[0], value)))
     return is_one
+
+
+def _is_list(value: Any) -> bool:
+    """Lists and tuples, and what numpy and pandas make of them: one axis, in order."""
+    if isinstance(value, str | bytes | Mapping):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "__getitem__") and getattr(value, "ndim", 0) == 1)
 
 
 def _is_each(checks: list[Check], values: Sequence[Any]) -> bool:

@@ -223,7 +223,7 @@ def _chunked(array: pa.Array) -> pa.ChunkedArray:
     return pa.chunked_array([array])
 
 
-def asked_columns(obs: Mapping[str, str] | Sequence[str] | None, color: str | None = None) -> dict[str, str]:
+def asked_columns(obs: str | Mapping[str, str] | Sequence[str] | None, color: str | None = None) -> dict[str, str]:
     """{column of obs: name in the result} for what a user asks for, a column to colour by among them."""
     names = [obs] if isinstance(obs, str) else obs or ()
     asked = dict(names) if isinstance(names, Mapping) else {name: name for name in names}

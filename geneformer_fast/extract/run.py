@@ -66,7 +66,7 @@ def embed(
     allow_duplicate_cells: bool = False,
     allow_few_genes: bool = False,
     n_counts: str = "auto",
-    obs: Mapping[str, str] | Sequence[str] | None = None,
+    obs: str | Mapping[str, str] | Sequence[str] | None = None,
     key_added: str | None = None,
     copy: bool = False,
     dtype: str | torch.dtype = "auto",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import ReadOptions
 
 
-def carried_columns(obs: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+def carried_columns(obs: str | Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
     """{column of obs: name in the result} for what a user asks to carry along.
 
     The names of cells are always carried, as ``obs_names``, or as what they are to be called.

@@ -66,7 +66,7 @@ def tokenize(
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
     allow_few_genes: bool = False,
-    obs: Mapping[str, str] | Sequence[str] | None = None,
+    obs: str | Mapping[str, str] | Sequence[str] | None = None,
     n_counts: str = "auto",
     filter_pass: bool = True,
     max_len: int | None = None,

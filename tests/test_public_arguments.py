@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -85,6 +86,8 @@ def example(
         {"share": np.float32(0.1)},
         {"names": []},
         {"names": ("a", "b")},
+        {"names": np.array(["a", "b"])},
+        {"names": pd.Index(["a", "b"])},
         {"places": iter(["a", Path("b")])},
         {"places": {"a", "b"}},
         {"renamed": {"a": "b"}},
@@ -112,6 +115,9 @@ def test_what_is_taken(good: dict[str, Any]) -> None:
         ({"is_on": "false"}, "is_on must be bool, not str 'false'"),
         ({"is_on": 1}, "is_on must be bool, not int 1"),
         ({"names": "abc"}, r"names must be Sequence\[str\] or None, not str 'abc'"),
+        ({"names": np.arange(2)}, r"names must be Sequence\[str\] or None, not a ndarray"),
+        ({"names": np.array("a")}, "names must be"),
+        ({"names": {"a": "b"}}, "names must be"),
         ({"names": ["a", 1]}, r"names must be Sequence\[str\] or None, not a list"),
         ({"places": 3}, "places must be"),
         ({"places": np.arange(2)}, "places must be"),
