@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import anndata
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ def places(suffixes: tuple[str, ...]) -> list[Place]:
     """Every input with every output, those aside that a function refuses whatever the options (.h5ad without .h5ad)."""
     pairs = [Place(source, suffix) for source in ("anndata", "file", "tokens") for suffix in (None, *suffixes)]
     return [place for place in pairs if place.suffix != ".h5ad" or place.source == "file"]
+
+
+def in_turn(options: Iterable[str], everywhere: list[Place]) -> list[Any]:
+    """Every option at every place, of which each option's every third place, in turn, is no slow test."""
+    return [
+        pytest.param(option, place, id=f"{option}-{place}", marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, option in enumerate(options)
+        for j, place in enumerate(everywhere)
+    ]
 
 
 def columns_of(path: Path) -> dict[str, list[Any]]:

@@ -132,8 +132,15 @@ def on_both(run: Callable[[Any], dict[str, Any]], architecture: str) -> None:
     assert min(moved) > 1e-6
 
 
-@pytest.mark.parametrize("what", OPTIONS)
-@pytest.mark.parametrize("architecture", KINDS)
+# Every option with one architecture, and one option in three with the others; all of them are slow.
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [
+        pytest.param(kind, what, marks=() if i == 0 or (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, kind in enumerate(KINDS)
+        for j, what in enumerate(OPTIONS)
+    ],
+)
 def test_trainer(architecture: str, what: str, tmp_path: Path) -> None:
     if what == "label smoothing" and architecture == "BertForSequenceClassification":
         # One architecture without padding among its labels is enough.

@@ -12,7 +12,7 @@ import anndata
 import numpy as np
 import pytest
 import toys
-from places import Place, columns_of, places
+from places import Place, columns_of, in_turn, places
 
 from geneformer_fast import embed, load, save, tokenize
 from geneformer_fast.cli import build_parser, main
@@ -278,8 +278,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "place"), in_turn(OPTIONS, PLACES))
 def test_no_option_is_ignored(option: str, place: Place, at: Workplace) -> None:
     value, check = OPTIONS[option]
     check(at, place, **{option: value})

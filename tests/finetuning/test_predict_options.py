@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import toys
-from places import Place, columns_of, places
+from places import Place, columns_of, in_turn, places
 from typed_cells import SHORT_GENES, TYPES, gene_classes, typed_cells
 
 import geneformer_fast as gf
@@ -224,8 +224,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "place"), in_turn(OPTIONS, PLACES))
 def test_no_option_is_ignored(option: str, place: Place, at: Workplace) -> None:
     value, check = OPTIONS[option]
     check(at, place, **{option: value})
