@@ -65,7 +65,10 @@ def _machine(results: Sequence[Result]) -> str:
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
     blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
     blocks += [_training(result) for result in of_case("train_")]
-    tables = (("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("finetune_", _finetuning))
+    tables = (
+        *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)),
+        *(("verify_", _verifying), ("finetune_", _finetuning)),
+    )
     for prefix, table in tables:
         if found := of_case(prefix):
             blocks.append(table(found))
@@ -190,6 +193,17 @@ def _memory(results: Sequence[Result]) -> str:
             )
     header = ("", "cells", "peak memory", "goal", "seconds, start included")
     return _block("Peak memory of whole commands, as the operating system counts it.", header, rows, results)
+
+
+def _verifying(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        without, with_sums = (result["wall_s"][name]["median"] for name in ("without", "with"))
+        row = _megabytes(result["n_bytes"]), f"{without:.2f} s", f"{with_sums:.2f} s", f"{result['ratio']:.2f}"
+        rows.append((result["what"], *row))
+    header = ("", "size", "without checksums", "with", "ratio")
+    title = "What checksums cost: everything in the page cache, so that no disk hides it; in turns, medians."
+    return _block(title, header, rows, results)
 
 
 def _finetuning(results: Sequence[Result]) -> str:

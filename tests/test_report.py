@@ -59,6 +59,10 @@ MEMORY = {
     "case": "memory_tokenize", "provenance": PROVENANCE, "what": "memory", "goal_peak_bytes": 10**9,
     "by_n_cells": {"1000000": {"peak_bytes": 516_452_352, "wall_s": 26.7}},
 }  # fmt: skip
+VERIFY = {
+    "case": "verify_tokens", "provenance": PROVENANCE, "what": "opening a folder", "n_bytes": 288_000_000, "ratio": 4.5,
+    "wall_s": {"without": {"median": 0.05}, "with": {"median": 0.23}},
+}  # fmt: skip
 
 
 def score_row(macro_f1: float, rare: float) -> dict:
@@ -89,7 +93,7 @@ FINETUNE = {
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "imaginary-9000-4-cores"
     folder.mkdir(parents=True)
-    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, FINETUNE):
+    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, VERIFY, FINETUNE):
         (folder / f"{result['case']}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
@@ -118,6 +122,7 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     assert rows["Geneformer V2"] == ["100,000", "54,321", "250", "314x", "200x", "345 MB"]
     assert rows["pbmc_facs, Geneformer V1"] == ["82", "99", "60"]
     assert rows["`geneformer-fast tokenize`"] == ["1,000,000", "516 MB", "1,000 MB", "27"]
+    assert rows["opening a folder"] == ["288 MB", "0.05 s", "0.23 s", "4.50"]
     by_way = {row[1]: [row[0], *row[2:]] for row in rows_of(text) if len(row) == 6}
     assert by_way["PCA + logistic regression"] == [
         "blood, type, 1,000 cells", "**0.912 ± 0.012**", "0.912 ± 0.012", "0.912 ± 0.012", "0.500"
@@ -139,7 +144,7 @@ def test_tables_are_well_formed(results: Path) -> None:
         widths = {len(row) for row in rows_of(block)}
         assert len(widths) <= 1, f"rows of different width:\n{block}"
     heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
-    assert len(heads) == 6
+    assert len(heads) == 7
 
 
 def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
