@@ -98,7 +98,8 @@ HEAVY = frozenset(
 LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{KERNELS}.dispatch", f"{KERNELS}.target")
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
-# Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import.
+# Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import. Files
+# in the package's folder for the CPU are named with it.
 PACKAGE_FILES = {
     "dispatch",
     "target",
@@ -108,13 +109,13 @@ PACKAGE_FILES = {
     "layernorm",
     "on_device",
     "operators",
-    "compiled",
-    "onednn",
+    "cpu.compiled",
+    "cpu.onednn",
     "arguments",
-    "norm_rows",
+    "cpu.norm_rows",
     "dropout",
-    "dropout_loops",
-    "shares",
+    "cpu.dropout_loops",
+    "cpu.shares",
     "tiles",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
@@ -123,10 +124,10 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
         {"reference", "plan", "host", "kernel"},
         {
             *("dispatch", "target", "launch", "on_device", "operators"),
-            *("arguments", "onednn", "layernorm", "norm_rows", "dropout"),
+            *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout"),
         },
     ),
-    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "compiled", "shares"}),
+    "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "cpu.compiled", "cpu.shares"}),
     "kernel": ({"kernel"}, {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
     "reference": (set(), set()),
@@ -141,11 +142,12 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "layernorm": {"arguments"},
     "on_device": {"dispatch", "target"},
     "operators": set(),
-    "onednn": {"target"},
-    "norm_rows": {"compiled"},
-    "dropout": {"on_device", "operators", "dropout_loops", "shares"},
-    "dropout_loops": {"compiled"},
-    "shares": set(),
+    "dropout": {"on_device", "operators", "cpu.dropout_loops", "cpu.shares"},
+    "cpu.onednn": {"target"},
+    "cpu.norm_rows": {"cpu.compiled"},
+    "cpu.dropout_loops": {"cpu.compiled"},
+    "cpu.compiled": set(),
+    "cpu.shares": set(),
     "tiles": set(),
 }
 
@@ -321,7 +323,7 @@ def _kernels(item: Import) -> Iterator[str]:
             yield f"must not import {item.target}: operations never import each other"
         elif target[:1] == ["ops"] and len(target) > 2 and target[2] not in own_files and target[2] in OPERATION_FILES:
             yield f"must not import {target[2]}.py of its folder"
-        elif target[:1] != ["ops"] and target and target[0] not in package_files:
+        elif target[:1] != ["ops"] and target and _package_file(target) not in package_files:
             yield f"must not import {item.target}"
         if file == "op" and target[2:3] == ["kernel"] and not item.is_lazy:
             yield "must import kernel.py inside a function: triton may be absent"
@@ -345,11 +347,20 @@ def _operation_library(file: str, library: str) -> Iterator[str]:
 
 def _kernels_package_file(item: Import, parts: list[str]) -> Iterator[str]:
     library, target = item.target.partition(".")[0], item.target.split(".")[1:]
-    file = parts[0] if parts else "__init__"
+    file = _package_file(parts) if parts else "__init__"
     if library == "triton" and file != "tiles":
         yield "must not import triton, which belongs in kernel.py and tiles.py"
-    if library == KERNELS and file in PACKAGE_DIRECTIONS and target and target[0] not in PACKAGE_DIRECTIONS[file]:
+    if (
+        library == KERNELS
+        and file in PACKAGE_DIRECTIONS
+        and target
+        and _package_file(target) not in PACKAGE_DIRECTIONS[file]
+    ):
         yield f"must not import {item.target}"
+
+
+def _package_file(parts: list[str]) -> str:
+    return ".".join(parts[:2]) if parts[0] == "cpu" else parts[0]
 
 
 def _cycles(runtime: list[Import], known: dict[str, Path]) -> Iterator[Breach]:

@@ -36,8 +36,8 @@ def keep_scale(p: float) -> float:
 def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Bfloat16 on the CPU; ``seed`` [1] int64."""
     # Numba is needed on this branch only: training in float32 does without.
-    from geneformer_kernels.dropout_loops import drop
-    from geneformer_kernels.shares import in_shares
+    from geneformer_kernels.cpu.dropout_loops import drop
+    from geneformer_kernels.cpu.shares import in_shares
 
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     source, target = (each.view(-1).view(torch.uint16).numpy() for each in (x.contiguous(), out))

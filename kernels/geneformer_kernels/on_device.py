@@ -93,7 +93,7 @@ def _chosen(
 
 
 def is_one_pass(x: torch.Tensor, out_dtype: torch.dtype, *others: torch.Tensor | None) -> bool:
-    """Whether ``norm_rows.add_layer_norm`` computes this: bfloat16 on a CPU with float32 ``others``, no gradient.
+    """Whether ``cpu.norm_rows.add_layer_norm`` computes this: bfloat16 on a CPU with float32 ``others``, no gradient.
 
     It stays in the calling thread, so torch's passes are left where they may take many cores.
     """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from geneformer_kernels import mlm_cross_entropy, residual_layernorm
-from geneformer_kernels.compiled import LOOP, power_of_two_float32, to_bfloat16
+from geneformer_kernels.cpu.compiled import LOOP, power_of_two_float32, to_bfloat16
 from geneformer_kernels.ops.mlm_cross_entropy import host
 
 # Quiet and signalling, of both signs, with few and with many of their bits set.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from geneformer_kernels import feed_forward, linear
-from geneformer_kernels.onednn import is_for_onednn, onednn_linear
+from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.target import target_of
 from tolerance import Witness, assert_as_good_as

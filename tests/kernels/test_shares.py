@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from geneformer_kernels.shares import in_shares
+from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.target import target_of
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, check_tensor
+from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.layernorm import check_norm
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
-from geneformer_kernels.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import (
     can_be_fused,
@@ -239,7 +239,7 @@ def feed_forward_layernorm(
     total = feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation=activation, impl=chosen)
     if not dropout_p and is_one_pass(total, out_dtype, residual, weight, bias):
         # Imported late: numba is needed on this branch only.
-        from geneformer_kernels.norm_rows import add_layer_norm
+        from geneformer_kernels.cpu.norm_rows import add_layer_norm
 
         return add_layer_norm(total, residual, weight, bias, eps, norm)
     # The sum of a half and a float32 is float32: no copy of the half is made.

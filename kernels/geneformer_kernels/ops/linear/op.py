@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.arguments import FLOATS, check_optional, check_tensor
+from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
-from geneformer_kernels.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.ops.linear import reference
 
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import (
+from geneformer_kernels.cpu.compiled import (
     LOG2_E,
     LOOP,
     add_in_any_order,
@@ -24,8 +24,8 @@ from geneformer_kernels.compiled import (
     power_of_two_float32,
     to_bfloat16,
 )
+from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.ops.mlm_cross_entropy import row_chunks
-from geneformer_kernels.shares import in_shares
 
 # Of one thread's logits. They travel through the shared cache; larger chunks leave it, smaller ones are many products.
 _CHUNK_BYTES = 4 * 2**20

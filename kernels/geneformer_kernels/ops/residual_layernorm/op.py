@@ -298,7 +298,7 @@ def residual_layernorm(
         return reference.residual_layernorm(x, residual, weight, bias, eps, norm, out_dtype)
     if is_one_pass(x, out_dtype, residual, weight, bias):
         # Imported late: numba is needed on this branch only.
-        from geneformer_kernels.norm_rows import add_layer_norm
+        from geneformer_kernels.cpu.norm_rows import add_layer_norm
 
         return add_layer_norm(x, residual, weight, bias, eps, norm)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -18,7 +18,7 @@ from llvmlite.binding import get_host_cpu_features, llvm_version_info
 from numba import types
 from numba.extending import intrinsic
 
-from geneformer_kernels.compiled import LOOP, POWER_COEFFICIENTS, ROUND_FLOAT32
+from geneformer_kernels.cpu.compiled import LOOP, POWER_COEFFICIENTS, ROUND_FLOAT32
 
 #: Rows of queries in work at a time: 6 x 4 accumulators, four registers of keys and one of a query fit into 32.
 ROWS = 6

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import (
+from geneformer_kernels.cpu.compiled import (
     LOG2_E,
     LOOP,
     add_in_any_order,

@@ -18,10 +18,10 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOG2_E, LOOP, POWER_COEFFICIENTS, from_bfloat16, to_bfloat16
+from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, POWER_COEFFICIENTS, from_bfloat16, to_bfloat16
+from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.ops.varlen_attention.avx512 import LANES, ROWS, is_compilable, mix_values, weigh_keys
 from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
-from geneformer_kernels.shares import in_shares
 
 #: Keys of a tile of scores.
 _KEYS = 4 * LANES

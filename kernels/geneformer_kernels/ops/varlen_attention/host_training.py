@@ -13,10 +13,10 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOG2_E, LOOP, from_bfloat16, power_of_two, to_bfloat16
-from geneformer_kernels.dropout_loops import WEYL, hashed, keep_scale_of, key_of, threshold_of
+from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, from_bfloat16, power_of_two, to_bfloat16
+from geneformer_kernels.cpu.dropout_loops import WEYL, hashed, keep_scale_of, key_of, threshold_of
+from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.ops.varlen_attention import host
-from geneformer_kernels.shares import in_shares
 
 
 class Attention:

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.compiled import LOOP, from_bfloat16, to_bfloat16
+from geneformer_kernels.cpu.compiled import LOOP, from_bfloat16, to_bfloat16
 
 
 def add_layer_norm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from geneformer_kernels.compiled import LOOP, from_bfloat16, to_bfloat16
+from geneformer_kernels.cpu.compiled import LOOP, from_bfloat16, to_bfloat16
 
 # What a key gains from one place to the next: 2**32 over the golden ratio, odd.
 WEYL = np.uint32(0x9E3779B9)
