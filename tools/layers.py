@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in", "profile")),
     (f"{FAST}.plot",),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
-    (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantize", f"{FAST}.tokenization"),
+    (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantization", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
     (f"{FAST}.heads",),
     (f"{FAST}.embeddings", f"{FAST}.ragged", f"{FAST}.config"),
@@ -44,7 +44,10 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (KERNELS, (FAST,), "operations know nothing of genes, files or checkpoints"),
     (
         f"{FAST}.tokenization",
-        tuple(f"{FAST}.{name}" for name in ("config", "ragged", "embeddings", "encoder", "heads", "checkpoints")),
+        tuple(
+            f"{FAST}.{name}"
+            for name in ("config", "ragged", "embeddings", "encoder", "heads", "checkpoints", "quantization")
+        ),
         "tokenization needs no model",
     ),
     *(
