@@ -133,13 +133,13 @@ def test_impossible_recipes_are_refused(bad: dict, message: str) -> None:
         dataclasses.replace(Recipe(), **bad)
 
 
-def test_decay_spares_what_transformers_spares() -> None:
+def test_decay_spares_what_transformers_spares(tmp_path) -> None:
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=16, pad_token_id=0,
     )  # fmt: skip
     stock = transformers.BertForMaskedLM(config)
-    trainer = transformers.Trainer(stock, transformers.TrainingArguments(output_dir="unused", report_to=[]))
+    trainer = transformers.Trainer(stock, transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[]))
     names = set(trainer.get_decay_parameter_names(stock))
     theirs = sum(p.numel() for name, p in stock.named_parameters() if name in names)
     decayed, spared = decay_groups(tiny())
