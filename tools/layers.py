@@ -28,8 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantization", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
-    (f"{FAST}.heads",),
-    (f"{FAST}.embeddings", f"{FAST}.ragged", f"{FAST}.config"),
+    (f"{FAST}.block", f"{FAST}.heads"),
+    (f"{FAST}.embeddings",),
+    (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
     (f"{FAST}.tokenization.genes", f"{FAST}.tokenization.sources"),
     (f"{FAST}.tokenization.identifiers",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
@@ -44,15 +45,15 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (KERNELS, (FAST,), "operations know nothing of genes, files or checkpoints"),
     (
         f"{FAST}.tokenization",
-        tuple(
-            f"{FAST}.{name}"
-            for name in ("config", "ragged", "embeddings", "encoder", "heads", "checkpoints", "quantization")
+        (
+            *(f"{FAST}.{name}" for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")),
+            *(f"{FAST}.checkpoints", f"{FAST}.quantization"),
         ),
         "tokenization needs no model",
     ),
     *(
         (f"{FAST}.{name}", (f"{FAST}.tokenization",), "the encoder knows nothing of files of cells")
-        for name in ("config", "ragged", "embeddings", "encoder", "heads")
+        for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")
     ),
 )
 
