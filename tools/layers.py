@@ -121,12 +121,14 @@ PACKAGE_FILES = {
     "cpu.dropout_loops",
     "cpu.shares",
     "tiles",
+    "int8_rows",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
     "op": (
         {"reference", "plan", "host", "kernel"},
         {
+            "int8_rows",
             *("dispatch", "target", "launch", "on_device", "operators"),
             *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout"),
         },
@@ -134,7 +136,7 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "host": ({"reference", "plan"}, {"dispatch", "target", "capability", "cpu.compiled", "cpu.shares"}),
     "kernel": ({"kernel"}, {"tiles"}),
     "plan": (set(), {"dispatch", "target", "launch"}),
-    "reference": (set(), set()),
+    "reference": (set(), {"int8_rows"}),
 }
 PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "dispatch": {"target", "capability", "measured"},
@@ -142,7 +144,8 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "capability": set(),
     "measured": set(),
     "launch": set(),
-    "arguments": set(),
+    "arguments": {"launch"},
+    "int8_rows": {"launch", "target"},
     "layernorm": {"arguments"},
     "on_device": {"dispatch", "target"},
     "operators": set(),

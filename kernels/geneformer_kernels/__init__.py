@@ -17,12 +17,18 @@ _HOME = {
     "attention_cells": "geneformer_kernels.ops.varlen_attention.op",
     "attention_scores": "geneformer_kernels.ops.varlen_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
+    "residual_layernorm_int8": "geneformer_kernels.ops.residual_layernorm.int8",
     "linear": "geneformer_kernels.ops.linear.op",
     "feed_forward": "geneformer_kernels.ops.feed_forward.op",
     "feed_forward_layernorm": "geneformer_kernels.ops.feed_forward.op",
     "int8_linear": "geneformer_kernels.ops.int8_linear.op",
     "quantize_rows": "geneformer_kernels.ops.int8_linear.op",
     "quantize_weight": "geneformer_kernels.ops.int8_linear.op",
+    "int8_mode": "geneformer_kernels.ops.int8_linear.op",
+    "int8_feed_forward": "geneformer_kernels.ops.int8_feed_forward.op",
+    "fp8_linear": "geneformer_kernels.ops.fp8_linear.op",
+    "quantize_rows_fp8": "geneformer_kernels.ops.fp8_linear.op",
+    "quantize_weight_fp8": "geneformer_kernels.ops.fp8_linear.op",
     "mlm_cross_entropy": "geneformer_kernels.ops.mlm_cross_entropy.op",
 }
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from geneformer_kernels.launch import SCALE_GROUP
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (
     *(torch.int8, torch.uint8, torch.int16, torch.uint16),
@@ -159,3 +161,19 @@ def check_seed(name: str, seed: Any, device: torch.device) -> None:
     check_optional(name, seed, (torch.int64,), device=device)
     if seed is not None and seed.numel() != 1:
         raise ValueError(f"{name} must be one number, not the shape {[*seed.shape]}")
+
+
+def check_row_scales(name: str, scale: Any, x: torch.Tensor, *, has_groups: bool = True) -> None:
+    """The float32 scales of int8 rows ``x`` [..., K]: [...], or with ``has_groups`` [..., ceil(K / 128)]; of floats
+    None."""
+    if x.dtype != torch.int8:
+        if scale is not None:
+            raise ValueError(f"{name} belongs to int8 rows, and x is {x.dtype}")
+        return
+    if scale is None:
+        raise ValueError(f"{name} must be given where x is int8")
+    check_tensor(name, scale, (torch.float32,), device=x.device)
+    shapes = [x.shape[:-1]] + ([torch.Size((*x.shape[:-1], -(-x.shape[-1] // SCALE_GROUP)))] if has_groups else [])
+    if scale.shape not in shapes:
+        wanted = " or ".join(str([*shape]) for shape in shapes)
+        raise ValueError(f"{name} {[*scale.shape]} must be {wanted} for x {[*x.shape]}")

@@ -39,11 +39,17 @@ OPERATIONS = (
     "feed_forward",
     "int8_linear",
     "quantize_rows",
+    "residual_layernorm_int8",
+    "int8_feed_forward",
+    "fp8_linear",
     "mlm_cross_entropy",
 )
 #: Operations that live in the folder of another one, which is made of them, but are chosen by themselves: their
 #: candidates are ``quantize_candidates`` of that folder's ``plan.py``, and so on.
-INSIDE = {"quantize_rows": ("int8_linear", "quantize_candidates")}
+INSIDE = {
+    "quantize_rows": ("int8_linear", "quantize_candidates"),
+    "residual_layernorm_int8": ("residual_layernorm", "int8_candidates"),
+}
 ENVIRONMENT_VARIABLE = "GENEFORMER_KERNELS_IMPL"
 #: The oldest version that all kernels were compiled with (sm_80 and sm_90, 2026-11-26).
 OLDEST_TRITON = (3, 6)

@@ -19,6 +19,10 @@ TRITON_TYPES = {
 }
 
 
+#: Columns that share a scale where a row of int8 has several.
+SCALE_GROUP = 128
+#: Widest product of which sums of int8 products, each 127 squared at most, stay below 2**31.
+MAX_DYNAMIC_WIDTH = (2**31 - 1) // 127**2
 #: Widest row of the kernels that hold a row in the registers of one block.
 MAX_WIDTH = 4096
 

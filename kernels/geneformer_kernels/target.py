@@ -73,6 +73,22 @@ class Target:
         return self.kind == "hip" or (self.kind == "cuda" and self.sm >= 80)
 
     @property
+    def has_int8_product(self) -> bool:
+        """Whether torch multiplies int8 here, exactly.
+
+        Volta has no such instruction. On a CPU without one (VNNI, or Arm's dot product) oneDNN adds products in 16
+        bits, two at a time, and where their sum does not fit, takes the largest number that does.
+        """
+        if self.kind == "cpu":
+            return "int8_dot" in self.features
+        return self.kind == "cuda" and self.sm >= 75
+
+    @property
+    def has_fp8_product(self) -> bool:
+        """Whether torch multiplies float8 (e4m3) here with a scale per row: Ada, Hopper and newer."""
+        return self.kind == "cuda" and self.sm >= 89
+
+    @property
     def fastest_dtype(self) -> str:
         """The dtype name matrix products should use when nobody asks for another one."""
         if self.has_fast_bf16:

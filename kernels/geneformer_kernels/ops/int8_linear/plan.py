@@ -41,25 +41,14 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     triton = triton_candidate(OP, dtype, target)
     if dtype == "float64":
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
-    how = "integer products by torch._int_mm" if has_int8_product(target) else "torch products of dequantised weights"
+    how = "integer products by torch._int_mm" if target.has_int8_product else "torch products of dequantised weights"
     torch = Candidate(Impl.TORCH, True, how)
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype, products in float64")
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
-def has_int8_product(target: Target) -> bool:
-    """Whether torch multiplies int8 there, exactly.
-
-    Volta has no such instruction. On a CPU without one (VNNI, or Arm's dot product) oneDNN adds products in 16 bits,
-    two at a time, and where their sum does not fit, takes the largest number that does.
-    """
-    if target.kind == "cpu":
-        return "int8_dot" in target.features
-    return target.kind == "cuda" and target.sm >= 75
-
-
 def mode_for(n_rows: int, has_product: bool) -> str:
-    """The mode that ``mode=None`` stands for; ``has_product`` as from :func:`has_int8_product`."""
+    """The mode that ``mode=None`` stands for; ``has_product`` as ``Target.has_int8_product``."""
     return "weight_only" if n_rows <= WEIGHT_ONLY_ROWS or not has_product else "dynamic"
 
 

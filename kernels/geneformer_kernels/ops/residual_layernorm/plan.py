@@ -26,6 +26,12 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
+def int8_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
+    """Implementations of the LayerNorm that writes int8 rows, best first."""
+    torch = Candidate(Impl.TORCH, True, "torch add, layer_norm and several passes that round, in float32")
+    return (torch, Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype"))
+
+
 @dataclass(frozen=True)
 class ResidualLayernormPlan:
     """Tiles of whole rows, ``block_c`` columns wide; the backward's are smaller, as it holds more of them at once.

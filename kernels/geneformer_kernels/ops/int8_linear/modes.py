@@ -1,0 +1,57 @@
+"""What a layer with int8 weights does on a device: integer products, or weights widened to the compute dtype.
+
+Of a layer, not of a batch: the answer does not depend on how many rows there are, so a cell has the same numbers alone
+and among others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from geneformer_kernels.launch import MAX_DYNAMIC_WIDTH
+from geneformer_kernels.target import Target
+
+
+class Mode(NamedTuple):
+    """``"dynamic"`` (integer products) or ``"weight_only"``, and why."""
+
+    mode: str
+    reason: str
+
+
+class ModeRow(NamedTuple):
+    """One answer: for devices with ``feature`` (a CPU's instruction set, a card's name; "" for any) that compute in
+    ``dtype`` ("" for any), from ``least_width`` columns of the input on."""
+
+    kind: str
+    feature: str
+    dtype: str
+    least_width: int
+    mode: str
+    reason: str
+
+
+#: The first row that fits decides.
+MODES_HERE: tuple[ModeRow, ...] = (
+    # Torch's products on two cores with AMX, GFLOP/s: int8 665, bfloat16 2,143 at width 256; 1,962 and 1,379 at 2,048.
+    ModeRow("cpu", "amx_bf16", "bfloat16", 2048, "dynamic", "integer products, 1.4 times bfloat16's on AMX at 2,048"),
+    ModeRow("cpu", "amx_bf16", "bfloat16", 0, "weight_only", "bfloat16 products are faster on AMX below width 2,048"),
+    ModeRow("cpu", "avx512_bf16", "bfloat16", 0, "weight_only", "bfloat16 products, as this CPU has them"),
+    ModeRow("cpu", "int8_dot", "", 0, "dynamic", "integer products, which this CPU has an instruction for"),
+    ModeRow("cpu", "", "", 0, "weight_only", "widened weights: this CPU has no exact instruction for int8"),
+    # A row with a card's name and the measured ratio goes here.
+    ModeRow("cuda", "", "", 0, "weight_only", "widened weights: int8 products are not measured on a card yet"),
+)  # fmt: skip
+
+
+def mode_here(width: int, n_columns: int, dtype: str, target: Target) -> Mode:
+    """What a layer [n_columns, width] whose activations are of a dtype does on a target, and why."""
+    if width > MAX_DYNAMIC_WIDTH:
+        return Mode("weight_only", f"sums of {width:,} products of int8 may leave int32")
+    if target.kind == "cuda" and not target.has_int8_product:
+        return Mode("weight_only", f"sm_{target.sm} has no product of int8")
+    for row in MODES_HERE:
+        fits = row.feature in ("", target.name) or row.feature in target.features
+        if row.kind == target.kind and fits and row.dtype in ("", dtype) and width >= row.least_width:
+            return Mode(row.mode, row.reason)
+    return Mode("weight_only", "widened weights: integer products are for CPUs and NVIDIA cards")
