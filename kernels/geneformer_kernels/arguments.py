@@ -156,6 +156,16 @@ def check_out_dtype(name: str, dtype: Any) -> None:
         raise ValueError(f"{name} must be {_KINDS[FLOATS]}, not {dtype}")
 
 
+def check_device(name: str, device: Any) -> torch.device:
+    """A device, or the name of one; returns it."""
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"{name} must be a device or the name of one, not {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{name} must be the name of a device, not {device!r}") from None
+
+
 def check_seed(name: str, seed: Any, device: torch.device) -> None:
     """None, or [1] int64 on the device."""
     check_optional(name, seed, (torch.int64,), device=device)
@@ -166,13 +176,13 @@ def check_seed(name: str, seed: Any, device: torch.device) -> None:
 def check_row_scales(name: str, scale: Any, x: torch.Tensor, *, has_groups: bool = True) -> None:
     """The float32 scales of int8 rows ``x`` [..., K]: [...], or with ``has_groups`` [..., ceil(K / 128)]; of floats
     None."""
-    if x.dtype != torch.int8:
-        if scale is not None:
-            raise ValueError(f"{name} belongs to int8 rows, and x is {x.dtype}")
-        return
     if scale is None:
-        raise ValueError(f"{name} must be given where x is int8")
+        if x.dtype == torch.int8:
+            raise ValueError(f"{name} must be given where x is int8")
+        return
     check_tensor(name, scale, (torch.float32,), device=x.device)
+    if x.dtype != torch.int8:
+        raise ValueError(f"{name} belongs to int8 rows, and x is {x.dtype}")
     shapes = [x.shape[:-1]] + ([torch.Size((*x.shape[:-1], -(-x.shape[-1] // SCALE_GROUP)))] if has_groups else [])
     if scale.shape not in shapes:
         wanted = " or ".join(str([*shape]) for shape in shapes)

@@ -63,6 +63,9 @@ def fast_int8_product(q: torch.Tensor, weight_q: torch.Tensor) -> torch.Tensor:
         # cuBLAS takes more than 16 rows, and multiples of 8 of the rest: zeros add nothing.
         even = width + -width % 8
         q, weight_q = padded(q, max(17, n_rows), even), padded(weight_q, n_columns + -n_columns % 8, even)
+    elif width == 1:
+        # oneDNN takes [1, N] with strides of 1 and 1 for another layout, and multiplies wrong numbers (torch 2.13).
+        q, weight_q = padded(q, n_rows, 2), padded(weight_q, n_columns, 2)
     # On the CPU the product reads a weight expanded over its channels as if it were not.
     return torch._int_mm(q.contiguous(), weight_q.contiguous().T)[:n_rows, :n_columns]
 

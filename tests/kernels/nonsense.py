@@ -144,6 +144,13 @@ BAD_LAYERS = {
 # As many axes as there are is right for rows of several.
 rows_of = lambda x: {k: v for k, v in as_floats()(x).items() if k not in ("another axis", "another device")}  # noqa: E731
 
+as_smooth = lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]}  # noqa: E731
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+
+
 CASES = {
     "rank_genes": Case(
         geneformer_kernels.rank_genes,
@@ -328,12 +335,14 @@ CASES = {
             weight_q=ints(*range(F * C)).view(F, C).to(torch.int8),
             weight_scale=floats(F),
             bias=floats(F),
+            x_scale=None,
             activation=None,
             mode=None,
             out_dtype=None,
         ),
         {
             "x": lambda x: rows_of(x) | {"other widths": x[:, 1:]},
+            "x_scale": lambda _: NO_TENSORS | {"of floats": floats(T)},
             "weight_q": lambda x: as_integers(x) | {"int16": x.short(), "other widths": x[:, 1:]},
             "weight_scale": lambda x: as_floats()(x) | {"shorter": x[1:], "float64": x.double()},
             "bias": lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]},
@@ -342,7 +351,120 @@ CASES = {
             "out_dtype": BAD_OUT_DTYPES,
         },
     ),
-    "quantize_rows": Case(geneformer_kernels.quantize_rows, ALL, dict(x=floats(T, C)), {"x": rows_of}),
+    "quantize_rows": Case(
+        geneformer_kernels.quantize_rows,
+        ALL,
+        dict(x=floats(T, C), smooth=floats(C)),
+        {"x": lambda x: rows_of(x) | {"other widths": x[:, 1:]}, "smooth": as_smooth},
+        {"x": ("smooth",)},
+    ),
+    "int8_mode": Case(
+        geneformer_kernels.int8_mode,
+        (),
+        dict(width=C, n_columns=F, dtype=torch.float32, device="cpu"),
+        {
+            "width": BAD_KEEPS,
+            "n_columns": BAD_KEEPS,
+            "dtype": BAD_OUT_DTYPES | {"None": None},
+            "device": {"None": None, "a number": 1.5, "a word": "gpu", "a tensor": floats(1)},
+        },
+    ),
+    "int8_feed_forward": Case(
+        geneformer_kernels.int8_feed_forward,
+        TWO,
+        dict(
+            x=integers(T, C),
+            up_q=integers(F, C),
+            up_scale=floats(F),
+            up_bias=floats(F),
+            down_q=integers(C, F),
+            down_scale=floats(C),
+            down_bias=floats(C),
+            x_scale=floats(T),
+            activation="relu",
+            out_dtype=torch.float32,
+        ),
+        {
+            "x": lambda x: (
+                as_integers(x)
+                | {"int16": x.short(), "other widths": x[:, 1:], "no columns": x[:, :0], "shorter": x[1:]}
+            ),
+            "up_q": lambda x: as_integers(x) | {"int16": x.short(), "other widths": x[:, 1:], "fewer": x[1:]},
+            "up_scale": lambda x: as_floats()(x) | {"shorter": x[1:], "float64": x.double()},
+            "up_bias": lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]},
+            "down_q": lambda x: as_integers(x) | {"int16": x.short(), "other widths": x[:, 1:]},
+            "down_scale": lambda x: as_floats()(x) | {"shorter": x[1:], "float64": x.double()},
+            "down_bias": lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]},
+            "x_scale": lambda x: as_floats()(x) | {"shorter": x[1:], "float64": x.double()},
+            "activation": BAD_WORDS | {"None": None},
+            "out_dtype": BAD_OUT_DTYPES | {"None": None},
+        },
+        {"x": ("x_scale", "up_q")},
+    ),
+    "residual_layernorm_int8": Case(
+        geneformer_kernels.residual_layernorm_int8,
+        TWO,
+        dict(
+            x=floats(T, C),
+            residual=floats(T, C),
+            weight=floats(C),
+            bias=floats(C),
+            eps=1e-5,
+            norm="post",
+            smooth=floats(C),
+        ),
+        {
+            "x": lambda x: as_floats()(x) | {"shorter": x[1:], "no columns": x[:, :0]},
+            "residual": lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]},
+            "weight": lambda x: as_floats()(x) | {"shorter": x[1:]},
+            "bias": lambda x: as_floats()(x) | {"shorter": x[1:]},
+            "smooth": as_smooth,
+            "eps": BAD_EPS,
+            "norm": BAD_WORDS | {"None": None},
+        },
+        {"x": ("residual",)},
+    ),
+    "fp8_linear": Case(
+        geneformer_kernels.fp8_linear,
+        TWO,
+        dict(
+            x=floats(T, C),
+            weight_q=floats(F, C).to(torch.float8_e4m3fn),
+            weight_scale=floats(F),
+            bias=floats(F),
+            activation=None,
+            out_dtype=None,
+        ),
+        {
+            "x": lambda x: rows_of(x) | {"other widths": x[:, 1:]},
+            "weight_q": lambda x: (
+                NO_TENSORS
+                | {"None": None, "another device": x.to("meta"), "another axis": x[None], "other widths": x[:, 1:]}
+                | {str(dtype): x.to(dtype) for dtype in (torch.float32, torch.float8_e5m2, torch.bool)}
+            ),
+            "weight_scale": lambda x: as_floats()(x) | {"shorter": x[1:], "float64": x.double()},
+            "bias": lambda x: as_floats(is_optional=True)(x) | {"shorter": x[1:]},
+            "activation": BAD_WORDS,
+            "out_dtype": BAD_OUT_DTYPES,
+        },
+    ),
+    "quantize_rows_fp8": Case(
+        geneformer_kernels.quantize_rows_fp8,
+        (),
+        dict(x=floats(T, C), smooth=floats(C)),
+        {"x": lambda x: rows_of(x) | {"other widths": x[:, 1:]}, "smooth": as_smooth},
+        {"x": ("smooth",)},
+    ),
+    "quantize_weight_fp8": Case(
+        geneformer_kernels.quantize_weight_fp8,
+        (),
+        dict(weight=floats(F, C)),
+        {
+            "weight": lambda x: (
+                rows_of(x) | {"another axis": x[None], "NaN": x * NAN, "infinity": torch.where(x == x[3, 4], INF, x)}
+            )
+        },
+    ),
     "quantize_weight": Case(
         geneformer_kernels.quantize_weight,
         (),

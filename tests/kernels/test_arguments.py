@@ -49,7 +49,7 @@ def test_nonsense_is_refused(op: str, name: str, value: Any) -> None:
     assert len(set(errors.values())) == 1, errors
     kind, message = next(iter(errors.values()))
     assert any(re.search(rf"\b{word}\b", message) for word in (name, *case.also.get(name, ()))), message
-    is_word = name in ("activation", "mode", "norm", "reduction")
+    is_word = name in ("activation", "mode", "norm", "reduction", "device")
     if isinstance(value, list | np.ndarray | str | bool) and not is_word:
         assert kind is TypeError
 
@@ -80,11 +80,11 @@ def test_values_on_a_card_are_not_looked_at(op: str) -> None:
     case = CASES[op]
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in case.good.items()}
     error = error_of(case, on_meta, "triton" if "triton" in case.impls else None)
-    if case.impls:
+    if case.impls or op in ("int8_mode", "quantize_rows_fp8"):
         # Kernels are not for this device, and neither is autocast, of which operations ask: the checks are over then.
         is_over = error is None or isinstance(error, ImplUnavailableError)
         assert is_over or "unknown device type for autocast" in str(error), error
-    else:  # one needs values to say anything, the other is asked for the matrix to be finite
+    else:  # one needs values to say anything, the others are asked for the matrix to be finite
         assert isinstance(error, RuntimeError), error
 
 

@@ -9,18 +9,20 @@ import os
 
 import pytest
 import torch
-from geneformer_kernels import int8_linear, on_device, quantize_rows, quantize_weight
-from geneformer_kernels.dispatch import Impl, candidates, choose
-from geneformer_kernels.ops.int8_linear import op as operators
-from geneformer_kernels.ops.int8_linear import plan, reference
+from geneformer_kernels import int8_linear, int8_mode, int8_rows, on_device, quantize_rows, quantize_weight
+from geneformer_kernels.dispatch import ENVIRONMENT_VARIABLE, Impl, candidates, choose
+from geneformer_kernels.launch import MAX_DYNAMIC_WIDTH
+from geneformer_kernels.ops.int8_linear import launches as operators
+from geneformer_kernels.ops.int8_linear import modes, plan, reference
+from geneformer_kernels.ops.int8_linear import op as functional
 from geneformer_kernels.target import CARDS, Target
 from geneformer_kernels.target import target_of as real_target_of
 from tolerance import Witness, assert_as_good_as
 
 IMPLS = ["triton", "torch", "reference"]
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh"]
-# Nothing is a multiple of anything; a multiple of every block; one of everything; less than a block.
-SHAPES = [(37, 131, 70), (64, 256, 128), (1, 1, 1), (3, 17, 5)]
+# Nothing is a multiple of anything; a multiple of every block; one of everything; less than a block; one column.
+SHAPES = [(37, 131, 70), (64, 256, 128), (1, 1, 1), (3, 17, 5), (2, 1, 9)]
 
 
 def dtypes_on(device: str) -> list[torch.dtype]:
@@ -55,7 +57,7 @@ def test_quantize_rows(device: str, impl: str, shape: tuple[int, int], poisoned:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 1).to(dtype).to(device)
         q, scale = quantize_rows(x, impl=impl)
         assert (q.dtype, scale.dtype, q.shape, scale.shape) == (torch.int8, torch.float32, x.shape, x.shape[:1])
-        expected_q, expected_scale = reference.quantize_rows(x)
+        expected_q, expected_scale = int8_rows.quantize_rows(x)
         assert torch.equal(q, expected_q)
         assert torch.equal(scale, expected_scale)
         if x.numel():
@@ -69,7 +71,7 @@ def test_wide_rows_of_which_a_program_takes_several(device: str, monkeypatch: py
     x = inputs((5, 150, 1), torch.float32, device)[0]
     monkeypatch.setattr(operators, "quantize_plan", lambda _: plan.QuantizePlan(4, 64, False, plan.Launch(1, 1)))
     q, scale = quantize_rows(x, impl="triton")
-    q_true, scale_true = reference.quantize_rows(x)
+    q_true, scale_true = int8_rows.quantize_rows(x)
     assert torch.equal(q, q_true)
     assert torch.equal(scale, scale_true)
 
@@ -155,7 +157,7 @@ def test_against_the_reference(device: str, impl: str, mode: str, shape: tuple[i
     for dtype in dtypes_on(device):
         x, weight_q, weight_scale, bias = inputs(shape, dtype, device)
         if mode == "dynamic":  # the rounded x is exact in float64
-            q, row_scale = reference.quantize_rows(x)
+            q, row_scale = int8_rows.quantize_rows(x)
             wide = q.double() * row_scale.double()[:, None]
         else:
             wide = x.double()
@@ -164,7 +166,7 @@ def test_against_the_reference(device: str, impl: str, mode: str, shape: tuple[i
                 out = int8_linear(x, weight_q, weight_scale, each, activation=activation, mode=mode, impl=impl)
                 weight = weight_q.double() * weight_scale.double()[:, None]
                 exact = torch.nn.functional.linear(wide, weight, None if each is None else each.double())
-                exact = reference.activate(exact, activation)
+                exact = int8_rows.activate(exact, activation)
                 if mode == "dynamic":  # which must not depend on a narrow dtype at all but for the last rounding
                     witness = exact.to(dtype)
                     error = 1e-6 * exact.abs().max().item()
@@ -179,7 +181,7 @@ def test_against_the_reference(device: str, impl: str, mode: str, shape: tuple[i
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
     """The layer without integers, in the dtype of x."""
     out = torch.nn.functional.linear(x, weight.to(x.dtype))
-    return reference.activate(out if bias is None else out + bias.to(x.dtype), activation)
+    return int8_rows.activate(out if bias is None else out + bias.to(x.dtype), activation)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -252,16 +254,16 @@ def test_every_tile(device: str, n_rows: int, monkeypatch: pytest.MonkeyPatch) -
             for width in (70,) if n_rows == 70 else (70, 80, 128):
                 x, weight_q, weight_scale, bias = inputs((n_rows, width, 150), torch.float32, device)
                 out = int8_linear(x, weight_q, weight_scale, bias, mode=mode, impl="triton")
-                true = reference.int8_linear(x, weight_q, weight_scale, bias, None, mode, torch.float32)
+                true = reference.int8_linear(x, None, weight_q, weight_scale, bias, None, mode, torch.float32)
                 torch.testing.assert_close(out, true, rtol=1e-5, atol=1e-5)
 
 
 def test_volta_multiplies_integers_exactly_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "target_of", lambda _: CARDS["V100"])
+    monkeypatch.setattr(int8_rows, "target_of", lambda _: CARDS["V100"])
     q = torch.full((3, 2500), 127, dtype=torch.int8)
     weight_q = torch.full((2, 2500), -127, dtype=torch.int8)
     weight_q[0, 7] = 5
-    assert torch.equal(operators._int8_product(q, weight_q), reference.int8_product(q, weight_q))
+    assert torch.equal(int8_rows.fast_int8_product(q, weight_q), int8_rows.int8_product(q, weight_q))
 
 
 @pytest.mark.parametrize("features", [{"avx2"}, {"avx2", "avx512"}, {"avx2", "int8_dot"}])
@@ -270,30 +272,143 @@ def test_a_cpu_without_an_instruction_for_it_multiplies_integers_exactly_too(
 ) -> None:
     """oneDNN adds pairs of products in 16 bits there, and cuts what does not fit: 127 times 127, twice, does not."""
     target = Target.cpu(features)
-    assert plan.has_int8_product(target) == ("int8_dot" in features)
-    if plan.has_int8_product(target) > plan.has_int8_product(real_target_of("cpu")):
+    assert target.has_int8_product == ("int8_dot" in features)
+    if target.has_int8_product > real_target_of("cpu").has_int8_product:
         pytest.skip("this CPU has no such instruction")
-    monkeypatch.setattr(operators, "target_of", lambda _: target)
+    monkeypatch.setattr(int8_rows, "target_of", lambda _: target)
     q = torch.full((3, 2500), 127, dtype=torch.int8)
-    assert torch.equal(operators._int8_product(q, q[:2]), reference.int8_product(q, q[:2]))
+    assert torch.equal(int8_rows.fast_int8_product(q, q[:2]), int8_rows.int8_product(q, q[:2]))
 
 
 def test_padding_for_cublas_changes_nothing() -> None:
     x, weight_q, *_ = inputs((3, 13, 5), torch.float32, "cpu")
     q, _ = quantize_rows(x)
-    padded = operators._padded(q, 17, 16), operators._padded(weight_q, 8, 16)
+    padded = int8_rows.padded(q, 17, 16), int8_rows.padded(weight_q, 8, 16)
     assert [[*each.shape] for each in padded] == [[17, 16], [8, 16]]
-    assert torch.equal(reference.int8_product(*padded)[:3, :5], reference.int8_product(q, weight_q))
-    assert operators._padded(q, 3, 13) is q
+    assert torch.equal(int8_rows.int8_product(*padded)[:3, :5], int8_rows.int8_product(q, weight_q))
+    assert int8_rows.padded(q, 3, 13) is q
 
 
-def test_mode_by_rows(device: str) -> None:
-    many = "dynamic" if plan.has_int8_product(operators.target_of(torch.device(device))) else "weight_only"
-    for n_rows, mode in ((32, "weight_only"), (33, many)):
+def test_the_mode_that_nobody_asked_for(device: str) -> None:
+    """On a card by the number of rows; on a CPU by the layer, so that a cell has the same numbers alone and among
+    others."""
+    target = real_target_of(device)
+    for n_rows in (32, 33):
         values = inputs((n_rows, 40, 6), torch.float32, device)
+        mode = int8_mode(40, 6, torch.float32, device)
+        if device == "cuda":
+            mode = plan.mode_for(n_rows, target.has_int8_product)
+            assert mode == ("dynamic" if n_rows == 33 and target.sm >= 75 else "weight_only")
         for impl in IMPLS:
             assert torch.equal(int8_linear(*values, impl=impl), int8_linear(*values, mode=mode, impl=impl))
     assert plan.mode_for(10_000, has_product=False) == "weight_only"
+
+
+def test_the_mode_of_a_layer() -> None:
+    amx, vnni, plain_cpu = (
+        Target.cpu({"avx2", *more}) for more in (("int8_dot", "avx512_bf16", "amx_bf16"), ("int8_dot",), ())
+    )
+    assert modes.mode_here(256, 768, "bfloat16", amx).mode == "weight_only"
+    assert modes.mode_here(2048, 768, "bfloat16", amx).mode == "dynamic"
+    assert (
+        modes.mode_here(256, 768, "float32", amx).mode == modes.mode_here(256, 768, "float32", vnni).mode == "dynamic"
+    )
+    for card in CARDS.values():
+        mode, reason = modes.mode_here(768, 3072, "bfloat16", card)
+        assert mode == "weight_only"
+        assert ("no product of int8" if card.sm < 75 else "not measured on a card yet") in reason
+    for target in (amx, vnni, plain_cpu, *CARDS.values(), Target("mps")):
+        mode, reason = modes.mode_here(133_145, 8, "float32", target)
+        assert (mode, "int32" in reason) == ("weight_only", True)
+        assert modes.mode_here(64, 8, "float32", target).mode in plan.MODES
+
+
+@pytest.mark.parametrize(("n_rows", "asked"), [(32, []), (33, ["torch"])])
+def test_many_rows_of_a_card_are_multiplied_by_the_library(
+    n_rows: int, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that widens the weight costs less than what cuBLAS gains on a kernel that widens it again and again."""
+
+    class OnCard:
+        device = torch.device("cuda")
+
+    wanted = functional._library_for_many_rows(OnCard(), n_rows, "weight_only", None)
+    assert [wanted] == (asked or [None])
+    assert functional._library_for_many_rows(OnCard(), n_rows, "weight_only", "triton") == "triton"
+    assert functional._library_for_many_rows(OnCard(), n_rows, "dynamic", None) is None
+    assert functional._library_for_many_rows(torch.ones(1), n_rows, "weight_only", None) is None
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert functional._library_for_many_rows(OnCard(), n_rows, "weight_only", None) is None
+
+
+# Rows that come as integers
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_that_were_rounded_before(device: str, impl: str, shape: tuple[int, int, int], poisoned: None) -> None:
+    x, weight_q, weight_scale, bias = inputs(shape, torch.float32, device)
+    q, scale = quantize_rows(x)
+    for activation, each in (("gelu", bias), (None, None)):
+        options = dict(activation=activation, impl=impl)
+        expected = int8_linear(x, weight_q, weight_scale, each, mode="dynamic", **options)
+        out = int8_linear(q, weight_q, weight_scale, each, x_scale=scale, out_dtype=torch.float32, **options)
+        assert torch.equal(out, expected)
+    half = int8_linear(q[None], weight_q, weight_scale, x_scale=scale[None], out_dtype=torch.float16, impl=impl)
+    assert half.shape == (1, shape[0], shape[2])
+    assert half.dtype == torch.float16
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 384])
+def test_rows_with_a_scale_for_every_128_columns(device: str, impl: str, width: int, poisoned: None) -> None:
+    """Against float64 of what the integers stand for."""
+    x, weight_q, weight_scale, bias = inputs((21, width, 19), torch.float32, device)
+    x = x * torch.logspace(-2, 2, width, device=device)  # groups of very different size
+    q, scale = int8_rows.quantize_groups(x)
+    assert scale.shape == (21, -(-width // 128))
+    wide = q.double() * scale.double().repeat_interleave(128, 1)[:, :width]
+    assert ((wide - x.double()).abs() <= 0.5 * scale.double().repeat_interleave(128, 1)[:, :width] * (1 + 1e-5)).all()
+    exact = torch.nn.functional.gelu(wide @ (weight_q.double() * weight_scale.double()[:, None]).T + bias.double())
+    out = int8_linear(
+        q, weight_q, weight_scale, bias, x_scale=scale, activation="gelu", out_dtype=torch.float32, impl=impl
+    )
+    terms = wide.abs() @ (weight_q.double().abs() * weight_scale.double()[:, None]).T + bias.double().abs()
+    assert ((out.double() - exact).abs() <= 1e-6 * terms).all()
+    scale[3, -1] = float("nan")
+    out = int8_linear(q, weight_q, weight_scale, bias, x_scale=scale, out_dtype=torch.float32, impl=impl)
+    assert out.isnan().all(1).tolist() == [i == 3 for i in range(21)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_smoothed_rows(device: str, impl: str, poisoned: None) -> None:
+    """The rows are those of x times smooth; a column that is large costs the others nothing once it is smoothed."""
+    x = inputs((21, 150, 1), torch.float16, device)[0]
+    x[:, 7] *= 100
+    smooth = torch.ones(150, device=device)
+    smooth[7] = 0.01
+    q, scale = quantize_rows(x, smooth=smooth, impl=impl)
+    expected = int8_rows.quantize_rows(x.float() * smooth)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(scale, expected[1])
+    assert torch.equal(quantize_rows(x, smooth=torch.ones_like(smooth), impl=impl)[0], quantize_rows(x)[0])
+    smooth[7] = float("inf")
+    assert quantize_rows(x, smooth=smooth, impl=impl)[1].isnan().all()
+
+
+def test_rows_as_integers_need_what_belongs_to_them() -> None:
+    x, weight_q, weight_scale, bias = inputs((5, 300, 7), torch.float32, "cpu")
+    q, scale = quantize_rows(x)
+    with pytest.raises(ValueError, match="x_scale must be given"):
+        int8_linear(q, weight_q, weight_scale, bias, out_dtype=torch.float32)
+    with pytest.raises(ValueError, match="out_dtype must be said"):
+        int8_linear(q, weight_q, weight_scale, bias, x_scale=scale)
+    with pytest.raises(ValueError, match='mode must be "dynamic" or None'):
+        int8_linear(q, weight_q, weight_scale, bias, x_scale=scale, out_dtype=torch.float32, mode="weight_only")
+    with pytest.raises(ValueError, match=r"x_scale \[4\] must be \[5\] or \[5, 3\]"):
+        int8_linear(q, weight_q, weight_scale, bias, x_scale=scale[1:], out_dtype=torch.float32)
+    with pytest.raises(ValueError, match="x_scale belongs to int8 rows"):
+        int8_linear(x, weight_q, weight_scale, bias, x_scale=scale)
 
 
 # Gradients
@@ -311,11 +426,11 @@ def test_gradients(device: str, impl: str, activation: str | None, mode: str) ->
     true_x, true_bias = (each.detach().double().requires_grad_() for each in (x, bias))
     seen = true_x
     if mode == "dynamic":  # rounded forward, passed through backward
-        q, row_scale = reference.quantize_rows(x.detach())
+        q, row_scale = int8_rows.quantize_rows(x.detach())
         seen = true_x + (q.double() * row_scale.double()[:, None] - true_x).detach()
     weight = weight_q.double() * weight_scale.double()[:, None]
     pre = seen @ weight.T + true_bias
-    (reference.activate(pre, activation) * slopes).sum().backward()
+    (int8_rows.activate(pre, activation) * slopes).sum().backward()
     torch.testing.assert_close(x.grad.double(), true_x.grad, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(bias.grad.double(), true_bias.grad, rtol=1e-5, atol=1e-4)
 
@@ -354,11 +469,12 @@ def test_operators_are_registered_properly(device: str) -> None:
     x, weight_q, weight_scale, bias = inputs((5, 33, 7), torch.float32, device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for rows, impl in itertools.product((x, x.T), IMPLS):
-        torch.library.opcheck(operators.quantize_rows_op.overload, (rows, impl), test_utils=tests)
+        for smooth in (None, torch.ones(rows.shape[1], device=device)):
+            torch.library.opcheck(operators.quantize_rows_op.overload, (rows, smooth, impl), test_utils=tests)
     x, bias = x.requires_grad_(), bias.requires_grad_()
     for mode in plan.MODES:
         for impl in IMPLS:
-            arguments = (x, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl, impl)
+            arguments = (x, None, weight_q, weight_scale, bias, "gelu", mode, torch.float16, impl, impl)
             torch.library.opcheck(operators.int8_linear_fwd.overload, arguments, test_utils=tests)
 
 
@@ -389,7 +505,7 @@ def test_autocast_does_not_reach_inside(
 
 
 def test_sums_that_int32_cannot_hold() -> None:
-    width = operators.MAX_DYNAMIC_WIDTH
+    width = MAX_DYNAMIC_WIDTH
     assert width * 127**2 < 2**31 <= (width + 1) * 127**2
     x, scale = torch.ones(33, width + 1), torch.ones(1)
     weight_q = torch.full((1, width + 1), 127, dtype=torch.int8)
@@ -468,7 +584,7 @@ def test_choice(card: Target) -> None:
     assert able[0] == (Impl.TRITON if card.sm >= 80 else Impl.TORCH)
     doubles = candidates("int8_linear", "float64", card)
     assert not next(option for option in doubles if option.impl == Impl.TRITON).can_run
-    assert plan.has_int8_product(card) == (card.sm >= 75)
+    assert card.has_int8_product == (card.sm >= 75)
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
@@ -489,8 +605,8 @@ def test_who_quantises_before_a_product(card: Target, monkeypatch: pytest.Monkey
         pytest.skip("kernels are compiled for the card in this process")
     values, asked = inputs((40, 128, 16), torch.float16, "cpu"), []
     real = operators.quantize_rows_op
-    monkeypatch.setattr(operators, "quantize_rows_op", lambda x, impl: asked.append(impl) or real(x, impl))
-    monkeypatch.setattr(operators, "_int8_product", reference.int8_product)  # this CPU may have none of its own
+    monkeypatch.setattr(operators, "quantize_rows_op", lambda *of: asked.append(of[-1]) or real(*of))
+    monkeypatch.setattr(int8_rows, "fast_int8_product", int8_rows.int8_product)  # this CPU may have none of its own
     for module in (operators, on_device):
         monkeypatch.setattr(module, "target_of", lambda _: card)
     out = int8_linear(*values, mode="dynamic")
@@ -510,7 +626,7 @@ def test_full_size(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     values = inputs(shape, dtype, "cuda")
     for mode in plan.MODES:
         out = int8_linear(*values, activation="gelu", mode=mode, impl="triton")
-        true = reference.int8_linear(*values, "gelu", mode, torch.float64)
+        true = reference.int8_linear(values[0], None, *values[1:], "gelu", mode, torch.float64)
         assert sqnr_db(out, true) > {torch.float16: 60, torch.bfloat16: 45, torch.float32: 90}[dtype]
-    for got, expected in zip(quantize_rows(values[0], impl="triton"), reference.quantize_rows(values[0]), strict=True):
+    for got, expected in zip(quantize_rows(values[0], impl="triton"), int8_rows.quantize_rows(values[0]), strict=True):
         assert torch.equal(got, expected)

@@ -168,7 +168,7 @@ def int8_feed_forward(
     """
     _check(x, up_q, up_scale, up_bias, down_q, down_scale, down_bias, x_scale, activation, out_dtype)
     out_dtype = out_dtype or x.dtype
-    shape = {"width": x.shape[-1], "ff_width": down_q.shape[1]}
+    shape = {"width": up_q.shape[1], "ff_width": down_q.shape[1]}
     chosen = choose_for("int8_feed_forward", x, impl, dtype=None if x_scale is None else out_dtype, shape=shape)
     rows = x.reshape(-1, x.shape[-1])
     scale = None if x_scale is None else x_scale.reshape(-1)

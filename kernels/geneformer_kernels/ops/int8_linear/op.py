@@ -8,6 +8,7 @@ from geneformer_kernels import int8_rows
 from geneformer_kernels.arguments import (
     FLOATS,
     check_choice,
+    check_device,
     check_optional,
     check_out_dtype,
     check_row_scales,
@@ -112,7 +113,7 @@ def int8_mode(width: int, n_columns: int, dtype: torch.dtype, device: torch.devi
     if dtype is None:
         raise TypeError("dtype must be a dtype of torch, not NoneType")
     check_out_dtype("dtype", dtype)
-    place = torch.device(device)
+    place = check_device("device", device)
     return _mode_here(int(width), int(n_columns), DTYPE_NAMES[dtype], place.type, place.index)
 
 

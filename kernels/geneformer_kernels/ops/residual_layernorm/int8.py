@@ -26,6 +26,7 @@ def residual_layernorm_int8_op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(stream, q, scale) of rows [N, C] by one implementation."""
+    x = x.contiguous()  # as the results are
     with plainly_on(x):
         if impl == Impl.REFERENCE:
             norm = "post" if is_post else "pre"
@@ -33,7 +34,7 @@ def residual_layernorm_int8_op(
         else:
             stream, q, scale = _by_torch(x, residual, weight, bias, smooth, eps, is_post)
     # What goes on may be x itself, which an operator must not return.
-    return stream.clone() if stream is x else stream.contiguous(), q.contiguous(), scale
+    return stream.clone() if stream is x else stream, q, scale
 
 
 @residual_layernorm_int8_op.register_fake
@@ -125,7 +126,7 @@ def residual_layernorm_int8(
         raise ValueError(f"smooth {[*smooth.shape]} must be [{x.shape[-1]}]")
     if needs_gradient(x, residual, weight, bias):
         raise RuntimeError("residual_layernorm_int8 has no gradient: use residual_layernorm, or torch.no_grad()")
-    chosen = choose_for("residual_layernorm_int8", x, impl, shape={"width": x.shape[-1]})
+    chosen = choose_for("residual_layernorm_int8", x, impl, shape={"width": weight.shape[0]})
     rows = x.reshape(-1, x.shape[-1])
     stream = None if residual is None else residual.reshape(rows.shape)
     new_stream, q, scale = residual_layernorm_int8_op(rows, stream, weight, bias, smooth, eps, norm == "post", chosen)
