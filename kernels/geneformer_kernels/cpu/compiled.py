@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 #: Options every compiled loop here shares: it releases the GIL and is compiled once per machine. numba keeps what it
 #: compiled beside the file of a loop until that file changes, not until one does that the loop takes pieces from: while
-#: working on this file or on dropout_loops.py, touch those that import it. An installation writes all files anew.
+#: working on this file, llvm.py or dropout_loops.py, touch those that import it. An installation writes all files anew.
 LOOP: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 LOG2_E = np.float32(1.4426950408889634)

@@ -19,6 +19,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from geneformer_kernels.cpu.compiled import LOOP, POWER_COEFFICIENTS, ROUND_FLOAT32
+from geneformer_kernels.cpu.llvm import (
+    BFLOAT16,
+    FLOAT,
+    INT32,
+    INT64,
+    REGISTER_BYTES,
+    call,
+    constant,
+    everywhere,
+    load,
+    store,
+)
 
 #: Rows of queries in work at a time: 6 x 4 accumulators, four registers of keys and one of a query fit into 32.
 ROWS = 6
@@ -37,50 +49,16 @@ def is_compilable() -> bool:
     return bool(llvm_version_info[0] >= 17 and is_for_this_cpu and get_host_cpu_features().get("avx512bf16"))
 
 
-class _BFloat16(ir.types._BaseFloatType):  # type: ignore[misc]
-    """LLVM's bfloat16, which llvmlite does not name."""
-
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloat16._create_instance()
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_INTS = ir.VectorType(_INT32, LANES)
+_FLOATS = ir.VectorType(FLOAT, LANES)
+_INTS = ir.VectorType(INT32, LANES)
 #: Sixteen pairs of bfloat16.
-_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
-_REGISTER_BYTES = 64
+_PAIRS = ir.VectorType(BFLOAT16, 2 * LANES)
 
 Vectors = list[list[Any]]
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """One of LLVM's intrinsic functions."""
-    known = builder.module.globals
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(known[name] if name in known else ir.Function(builder.module, kind, name), arguments)
-
-
 def _all(value: float | np.floating) -> Any:
-    return ir.Constant(_FLOATS, [ir.Constant(ir.FloatType(), float(np.float32(value)))] * LANES)
-
-
-def _pointer(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, offset), ir.PointerType(kind))
-
-
-def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int = _REGISTER_BYTES) -> Any:
-    value = builder.load(_pointer(builder, address, offset, kind))
-    value.align = align
-    return value
-
-
-def _store(builder: Any, value: Any, address: Any, offset: Any) -> None:
-    builder.store(value, _pointer(builder, address, offset, value.type)).align = _REGISTER_BYTES
+    return constant(_FLOATS, float(np.float32(value)))
 
 
 def _add_products(builder: Any, start: Vectors, a: Any, a_row: Any, b: Any, b_step: int, n_steps: Any) -> Vectors:
@@ -90,32 +68,30 @@ def _add_products(builder: Any, start: Vectors, a: Any, a_row: Any, b: Any, b_st
     ``b_step`` bytes from step to step. At least one step is taken.
     """
     before, body, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    a_rows = [builder.add(a, builder.mul(a_row, _INT64(row))) for row in range(ROWS)]
+    a_rows = [builder.add(a, builder.mul(a_row, INT64(row))) for row in range(ROWS)]
     builder.branch(body)
     builder.position_at_end(body)
-    step = builder.phi(_INT64)
-    step.add_incoming(_INT64(0), before)
+    step = builder.phi(INT64)
+    step.add_incoming(INT64(0), before)
     totals = [[builder.phi(_FLOATS) for _ in row] for row in start]
-    b_at = builder.mul(step, _INT64(b_step))
+    b_at = builder.mul(step, INT64(b_step))
     registers = [
-        builder.bitcast(_load(builder, b, builder.add(b_at, _INT64(_REGISTER_BYTES * i)), _INTS), _PAIRS)
+        builder.bitcast(load(builder, b, builder.add(b_at, INT64(REGISTER_BYTES * i)), _INTS), _PAIRS)
         for i in range(len(start[0]))
     ]
-    a_at = builder.mul(step, _INT64(4))
+    a_at = builder.mul(step, INT64(4))
     grown = []
     for a_of_row, row in zip(a_rows, totals, strict=True):
         # A head of a fused projection begins at any even address.
-        pair = _load(builder, a_of_row, a_at, _INT32, align=2)
-        undefined = ir.Constant(_INTS, ir.Undefined)
-        pairs = builder.insert_element(undefined, pair, _INT32(0))
-        pairs = builder.bitcast(builder.shuffle_vector(pairs, undefined, ir.Constant(_INTS, None)), _PAIRS)
+        pair = load(builder, a_of_row, a_at, INT32, align=2)
+        pairs = builder.bitcast(everywhere(builder, pair, _INTS), _PAIRS)
         grown.append(
             [
-                _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, pairs, register)
+                call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, pairs, register)
                 for total, register in zip(row, registers, strict=True)
             ]
         )
-    following = builder.add(step, _INT64(1))
+    following = builder.add(step, INT64(1))
     step.add_incoming(following, body)
     for old, first, new in zip(*map(itertools.chain.from_iterable, (totals, start, grown)), strict=True):
         old.add_incoming(first, before)
@@ -133,8 +109,8 @@ def _power_of_two(builder: Any, power: Any) -> Any:
     rest = builder.fsub(power, builder.fsub(shifted, _all(ROUND_FLOAT32)))
     fraction = _all(POWER_COEFFICIENTS[0])
     for coefficient in POWER_COEFFICIENTS[1:]:
-        fraction = _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, fraction, rest, _all(coefficient))
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [_INT32(23)] * LANES))
+        fraction = call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, fraction, rest, _all(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), constant(_INTS, 23))
     return builder.bitcast(builder.add(builder.bitcast(fraction, _INTS), exponent), _FLOATS)
 
 
@@ -150,20 +126,20 @@ def _weighing(n_registers: int) -> Callable[..., None]:
             queries, query_row, keys, n_steps, weights, weight_row, sums = arguments
             zero = ir.Constant(_FLOATS, None)
             start = [[zero] * n_registers for _ in range(ROWS)]
-            scores = _add_products(builder, start, queries, query_row, keys, 4 * _REGISTER_BYTES, n_steps)
+            scores = _add_products(builder, start, queries, query_row, keys, 4 * REGISTER_BYTES, n_steps)
             for i_row, row in enumerate(scores):
                 powers = [_power_of_two(builder, score) for score in row]
-                sum_at = _INT64(_REGISTER_BYTES * i_row)
-                total = _load(builder, sums, sum_at, _FLOATS)
+                sum_at = INT64(REGISTER_BYTES * i_row)
+                total = load(builder, sums, sum_at, _FLOATS)
                 for power in powers:
                     total = builder.fadd(total, power)
-                _store(builder, total, sums, sum_at)
-                row_at = builder.mul(weight_row, _INT64(i_row))
+                store(builder, total, sums, sum_at)
+                row_at = builder.mul(weight_row, INT64(i_row))
                 for i_pair, low in enumerate(powers[::2]):
                     high = powers[2 * i_pair + 1] if 2 * i_pair + 1 < n_registers else zero
-                    both = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, high, low)
-                    at = builder.add(row_at, _INT64(_REGISTER_BYTES * i_pair))
-                    _store(builder, builder.bitcast(both, _INTS), weights, at)
+                    both = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, high, low)
+                    at = builder.add(row_at, INT64(REGISTER_BYTES * i_pair))
+                    store(builder, builder.bitcast(both, _INTS), weights, at)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -178,10 +154,10 @@ def _mixing(n_registers: int) -> Callable[..., None]:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             weights, weight_row, values, n_steps, out = arguments
             start = [[ir.Constant(_FLOATS, None)] * n_registers for _ in range(ROWS)]
-            step = _REGISTER_BYTES * n_registers
+            step = REGISTER_BYTES * n_registers
             for i_row, row in enumerate(_add_products(builder, start, weights, weight_row, values, step, n_steps)):
                 for i, total in enumerate(row):
-                    _store(builder, total, out, _INT64(_REGISTER_BYTES * (4 * i_row + i)))
+                    store(builder, total, out, INT64(REGISTER_BYTES * (4 * i_row + i)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
