@@ -178,11 +178,11 @@ class Encoder(nn.Module):
         if dtype is None:
             return self
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.to(wide)
-        for part in (self.blocks, self.head):
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, nn.Linear):
-                    module.to(dtype)
+        narrow = {id(module) for part in (self.blocks, self.head) if part is not None for module in part.modules()}
+        # One module after another, each at once into its dtype: there is never a second copy of all weights.
+        for module in self.modules():
+            is_product = isinstance(module, nn.Linear) and id(module) in narrow
+            _cast_own(module, dtype if is_product else wide)
         return self
 
     def forward(self, tokens: Ragged, *, layer: str | int = "last") -> Ragged:
@@ -363,6 +363,11 @@ class Encoder(nn.Module):
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.dtype
+
+
+def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what a module itself holds, and not what its children do."""
+    module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
 
 
 def _rows_of(hidden: Ragged, rows: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
+from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import (
     ADAPTER,
     CONFIG,
@@ -95,8 +96,7 @@ def load(
     if head == "pooler" and f"{prefix}pooler.dense.weight" not in tensors:
         head = None
     n_classes = n_classes_of(tensors, "classifier.weight", folder)
-    with torch.device("meta"):
-        encoder = Encoder(config, head, n_classes=n_classes)
+    encoder = skeleton(config, head, n_classes=n_classes)
     shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
     table = bert_entries(config, head, prefix)
     state = to_ours(tensors, table, shapes, source=str(folder))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from geneformer_fast.checkpoints import hf
+from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import (
     CONFIG,
     check_tensors,
@@ -83,8 +84,7 @@ def load_native(
     n_classes = n_classes_of(tensors, _CLASSIFIER, folder)
     if settings.get("n_classes") not in (None, n_classes):
         raise CheckpointError(f"{path}: n_classes is {settings['n_classes']:,}, but the weights have {n_classes}")
-    with torch.device("meta"):
-        encoder = Encoder(config, settings["head"], n_classes=n_classes)
+    encoder = skeleton(config, settings["head"], n_classes=n_classes)
     for name, parameter in encoder.state_dict().items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(parameter.shape):

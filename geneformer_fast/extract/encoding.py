@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from geneformer_kernels.cpu.onednn import keep_few_products
 
 from geneformer_fast import __version__
 from geneformer_fast.embeddings import RankTokens
@@ -171,6 +172,7 @@ def cores_as_workers(device: torch.device) -> Iterator[int]:
     workers = min(n_threads, MOST_WORKERS)
     if device.type == "cpu":
         keep_freed_memory()
+        keep_few_products()
     if device.type != "cpu" or workers == 1:
         yield 1
         return

@@ -10,7 +10,6 @@ from zlib import crc32
 import numpy as np
 
 from geneformer_fast.tokenization.sources import CountSource
-from geneformer_fast.tokenization.totals import row_totals
 
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import Task
@@ -104,8 +103,10 @@ def totals_tally(task: Task) -> dict[str, int]:
     block = task.block
     if task.n_counts is None or block.start:
         return tally
+    from geneformer_fast.tokenization.sources import loops
+
     is_counted = np.ones(len(task.prepared.columns.codes), dtype=np.bool_)
-    found = row_totals(block.indptr, block.indices, block.data, is_counted)
+    found = loops.row_totals(block.indptr, block.indices, block.data, is_counted)
     is_used = (found > 0) & (task.n_counts > 0)
     if task.is_wanted is not None:
         is_used &= task.is_wanted

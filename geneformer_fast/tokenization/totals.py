@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
 from geneformer_fast.errors import InputError
@@ -12,26 +11,6 @@ from geneformer_fast.errors import InputError
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import Task
     from geneformer_fast.tokenization.vocabulary import Vocabulary
-
-
-@numba.njit(nogil=True, cache=True)
-def row_totals(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
-    """Total counts of every row over the columns where ``is_counted``, float64.
-
-    Summed in twice float64's precision (Knuth's two-sum), so that the order of a file's columns does not matter.
-    """
-    totals = np.empty(indptr.size - 1)
-    for row in range(indptr.size - 1):
-        total, error = 0.0, 0.0
-        for p in range(indptr[row], indptr[row + 1]):
-            if is_counted[indices[p]]:
-                addend = np.float64(data[p])
-                next_total = total + addend
-                part = next_total - total
-                error += (total - (next_total - part)) + (addend - part)
-                total = next_total
-        totals[row] = total + error
-    return totals
 
 
 def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
@@ -42,6 +21,8 @@ def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
     InputError
         A cell that is wanted has counts, but no positive finite total.
     """
+    from geneformer_fast.tokenization.sources import loops
+
     block, entry = task.block, task.prepared
     is_needed = np.diff(block.indptr) > 0
     if task.is_wanted is not None:
@@ -51,7 +32,7 @@ def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
     else:
         codes = entry.columns.codes
         is_counted = codes != -1 if vocabulary.totals_over_vocabulary else np.ones(len(codes), dtype=np.bool_)
-        n_counts = row_totals(block.indptr, block.indices, block.data, is_counted)
+        n_counts = loops.row_totals(block.indptr, block.indices, block.data, is_counted)
         # A cell may hold stored zeros only, or nothing of the vocabulary: no tokens, whatever it is divided by.
         is_needed &= n_counts != 0
     is_good = (n_counts > 0) & np.isfinite(n_counts)

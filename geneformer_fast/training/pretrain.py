@@ -15,6 +15,7 @@ import torch
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.native import MODEL_TYPE
+from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import PRESETS, EncoderConfig
 from geneformer_fast.data.identity import identity_of
@@ -267,8 +268,7 @@ def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks
     weights = whole_weights(model)
     path = out / FINAL
     if ranks.is_first:
-        with torch.device("meta"):
-            plain = Encoder(model.config, head="mlm")
+        plain = skeleton(model.config, head="mlm")
         plain.load_state_dict(weights, assign=True)
         plain.source = model.source
         with whole_folder(path) as partial:
