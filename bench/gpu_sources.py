@@ -20,7 +20,7 @@ _CALLED = {("rank_genes", "kernels"): "the fused pass and its other kernels"}
 #: Name for people -> patterns, of what the operations' folders do not hold.
 _OTHER_PARTS = {
     "what all kernels share": (_SHARED,),
-    "the encoder": ("geneformer_fast/encoder.py", "geneformer_fast/config.py", "geneformer_fast/ragged.py"),
+    "the encoder": tuple(f"geneformer_fast/{name}.py" for name in ("encoder", "block", "layers", "config", "ragged")),
     "training": ("geneformer_fast/training/*.py",),
     "accelerate()": ("geneformer_fast/drop_in/*.py",),
     "the random encoders that are compared": ("bench/gpu_models.py",),

@@ -20,6 +20,7 @@ _HOME = {
     "Encoder": "geneformer_fast.encoder",
     "EncoderConfig": "geneformer_fast.config",
     "Ragged": "geneformer_fast.ragged",
+    "quantize": "geneformer_fast.quantization.quantize",
     "embed": "geneformer_fast.extract",
     "accelerate": "geneformer_fast.drop_in",
     "register_attention": "geneformer_fast.drop_in",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from geneformer_fast.finetuning.cells import finetune_cells
     from geneformer_fast.finetuning.genes import finetune_genes
     from geneformer_fast.finetuning.predict import predict
+    from geneformer_fast.quantization.quantize import quantize
     from geneformer_fast.ragged import Ragged
     from geneformer_fast.tokenization.arrow import open_tokens
     from geneformer_fast.tokenization.medians import medians

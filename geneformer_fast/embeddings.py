@@ -10,20 +10,22 @@ from torch import nn
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import InputError, VocabularyError
+from geneformer_fast.layers import QuantizedEmbedding
 from geneformer_fast.ragged import Ragged
 
 
 class RankTokens(nn.Module):
     """Ranked gene tokens: token, type and position tables (Theodoris et al., Nature 2023; Devlin et al., 1810.04805).
 
-    Positions count from each cell's own start. Tables stay float32, whatever the matrix products use.
+    Positions count from each cell's own start. Tables stay float32, whatever the matrix products use; those of tokens
+    and positions may be :class:`~geneformer_fast.layers.QuantizedEmbedding`.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.max_len, config.width)
+        self.token: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.vocab_size, config.width)
+        self.position: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.max_len, config.width)
         self.token_type = nn.Embedding(config.n_token_types, config.width) if config.n_token_types else None
 
     def forward(
@@ -31,6 +33,11 @@ class RankTokens(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
         self.check(tokens)
+        if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
+            # Order of addition as in BertEmbeddings: token + type, then + position.
+            hidden = self.token(tokens.values)
+            hidden = hidden if self.token_type is None else hidden + self.token_type.weight[0]
+            return _finished(hidden + self.position(tokens.positions()), norm, dropout_p, out_dtype)
         return embed_tokens(
             tokens.values,
             tokens.cu_seqlens,
@@ -76,7 +83,7 @@ class SoftBins(nn.Module):
         self.lookup_table = nn.Embedding(config.n_bins, config.width)
         self.mask_embedding = nn.Embedding(1, config.width)
         self.pad_embedding = nn.Embedding(1, config.width)
-        self.position = nn.Embedding(config.max_len, config.width)
+        self.position: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.max_len, config.width)
 
     def forward(
         self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
@@ -89,13 +96,7 @@ class SoftBins(nn.Module):
         hidden = weights @ self.lookup_table.weight
         hidden = torch.where(values == -1, self.mask_embedding.weight, hidden)
         hidden = torch.where(values == -2, self.pad_embedding.weight, hidden)
-        hidden = hidden + self.position(tokens.positions())
-        if norm is not None:
-            hidden, _ = residual_layernorm(
-                hidden, None, norm.weight, norm.bias, eps=norm.eps, norm="post", out_dtype=hidden.dtype
-            )
-        stream = F.dropout(hidden, dropout_p)
-        return stream, stream.to(out_dtype)
+        return _finished(hidden + self.position(tokens.positions()), norm, dropout_p, out_dtype)
 
     def check(self, tokens: Ragged) -> None:
         """Refuse what is no value, and on the CPU values that are not finite."""
@@ -105,6 +106,18 @@ class SoftBins(nn.Module):
             raise InputError(f"this model reads values, [T] floating point, not {kind}")
         if is_looked_into(tokens.values) and not tokens.values.isfinite().all():
             raise InputError("a value is NaN or infinite; this model reads finite values")
+
+
+def _finished(
+    hidden: torch.Tensor, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream, normalised where there is a norm and after dropout, and the same in ``out_dtype``."""
+    if norm is not None:
+        hidden, _ = residual_layernorm(
+            hidden, None, norm.weight, norm.bias, eps=norm.eps, norm="post", out_dtype=hidden.dtype
+        )
+    stream = F.dropout(hidden, dropout_p)
+    return stream, stream.to(out_dtype)
 
 
 def _check_length(tokens: Ragged, config: EncoderConfig) -> None:

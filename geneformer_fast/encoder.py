@@ -6,98 +6,28 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from geneformer_kernels import (
-    attention_cells,
-    attention_scores,
-    feed_forward,
-    feed_forward_layernorm,
-    linear,
-    residual_layernorm,
-    varlen_attention_qkv,
-)
+from geneformer_kernels import attention_cells, attention_scores
 from geneformer_kernels.arguments import FLOATS, check_ids, check_tensor
 from geneformer_kernels.dispatch import as_chosen_now
-from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from geneformer_fast.block import Block, add_norm, products_dtype
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
+from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.heads import CellClassifier, MLMHead, Pooler, make_head
+from geneformer_fast.layers import (
+    Quantization,
+    QuantizedEmbedding,
+    Rows,
+    check_compute_dtype,
+    compute_dtype,
+    quantization_of,
+    wants_rows,
+)
 from geneformer_fast.ragged import Ragged
-
-
-class Linear(nn.Linear):
-    """A linear layer by ``geneformer_kernels.linear``, which multiplies bfloat16 faster on a CPU in inference."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> [T, N]."""
-        return linear(x, self.weight, self.bias)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward with their residual additions, post- or pre-norm.
-
-    The stream [T, C] is float32 and carries the residual; ``x`` [T, C] is what the next matrix product reads. In
-    post-norm both are the last LayerNorm's output; in pre-norm ``x`` is the normalised stream, made by the LayerNorm
-    that belongs to the sublayer about to run.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.out = Linear(config.width, config.width)
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.eps)
-        self.up = nn.Linear(config.width, config.ff_width * (2 if config.activation == "swiglu" else 1))
-        self.down = nn.Linear(config.ff_width, config.width)
-        self.ff_norm = nn.LayerNorm(config.width, eps=config.eps)
-
-    def projected(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> queries, keys and values [T, 3, H, D]."""
-        return self.qkv(x).view(len(x), 3, self.config.n_heads, self.config.head_dim)
-
-    def attend(self, x: torch.Tensor, cells: AttentionCells) -> torch.Tensor:
-        """Self-attention of [T, C] within each cell, projected back to [T, C]."""
-        config = self.config
-        qkv = self.projected(x)
-        dropout_p = config.attention_dropout if self.training else 0.0
-        context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
-        return self.out(context.reshape(len(x), config.width))
-
-    def forward(
-        self,
-        stream: torch.Tensor,
-        x: torch.Tensor,
-        cells: AttentionCells,
-        next_norm: nn.LayerNorm | None,
-        is_final: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, x) -> (stream, x).
-
-        ``cells`` are those of this forward pass, the same for every block. ``next_norm`` is the pre-norm LayerNorm of
-        whatever comes after this block; ``is_final``: it is the encoder's last one, whose result is the stream.
-        """
-        dropout_p = self.config.dropout if self.training else 0.0
-        first_norm, second_norm = (
-            (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
-        )
-        second_kind = "post" if is_final else self.config.norm
-        stream, x = add_norm(self.attend(x, cells), stream, first_norm, self.config.norm, x.dtype, dropout_p)
-        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-        activation = self.config.activation
-        if second_norm is not None and has_layernorm_inside(x, self.config.ff_width, activation=activation):
-            return feed_forward_layernorm(
-                x, stream, *weights, second_norm.weight, second_norm.bias, activation=activation, eps=second_norm.eps,
-                norm=second_kind, out_dtype=x.dtype, dropout_p=dropout_p,
-            )  # fmt: skip
-        out = feed_forward(x, *weights, activation=activation)
-        if second_norm is None:
-            out = F.dropout(out, dropout_p)
-            return stream + out, out
-        return add_norm(out, stream, second_norm, second_kind, x.dtype, dropout_p)
 
 
 class Encoder(nn.Module):
@@ -141,6 +71,8 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh weights: normal with ``config.init_std``, biases 0, LayerNorm 1 and 0, the padding token's row 0."""
+        if self.quantization is not None:
+            raise UnsupportedError("a quantized encoder cannot be given fresh weights")
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.init_std)
@@ -153,30 +85,37 @@ class Encoder(nn.Module):
 
     @property
     def token_table(self) -> torch.Tensor:
-        """[V, C], the token embeddings."""
+        """[V, C], the token embeddings; of a quantized encoder a wide copy."""
         if not isinstance(self.embeddings, RankTokens):
             raise AttributeError("an encoder over values has no token table")
         return self.embeddings.token.weight
 
     @property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantized (:func:`geneformer_fast.quantize`); None where they are not."""
+        return quantization_of(self)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._block(0).qkv.weight.device
+        return self._block(0).attention_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the matrix products."""
-        return self._block(0).qkv.weight.dtype
+        return compute_dtype(self._block(0).qkv)
 
     def cast(self, dtype: str | torch.dtype | None) -> Encoder:
         """Set the dtype of matrix products in place (see :func:`geneformer_fast.config.matmul_dtype`).
 
         Weights of blocks and head are converted; LayerNorm and embedding tables stay float32, or become float64 when
-        the products do.
+        the products do. Weights of eight bits stay what they are.
         """
         dtype = matmul_dtype(dtype, self.device)
         if dtype is None:
             return self
+        if self.quantization is not None:
+            check_compute_dtype(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         narrow = {id(module) for part in (self.blocks, self.head) if part is not None for module in part.modules()}
         # One module after another, each at once into its dtype: there is never a second copy of all weights.
@@ -206,7 +145,7 @@ class Encoder(nn.Module):
             A token id or a cell's length is outside the model's tables.
         """
         stream, x = self._embed(tokens)
-        cells = self._cells(tokens, x)
+        cells = self._cells(tokens, stream, x)
         for index in range(self.config.layer_index(layer)):
             stream, x = self._step(index, stream, x, cells)
         return tokens.with_values(stream)
@@ -217,7 +156,7 @@ class Encoder(nn.Module):
         The last one has passed the final norm where there is one; those before it have not.
         """
         stream, x = self._embed(tokens)
-        states, cells = [tokens.with_values(stream)], self._cells(tokens, x)
+        states, cells = [tokens.with_values(stream)], self._cells(tokens, stream, x)
         for index in range(self.config.n_layers):
             stream, x = self._step(index, stream, x, cells)
             states.append(tokens.with_values(stream))
@@ -248,7 +187,7 @@ class Encoder(nn.Module):
         if index == 0:
             raise ValueError("the embeddings have no attention: name a layer")
         stream, x = self._embed(tokens)
-        cells = self._cells(tokens, x)
+        cells = self._cells(tokens, stream, x)
         for before in range(index - 1):
             stream, x = self._step(before, stream, x, cells)
         q, k, _ = self._block(index - 1).projected(x).unbind(1)
@@ -279,7 +218,7 @@ class Encoder(nn.Module):
             return self.head(hidden.values[hidden.starts.long()])
         wanted = hidden.values if rows is None else _rows_of(hidden, rows)
         if isinstance(self.head, MLMHead):
-            return self.head(wanted, self.token_table if self.config.tied_decoder else None)
+            return self.head(wanted, self._tied_table())
         return self.head(wanted)
 
     def mlm_loss(
@@ -306,8 +245,14 @@ class Encoder(nn.Module):
         if not isinstance(self.head, MLMHead):
             raise ValueError('this encoder predicts no masked genes; make it with head="mlm"')
         self._check_hidden(hidden)
-        table = self.token_table if self.config.tied_decoder else None
-        return self.head.loss(_rows_of(hidden, rows), targets, table, reduction=reduction)
+        return self.head.loss(_rows_of(hidden, rows), targets, self._tied_table(), reduction=reduction)
+
+    def _tied_table(self) -> torch.Tensor | QuantizedEmbedding | None:
+        """The token table, for a decoder that has no weights of its own."""
+        if not self.config.tied_decoder or not isinstance(self.embeddings, RankTokens):
+            return None
+        token = self.embeddings.token
+        return token if isinstance(token, QuantizedEmbedding) else token.weight
 
     def _check_hidden(self, hidden: Ragged) -> None:
         if not isinstance(hidden, Ragged):
@@ -316,29 +261,35 @@ class Encoder(nn.Module):
         if hidden.values.shape[1] != self.config.width:
             raise ValueError(f"hidden {[*hidden.values.shape]} must be [T, {self.config.width}]")
 
-    def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) before the first block."""
-        config, work_dtype = self.config, self._work_dtype()
+        config, work_dtype, first = self.config, self._work_dtype(), self._block(0)
         dropout_p = config.dropout if self.training else 0.0
-        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, work_dtype)
+        is_float32 = config.norm == "post" and wants_rows(first.qkv)  # which the layer rounds itself
+        x: torch.Tensor | Rows
+        out_dtype = torch.float32 if is_float32 else work_dtype
+        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, out_dtype)
         if config.norm == "pre":
-            _, x = add_norm(stream, None, self._block(0).attention_norm, "pre", work_dtype)
+            _, x = add_norm(stream, None, first.attention_norm, "pre", work_dtype, reader=first.qkv)
         return stream, x
 
-    def _cells(self, tokens: Ragged, x: torch.Tensor) -> AttentionCells:
+    def _cells(self, tokens: Ragged, stream: torch.Tensor, x: torch.Tensor | Rows) -> AttentionCells:
         """What attention needs to know of the cells: made once per forward pass, so that no change is missed."""
         config = self.config
         dropout_p = config.attention_dropout if self.training else 0.0
         return attention_cells(
-            tokens.cu_seqlens, x, head_dim=config.head_dim, longest=tokens.max_len, dropout_p=dropout_p
-        )
+            tokens.cu_seqlens, stream, head_dim=config.head_dim, longest=tokens.max_len, dropout_p=dropout_p,
+            dtype=products_dtype(self._block(0).qkv, x),
+        )  # fmt: skip
 
     def _step(
-        self, index: int, stream: torch.Tensor, x: torch.Tensor, cells: AttentionCells
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, index: int, stream: torch.Tensor, x: torch.Tensor | Rows, cells: AttentionCells
+    ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
-        is_final = self.config.norm == "pre" and index + 1 == self.config.n_layers and self.final_norm is not None
-        inputs = (stream, x, cells, self.final_norm if is_final else self._norm_after(index), is_final)
+        is_last = index + 1 == self.config.n_layers
+        is_final = self.config.norm == "pre" and is_last and self.final_norm is not None
+        next_norm = self.final_norm if is_final else self._norm_after(index)
+        inputs = (stream, x, cells, next_norm, is_final, None if is_last else self._block(index + 1).qkv)
         if self.is_recomputing and self.training and torch.is_grad_enabled():
             block: Callable[..., Any] = self._block(index)
             if not torch.compiler.is_compiling():  # a compiled model's choices are made already
@@ -346,7 +297,8 @@ class Encoder(nn.Module):
             stream, x = checkpoint(block, *inputs, use_reentrant=False)
         else:
             stream, x = self.blocks[index](*inputs)
-        if index + 1 == self.config.n_layers and self.final_norm is not None and not is_final:
+        if is_last and self.final_norm is not None and not is_final:
+            assert isinstance(x, torch.Tensor)
             stream, x = add_norm(stream, None, self.final_norm, "post", x.dtype)
         return stream, x
 
@@ -379,17 +331,3 @@ def _rows_of(hidden: Ragged, rows: torch.Tensor) -> torch.Tensor:
     else:  # negative ones would count from the end
         check_ids("rows", rows, hidden.n_tokens, "the tokens")
     return hidden.values[rows]
-
-
-def add_norm(
-    x: torch.Tensor,
-    stream: torch.Tensor | None,
-    norm: nn.LayerNorm,
-    kind: str,
-    out_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add to the stream and normalise with a module's parameters; see ``geneformer_kernels.residual_layernorm``."""
-    return residual_layernorm(
-        x, stream, norm.weight, norm.bias, eps=norm.eps, norm=kind, out_dtype=out_dtype, dropout_p=dropout_p
-    )

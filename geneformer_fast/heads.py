@@ -14,12 +14,14 @@ from geneformer_kernels.ops.feed_forward.reference import activate
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.layers import EightBits
 
 
 class MLMHead(nn.Module):
     """Masked gene prediction: linear, activation, LayerNorm, decoder over the vocabulary plus a bias.
 
-    With ``config.inputs == "values"`` the decoder has one output, the predicted value (AIDO.Cell).
+    With ``config.inputs == "values"`` the decoder has one output, the predicted value (AIDO.Cell). Decoder and table
+    may have weights of eight bits.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -31,29 +33,32 @@ class MLMHead(nn.Module):
         self.decoder = None if config.tied_decoder else nn.Linear(config.width, self.n_outputs, bias=False)
         self.bias = nn.Parameter(torch.zeros(self.n_outputs))
 
-    def forward(self, rows: torch.Tensor, token_table: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, token_table: torch.Tensor | EightBits | None = None) -> torch.Tensor:
         """[R, C] hidden rows -> [R, V] logits; ``token_table`` [V, C] is the decoder where it is tied."""
-        hidden, weight = self.transform(rows), self._decoder_weight(token_table)
-        return F.linear(hidden, weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        hidden, decoder = self.transform(rows), self._decoder(token_table)
+        if isinstance(decoder, EightBits):
+            return decoder.decoded(hidden, self.bias)
+        return F.linear(hidden, decoder.to(hidden.dtype), self.bias.to(hidden.dtype))
 
     def loss(
         self,
         rows: torch.Tensor,
         targets: torch.Tensor,
-        token_table: torch.Tensor | None = None,
+        token_table: torch.Tensor | EightBits | None = None,
         *,
         reduction: str = "mean",
     ) -> torch.Tensor:
         """[R, C] hidden rows and [R] token ids -> cross entropy, a scalar unless ``reduction`` is ``"none"``.
 
-        Rows of target -100 do not count.
+        Rows of target -100 do not count. A decoder of eight bits is widened as a whole meanwhile.
         """
-        hidden, weight = self.transform(rows), self._decoder_weight(token_table)
+        hidden, decoder = self.transform(rows), self._decoder(token_table)
+        weight = decoder.widened(hidden.dtype) if isinstance(decoder, EightBits) else decoder
         return mlm_cross_entropy(hidden, weight, self.bias, targets, reduction=reduction)
 
     def transform(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, C] -> [R, C], what the decoder reads."""
-        hidden = self.dense(rows.to(self.dense.weight.dtype))
+        hidden = self.dense(_as_input(self.dense, rows))
         if self.config.head_activation == "relu":
             hidden = F.relu(hidden)
         elif self.config.head_activation == "gelu":
@@ -65,11 +70,12 @@ class MLMHead(nn.Module):
         )
         return hidden
 
-    def _decoder_weight(self, token_table: torch.Tensor | None) -> torch.Tensor:
-        weight = self.decoder.weight if self.decoder is not None else token_table
-        if weight is None:
+    def _decoder(self, token_table: torch.Tensor | EightBits | None) -> torch.Tensor | EightBits:
+        if self.decoder is not None:
+            return self.decoder if isinstance(self.decoder, EightBits) else self.decoder.weight
+        if token_table is None:
             raise ValueError("this head shares the encoder's token table: pass it as token_table")
-        return weight
+        return token_table
 
 
 class Pooler(nn.Module):
@@ -81,7 +87,7 @@ class Pooler(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, C] first rows -> [B, C]."""
-        return torch.tanh(self.dense(rows.to(self.dense.weight.dtype)))
+        return torch.tanh(self.dense(_as_input(self.dense, rows)))
 
 
 class CellClassifier(nn.Module):
@@ -108,7 +114,12 @@ class GeneClassifier(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, C] hidden rows -> [R, n_classes] logits."""
-        return self.classifier(self.dropout(rows.to(self.classifier.weight.dtype)))
+        return self.classifier(self.dropout(_as_input(self.classifier, rows)))
+
+
+def _as_input(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    """Rows in the dtype that a layer takes; one with weights of eight bits rounds them itself."""
+    return rows if isinstance(layer, EightBits) else rows.to(layer.weight.dtype)
 
 
 def make_head(name: str | None, config: EncoderConfig, n_classes: int = 2) -> nn.Module | None:

@@ -14,7 +14,7 @@ from geneformer_kernels.dispatch import use_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged
-from geneformer_fast import encoder as encoder_module
+from geneformer_fast import block as block_module
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled for the card in this process"
@@ -172,8 +172,8 @@ def test_every_layernorm_has_a_kernel(width: int, dtype: str, expected: int, mon
         calls.append(args[0].shape)
         return plain(*args, **kwargs)
 
-    plain = encoder_module.residual_layernorm
-    monkeypatch.setattr(encoder_module, "residual_layernorm", counting)
+    plain = block_module.residual_layernorm
+    monkeypatch.setattr(block_module, "residual_layernorm", counting)
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *_, **__: pytest.fail("torch's own LayerNorm ran"))
     encoder = model("post-norm", width=width, ff_width=64, n_layers=1).cast(dtype).eval()
     with torch.no_grad():

@@ -60,6 +60,7 @@ class EncodingRun:
             "blocks_computed": encoder.config.layer_index(self.layer),
             "pool": self.pool,
             "dtype": str(encoder.dtype).removeprefix("torch."),
+            "quantization": scheme_of(encoder),
             "vocabulary": str(vocabulary.get("name")),
             "vocabulary_fingerprint": str(vocabulary.get("fingerprint")),
             "cells": len(self.cells.lengths),
@@ -159,6 +160,11 @@ class EncodingRun:
         sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
         means = sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]
         return means.float().cpu().numpy()
+
+
+def scheme_of(encoder: Encoder) -> str:
+    """How a model is quantized, in a word, for provenance: a scheme of :func:`geneformer_fast.quantize`, or none."""
+    return "none" if encoder.quantization is None else encoder.quantization.scheme
 
 
 @contextlib.contextmanager

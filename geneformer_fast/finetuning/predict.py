@@ -18,6 +18,7 @@ from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.errors import OutputError
 from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
+from geneformer_fast.extract.encoding import scheme_of
 from geneformer_fast.extract.files import check_columns, hdf5_closing
 from geneformer_fast.extract.options import PREDICT, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, write_table
@@ -164,6 +165,7 @@ def _provenance(card: Mapping[str, Any], model: Path, encoder: Encoder, cells: C
         "model": model.name,
         "pretrained": str(card.get("pretrained")),
         "dtype": str(encoder.dtype).removeprefix("torch."),
+        "quantization": scheme_of(encoder),
         "vocabulary": str(cells.vocabulary.get("name")),
         "vocabulary_fingerprint": str(cells.vocabulary.get("fingerprint")),
         "cells": len(cells.lengths),

@@ -26,7 +26,7 @@ class Choice:
     Attributes
     ----------
     kind
-        One of :data:`KINDS`. Tables are int8 with a scale per row, whichever of :data:`SCHEMES` is named.
+        One of :data:`KINDS`. Tables are ``"int8-weights"`` or ``"half"``.
     smooth
         [K] float32, positive, or None: what rows are multiplied by, column by column, before they are rounded; the
         weight's columns are divided by it (SmoothQuant, Xiao et al., arXiv:2211.10438). Where :func:`folds_into` names

@@ -1,0 +1,169 @@
+"""One block for every family: attention and feed-forward with their residual additions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from geneformer_kernels import (
+    feed_forward,
+    feed_forward_layernorm,
+    int8_feed_forward,
+    residual_layernorm,
+    residual_layernorm_int8,
+    varlen_attention_qkv,
+)
+from geneformer_kernels.int8_rows import activate
+from geneformer_kernels.on_device import needs_gradient
+from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
+from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
+from torch import nn
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with their residual additions, post- or pre-norm.
+
+    The stream [T, C] is float32 and carries the residual; ``x`` [T, C] is what the next matrix product reads: numbers
+    in the dtype of products, or rows rounded to int8 for a product of integers. In post-norm both are the last
+    LayerNorm's output; in pre-norm ``x`` is the normalised stream, made by the LayerNorm that belongs to the sublayer
+    about to run. Each of the four linear layers may be a :class:`QuantizedLinear`.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv: Linear | QuantizedLinear = Linear(config.width, 3 * config.width)
+        self.out: Linear | QuantizedLinear = Linear(config.width, config.width)
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.eps)
+        up_width = config.ff_width * (2 if config.activation == "swiglu" else 1)
+        self.up: Linear | QuantizedLinear = Linear(config.width, up_width)
+        self.down: Linear | QuantizedLinear = Linear(config.ff_width, config.width)
+        self.ff_norm = nn.LayerNorm(config.width, eps=config.eps)
+
+    def projected(self, x: torch.Tensor | Rows) -> torch.Tensor:
+        """[T, C] -> queries, keys and values [T, 3, H, D]."""
+        return self.qkv(x).view(-1, 3, self.config.n_heads, self.config.head_dim)
+
+    def attend(self, x: torch.Tensor | Rows, cells: AttentionCells) -> torch.Tensor:
+        """Self-attention of [T, C] within each cell, projected back to [T, C]."""
+        config = self.config
+        qkv = self.projected(x)
+        dropout_p = config.attention_dropout if self.training else 0.0
+        context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
+        return self.out(context.reshape(len(qkv), config.width))
+
+    def forward(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor | Rows,
+        cells: AttentionCells,
+        next_norm: nn.LayerNorm | None,
+        is_final: bool = False,
+        reader: nn.Module | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+        """(stream, x) -> (stream, x).
+
+        ``cells`` are those of this forward pass, the same for every block. ``next_norm`` is the pre-norm LayerNorm of
+        whatever comes after this block; ``is_final``: it is the encoder's last one, whose result is the stream.
+        ``reader`` is the layer that multiplies what comes out, if that is known.
+        """
+        dropout_p = self.config.dropout if self.training else 0.0
+        first_norm, second_norm = (
+            (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
+        )
+        second_kind = "post" if is_final else self.config.norm
+        dtype = products_dtype(self.qkv, x)
+        attended = self.attend(x, cells)
+        stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
+        weights, activation = self._float_weights(x, dtype), self.config.activation
+        if weights is None:
+            out = self._feed_forward_of_rows(x, dtype)
+        else:
+            assert isinstance(x, torch.Tensor)
+            if (
+                second_norm is not None
+                and not wants_rows(reader)
+                and has_layernorm_inside(x, self.config.ff_width, activation=activation)
+            ):
+                return feed_forward_layernorm(
+                    x, stream, *weights, second_norm.weight, second_norm.bias, activation=activation,
+                    eps=second_norm.eps, norm=second_kind, out_dtype=dtype, dropout_p=dropout_p,
+                )  # fmt: skip
+            out = feed_forward(x, *weights, activation=activation)
+        if second_norm is None:
+            out = F.dropout(out, dropout_p)
+            return stream + out, out
+        return add_norm(out, stream, second_norm, second_kind, dtype, dropout_p, reader=reader)
+
+    def _float_weights(
+        self, x: torch.Tensor | Rows, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None] | None:
+        """Weights and biases of the feed-forward layers if both are to be multiplied as they would be unquantized.
+
+        A gradient would keep widened weights until it is needed: then each layer sees to itself.
+        """
+        layers = self.up, self.down
+        quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+        if isinstance(x, Rows) or any(layer.is_dynamic or layer.scheme == "fp8" for layer in quantized):
+            return None
+        if quantized and needs_gradient(x, *(layer.bias for layer in layers)):
+            return None
+        (up, up_bias), (down, down_bias) = (
+            layer.as_float(dtype) if isinstance(layer, QuantizedLinear) else (layer.weight, layer.bias)
+            for layer in layers
+        )
+        return up, up_bias, down, down_bias
+
+    def _feed_forward_of_rows(self, x: torch.Tensor | Rows, dtype: torch.dtype) -> torch.Tensor:
+        """The feed-forward half where a layer of it multiplies integers, or is float8."""
+        up, down, activation = self.up, self.down, self.config.activation
+        if wants_rows(up) and wants_rows(down) and down.smooth is None:
+            weights = up.weight_q, up.weight_scale, up.bias, down.weight_q, down.weight_scale, down.bias
+            q, scale = x if isinstance(x, Rows) else (x if up.smooth is None else x * up.smooth, None)
+            return int8_feed_forward(q, *weights, x_scale=scale, activation=activation, out_dtype=dtype)
+        # What is rounded for the second layer comes from float32, as it does within int8_feed_forward.
+        hidden_dtype = torch.float32 if wants_rows(down) else dtype
+        if isinstance(up, QuantizedLinear):
+            inside = None if activation == "swiglu" else activation
+            hidden = up(x, activation=inside, out_dtype=hidden_dtype)
+            hidden = activate(hidden, activation) if inside is None else hidden
+        else:
+            hidden = activate(up(x).to(hidden_dtype), activation)
+        return down(hidden)
+
+
+def products_dtype(layer: nn.Linear, x: torch.Tensor | Rows) -> torch.dtype:
+    """Dtype of what a layer makes of ``x``; one in floating point takes what it is given."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.work_dtype
+    assert isinstance(x, torch.Tensor)
+    return x.dtype
+
+
+def add_norm(
+    x: torch.Tensor,
+    stream: torch.Tensor | None,
+    norm: nn.LayerNorm,
+    kind: str,
+    out_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    *,
+    reader: nn.Module | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+    """Add to the stream and normalise with a module's parameters; see ``geneformer_kernels.residual_layernorm``.
+
+    Where ``reader``, the layer that multiplies what comes out, multiplies integers, rows come out. With a gradient or
+    dropout these are for the reader to make, of float32, so that it finds the same numbers.
+    """
+    if wants_rows(reader):
+        if not dropout_p and not needs_gradient(x, stream, norm.weight, norm.bias, reader.bias):
+            stream, q, scale = residual_layernorm_int8(
+                x, stream, norm.weight, norm.bias, eps=norm.eps, norm=kind, smooth=reader.smooth
+            )
+            return stream, Rows(q, scale)
+        out_dtype = torch.float32
+    return residual_layernorm(
+        x, stream, norm.weight, norm.bias, eps=norm.eps, norm=kind, out_dtype=out_dtype, dropout_p=dropout_p
+    )
