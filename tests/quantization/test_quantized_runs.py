@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import toys
 import torch
+import toys
 
 from geneformer_fast import embed, quantize
 from geneformer_fast.finetuning.models import freeze, pretrained, with_head
