@@ -20,7 +20,8 @@ from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import (
     ADAPTER,
     CONFIG,
-    check_tensors,
+    check_floats,
+    check_layers,
     n_classes_of,
     read_tensors,
     warn_of_changes,
@@ -87,7 +88,8 @@ def load(
     settings = read_settings(folder)
     config = config_from_settings(settings, folder / CONFIG)
     tensors = read_tensors(folder, verify=verify)
-    check_tensors(tensors, config.n_layers, _LAYER, folder)
+    check_layers(tensors, config.n_layers, _LAYER, folder)
+    check_floats(tensors, folder)
     if is_verifying(verify):
         warn_of_changes(folder, config)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""

@@ -14,7 +14,8 @@ from geneformer_fast.checkpoints import hf
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import (
     CONFIG,
-    check_tensors,
+    check_floats,
+    check_layers,
     n_classes_of,
     read_tensors,
     warn_of_changes,
@@ -78,7 +79,8 @@ def load_native(
     schema.check(NativeSettings, settings, path, CheckpointError)
     config = EncoderConfig.from_dict(settings["encoder"], where=f"{path}: encoder")
     tensors = read_tensors(folder, verify=verify)
-    check_tensors(tensors, config.n_layers, _LAYER, folder)
+    check_layers(tensors, config.n_layers, _LAYER, folder)
+    check_floats(tensors, folder)
     if is_verifying(verify):
         warn_of_changes(folder, config)
     n_classes = n_classes_of(tensors, _CLASSIFIER, folder)

@@ -26,6 +26,7 @@ from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifying, read_sums, sums_text
 from geneformer_fast.files.foreign import foreign_kind
 from geneformer_fast.files.locks import folder_lock
+from geneformer_fast.files.streaming import write_pieces
 from geneformer_fast.files.tensors import read_tensors as read_safetensors
 from geneformer_fast.files.writing import is_plain_name, whole_file, write_tensors
 
@@ -35,7 +36,7 @@ FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.b
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BUFFERS = ("position_ids", "token_type_ids")  # whole numbers that old checkpoints keep
 _AGAIN = "download or copy it again"
-_ADVICE = f"the file is truncated or damaged; {_AGAIN}"
+ADVICE = f"the file is truncated or damaged; {_AGAIN}"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
 # torch stores tensors as they are; who packed them again gains less than this.
 _MOST_INFLATED = 64
@@ -76,17 +77,19 @@ def read_tensors(folder: Path, *, verify: bool | None = None) -> dict[str, torch
     CheckpointError
         Files are missing, damaged, of another kind, or do not belong together.
     """
-    files, weight_map = _files_of(folder)
+    files, weight_map = files_of(folder)
     is_checked = is_verifying(verify)
     sums = read_sums(folder, CheckpointError) if is_checked else {}
     tensors: dict[str, torch.Tensor] = {}
     # Checksums are computed while the tensors are copied out of the page cache.
     with ThreadPoolExecutor(1, thread_name_prefix="checksums") as pool:
-        checks = [pool.submit(_check, folder / name, sums.get(name)) for name in files] if is_checked else []
+        checks = (
+            [pool.submit(check_against_sums, folder / name, sums.get(name)) for name in files] if is_checked else []
+        )
         for name in files:
             found = _read_file(folder / name)
             if weight_map is not None:
-                _check_shard(folder, name, found, weight_map)
+                check_shard(folder, name, found, weight_map)
             tensors.update(found)
         for check in checks:
             check.result()
@@ -114,10 +117,7 @@ def write_model(
     OutputError
         The folder holds a model already, another process is writing into it, or the system lets nobody write there.
     """
-    try:
-        said = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False)
-    except ValueError as reason:  # such as the 1e999 of a config.json that the model came with
-        raise CheckpointError(f"{folder / CONFIG} cannot say what the model's settings hold ({reason})") from None
+    said = settings_text(settings, folder)
     with folder_lock(folder):
         if (folder / CONFIG).exists() and not overwrite:
             raise OutputError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
@@ -128,11 +128,34 @@ def write_model(
             whole_file(folder / SUMS) as sums,
             whole_file(folder / WEIGHTS) as weights,
         ):
-            write_tensors(weights, tensors, metadata)
-            noted = json.dumps(_deciding(config), sort_keys=True)
-            sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
-            described.write_text(f"{said}\n", encoding="utf-8")
+            if settings.get("quantization_config"):
+                write_pieces(weights, tensors, metadata)
+            else:
+                # The library refuses memory that tensors share; spelled-out aliases are written twice, as found.
+                write_tensors(weights, {name: tensor.detach().clone() for name, tensor in tensors.items()}, metadata)
+            write_around(config, said, weights, described, sums)
     return folder
+
+
+def write_around(config: EncoderConfig, said: str, weights: Path, described: Path, sums: Path) -> None:
+    """Write config.json and the checksum of weights that are there, under whatever names for now."""
+    noted = json.dumps(_deciding(config), sort_keys=True)
+    sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
+    described.write_text(f"{said}\n", encoding="utf-8")
+
+
+def settings_text(settings: Mapping[str, Any], folder: Path) -> str:
+    """The content of config.json.
+
+    Raises
+    ------
+    CheckpointError
+        The settings hold what JSON has no number for.
+    """
+    try:
+        return json.dumps(settings, indent=2, sort_keys=True, allow_nan=False)
+    except ValueError as reason:  # such as the 1e999 of a config.json that the model came with
+        raise CheckpointError(f"{folder / CONFIG} cannot say what the model's settings hold ({reason})") from None
 
 
 def warn_of_changes(folder: Path, config: EncoderConfig) -> None:
@@ -161,8 +184,8 @@ def _deciding(config: EncoderConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
 
 
-def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:
-    """See that tensors can be a model's before the model is built.
+def check_layers(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:
+    """See that tensors are of as many layers as the model has, before it is built.
 
     Parameters
     ----------
@@ -178,7 +201,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.
     Raises
     ------
     CheckpointError
-        They are quantized, or of fewer layers.
+        They are of fewer layers.
     """
     n_found = 1 + max((int(match[1]) for name in tensors if (match := layer.match(name))), default=-1)
     if n_found < n_layers:
@@ -186,13 +209,28 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.
             f"{folder}: {CONFIG} says {n_layers:,} layers, but the weights have {n_found}; config.json and the weights "
             "do not belong together"
         )
+
+
+def check_floats(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """See that tensors are in floating point.
+
+    Raises
+    ------
+    CheckpointError
+        They are quantized, and ``config.json`` does not say so.
+    """
+    if packed := next((name for name in tensors if name.endswith(".SCB")), None):
+        raise CheckpointError(
+            f"{folder}: tensor {packed!r} is a scale of bitsandbytes, in whose layout the weights are; take the model "
+            "before that was done, and quantize it with geneformer-fast quantize MODEL --out DIR"
+        )
     for name, tensor in tensors.items():
         is_plain = tensor.layout == torch.strided and not tensor.is_quantized
         if not is_plain or not (tensor.dtype in _DTYPES or name.endswith(_BUFFERS)):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{folder}: tensor {name!r} holds {kind}, so the weights are quantized or packed; take the model "
-                "before that was done, and choose a dtype when it is loaded"
+                f"{folder}: tensor {name!r} holds {kind}, so the weights are quantized or packed, of which {CONFIG} "
+                "says nothing; take the config.json that belongs to them, or the model before that was done"
             )
 
 
@@ -206,7 +244,7 @@ def n_classes_of(tensors: Mapping[str, torch.Tensor], name: str, folder: Path) -
     return shape[0]
 
 
-def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files that hold a folder's weights; with shards also which tensor is in which."""
     for name in FILES:
         path = folder / name
@@ -236,18 +274,18 @@ def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     raise CheckpointError(f"{folder} has neither {WEIGHTS} nor pytorch_model.bin, whole or sharded")
 
 
-def _check(path: Path, sha256: str | None) -> None:
+def check_against_sums(path: Path, sha256: str | None) -> None:
     """Compare a file with its checksum, or with those inside it."""
     if sha256 is not None:
         check_file(path, sha256, CheckpointError, _CHANGED)
-    elif path.suffix == ".bin" and _is_archive(path):
+    elif path.suffix == ".bin" and is_archive(path):
         with _archive(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at these
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; {_AGAIN}")
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Whether a PyTorch file is a zip archive; older ones are not, and have no checksums."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
@@ -265,10 +303,10 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
                 raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_AGAIN}")
             yield archive
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_ADVICE}") from None
+        raise CheckpointError(f"{path} cannot be read ({error}); {ADVICE}") from None
 
 
-def _check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
+def check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
     """A shard holds the tensors that the index says, and no others."""
     for name in found:
         if weight_map.get(name) != shard:
@@ -281,22 +319,33 @@ def _check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], we
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path, CheckpointError, _ADVICE)
+        return read_safetensors(path, CheckpointError, ADVICE)
+    return read_pytorch(path)
+
+
+def read_pytorch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a file of ``torch.save`` by name; mapped, their numbers are read when they are looked at.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, something else, or holds more than tensors.
+    """
     # Older PyTorch files begin like other pickles, and archives like any: these are what is expected here.
     what = foreign_kind(path)
     if what is not None and "torch.save" not in what:
         raise CheckpointError(f"{path} is {what}")
-    if _is_archive(path):
+    if is_archive(path):
         with _archive(path):
             pass
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {_ADVICE}") from None
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {ADVICE}") from None
     is_plain = isinstance(tensors, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     )

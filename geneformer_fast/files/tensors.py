@@ -40,9 +40,14 @@ def read_tensors(
             check_file(path, sha256, error, advice)
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as reason:
-        if (what := foreign_kind(path)) is not None:
-            raise error(f"{path} is {what}") from None
-        raise error(f"{path} cannot be read ({_first_line(reason)}); {advice}") from None
+        raise not_readable(path, reason, error, advice) from None
+
+
+def not_readable(path: Path, reason: Exception, error: type[GeneformerFastError], advice: str) -> GeneformerFastError:
+    """An error of the class ``error``: the file is something else, or damaged."""
+    if (what := foreign_kind(path)) is not None:
+        return error(f"{path} is {what}")
+    return error(f"{path} cannot be read ({_first_line(reason)}); {advice}")
 
 
 def metadata_of(path: Path) -> dict[str, str]:
