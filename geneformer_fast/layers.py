@@ -141,7 +141,7 @@ class QuantizedLinear(EightBits, nn.Linear):
     """A linear layer with weights of eight bits and a scale per output channel; see :class:`EightBits`.
 
     In place of ``nn.Linear`` wherever that is called. Scheme ``"int8"`` rounds rows of the input where products of
-    integers are faster (:attr:`is_dynamic`); a result is the same however many rows there are.
+    integers are faster (:attr:`is_dynamic`); whether they are does not depend on how many rows there are.
 
     Parameters
     ----------
@@ -151,6 +151,12 @@ class QuantizedLinear(EightBits, nn.Linear):
         As in :class:`EightBits`.
     has_bias, has_smooth
         Whether there is a ``bias`` [N], and a ``smooth`` [K].
+
+    Attributes
+    ----------
+    mode
+        Of scheme ``"int8"``: ``"dynamic"``, ``"weight_only"``, or None for what ``geneformer_kernels.int8_mode`` says,
+        which is the faster one here.
     """
 
     def __init__(
@@ -165,6 +171,7 @@ class QuantizedLinear(EightBits, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self.mode: str | None = None
         self.hold(out_features, in_features, scheme, compute_dtype, has_smooth=has_smooth)
         bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
@@ -180,7 +187,8 @@ class QuantizedLinear(EightBits, nn.Linear):
         """Whether rows of the input are rounded here, for a product of integers."""
         if self.scheme != "int8":
             return False
-        return int8_mode(self.in_features, self.out_features, self.work_dtype, self.weight_q.device) == "dynamic"
+        place = self.work_dtype, self.weight_q.device
+        return (self.mode or int8_mode(self.in_features, self.out_features, *place)) == "dynamic"
 
     def rounded(self, x: torch.Tensor) -> Rows:
         """[..., K] as the rows that are multiplied; no gradient."""

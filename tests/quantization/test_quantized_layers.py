@@ -73,6 +73,16 @@ def test_a_layer_stands_for_its_weight(scheme: str, has_smooth: bool, each_mode:
     torch.testing.assert_close(hidden.float(), F.gelu(expected, approximate="tanh"), rtol=0.03, atol=0.4)
 
 
+def test_a_mode_asked_for() -> None:
+    layer, x, found = linear_of("int8"), rows_of(), {}
+    for layer.mode in ("dynamic", "weight_only"):
+        assert layer.is_dynamic == (layer.mode == "dynamic")
+        found[layer.mode] = copy.deepcopy(layer)(x)
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found["weight_only"], expected)
+    assert (found["dynamic"] - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_without_bias(scheme: str, each_mode: str) -> None:
     layer, x = linear_of(scheme, has_bias=False), rows_of()
