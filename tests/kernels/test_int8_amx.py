@@ -281,5 +281,7 @@ def test_a_numba_for_a_lesser_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in (("CPU_NAME", None), ("CPU_FEATURES", None), ("ENABLE_AVX", 1)):
+        monkeypatch.setattr(numba.config, setting, value)
     monkeypatch.setattr(int8_amx, "get_host_cpu_features", lambda: {"avx512bw": True, "amx-tile": False})
     assert int8_amx.why_not() == "the CPU lacks amx_tile, amx_int8, avx512_bf16"
