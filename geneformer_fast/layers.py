@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import fp8_linear, int8_linear, int8_mode, linear, quantize_rows
-from geneformer_kernels.int8_rows import activate
+from geneformer_kernels.int8_rows import activate, widened_weight
 from geneformer_kernels.on_device import needs_gradient
 from torch import nn
 
@@ -91,8 +91,10 @@ class EightBits(nn.Module):
 
     def widened(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Some rows of :attr:`weight` in a dtype; scaled before they are narrowed, for float16's sake."""
-        weight_q = self.weight_q[rows]
-        wide = (weight_q.float() if weight_q.is_floating_point() else weight_q) * self.weight_scale[rows, None]
+        weight_q, weight_scale = self.weight_q[rows], self.weight_scale[rows]
+        if self.smooth is None and weight_q.dtype == torch.int8:
+            return widened_weight(weight_q, weight_scale, dtype)
+        wide = weight_q.float() * weight_scale[:, None]
         return (wide if self.smooth is None else wide * self.smooth).to(dtype)
 
     def decoded(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

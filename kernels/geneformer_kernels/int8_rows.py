@@ -133,4 +133,10 @@ def finish(
 def widened_weight(weight_q: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What an int8 weight stands for, in ``dtype``; scaled before it is narrowed, as sums of unscaled products leave
     float16's range."""
+    if weight_q.device.type == "cpu":
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.cpu.widened_rows import is_for_loops, widened_rows
+
+        if is_for_loops(weight_q, dtype):
+            return widened_rows(weight_q, weight_scale, dtype)
     return (weight_q * weight_scale[:, None]).to(dtype)
