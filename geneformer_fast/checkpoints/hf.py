@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
+from geneformer_fast.checkpoints import quantized
+from geneformer_fast.checkpoints.mapping import Entry, bert_entries, to_ours, to_theirs
 from geneformer_fast.checkpoints.skeleton import skeleton
+from geneformer_fast.checkpoints.stored import stored_tensors
 from geneformer_fast.checkpoints.weights import (
     ADAPTER,
     CONFIG,
@@ -33,6 +35,7 @@ from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import is_verifying
 from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
+from geneformer_fast.layers import quantization_of
 
 ARCHITECTURES = {
     "BertModel": "pooler",
@@ -44,6 +47,8 @@ ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_py
 # The published vocabularies differ in size, which is all a stock config.json says of them.
 VOCABULARIES = {25_426: "geneformer-v1", 20_275: "geneformer-v2"}
 OWN_KEY = "geneformer_fast"
+#: What safetensors files of transformers say in their header.
+METADATA = {"format": "pt"}
 _LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.(\d{1,6})\.")
 DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
@@ -86,12 +91,46 @@ def load(
     """:func:`geneformer_fast.load` for a folder of BertModel, BertForMaskedLM, or a BERT classifier."""
     folder = Path(path)
     settings = read_settings(folder)
-    config = config_from_settings(settings, folder / CONFIG)
+    if quantized.is_quantized(settings, folder / CONFIG):
+        return _load_quantized(folder, settings, dtype, device, verify)
+    config_from_settings(settings, folder / CONFIG)
     tensors = read_tensors(folder, verify=verify)
-    check_layers(tensors, config.n_layers, _LAYER, folder)
     check_floats(tensors, folder)
+    encoder, table = opened(settings, tensors, folder)
     if is_verifying(verify):
-        warn_of_changes(folder, config)
+        warn_of_changes(folder, encoder.config)
+    shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
+    state = to_ours(tensors, table, shapes, source=str(folder))
+    sort_leftovers(tensors, {name for entry in table for name in entry.theirs}, encoder, folder, tensors.__getitem__)
+    encoder.load_state_dict(state, assign=True)
+    stored = tensors[table[0].theirs[0]].dtype
+    encoder.to(device).cast(matmul_dtype(dtype, device) or stored)
+    return encoder.eval()
+
+
+def _load_quantized(
+    folder: Path,
+    settings: dict[str, Any],
+    dtype: str | torch.dtype | None,
+    device: str | torch.device,
+    verify: bool | None,
+) -> Encoder:
+    """A folder of weights of eight bits, tensor by tensor: nothing is ever there in full precision."""
+    with stored_tensors(folder, verify=verify) as stored:
+        tensors, kinds = quantized.in_our_terms(stored, settings, folder)
+        encoder, table = opened(settings, tensors, folder)
+        if is_verifying(verify):
+            warn_of_changes(folder, encoder.config)
+        used = quantized.fill(encoder, table, tensors, kinds, folder)
+        sort_leftovers(tensors, used, encoder, folder, tensors.read)
+    encoder.to(device).cast(matmul_dtype(dtype, device) or torch.float32)
+    return encoder.eval()
+
+
+def opened(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> tuple[Encoder, list[Entry]]:
+    """An encoder without numbers, its source noted, and the table of its tensors, whose names and shapes count only."""
+    config = config_from_settings(settings, folder / CONFIG)
+    check_layers(tensors, config.n_layers, _LAYER, folder)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     architecture = _architecture(settings, tensors, folder)
     head: str | None = ARCHITECTURES[architecture]
@@ -99,34 +138,34 @@ def load(
         head = None
     n_classes = n_classes_of(tensors, "classifier.weight", folder)
     encoder = skeleton(config, head, n_classes=n_classes)
-    shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
-    table = bert_entries(config, head, prefix)
-    state = to_ours(tensors, table, shapes, source=str(folder))
-    source = Source(architecture, settings, prefix, {name: tensor.dtype for name, tensor in tensors.items()})
-    _sort_leftovers(tensors, {name for entry in table for name in entry.theirs}, config, source, folder)
-    encoder.load_state_dict(state, assign=True)
-    encoder.source = source
-    stored = tensors[table[0].theirs[0]].dtype
-    encoder.to(device).cast(matmul_dtype(dtype, device) or stored)
-    return encoder.eval()
+    encoder.source = Source(architecture, settings, prefix, {name: tensor.dtype for name, tensor in tensors.items()})
+    return encoder, bert_entries(config, head, prefix)
 
 
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """:func:`geneformer_fast.save` for what BERT can express (:func:`is_bert`); else a CheckpointError."""
+    settings, tensors = as_saved(encoder)
+    return write_model(Path(path), encoder.config, settings, tensors, overwrite=overwrite, metadata=METADATA)
+
+
+def as_saved(encoder: Encoder) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config.json and the tensors of an encoder's folder; shapes and dtypes of one without numbers."""
     source = encoder.source or _fresh_source(encoder)
-    head = head_name(encoder)
-    state = encoder.state_dict()
-    tensors = to_theirs(state, bert_entries(encoder.config, head, source.prefix))
-    if DECODER_WEIGHT in source.aliases:
-        tensors[DECODER_WEIGHT] = state["embeddings.token.weight"]
+    state, table = encoder.state_dict(), bert_entries(encoder.config, head_name(encoder), source.prefix)
+    settings = settings_from_encoder(encoder, source)
+    if quantization_of(encoder) is None:
+        tensors = to_theirs(state, table)
+        if DECODER_WEIGHT in source.aliases:
+            tensors[DECODER_WEIGHT] = state["embeddings.token.weight"]
+    else:
+        tensors, settings[quantized.KEY] = quantized.to_theirs(encoder, table, source.prefix)
+        # What is not of eight bits is loaded by others in float32, as scales are.
+        settings.pop("torch_dtype", None)
+        settings["dtype"] = "float32"
     if DECODER_BIAS in source.aliases:
         tensors[DECODER_BIAS] = state["head.bias"]
     tensors = {name: _as_stored(tensor, source.dtypes.get(name)) for name, tensor in tensors.items()}
-    tensors.update(source.extras)
-    # safetensors refuses memory shared between tensors; spelled-out aliases are written twice, as they were found.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    settings = settings_from_encoder(encoder, source)
-    return write_model(Path(path), encoder.config, settings, tensors, overwrite=overwrite, metadata={"format": "pt"})
+    return settings, {**tensors, **source.extras}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -185,11 +224,6 @@ def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderCon
     kind = settings.get("model_type", "bert")
     if kind != "bert":
         raise CheckpointError(f"{where}: model_type is {kind!r}; this loader reads bert")
-    if isinstance(quantized := settings.get("quantization_config"), dict):
-        raise CheckpointError(
-            f"{where}: the weights are quantized (quant_method {quantized.get('quant_method')!r}); take the model "
-            "before it was quantized, and choose a dtype when it is loaded"
-        )
     schema.check(BertSettings, settings, where, CheckpointError)
     positions = settings.get("position_embedding_type") or "absolute"
     if positions != "absolute":
@@ -228,7 +262,7 @@ def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderCon
 def settings_from_encoder(encoder: Encoder, source: Source) -> dict[str, Any]:
     """A BERT config.json for an encoder; what the source's config.json says beyond us is kept."""
     config = encoder.config
-    settings = dict(source.settings)
+    settings = {key: value for key, value in source.settings.items() if key != quantized.KEY}
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     if ACTIVATIONS.get(settings.get("hidden_act", "")) == config.activation:
         activation = settings["hidden_act"]
@@ -276,29 +310,35 @@ def _architecture(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     return "BertModel"
 
 
-def _sort_leftovers(
-    tensors: Mapping[str, torch.Tensor], used: set[str], config: EncoderConfig, source: Source, folder: Path
+def sort_leftovers(
+    tensors: Mapping[str, torch.Tensor],
+    used: set[str],
+    encoder: Encoder,
+    folder: Path,
+    read: Callable[[str], torch.Tensor],
 ) -> None:
     """Keep known buffers and tied copies for saving; refuse tensors that would be lost."""
-    aliases = []
+    aliases, source = [], encoder.source
+    table = f"{source.prefix}embeddings.word_embeddings.weight"
+    tied_to = {
+        DECODER_WEIGHT: table,
+        f"{DECODER_WEIGHT}_scale": f"{table}_scale",
+        DECODER_BIAS: "cls.predictions.bias",
+    }
     for name in sorted(set(tensors) - used):
-        tied_to = {
-            DECODER_WEIGHT: f"{source.prefix}embeddings.word_embeddings.weight",
-            DECODER_BIAS: "cls.predictions.bias",
-        }
-        if name in tied_to:
-            if not torch.equal(tensors[name], tensors[tied_to[name]]):
+        if tied_to.get(name) in tensors:
+            if not torch.equal(read(name), read(tied_to[name])):
                 raise CheckpointError(
                     f"{folder}: {name!r} differs from {tied_to[name]!r} although config.json ties them; "
                     "set tie_word_embeddings to false there if the decoder has weights of its own"
                 )
             aliases.append(name)
         elif name.endswith("embeddings.position_ids") or name.endswith("embeddings.token_type_ids"):
-            source.extras[name] = tensors[name]
+            source.extras[name] = read(name)
         else:
             raise CheckpointError(
                 f"{folder}: tensor {name!r} of shape {list(tensors[name].shape)} has no place in a "
-                f"{source.architecture} of {config.n_layers} layers"
+                f"{source.architecture} of {encoder.config.n_layers} layers"
             )
     source.aliases = tuple(aliases)
 

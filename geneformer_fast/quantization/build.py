@@ -136,7 +136,8 @@ def quantized(encoder: Encoder, choices: Mapping[str, Choice]) -> Encoder:
     CheckpointError
         A weight holds NaN or infinity.
     """
-    layers, factors = layers_of(encoder), _factors(encoder, choices)
+    layers = layers_of(encoder)
+    factors = {name: factor.to(layers[name].weight.device) for name, factor in row_factors(encoder, choices).items()}
     # What the copy finds here it takes as copied.
     made: dict[int, nn.Module] = {}
     for name, layer in layers.items():
@@ -152,16 +153,15 @@ def _stays(name: str, choice: Choice, encoder: Encoder) -> bool:
     return choice.smooth is not None and folds_into(name, encoder.config) is None
 
 
-def _factors(encoder: Encoder, choices: Mapping[str, Choice]) -> dict[str, torch.Tensor]:
-    """Name -> [N], what rows of a layer are multiplied by for the sake of the layers after it."""
+def row_factors(encoder: Encoder, choices: Mapping[str, Choice]) -> dict[str, torch.Tensor]:
+    """Name -> [N] on the CPU, what rows of a layer are multiplied by for the sake of the layers after it."""
     factors: dict[str, torch.Tensor] = {}
     layers = layers_of(encoder)
     for name, choice in choices.items():
         place = None if choice.smooth is None else folds_into(name, encoder.config)
         if choice.smooth is not None and place is not None:
             source, rows = place
-            weight = layers[source].weight
-            factor = factors.setdefault(source, torch.ones(len(weight), device=weight.device))
+            factor = factors.setdefault(source, torch.ones(len(layers[source].weight)))
             factor[rows] *= choice.smooth.to(factor)
     return factors
 

@@ -1,0 +1,264 @@
+"""A model folder becomes one of weights of eight bits, some rows at a time: no model is built, no tensor read whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geneformer_fast.checkpoints import hf, native, quantized
+from geneformer_fast.checkpoints.mapping import to_ours
+from geneformer_fast.checkpoints.quantized import SCALE, SMOOTH, TIED_DECODER, WEIGHT, beside
+from geneformer_fast.checkpoints.stored import Stored, stored_tensors
+from geneformer_fast.checkpoints.weights import (
+    CONFIG,
+    WEIGHTS,
+    check_floats,
+    settings_text,
+    warn_of_changes,
+    write_around,
+)
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.files.checksums import SUMS, is_verifying
+from geneformer_fast.files.locks import file_lock
+from geneformer_fast.files.streaming import TensorWriter, pieces
+from geneformer_fast.files.writing import is_leftover, whole_folder
+from geneformer_fast.layers import EightBits
+from geneformer_fast.quantization.build import all_choices, hollow, quantized_weight, row_factors
+from geneformer_fast.quantization.choices import Choice
+from geneformer_fast.quantization.report import REPORT, Report
+
+if TYPE_CHECKING:
+    from geneformer_fast.quantization.calibrate import Calibration
+
+# Weights of any framework, and what else of a training may lie beside them: of the model before, and not small.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def quantize_folder(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scheme: str = "int8",
+    choices: Mapping[str, Choice] | None = None,
+    calibration: Calibration | None = None,
+    keep_embeddings: bool = False,
+    overwrite: bool = False,
+    verify: bool | None = None,
+) -> Report:
+    """Write a folder of weights of eight bits for one in floating point.
+
+    At no time is more in memory than a few megabytes of one tensor, and its scales. What else lies in the folder
+    (labels, tasks, vocabulary) is copied; a model that is there already is replaced when the new one is whole.
+
+    Parameters
+    ----------
+    folder
+        Of a model, in any of the layouts that :func:`geneformer_fast.load` reads.
+    out
+        Where the new one goes.
+    scheme, choices, keep_embeddings
+        As in :func:`geneformer_fast.quantize`.
+    calibration
+        What was measured, for the report; its choices are taken where ``choices`` are None.
+    overwrite
+        Whether ``out`` may hold a model.
+    verify
+        As in :func:`geneformer_fast.load`.
+
+    Returns
+    -------
+    Report
+        What became of each layer; it is in the folder too.
+
+    Raises
+    ------
+    CheckpointError
+        The model is quantized already, its files are damaged, or a weight holds NaN or infinity.
+    OutputError
+        ``out`` holds something, or lies where the model is.
+    UnsupportedError
+        There is no such scheme, or no layer of a choice.
+    """
+    folder, out = Path(folder), Path(out)
+    settings = hf.read_settings(folder)
+    refuse_quantized(settings, folder)
+    check_out(folder, out, overwrite=overwrite)
+    choices = calibration.choices if choices is None and calibration is not None else choices
+    with stored_tensors(folder, verify=verify) as stored, file_lock(out):
+        conversion = Conversion(folder, settings, stored)
+        if is_verifying(verify):
+            warn_of_changes(folder, conversion.encoder.config)
+        chosen = all_choices(conversion.encoder, scheme, choices, keep_embeddings=keep_embeddings)
+        with whole_folder(out) as made:
+            said = settings_text(conversion.write(made / WEIGHTS, chosen), out)
+            write_around(conversion.encoder.config, said, made / WEIGHTS, made / CONFIG, made / SUMS)
+            for path in _others(folder):
+                shutil.copyfile(path, made / path.name)
+            shown = conversion.of_weights(chosen) if calibration is None else chosen
+            report = Report.of(scheme, shown, conversion.before, conversion.after, calibration)
+            report.save(made)
+    return report
+
+
+def refuse_quantized(settings: Mapping[str, Any], folder: Path) -> None:
+    """See that a model is in floating point.
+
+    Raises
+    ------
+    CheckpointError
+        It is quantized already.
+    """
+    said = settings.get(quantized.KEY)
+    if said:
+        method = said.get("quant_method") if isinstance(said, dict) else said
+        raise CheckpointError(
+            f"{folder} is quantized already (quant_method {method!r}); give the model it was made from"
+        )
+
+
+def check_out(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """See that a folder may be written.
+
+    Raises
+    ------
+    OutputError
+        It is the model's own, in it or above it; it holds a model already and ``overwrite`` is not set; or it holds
+        something else.
+    """
+    ours, theirs = out.resolve(), folder.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise OutputError(f"{out} is, holds or lies in the folder of the model; name another folder")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder")
+    if (out / CONFIG).exists():
+        if not overwrite:
+            raise OutputError(
+                f"{out} holds a model already; choose another folder or pass overwrite=True (--overwrite)"
+            )
+    elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
+        raise OutputError(f"{out} holds files and no model; name another folder")
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    """Files that are no weights, and say nothing about them."""
+    for path in sorted(folder.iterdir()):
+        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name not in (CONFIG, SUMS, REPORT) and not is_leftover(path):
+            yield path
+
+
+class Conversion:
+    """A folder in floating point on its way to one of eight bits.
+
+    Parameters
+    ----------
+    folder, settings
+        The folder, and its config.json.
+    stored
+        Its tensors.
+
+    Attributes
+    ----------
+    encoder
+        Without numbers.
+    before, after
+        Bytes of every tensor of the encoder, by its name.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], stored: Stored) -> None:
+        check_floats(stored, folder)
+        self._home = native if settings.get("model_type") == native.MODEL_TYPE else hf
+        self.folder, self.stored = folder, stored
+        self.encoder, self._table = self._home.opened(settings, stored, folder)
+        shapes = {name: tensor.shape for name, tensor in self.encoder.state_dict().items()}
+        self.encoder.load_state_dict(to_ours(stored, self._table, shapes, source=str(folder)), assign=True)
+        if self._home is hf:
+            used = {name for entry in self._table for name in entry.theirs}
+            hf.sort_leftovers(stored, used, self.encoder, folder, stored.read)
+        self.before = self.after = _bytes_of(self.encoder)
+        # Energy of each layer's weight, and of what rounding leaves out of it.
+        self._energy: dict[str, torch.Tensor] = {}
+
+    def write(self, path: Path, choices: Mapping[str, Choice]) -> dict[str, Any]:
+        """Write the weights, and say what config.json says of them."""
+        factors = row_factors(self.encoder, choices)
+        hollow(self.encoder, choices)
+        self.after = _bytes_of(self.encoder)
+        settings, described = self._home.as_saved(self.encoder)
+        with TensorWriter(path, described, self._home.METADATA) as writer:
+            for entry in self._table:
+                layer, _, kind = entry.ours.rpartition(".")
+                start = 0
+                for name in entry.theirs:
+                    n_rows = len(self.stored[name])
+                    factor = factors[layer][start : start + n_rows] if layer in factors else None
+                    start += n_rows
+                    if kind == WEIGHT and isinstance(self.encoder.get_submodule(layer), EightBits):
+                        self._quantize(name, layer, choices[layer], factor, described, writer)
+                    else:
+                        self._copy(name, factor, described, writer)
+            for name in set(described) & set(self.stored) - {each for entry in self._table for each in entry.theirs}:
+                self._copy(name, None, described, writer)
+        return settings
+
+    def _quantize(
+        self,
+        name: str,
+        layer: str,
+        choice: Choice,
+        factor: torch.Tensor | None,
+        described: Mapping[str, torch.Tensor],
+        writer: TensorWriter,
+    ) -> None:
+        """A weight, and its scales: all of them, since whole rows are rounded."""
+        smooth = None if choice.smooth is None else choice.smooth.float().cpu()
+        scales = []
+        for start, stop in pieces(self.stored[name]):
+            rows = self.stored.read(name, start, stop).float()
+            rows = rows if smooth is None else rows / smooth
+            q, scale = quantized_weight(rows, described[name].dtype, f"{self.folder}: tensor {name!r}")
+            self._note(layer, rows, q, scale)
+            writer.write(name, q, start)
+            scales.append(scale)
+        scale = torch.cat(scales)[:, None]
+        scale = scale if factor is None else scale * factor[:, None]
+        writer.write(beside(name, SCALE), scale)
+        tied = f"{TIED_DECODER}.{SCALE}"
+        if layer == "embeddings.token" and tied in described:
+            writer.write(tied, scale)
+        if smooth is not None and beside(name, SMOOTH) in described:
+            writer.write(beside(name, SMOOTH), smooth)
+
+    def _copy(
+        self, name: str, factor: torch.Tensor | None, described: Mapping[str, torch.Tensor], writer: TensorWriter
+    ) -> None:
+        for start, stop in pieces(self.stored[name]):
+            rows = self.stored.read(name, start, stop)
+            if factor is not None:
+                rows = rows.float() * factor[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
+            writer.write(name, rows.to(described[name].dtype), start)
+
+    def _note(self, layer: str, rows: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+        lost = rows - q.float() * scale[:, None]
+        energy = torch.stack([rows.double().square().sum(), lost.double().square().sum()])
+        self._energy[layer] = self._energy.get(layer, 0) + energy
+
+    def of_weights(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+        """Choices with the signal over noise of the weight itself, for want of anything better."""
+        found = dict(choices)
+        for layer, (whole, lost) in ((layer, energy.tolist()) for layer, energy in self._energy.items()):
+            decibels = 10 * math.log10(whole / lost) if whole > 0 and lost > 0 else None
+            found[layer] = dataclasses.replace(choices[layer], sqnr_db=decibels)
+        return found
+
+
+def _bytes_of(encoder: Encoder) -> dict[str, int]:
+    return {name: tensor.numel() * tensor.itemsize for name, tensor in encoder.state_dict().items()}
