@@ -231,9 +231,8 @@ class Conversion:
         scale = torch.cat(scales)[:, None]
         scale = scale if factor is None else scale * factor[:, None]
         writer.write(beside(name, SCALE), scale)
-        tied = f"{TIED_DECODER}.{SCALE}"
-        if layer == "embeddings.token" and tied in described:
-            writer.write(tied, scale)
+        if layer == "embeddings.token" and self._home is hf and quantized.is_tied(self.encoder):
+            writer.write(f"{TIED_DECODER}.{SCALE}", scale)
         if smooth is not None and beside(name, SMOOTH) in described:
             writer.write(beside(name, SMOOTH), smooth)
 

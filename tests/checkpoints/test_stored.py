@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from layouts import KINDS, write
+from safetensors.torch import load_file
 
 from geneformer_fast import Encoder, EncoderConfig, save
 from geneformer_fast.checkpoints import stored
@@ -15,13 +16,6 @@ from geneformer_fast.checkpoints.stored import stored_tensors
 from geneformer_fast.errors import CheckpointError
 
 CONFIG = EncoderConfig(n_layers=2, width=16, n_heads=2, ff_width=24, vocab_size=30, max_len=20)
-KINDS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "old.bin",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
 
 
 @pytest.fixture
@@ -29,27 +23,6 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     found = load_file(save(Encoder(CONFIG, "mlm"), tmp_path / "model") / "model.safetensors")
     return {**found, "half": torch.randn(7, 3).half().T, "number": torch.tensor(3)}
-
-
-def write(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """A folder of one of KINDS, sharded in two where it is an index."""
-    folder.mkdir()
-    if kind == "old.bin":
-        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-        return folder
-    name, _, is_sharded = kind.partition(".index")
-    parts = [tensors] if not is_sharded else [dict(list(tensors.items())[i::2]) for i in range(2)]
-    stem, suffix = name.rsplit(".", 1)
-    names = [name] if not is_sharded else [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
-    for part, file in zip(parts, names, strict=True):
-        if suffix == "bin":
-            torch.save(part, folder / file)
-        else:
-            save_file({key: tensor.contiguous() for key, tensor in part.items()}, folder / file)
-    if is_sharded:
-        places = {key: file for part, file in zip(parts, names, strict=True) for key in part}
-        (folder / kind).write_text(json.dumps({"weight_map": places}))
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
