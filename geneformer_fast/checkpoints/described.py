@@ -130,18 +130,20 @@ def kinds_in(settings: Mapping[str, Any], where: Path) -> Kinds:
 
 def _scheme_of(group: Mapping[str, Any], default: str | None, where: str) -> str | None:
     """The scheme of a group; None where its weights are as they were."""
-    weights, rows = group.get("weights"), group.get("input_activations")
     if group.get("output_activations"):
         raise CheckpointError(f"{where}: rounded outputs are not supported; {_AGAIN}")
-    if not weights:
+    if not group.get("weights"):
         return None
+    weights: dict[str, Any] = {**vars(Rounding()), **group["weights"]}
+    rows: dict[str, Any] | None = None
+    if group.get("input_activations"):
+        rows = {**vars(Rounding()), **group["input_activations"]}
     form = group.get("format") or default
     known = {*_FORMATS.values(), SMOOTHED, "naive-quantized"}
-    weights, rows = ({**vars(Rounding()), **each} if each else None for each in (weights, rows))
     has_scales = weights["strategy"] == "channel" and weights["symmetric"] and not weights["dynamic"]
     is_read = rows is None or (rows["strategy"] == "token" and rows["symmetric"] and rows["dynamic"] is True)
     schemes = {("int", None): "int8-weights", ("int", "int"): "int8", ("float", "float"): "fp8"}
-    scheme = schemes.get((weights["type"], rows and rows["type"]))
+    scheme = schemes.get((weights["type"], None if rows is None else rows["type"]))
     bits = {each["num_bits"] for each in (weights, rows) if each}
     if form not in known or not has_scales or not is_read or scheme is None or bits != {8}:
         told = f"{weights['num_bits']}-bit {weights['type']} per {weights['strategy']}, format {form}"

@@ -187,10 +187,20 @@ def test_shards_are_what_their_index_says(
 
 def test_quantized_models(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
-    quantized = {**settings, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
-    (folder / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(CheckpointError, match=r"the weights are quantized \(quant_method 'bitsandbytes'\); take"):
-        load(folder)
+    for said, message in (
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "quantized by bitsandbytes, .*; take the model before",
+        ),
+        ({"load_in_4bit": True}, "quantized by bitsandbytes, .* geneformer-fast quantize MODEL --out DIR"),
+        ({"quant_method": "gptq"}, r"are quantized \(quant_method 'gptq'\); take the model before"),
+        ({"quant_method": "fp8"}, r"are quantized \(quant_method 'fp8'\); take the model before"),
+        ("int8", r"are quantized \(quant_method None\)"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config: config_groups is missing"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": said}))
+        with pytest.raises(CheckpointError, match=message):
+            load(folder)
     (folder / "config.json").write_text(json.dumps(settings))
     tensors = tensors_of(folder / "model.safetensors")
     name = "bert.encoder.layer.0.output.dense.weight"
@@ -198,6 +208,9 @@ def test_quantized_models(folder: Path) -> None:
         save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=rf"{name}' holds {str(dtype)[6:]}, so the weights are quantized"):
             load(folder)
+    save_file({**tensors, f"{name.removesuffix('weight')}SCB": torch.ones(16)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"dense\.SCB' is a scale of bitsandbytes"):
+        load(folder)
 
 
 def test_a_pytorch_file_that_unpacks_to_more_than_it_holds(folder: Path) -> None:
