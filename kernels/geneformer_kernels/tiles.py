@@ -118,6 +118,39 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def to_nearest(x):
+    """The nearest integers of small float32 numbers, ties to even: 1.5 * 2**23 leaves no bits behind the point."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def row_scales(b_largest, b_poison, tiny):
+    """What rows are multiplied by before they are rounded, and after: of their largest magnitudes [R].
+
+    b_poison is NaN where a row holds NaN or infinity, which a maximum loses or which has no scale, and zero elsewhere.
+    """
+    m_zero = b_largest < tiny
+    b_inverse = tl.where(m_zero, 0.0, tl.div_rn(127.0, tl.where(m_zero, 1.0, b_largest)))
+    return b_inverse, tl.where(m_zero, 1.0, tl.div_rn(b_largest, 127.0)) + b_poison
+
+
+@triton.jit
+def rounded_rows(b_x, tiny):
+    """int8 [R, C] and scale [R] of float32 rows [R, C], whose columns past the end are zero."""
+    b_inverse, b_scale = row_scales(tl.max(tl.abs(b_x), 1), tl.sum(b_x * 0.0, 1), tiny)
+    return to_nearest(b_x * b_inverse[:, None]).to(tl.int8), b_scale
+
+
+@triton.jit
+def tile_of(n_rows, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(block of rows, block of columns) of a program: GROUP blocks of rows before the next columns, for the cache."""
+    n_row_blocks, n_column_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_columns, BLOCK_N)
+    i_group, i_in_group = tl.program_id(0) // (GROUP * n_column_blocks), tl.program_id(0) % (GROUP * n_column_blocks)
+    n_in_group = tl.minimum(n_row_blocks - i_group * GROUP, GROUP)
+    return i_group * GROUP + i_in_group % n_in_group, i_in_group // n_in_group
+
+
+@triton.jit
 def softmax_step(scores, row_max, row_sum, scale_log2):
     """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867), in base 2.
 

@@ -8,7 +8,7 @@ from geneformer_kernels import int8_rows, residual_layernorm, residual_layernorm
 from geneformer_kernels.ops.residual_layernorm import int8 as operators
 from geneformer_kernels.ops.residual_layernorm import reference
 
-IMPLS = ["torch", "reference"]
+IMPLS = ["triton", "torch", "reference"]
 #: No multiple of anything, one of everything, a published width, and one that no block of columns holds exactly.
 SHAPES = [(37, 131), (1, 1), (5, 256), (3, 769)]
 

@@ -16,12 +16,13 @@ from geneformer_kernels.arguments import (
     check_tensor,
 )
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.int8_rows import widened_weight
-from geneformer_kernels.launch import MAX_DYNAMIC_WIDTH
-from geneformer_kernels.on_device import choose_for, plainly_on
+from geneformer_kernels.int8_rows import padded, widened_weight
+from geneformer_kernels.launch import MAX_DYNAMIC_WIDTH, SCALE_GROUP
+from geneformer_kernels.on_device import choose_for, launching_on, plainly_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.int8_feed_forward import reference
-from geneformer_kernels.ops.int8_feed_forward.plan import ACTIVATIONS, HIDDEN_AT_ONCE
+from geneformer_kernels.ops.int8_feed_forward.plan import ACTIVATIONS, HIDDEN_AT_ONCE, WIDTH_STEP, down_plan, up_plan
+from geneformer_kernels.target import target_of
 
 
 @operator("int8_feed_forward_fwd")
@@ -41,6 +42,8 @@ def int8_feed_forward_fwd(
     """Rows [T, C] through both layers by one implementation, with gradients for ``x`` and the biases."""
     values = (x, x_scale, up_q, up_scale, up_bias, down_q, down_scale, down_bias)
     with plainly_on(x):
+        if impl == Impl.TRITON and x.numel() and down_q.numel():
+            return _by_kernels(*values, activation, out_dtype)
         if impl == Impl.REFERENCE:
             return reference.int8_feed_forward(*values, activation, out_dtype)
         return _by_torch(*values, activation, out_dtype)
@@ -75,6 +78,77 @@ def _by_torch(
         product = int8_rows.scaled_product(*int8_rows.quantize_rows(hidden), down_q, is_fast=True)
         out[here] = int8_rows.finish(product, down_scale, down_bias, None, out_dtype)
     return out
+
+
+def _by_kernels(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    up_q: torch.Tensor,
+    up_scale: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_q: torch.Tensor,
+    down_scale: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from geneformer_kernels.ops.int8_feed_forward.kernel import (
+        int8_feed_forward_down_kernel,
+        int8_feed_forward_up_kernel,
+    )
+
+    # The fast way in are rows that the LayerNorm before has rounded; floats take torch's passes.
+    q, scale = int8_rows.quantize_rows(x) if x_scale is None else (x, x_scale)
+    q, up_q, down_q = (_in_whole_steps(each.contiguous()) for each in (q, up_q, down_q))
+    (n_rows, width), ff_width = q.shape, up_scale.shape[0] // (2 if activation == "swiglu" else 1)
+    n_columns, n_groups = down_q.shape[0], down_q.shape[1] // SCALE_GROUP
+    hidden = torch.empty((n_rows, down_q.shape[1]), dtype=torch.int8, device=x.device)
+    hidden_scale = torch.empty((n_rows, n_groups), dtype=torch.float32, device=x.device)
+    out = torch.empty((n_rows, n_columns), dtype=out_dtype, device=x.device)
+    target = target_of(x.device)
+    up, down = up_plan(n_rows, ff_width, activation, target), down_plan(n_rows, n_columns, target)
+    with launching_on(x):
+        int8_feed_forward_up_kernel[(-(-n_rows // up.block_rows) * -(-ff_width // up.block_n),)](
+            q_ptr=q,
+            row_scale_ptr=scale.contiguous(),
+            weight_ptr=up_q,
+            scale_ptr=up_scale.contiguous(),
+            bias_ptr=None if up_bias is None else up_bias.contiguous(),
+            hidden_ptr=hidden,
+            hidden_scale_ptr=hidden_scale,
+            n_rows=n_rows,
+            ff_width=ff_width,
+            width=width,
+            tiny=int8_rows.TINY,
+            ACTIVATION=activation,
+            BLOCK_ROWS=up.block_rows,
+            BLOCK_N=up.block_n,
+            BLOCK_K=up.block_k,
+            GROUP=up.group,
+            **up.launch.options,
+        )
+        int8_feed_forward_down_kernel[(-(-n_rows // down.block_rows) * -(-n_columns // down.block_n),)](
+            hidden_ptr=hidden,
+            hidden_scale_ptr=hidden_scale,
+            weight_ptr=down_q,
+            scale_ptr=down_scale.contiguous(),
+            bias_ptr=None if down_bias is None else down_bias.contiguous(),
+            out_ptr=out,
+            n_rows=n_rows,
+            n_columns=n_columns,
+            n_groups=n_groups,
+            BLOCK_ROWS=down.block_rows,
+            BLOCK_N=down.block_n,
+            BLOCK_K=down.block_k,
+            GROUP=down.group,
+            **down.launch.options,
+        )
+    return out
+
+
+def _in_whole_steps(x: torch.Tensor) -> torch.Tensor:
+    """Zeros, which add nothing to a product, up to a width that the kernels take."""
+    return padded(x, x.shape[0], x.shape[1] + -x.shape[1] % WIDTH_STEP)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -139,7 +213,7 @@ def int8_feed_forward(
     out_dtype
         Dtype of the result; None is that of ``x``, and to be said where ``x`` is int8.
     impl
-        ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------

@@ -5,18 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from geneformer_kernels.tiles import activated
-
-
-@triton.jit
-def to_nearest(x):
-    """The nearest integers of small float32 numbers, ties to even: 1.5 * 2**23 leaves no bits behind the point."""
-    return (x + 12582912.0) - 12582912.0
+from geneformer_kernels.tiles import activated, row_scales, to_nearest
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def quantize_rows_kernel(
     x_ptr,
+    smooth_ptr,
     q_ptr,
     scale_ptr,
     n_rows,
@@ -28,9 +23,9 @@ def quantize_rows_kernel(
 ):
     """one program = BLOCK_ROWS whole rows.
 
-    x [n_rows, width]; q [n_rows, width] int8; scale [n_rows] float32. IS_ONE_BLOCK: a row fits into BLOCK_C columns and
-    is read once; otherwise it is read twice. Compiled without fused multiply-add, so that every rounding is the
-    reference's.
+    x [n_rows, width]; smooth [width] float32, which x is multiplied by, or absent; q [n_rows, width] int8; scale
+    [n_rows] float32. IS_ONE_BLOCK: a row fits into BLOCK_C columns and is read once; otherwise it is read twice.
+    Compiled without fused multiply-add, so that every rounding is the reference's.
     """
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_c = tl.arange(0, BLOCK_C)
@@ -38,6 +33,8 @@ def quantize_rows_kernel(
     m = m_rows[:, None] & (o_c < width)[None, :]
     o = o_rows.to(tl.int64)[:, None] * width + o_c[None, :]
     b_x = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
+    if smooth_ptr is not None:
+        b_x *= tl.load(smooth_ptr + o_c, mask=o_c < width, other=0.0)[None, :]
     b_largest = tl.max(tl.abs(b_x), 1)
     # A maximum loses NaN, and infinity has no scale: either makes this sum NaN.
     b_poison = tl.sum(b_x * 0.0, 1)
@@ -45,19 +42,20 @@ def quantize_rows_kernel(
         for i_c in range(BLOCK_C, width, BLOCK_C):
             m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
             b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
+            if smooth_ptr is not None:
+                b_more *= tl.load(smooth_ptr + i_c + o_c, mask=o_c < width - i_c, other=0.0)[None, :]
             b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_more), 1))
             b_poison += tl.sum(b_more * 0.0, 1)
 
-    m_zero = b_largest < tiny
-    b_inverse = tl.where(m_zero, 0.0, tl.div_rn(127.0, tl.where(m_zero, 1.0, b_largest)))
-    b_scale = tl.where(m_zero, 1.0, tl.div_rn(b_largest, 127.0)) + b_poison
-
+    b_inverse, b_scale = row_scales(b_largest, b_poison, tiny)
     tl.store(scale_ptr + o_rows, b_scale, mask=m_rows)
     tl.store(q_ptr + o, to_nearest(b_x * b_inverse[:, None]).to(tl.int8), mask=m)
     if not IS_ONE_BLOCK:
         for i_c in range(BLOCK_C, width, BLOCK_C):
             m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
             b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
+            if smooth_ptr is not None:
+                b_more *= tl.load(smooth_ptr + i_c + o_c, mask=o_c < width - i_c, other=0.0)[None, :]
             tl.store(q_ptr + o + i_c, to_nearest(b_more * b_inverse[:, None]).to(tl.int8), mask=m_more)
 
 

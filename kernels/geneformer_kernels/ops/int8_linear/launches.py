@@ -23,8 +23,6 @@ def quantize_rows_op(x: torch.Tensor, smooth: torch.Tensor | None, impl: str) ->
     x = x.contiguous()  # as the results are, whoever makes them
     if impl != Impl.TRITON or not x.numel():
         return int8_rows.quantize_rows(x, smooth)
-    if smooth is not None:
-        x = x.float() * smooth.float()
     from geneformer_kernels.ops.int8_linear.kernel import quantize_rows_kernel
 
     n_rows, width = x.shape
@@ -33,6 +31,7 @@ def quantize_rows_op(x: torch.Tensor, smooth: torch.Tensor | None, impl: str) ->
     with launching_on(x):
         quantize_rows_kernel[(-(-n_rows // planned.block_rows),)](
             x_ptr=x,
+            smooth_ptr=None if smooth is None else smooth.float().contiguous(),
             q_ptr=q,
             scale_ptr=scale,
             n_rows=n_rows,

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from geneformer_kernels import int8_rows
 from geneformer_kernels.arguments import FLOATS, check_optional
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.launch import too_wide
 from geneformer_kernels.layernorm import check_norm
-from geneformer_kernels.on_device import choose_for, needs_gradient, plainly_on
+from geneformer_kernels.on_device import choose_for, launching_on, needs_gradient, plainly_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
+from geneformer_kernels.ops.residual_layernorm.plan import int8_launch, plan
 
 
 @operator("residual_layernorm_int8")
@@ -27,6 +29,8 @@ def residual_layernorm_int8_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(stream, q, scale) of rows [N, C] by one implementation."""
     x = x.contiguous()  # as the results are
+    if impl == Impl.TRITON:
+        return _by_kernel(x, residual, weight, bias, smooth, eps, is_post)
     with plainly_on(x):
         if impl == Impl.REFERENCE:
             norm = "post" if is_post else "pre"
@@ -49,6 +53,42 @@ def _empty_outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
         torch.empty(x.shape, dtype=torch.int8, device=x.device),
         torch.empty(x.shape[:1], dtype=torch.float32, device=x.device),
     )
+
+
+def _by_kernel(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    smooth: torch.Tensor | None,
+    eps: float,
+    is_post: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from geneformer_kernels.ops.residual_layernorm.kernel import residual_layernorm_int8_kernel
+
+    stream, q, scale = _empty_outputs(x)
+    if x.numel():
+        chosen = plan(x.shape[0], x.shape[1], target_for(x))
+        with launching_on(x):
+            residual_layernorm_int8_kernel[(-(-x.shape[0] // chosen.fwd_block_rows),)](
+                x_ptr=x,
+                residual_ptr=None if residual is None else residual.contiguous(),
+                weight_ptr=weight.contiguous(),
+                bias_ptr=bias.contiguous(),
+                smooth_ptr=None if smooth is None else smooth.float().contiguous(),
+                stream_ptr=stream,
+                q_ptr=q,
+                scale_ptr=scale,
+                n_rows=x.shape[0],
+                width=x.shape[1],
+                eps=eps,
+                tiny=int8_rows.TINY,
+                IS_POST=is_post,
+                BLOCK_ROWS=chosen.fwd_block_rows,
+                BLOCK_C=chosen.block_c,
+                **int8_launch(chosen).options,
+            )
+    return stream, q, scale
 
 
 def _by_torch(
@@ -97,7 +137,7 @@ def residual_layernorm_int8(
     smooth
         [C] or None: what the rows are multiplied by before they are rounded; the stream is not.
     impl
-        ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"`` (C up to 4,096), ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------
@@ -126,7 +166,8 @@ def residual_layernorm_int8(
         raise ValueError(f"smooth {[*smooth.shape]} must be [{x.shape[-1]}]")
     if needs_gradient(x, residual, weight, bias):
         raise RuntimeError("residual_layernorm_int8 has no gradient: use residual_layernorm, or torch.no_grad()")
-    chosen = choose_for("residual_layernorm_int8", x, impl, shape={"width": weight.shape[0]})
+    width = weight.shape[0]
+    chosen = choose_for("residual_layernorm_int8", x, impl, shape={"width": width}, triton_cannot=too_wide(width))
     rows = x.reshape(-1, x.shape[-1])
     stream = None if residual is None else residual.reshape(rows.shape)
     new_stream, q, scale = residual_layernorm_int8_op(rows, stream, weight, bias, smooth, eps, norm == "post", chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, check_width, pointer
@@ -28,8 +28,12 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
 
 def int8_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     """Implementations of the LayerNorm that writes int8 rows, best first."""
+    triton = triton_candidate("residual_layernorm_int8", dtype, target, "one Triton kernel, which rounds what it holds")
+    if dtype == "float64":
+        triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
     torch = Candidate(Impl.TORCH, True, "torch add, layer_norm and several passes that round, in float32")
-    return (torch, Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype"))
+    reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
+    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ def plan(n_rows: int, width: int, target: Target) -> ResidualLayernormPlan:
     )
 
 
+def int8_launch(chosen: ResidualLayernormPlan) -> Launch:
+    """The forward launch for int8 rows: without fused multiply-add, so that they are what ``quantize_rows`` gives."""
+    return replace(chosen.fwd_launch, enable_fp_fusion=False)
+
+
 def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Both kernels for every block width and dtype, post- and pre-norm, with everything and with nothing optional."""
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
@@ -73,6 +82,10 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     for dtype, width, is_post, is_full in itertools.product(dtypes, CASE_WIDTHS, (True, False), (True, False)):
         cases.append(_fwd_case(dtype, width, target, is_post=is_post, is_full=is_full))
         cases.append(_bwd_case(dtype, width, target, is_post=is_post, is_full=is_full))
+    for dtype, width, is_post, has_smooth in itertools.product(dtypes, CASE_WIDTHS, (True, False), (True, False)):
+        cases.append(_int8_case(dtype, width, target, is_post=is_post, has_smooth=has_smooth))
+    cases.append(_int8_case("float32", 768, target, is_post=False, has_smooth=True, has_residual=False))
+    cases.append(_int8_case("float32", 769, target, is_post=True, has_smooth=True))
     # A head's LayerNorm and the first one of a pre-norm encoder have no residual; an odd width has no wide loads.
     cases.append(_fwd_case("float32", 768, target, is_post=True, is_full=True, has_residual=False))
     cases.append(_fwd_case("float32", 769, target, is_post=True, is_full=True))
@@ -102,6 +115,27 @@ def _fwd_case(
     if not has_residual:
         problem += ", no residual"
     return _case("residual_layernorm_fwd_kernel", problem, dtype, width, target, is_post, pointers, scalars)
+
+
+def _int8_case(
+    dtype: str, width: int, target: Target, *, is_post: bool, has_smooth: bool, has_residual: bool = True
+) -> KernelCase:
+    wide = pointer("float32")
+    pointers = {
+        "x_ptr": pointer(dtype),
+        "residual_ptr": wide if has_residual else None,
+        "weight_ptr": wide,
+        "bias_ptr": wide,
+        "smooth_ptr": wide if has_smooth else None,
+        "stream_ptr": wide,
+        "q_ptr": pointer("int8"),
+        "scale_ptr": wide,
+    }
+    scalars = {"n_rows": "i32", "width": "i32", "eps": "fp32", "tiny": "fp32"}
+    problem = f"C={width} {'post' if is_post else 'pre'}{' smoothed' if has_smooth else ''}"
+    if not has_residual:
+        problem += ", no residual"
+    return _case("residual_layernorm_int8_kernel", problem, dtype, width, target, is_post, pointers, scalars)
 
 
 def _bwd_case(dtype: str, width: int, target: Target, *, is_post: bool, is_full: bool) -> KernelCase:
@@ -135,7 +169,9 @@ def _case(
     pointers: dict[str, str | None],
     scalars: dict[str, str],
 ) -> KernelCase:
-    chosen, is_fwd = plan(1 << 16, width, target), kernel.endswith("fwd_kernel")
+    chosen = plan(1 << 16, width, target)
+    is_fwd = not kernel.endswith("bwd_kernel")
+    fwd_launch = int8_launch(chosen) if kernel.endswith("int8_kernel") else chosen.fwd_launch
     present = {name: kind for name, kind in pointers.items() if kind is not None}
     absent = {name: None for name, kind in pointers.items() if kind is None}
     return KernelCase(
@@ -150,6 +186,6 @@ def _case(
             "BLOCK_ROWS": chosen.fwd_block_rows if is_fwd else chosen.bwd_block_rows,
             "BLOCK_C": chosen.block_c,
         },
-        launch=chosen.fwd_launch if is_fwd else chosen.bwd_launch,
+        launch=fwd_launch if is_fwd else chosen.bwd_launch,
         divisible=frozenset(present) | (frozenset({"width"}) if width % 16 == 0 else frozenset()),
     )
