@@ -11,7 +11,6 @@ from geneformer_kernels.tiles import activated, row_scales, to_nearest
 @triton.jit(do_not_specialize=["n_rows"])
 def quantize_rows_kernel(
     x_ptr,
-    smooth_ptr,
     q_ptr,
     scale_ptr,
     n_rows,
@@ -23,9 +22,9 @@ def quantize_rows_kernel(
 ):
     """one program = BLOCK_ROWS whole rows.
 
-    x [n_rows, width]; smooth [width] float32, which x is multiplied by, or absent; q [n_rows, width] int8; scale
-    [n_rows] float32. IS_ONE_BLOCK: a row fits into BLOCK_C columns and is read once; otherwise it is read twice.
-    Compiled without fused multiply-add, so that every rounding is the reference's.
+    x [n_rows, width]; q [n_rows, width] int8; scale [n_rows] float32. IS_ONE_BLOCK: a row fits into BLOCK_C columns and
+    is read once; otherwise it is read twice. Compiled without fused multiply-add, so that every rounding is the
+    reference's.
     """
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_c = tl.arange(0, BLOCK_C)
@@ -33,8 +32,6 @@ def quantize_rows_kernel(
     m = m_rows[:, None] & (o_c < width)[None, :]
     o = o_rows.to(tl.int64)[:, None] * width + o_c[None, :]
     b_x = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
-    if smooth_ptr is not None:
-        b_x *= tl.load(smooth_ptr + o_c, mask=o_c < width, other=0.0)[None, :]
     b_largest = tl.max(tl.abs(b_x), 1)
     # A maximum loses NaN, and infinity has no scale: either makes this sum NaN.
     b_poison = tl.sum(b_x * 0.0, 1)
@@ -42,8 +39,6 @@ def quantize_rows_kernel(
         for i_c in range(BLOCK_C, width, BLOCK_C):
             m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
             b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
-            if smooth_ptr is not None:
-                b_more *= tl.load(smooth_ptr + i_c + o_c, mask=o_c < width - i_c, other=0.0)[None, :]
             b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_more), 1))
             b_poison += tl.sum(b_more * 0.0, 1)
 
@@ -54,8 +49,6 @@ def quantize_rows_kernel(
         for i_c in range(BLOCK_C, width, BLOCK_C):
             m_more = m_rows[:, None] & (o_c < width - i_c)[None, :]
             b_more = tl.load(x_ptr + o + i_c, mask=m_more, other=0.0).to(tl.float32)
-            if smooth_ptr is not None:
-                b_more *= tl.load(smooth_ptr + i_c + o_c, mask=o_c < width - i_c, other=0.0)[None, :]
             tl.store(q_ptr + o + i_c, to_nearest(b_more * b_inverse[:, None]).to(tl.int8), mask=m_more)
 
 

@@ -25,13 +25,15 @@ def quantize_rows_op(x: torch.Tensor, smooth: torch.Tensor | None, impl: str) ->
         return int8_rows.quantize_rows(x, smooth)
     from geneformer_kernels.ops.int8_linear.kernel import quantize_rows_kernel
 
+    if smooth is not None:
+        # A pass of its own: what is smoothed in a block comes from its LayerNorms, whose kernel does it on the way.
+        x = x.float() * smooth.float()
     n_rows, width = x.shape
     q, scale = _empty_rows(x)
     planned = quantize_plan(width)
     with launching_on(x):
         quantize_rows_kernel[(-(-n_rows // planned.block_rows),)](
             x_ptr=x,
-            smooth_ptr=None if smooth is None else smooth.float().contiguous(),
             q_ptr=q,
             scale_ptr=scale,
             n_rows=n_rows,

@@ -116,8 +116,7 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     """Every kernel under every plan; before sm_80, where int8 products do not compile, evidence of it."""
     dtypes = ("float16", "bfloat16", "float32") if target.sm >= 75 else ("float16", "float32")
     widths = (*QUANTIZE_WIDTHS, *UNEVEN_QUANTIZE_WIDTHS)
-    every = itertools.product(dtypes, widths, (False, True))
-    quantize_cases = [_quantize_case(dtype, width, target, has_smooth=smooth) for dtype, width, smooth in every]
+    quantize_cases = [_quantize_case(dtype, width, target) for dtype in dtypes for width in widths]
     if target.sm < 80:
         return (
             *quantize_cases,
@@ -131,25 +130,22 @@ def kernel_cases(target: Target) -> tuple[KernelCase, ...]:
     return tuple(cases)
 
 
-def _quantize_case(dtype: str, width: int, target: Target, *, has_smooth: bool) -> KernelCase:
+def _quantize_case(dtype: str, width: int, target: Target) -> KernelCase:
     planned = quantize_plan(width)
     pointers: dict[str, str | None] = {
         "x_ptr": pointer(dtype),
-        "smooth_ptr": pointer("float32") if has_smooth else None,
         "q_ptr": pointer("int8"),
         "scale_ptr": pointer("float32"),
     }
     constexprs: dict[str, int | float | bool | str | None] = {
-        **({} if has_smooth else {"smooth_ptr": None}),
         "IS_ONE_BLOCK": planned.is_one_block,
         "BLOCK_ROWS": planned.block_rows,
         "BLOCK_C": planned.block_c,
     }
     scalars = {"n_rows": "i32", "width": "i32", "tiny": "fp32"}
     sizes = {"width"} if width % 16 == 0 else set()
-    problem = f"K={width}{' smoothed' if has_smooth else ''}"
     return _case(
-        "quantize_rows_kernel", problem, dtype, target, pointers, scalars, constexprs, planned.launch, sizes, False
+        "quantize_rows_kernel", f"K={width}", dtype, target, pointers, scalars, constexprs, planned.launch, sizes, False
     )
 
 
