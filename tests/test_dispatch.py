@@ -284,8 +284,7 @@ def test_volta_and_turing_run_on_triton_what_has_no_matrix_product(card: str) ->
 def test_from_ampere_on_everything_with_a_kernel_runs_on_it(card: str) -> None:
     for dtype in ("bfloat16", "float16"):
         for choice in explain(CARDS[card], dtype):
-            by_library = choice.op in ("linear", "fp8_linear", "int8_feed_forward", "residual_layernorm_int8")
-            assert choice.impl == (Impl.TORCH if by_library else Impl.TRITON), choice
+            assert choice.impl == (Impl.TORCH if choice.op in ("linear", "fp8_linear") else Impl.TRITON), choice
 
 
 def test_what_is_too_large_for_a_kernel_falls_back_unless_asked_for() -> None:

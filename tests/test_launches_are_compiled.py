@@ -217,6 +217,23 @@ def test_quantize_rows(card: str, width: int, launches, kernels, on_card) -> Non
 
 
 @pytest.mark.parametrize("card", HAS_PRODUCTS)
+@pytest.mark.parametrize("sizes", [(128, 256, 128), (250, 500, 250), (769, 100, 48), (96, 3420, 96)], ids=str)
+def test_int8_feed_forward(card: str, sizes: tuple[int, int, int], launches, kernels, on_card) -> None:
+    width, ff_width, n_columns = sizes
+    for target, dtype in itertools.product(both_tiles(card), DTYPES):
+        on_card(target)
+        for n_rows, activation in itertools.product((5, 40), ("relu", "gelu", "gelu_tanh", "swiglu")):
+            n_hidden = ff_width * (2 if activation == "swiglu" else 1)
+            up_q, down_q = (torch.ones(shape, dtype=torch.int8) for shape in ((n_hidden, width), (n_columns, ff_width)))
+            up, down = (torch.ones(n_hidden),) * 2, (torch.ones(n_columns),) * 2
+            x, options = torch.ones(n_rows, width), dict(activation=activation, out_dtype=dtype, impl="triton")
+            gk.int8_feed_forward(x, up_q, *up, down_q, *down, **options)
+            rows = x.to(torch.int8)
+            gk.int8_feed_forward(rows, up_q, *up, down_q, *down, x_scale=torch.ones(n_rows), **options)
+        assert_in_table("int8_feed_forward", CARDS[card], launches, kernels)
+
+
+@pytest.mark.parametrize("card", HAS_PRODUCTS)
 @pytest.mark.parametrize("width", [250, 256, 511, 512, 768, 769])
 @pytest.mark.parametrize("n_vocab", [1003, 1024])
 def test_mlm_cross_entropy(card: str, width: int, n_vocab: int, launches, kernels, on_card, monkeypatch) -> None:
@@ -249,6 +266,10 @@ def test_residual_layernorm(card: str, width: int, launches, kernels, on_card) -
         arguments = dict(eps=1e-5, norm="post", impl="triton", dropout_p=0.1)
         stream, out = gk.residual_layernorm(x, residual, weight, bias, **arguments)
         (stream.sum() + out.sum()).backward()
+        for norm, smooth in itertools.product(("post", "pre"), (None, weight)):
+            if width % 16 == 0 or (norm == "post" and smooth is not None):
+                with torch.no_grad():
+                    gk.residual_layernorm_int8(x, residual, weight, bias, eps=1e-5, norm=norm, smooth=smooth)
         assert_in_table("residual_layernorm", CARDS[card], launches, kernels)
 
 

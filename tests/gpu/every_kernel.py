@@ -14,11 +14,13 @@ from geneformer_kernels import (
     embed_tokens,
     feed_forward,
     feed_forward_layernorm,
+    int8_feed_forward,
     int8_linear,
     mlm_cross_entropy,
     quantize_weight,
     rank_genes,
     residual_layernorm,
+    residual_layernorm_int8,
     varlen_attention_qkv,
 )
 
@@ -65,6 +67,8 @@ def run_residual_layernorm(device: str) -> None:
             x, residual, weight, bias = drawn(device, (21, width), (21, width), (width,), (width,))
             x = x.detach().to(dtype).requires_grad_()
             backward(*residual_layernorm(x, residual, weight, bias, eps=1e-5, norm=norm, dropout_p=0.1, impl="triton"))
+            with torch.no_grad():
+                residual_layernorm_int8(x, residual, weight, bias, eps=1e-5, norm=norm, smooth=weight, impl="triton")
 
 
 def run_embed_tokens(device: str) -> None:
@@ -92,6 +96,15 @@ def run_int8_linear(device: str) -> None:
                 int8_linear(x.detach().to(dtype), integers, scale, bias.detach(), mode=mode, impl="triton")
 
 
+def run_int8_feed_forward(device: str) -> None:
+    for activation in ("gelu", "swiglu"):
+        n_hidden = 131 * (2 if activation == "swiglu" else 1)
+        x, up, up_bias, down, down_bias = drawn(device, (37, 70), (n_hidden, 70), (n_hidden,), (50, 131), (50,))
+        layers = *quantize_weight(up), up_bias.detach(), *quantize_weight(down), down_bias.detach()
+        for dtype in (FP16, FP32):
+            int8_feed_forward(x.detach(), *layers, activation=activation, out_dtype=dtype, impl="triton")
+
+
 def run_rank_genes(device: str) -> None:
     # A row wider than the widest sort, an empty one, short ones; two columns of one gene, and one of none. The
     # interpreter would look for repeated columns in such a row for half a minute: there its entries are no row's.
@@ -117,6 +130,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "residual_layernorm": run_residual_layernorm,
     "feed_forward": run_feed_forward,
     "int8_linear": run_int8_linear,
+    "int8_feed_forward": run_int8_feed_forward,
     "mlm_cross_entropy": run_mlm_cross_entropy,
 }
 

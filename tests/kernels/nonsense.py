@@ -371,7 +371,7 @@ CASES = {
     ),
     "int8_feed_forward": Case(
         geneformer_kernels.int8_feed_forward,
-        TWO,
+        ALL,
         dict(
             x=integers(T, C),
             up_q=integers(F, C),
@@ -403,7 +403,7 @@ CASES = {
     ),
     "residual_layernorm_int8": Case(
         geneformer_kernels.residual_layernorm_int8,
-        TWO,
+        ALL,
         dict(
             x=floats(T, C),
             residual=floats(T, C),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from geneformer_kernels import int8_rows, residual_layernorm, residual_layernorm_int8
+from geneformer_kernels.dispatch import Impl, ImplUnavailableError, choose
 from geneformer_kernels.ops.residual_layernorm import int8 as operators
 from geneformer_kernels.ops.residual_layernorm import reference
+from geneformer_kernels.target import CARDS, Target
 
 IMPLS = ["triton", "torch", "reference"]
 #: No multiple of anything, one of everything, a published width, and one that no block of columns holds exactly.
@@ -84,17 +88,55 @@ def test_no_gradient_is_lost_silently() -> None:
         residual_layernorm_int8(x, residual, weight, bias, **options)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_house_of_torch(impl: str) -> None:
+def test_the_house_of_torch() -> None:
     x, residual, weight, bias, smooth = inputs((5, 33), torch.float32, "cpu")
-    tests = ("test_schema", "test_faketensor")
-    for rows, there, is_post in ((x, residual, True), (x.T.contiguous().T, None, False), (x, None, False)):
-        arguments = (rows, there, weight, bias, smooth, 1e-5, is_post, impl)
-        torch.library.opcheck(operators.residual_layernorm_int8_op.overload, arguments, test_utils=tests)
+    operator, tests = operators.residual_layernorm_int8_op.overload, ("test_schema", "test_faketensor")
+    for impl in (*(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []), "torch", "reference"):
+        for rows, there, is_post in ((x, residual, True), (x.T.contiguous().T, None, False), (x, None, False)):
+            arguments = (rows, there, weight, bias, smooth, 1e-5, is_post, impl)
+            torch.library.opcheck(operator, arguments, test_utils=tests)
 
     def step(x):
-        return residual_layernorm_int8(x, None, weight, bias, eps=1e-5, norm="pre", smooth=smooth, impl=impl)
+        return residual_layernorm_int8(x, None, weight, bias, eps=1e-5, norm="pre", smooth=smooth, impl="torch")
 
     torch._dynamo.reset()
     for value, other in zip(torch.compile(step, backend="aot_eager", fullgraph=True)(x), step(x), strict=True):
         assert torch.equal(value, other)
+
+
+def test_what_a_kernel_cannot_hold() -> None:
+    card = CARDS["H100"]
+    assert choose("residual_layernorm_int8", "bfloat16", card).impl == Impl.TRITON
+    assert choose("residual_layernorm_int8", "float16", CARDS["V100"]).impl == Impl.TRITON  # there is no product in it
+    assert choose("residual_layernorm_int8", "float64", card).impl == Impl.TORCH
+    assert choose("residual_layernorm_int8", "float16", Target.cpu()).impl != Impl.TRITON
+    x = torch.ones(1, 5000)
+    with pytest.raises(ImplUnavailableError, match="rows up to 4,096 wide"):
+        residual_layernorm_int8(x, None, x[0], x[0], eps=1e-5, norm="post", impl="triton")
+
+
+def test_nothing_is_written_past_the_end(device: str, guarded: None) -> None:
+    x, residual, weight, bias, smooth = inputs((9, 300), torch.float16, device)
+    found = residual_layernorm_int8(x, residual, weight, bias, eps=1e-5, norm="post", smooth=smooth, impl="triton")
+    expected = reference.residual_layernorm_int8(x, residual, weight, bias, 1e-5, "post", smooth)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert ((found[1].int() - expected[1].int()).abs() <= 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("width", [256, 768, 1280, 769, 4096])
+def test_full_size(norm: str, width: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for dtype in (torch.float16, torch.float32):
+        x, residual, weight, bias, smooth = inputs((16389, width), dtype, "cuda")
+        stream, q, scale = residual_layernorm_int8(
+            x, residual, weight, bias, eps=1e-5, norm=norm, smooth=smooth, impl="triton"
+        )
+        exact = reference.residual_layernorm(
+            x.double(), residual.double(), weight.double(), bias.double(), 1e-5, norm, torch.float64
+        )
+        torch.testing.assert_close(stream.double(), exact[0], rtol=1e-4, atol=1e-4)
+        error = (q.double() * scale.double()[:, None] - exact[1] * smooth.double()).abs()
+        assert (error <= 0.51 * scale.double()[:, None] + 1e-4).all()
