@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from bench.gpu_measure import Place, Variant
 from bench.gpu_providers_attention import FLEX_S, AttentionCase, length_sets, mixed_sets
 from bench.gpu_providers_encoder import COMPILE_S, EncoderCase
+from bench.gpu_providers_int8 import int8_block_problems
 from bench.gpu_providers_operations import PLAIN_COMPILE_S, OperationCase, embed_problems, norm_problems
 from bench.gpu_providers_products import feed_forward_problems, int8_problems, loss_problems
 from bench.gpu_providers_rank import RankCase
@@ -200,6 +201,11 @@ CASES: tuple[Case, ...] = (
     _operation("int8_linear", int8_problems, 40, (
         Goal("32768x768x3072", "faster_than:eager", 1.3, 1.7, _INT8),
         Goal("32768x3072x768", "faster_than:eager", 1.3, 1.7, _INT8),
+    )),
+    _operation("int8_feed_forward", int8_block_problems, 60, (
+        Goal("16384x768", "faster_than:eager", 1.3, 1.7, _INT8),
+        Goal("65536x768", "faster_than:eager", 1.3, 1.7, _INT8),
+        Goal("65536x1152", "faster_than:eager", 1.3, 1.7, _INT8),
     )),
     _operation("embed_tokens", embed_problems, 20),
     Case("rank_genes", "rank_genes", RankCase(), ("rank_genes",), 20, (

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         op: (f"tests/kernels/test_{op}*.py",)
         for op in (
             *("rank_genes", "varlen_attention", "residual_layernorm", "embed_tokens", "feed_forward"),
-            *("mlm_cross_entropy", "int8_linear"),
+            *("mlm_cross_entropy", "int8_linear", "int8_feed_forward", "fp8_linear"),
         )
     },
     "wrapped": ("tests/gpu/test_wrapped*.py",),

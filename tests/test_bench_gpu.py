@@ -41,6 +41,7 @@ DRY = (
     *("ceilings", "attention_d64_forward", "attention_d64_backward", "attention_d64_dropout"),
     *("encoder_10m_inference", "encoder_106m_inference", "encoder_10m_training", "encoder_106m_training"),
     *("encoder_aido-100m_inference", "mlm_cross_entropy", "residual_layernorm", "feed_forward", "int8_linear"),
+    "int8_feed_forward",
     *("embed_tokens", "rank_genes"),
 )
 # Why candidates may be absent on a CPU.

@@ -64,7 +64,7 @@ def _by_kernel(
     eps: float,
     is_post: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from geneformer_kernels.ops.residual_layernorm.kernel import residual_layernorm_int8_kernel
+    from geneformer_kernels.ops.residual_layernorm.kernel_int8 import residual_layernorm_int8_kernel
 
     stream, q, scale = _empty_outputs(x)
     if x.numel():
