@@ -205,3 +205,19 @@ def test_a_table_keeps_its_padding() -> None:
     plain = encoder_of("geneformer")
     plain.embeddings.token = nn.Embedding.from_pretrained(plain.token_table.detach(), padding_idx=0)
     assert quantize(plain).embeddings.token.padding_idx == 0
+
+
+def test_cells_to_measure_on() -> None:
+    """A bar that nothing passes keeps all layers; one that all pass, none."""
+    plain = encoder_of("geneformer")
+    measured = dict(calibrate=cells_of(plain), least_cosine=0.5)
+    assert quantize(plain, bar=300.0, **measured).quantization is None
+    assert quantize(plain, bar=0.0, keep_embeddings=True, **measured).quantization.layers == {
+        f"blocks.{i}.{name}": "int8" for i in range(2) for name in ("qkv", "out", "up", "down")
+    }
+    for options, said in (
+        ({"bar": 20.0}, "bar is about measuring"), ({"n_cells": 3}, "n_cells is about measuring"),
+        ({"choices": {}, **measured}, "leave one of them out"),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=said):
+            quantize(plain, **options)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from geneformer_kernels.dispatch import use_impl
 from small_encoders import FAMILIES, cells_of, encoder_of
 
 from geneformer_fast import Encoder, Ragged, quantize
@@ -270,3 +272,15 @@ def test_one_graph(scheme: str, mode: str, multiplying: Callable[[str], None]) -
         for lengths in ((7, 1, 12, 3), (5, 9)):
             tokens = cells_of(encoder, lengths)
             torch.testing.assert_close(compiled(tokens), logits_of(tokens))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled for the card here")
+@pytest.mark.parametrize("family", ["geneformer", "aido.cell"])
+def test_kernels_of_the_card_give_the_same(family: str, each_mode: str) -> None:
+    encoder = quantize(encoder_of(family, "mlm", n_layers=1))
+    tokens = cells_of(encoder)
+    with torch.no_grad():
+        expected = encoder.logits(encoder(tokens))
+        with use_impl("triton"):
+            found = encoder.logits(encoder(tokens))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
