@@ -151,6 +151,16 @@ def triton_candidate(op: str, dtype: str, target: Target, reason: str = "Triton 
     return Candidate(Impl.TRITON, True, reason if found == "plain" else f"{reason}, tensor cores")
 
 
+def compiled_int8_candidate(target: Target, what: str) -> Candidate:
+    """The loops over int8 that numba compiles for a CPU; the same bits on every instruction set that has them."""
+    if target.kind != "cpu":
+        return Candidate(Impl.NUMBA, False, "compiled loops run on the CPU")
+    name = target.int8_instructions
+    if name is None:
+        return Candidate(Impl.NUMBA, False, "the compiled loops need AVX2, VNNI or AMX")
+    return Candidate(Impl.NUMBA, True, f"{what} in compiled loops, {name}")
+
+
 def capability(op: str, dtype: str, target: Target) -> str:
     """What the table says of the newest architecture it knows that is not newer than the target's."""
     known = [sm for name, sm, kind in CAPABILITY if name == op and kind == dtype and sm <= target.sm]
@@ -201,6 +211,7 @@ def choose(
     impl: Impl | str | None = None,
     shape: Mapping[str, int] | None = None,
     triton_cannot: str = "",
+    numba_cannot: str = "",
 ) -> Choice:
     """The implementation to run.
 
@@ -219,8 +230,8 @@ def choose(
     shape
         Sizes and flags of the problem, as rows of :data:`geneformer_kernels.measured.MEASURED` name them: ``width``,
         ``head_dim``, ``length``, ``needs_grad``, ... What is left out counts as unknown.
-    triton_cannot
-        Why the Triton kernels cannot serve a problem of this size, if they cannot.
+    triton_cannot, numba_cannot
+        Why the Triton kernels, or the compiled loops, cannot serve such a problem, if they cannot.
 
     Raises
     ------
@@ -230,11 +241,12 @@ def choose(
         There is no operation, or no kind of implementation, of that name.
     """
     options = candidates(op, dtype, target)
-    if triton_cannot:
-        options = tuple(
-            Candidate(option.impl, False, triton_cannot) if option.impl == Impl.TRITON and option.can_run else option
-            for option in options
-        )
+    for those, why in ((Impl.TRITON, triton_cannot), (Impl.NUMBA, numba_cannot)):
+        if why:
+            options = tuple(
+                Candidate(option.impl, False, why) if option.impl == those and option.can_run else option
+                for option in options
+            )
     wanted, source, is_for_all = _wanted(op, impl)
     match = next((option for option in options if option.impl == wanted), None)
     if wanted is not None and not (is_for_all and match is None):

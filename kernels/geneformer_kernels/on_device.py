@@ -35,16 +35,25 @@ def choose_for(
     dtype: torch.dtype | None = None,
     shape: Mapping[str, int] | None = None,
     triton_cannot: str = "",
+    numba_cannot: str = "",
 ) -> str:
     """Name of the implementation that runs ``op`` where ``x`` is, in ``dtype`` (default: that of ``x``).
 
-    ``shape`` is what the host knows of the problem's sizes, ``triton_cannot`` why they are too large for the kernels
-    (:func:`geneformer_kernels.dispatch.choose`). A compiled function (``torch.compile``) keeps the choice that was made
-    when it was compiled.
+    ``shape`` is what the host knows of the problem's sizes, ``triton_cannot`` and ``numba_cannot`` why kernels or loops
+    do not serve it (:func:`geneformer_kernels.dispatch.choose`). A compiled function (``torch.compile``) keeps the
+    choice that was made when it was compiled.
     """
     name = DTYPE_NAMES[x.dtype if dtype is None else dtype]
     sizes = tuple((key, int(value)) for key, value in shape.items()) if shape is not None else ()
-    return _choice(op, name, x.device.type, x.device.index, None if impl is None else str(impl), sizes, triton_cannot)
+    return _choice(
+        op,
+        name,
+        x.device.type,
+        x.device.index,
+        None if impl is None else str(impl),
+        sizes,
+        (triton_cannot, numba_cannot),
+    )
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -71,10 +80,10 @@ def _choice(
     device_index: int | None,
     impl: str | None,
     sizes: tuple[tuple[str, int], ...],
-    triton_cannot: str,
+    cannot: tuple[str, str],
 ) -> str:
     target = target_of(device_type if device_index is None else f"{device_type}:{device_index}")
-    return _chosen(op, dtype, target, impl, sizes, triton_cannot, asked_for())
+    return _chosen(op, dtype, target, impl, sizes, cannot, asked_for())
 
 
 # A model asks the same a dozen times per block, and on a card the host must not be what everybody waits for.
@@ -85,11 +94,11 @@ def _chosen(
     target: Target,
     impl: str | None,
     sizes: tuple[tuple[str, int], ...],
-    triton_cannot: str,
+    cannot: tuple[str, str],
     asked: object,
 ) -> str:
     """``asked`` is what :func:`choose` looks at besides its arguments."""
-    return str(choose(op, dtype, target, impl, dict(sizes), triton_cannot).impl)
+    return str(choose(op, dtype, target, impl, dict(sizes), *cannot).impl)
 
 
 def is_one_pass(x: torch.Tensor, out_dtype: torch.dtype, *others: torch.Tensor | None) -> bool:

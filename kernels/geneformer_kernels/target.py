@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 # specifications per compute capability", opt-in maximum.
 SMEM_BYTES = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
+#: Instruction sets of CPUs that multiply int8 in compiled loops, slowest first; avx2 has to widen them.
+INT8_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8")
+#: What LLVM, the compiler of those loops, calls them.
+LLVM_FEATURES = {"avx2": "avx2", "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "amx_int8": "amx-int8"}
+# x86 CPUs with AVX2 that somebody may name to numba in place of their own.
+_WITH_AVX2 = ("haswell", "broadwell", "skylake", "alderlake", "znver1", "znver2", "znver3", "x86-64-v3", "x86-64-v4")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -87,6 +94,11 @@ class Target:
     def has_fp8_product(self) -> bool:
         """Whether torch multiplies float8 (e4m3) here with a scale per row: Ada, Hopper and newer."""
         return self.kind == "cuda" and self.sm >= 89
+
+    @property
+    def int8_instructions(self) -> str | None:
+        """The fastest set of :data:`INT8_INSTRUCTIONS` here; None: products of int8 are torch's."""
+        return next((name for name in reversed(INT8_INSTRUCTIONS) if name in self.features), None)
 
     @property
     def fastest_dtype(self) -> str:
@@ -161,7 +173,7 @@ def cpu_features() -> frozenset[str]:
     flags = set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
     limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
     if limit not in ("ALL", "DEFAULT"):
-        flags -= set() if "AMX" in limit else {"amx_bf16"}
+        flags -= set() if "AMX" in limit else {"amx_bf16", "amx_int8"}
         flags -= set() if re.search("BF16|FP16|AMX|AVX10", limit) else {"avx512_bf16"}
         flags -= set() if re.search("VNNI|BF16|FP16|AMX|AVX10", limit) else {"avx512_vnni", "avx_vnni"}
     names = {
@@ -174,7 +186,24 @@ def cpu_features() -> frozenset[str]:
         "avx_vnni": "int8_dot",
         "asimddp": "int8_dot",
     }
-    return frozenset(name for flag, name in names.items() if flag in flags)
+    found = {name for flag, name in names.items() if flag in flags}
+    if limit.startswith("AVX2"):
+        flags.discard("avx512_vnni")
+    return frozenset(
+        found - {"avx2"} | {name for name in INT8_INSTRUCTIONS if name in flags and is_left_to_numba(name)}
+    )
+
+
+def is_left_to_numba(name: str) -> bool:
+    """Whether numba's environment lets it compile for a set of :data:`INT8_INSTRUCTIONS` that this CPU has."""
+    if os.environ.get("NUMBA_ENABLE_AVX", "1") == "0":
+        return False
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        return True
+    if name == "avx2" and os.environ.get("NUMBA_CPU_NAME", "").lower() in _WITH_AVX2:
+        return "-avx2" not in features.split(",")
+    return f"+{LLVM_FEATURES[name]}" in features.split(",")
 
 
 def cpu_name() -> str:

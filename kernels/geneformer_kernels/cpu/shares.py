@@ -41,6 +41,23 @@ def in_shares(task: Callable[[list[Item]], None], items: Sequence[Item], cost: C
         list(_pool(torch.get_num_threads(), os.getpid()).map(compute, shares))
 
 
+def in_pieces(task: Callable[[int, int], None], n_rows: int, *, whole: int = 32) -> None:
+    """``task(start, stop)`` for all rows, a piece per torch thread, all at once; pieces are whole times ``whole`` rows.
+
+    As in :func:`in_shares`.
+    """
+    n_wholes = -(-n_rows // whole)
+    step = max(1, -(-n_wholes // torch.get_num_threads())) * whole
+    pieces = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+    def compute(share: list[tuple[int, int]]) -> None:
+        for piece in share:
+            task(*piece)
+
+    if pieces:
+        in_shares(compute, pieces, lambda piece: piece[1] - piece[0])
+
+
 @functools.cache
 def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
     """Threads in which torch computes on one thread only; here it goes on with as many as before.

@@ -40,6 +40,11 @@ def int8_feed_forward_fwd(
     impl: str,
 ) -> torch.Tensor:
     """Rows [T, C] through both layers by one implementation, with gradients for ``x`` and the biases."""
+    if impl == Impl.NUMBA:
+        from geneformer_kernels.cpu import int8_products
+
+        up, down = (up_q, up_scale, up_bias), (down_q, down_scale, down_bias)
+        return int8_products.feed_forward(x, x_scale, up, down, activation, out_dtype)
     values = (x, x_scale, up_q, up_scale, up_bias, down_q, down_scale, down_bias)
     with plainly_on(x):
         if impl == Impl.TRITON and x.numel() and down_q.numel():
@@ -213,7 +218,7 @@ def int8_feed_forward(
     out_dtype
         Dtype of the result; None is that of ``x``, and to be said where ``x`` is int8.
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"``, ``"numba"`` (compiled loops of a CPU), ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------

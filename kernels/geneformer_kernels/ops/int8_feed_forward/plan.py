@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.dispatch import Candidate, Impl, compiled_int8_candidate, triton_candidate
 from geneformer_kernels.launch import SCALE_GROUP, KernelCase, Launch, pointer
 from geneformer_kernels.target import Target
 
@@ -27,7 +27,10 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     how = "integer products by torch._int_mm" if target.has_int8_product else "exact products of integers as float32"
     torch = Candidate(Impl.TORCH, True, f"{how}, rows rounded by torch's passes")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype, products in float64")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind == "cuda":
+        return (triton, torch, reference)
+    loops = compiled_int8_candidate(target, "hidden units rounded where they are computed,")
+    return (loops, torch, reference, triton)
 
 
 @dataclass(frozen=True)

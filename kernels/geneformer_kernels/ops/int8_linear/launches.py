@@ -21,6 +21,10 @@ from geneformer_kernels.target import target_of
 def quantize_rows_op(x: torch.Tensor, smooth: torch.Tensor | None, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [rows, K], float32 scale [rows]) of [rows, K]."""
     x = x.contiguous()  # as the results are, whoever makes them
+    if impl == Impl.NUMBA:
+        from geneformer_kernels.cpu import int8_products
+
+        return int8_products.quantize_rows(x, smooth)
     if impl != Impl.TRITON or not x.numel():
         return int8_rows.quantize_rows(x, smooth)
     from geneformer_kernels.ops.int8_linear.kernel import quantize_rows_kernel
@@ -79,6 +83,10 @@ def int8_linear_fwd(
     if impl == Impl.REFERENCE:
         with plainly_on(x):
             return reference.int8_linear(x, x_scale, weight_q, weight_scale, bias, activation, mode, out_dtype)
+    if impl == Impl.NUMBA:
+        from geneformer_kernels.cpu import int8_products
+
+        return int8_products.linear(x, x_scale, weight_q, weight_scale, bias, activation, out_dtype)
     if impl == Impl.TRITON and x.numel() and weight_q.numel():
         out = torch.empty((x.shape[0], weight_q.shape[0]), dtype=out_dtype, device=x.device)
         weight_q, weight_scale = weight_q.contiguous(), weight_scale.contiguous()

@@ -37,8 +37,8 @@ def quantize_rows(
         [K], any floating dtype, or None: ``x * smooth`` takes the place of ``x``, in float32. The columns of the weight
         such rows are multiplied by were divided by it, so that a large column of ``x`` costs the others no digits.
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. All give the same numbers, but for ``q`` where
-        ``scale`` is NaN.
+        ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``; None chooses. All give the same numbers, but for
+        ``q`` where ``scale`` is NaN.
 
     Returns
     -------
@@ -152,7 +152,8 @@ def int8_linear(
     out_dtype
         Dtype of the result; None is that of ``x``, and to be said where ``x`` is int8.
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"``, ``"numba"`` (compiled loops of a CPU, for integer products), ``"torch"`` or ``"reference"``; None
+        chooses.
 
     Returns
     -------
@@ -187,12 +188,19 @@ def int8_linear(
         dtype=out_dtype if scale is not None else None,
         shape={"width": width, "n_columns": n_columns, "is_dynamic": mode == "dynamic"},
         triton_cannot="the Triton kernel takes one scale per row" if has_groups else "",
+        numba_cannot=_why_not_loops(mode, has_groups),
     )
     # The Triton product is preceded by the Triton kernel, torch's by whichever is best here.
     needs_rows = mode == "dynamic" and scale is None and chosen == Impl.TORCH
     quantizer = choose_for("quantize_rows", x, impl) if needs_rows else chosen
     out = int8_linear_fwd(rows, scale, weight_q, weight_scale, bias, activation, mode, out_dtype, chosen, quantizer)
     return out.view(*x.shape[:-1], n_columns)
+
+
+def _why_not_loops(mode: str, has_groups: bool) -> str:
+    if mode == "weight_only":
+        return "the compiled loops multiply integers: weights are widened for torch's products"
+    return "the compiled loops take one scale per row" if has_groups else ""
 
 
 def _check_linear(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.dispatch import Candidate, Impl, compiled_int8_candidate, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, pointer, precision_of
 from geneformer_kernels.target import Target
 
@@ -33,7 +33,9 @@ def quantize_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
     torch = Candidate(Impl.TORCH, True, "torch, several passes over the rows")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind == "cuda":
+        return (triton, torch, reference)
+    return (compiled_int8_candidate(target, "rows in one pass"), torch, reference, triton)
 
 
 def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
@@ -44,7 +46,9 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     how = "integer products by torch._int_mm" if target.has_int8_product else "torch products of dequantised weights"
     torch = Candidate(Impl.TORCH, True, how)
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype, products in float64")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind == "cuda":
+        return (triton, torch, reference)
+    return (compiled_int8_candidate(target, "integer products"), torch, reference, triton)
 
 
 def mode_for(n_rows: int, has_product: bool) -> str:

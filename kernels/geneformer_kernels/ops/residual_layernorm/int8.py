@@ -31,6 +31,10 @@ def residual_layernorm_int8_op(
     x = x.contiguous()  # as the results are
     if impl == Impl.TRITON:
         return _by_kernel(x, residual, weight, bias, smooth, eps, is_post)
+    if impl == Impl.NUMBA:
+        from geneformer_kernels.cpu.int8_norm import add_layer_norm_int8
+
+        return add_layer_norm_int8(x, residual, weight, bias, smooth, eps, is_post)
     with plainly_on(x):
         if impl == Impl.REFERENCE:
             norm = "post" if is_post else "pre"
@@ -137,7 +141,8 @@ def residual_layernorm_int8(
     smooth
         [C] or None: what the rows are multiplied by before they are rounded; the stream is not.
     impl
-        ``"triton"`` (C up to 4,096), ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"`` (C up to 4,096), ``"numba"`` (compiled loops of a CPU), ``"torch"`` or ``"reference"``; None
+        chooses.
 
     Returns
     -------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.dispatch import Candidate, Impl, compiled_int8_candidate, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, check_width, pointer
 from geneformer_kernels.target import Target
 
@@ -33,7 +33,12 @@ def int8_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
     torch = Candidate(Impl.TORCH, True, "torch add, layer_norm and several passes that round, in float32")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind == "cuda":
+        return (triton, torch, reference)
+    loops = compiled_int8_candidate(target, "one pass")
+    if dtype == "float64":
+        loops = Candidate(Impl.NUMBA, False, "the compiled loops compute in float32")
+    return (loops, torch, reference, triton)
 
 
 @dataclass(frozen=True)

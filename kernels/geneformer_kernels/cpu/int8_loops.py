@@ -1,0 +1,213 @@
+"""What one thread does with its rows of products of int8: compiled loops over blocks of rows.
+
+A block's rows are rounded (or copied, where they come rounded) to the form that the instruction set multiplies, and
+stay in the second-level cache while the weights go by, four panels at a time. Sums become floats while they are in the
+first.
+
+A layer is (smoothing factors, (address of panels of ``int8_pack.py``, their number, columns, scale, bias, shift), kind
+of product, activation, block): its block are buffers for (rows as bytes of the form that is multiplied, scales, sums,
+float32 of sums, a row of float32).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from geneformer_kernels.cpu.compiled import LOOP
+from geneformer_kernels.cpu.int8_amx import multiply_rows_amx
+from geneformer_kernels.cpu.int8_dot import (
+    multiply_avx512_vnni,
+    multiply_avx_vnni,
+    multiply_pairs,
+    multiply_unsigned,
+)
+from geneformer_kernels.cpu.lanes import (
+    LANES,
+    SHIFTED,
+    SIGNED,
+    WIDE,
+    copy_floats,
+    copy_halves,
+    finish_floats,
+    finish_halves,
+    write_floats,
+    write_halves,
+)
+from geneformer_kernels.cpu.row_arithmetic import NO_ACTIVATION, RELU, activate, address_of, round_row
+
+#: How products are computed. UNSIGNED is AVX2 where no activation is negative, PAIRS where some are.
+PAIRS, UNSIGNED, AVX_VNNI, AVX512_VNNI, AMX = range(5)
+_COLUMNS, _GROUP_PANELS = 16, 4
+_FLOAT32_RESULT, _BFLOAT16_RESULT = 0, 1
+
+
+@numba.njit(inline="always", **LOOP)
+def _multiply(kind, rows, row_bytes, n_rows, panels, n_panels, n_steps, sums):
+    if kind == PAIRS:
+        multiply_pairs(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
+    elif kind == UNSIGNED:
+        multiply_unsigned(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
+    elif kind == AVX_VNNI:
+        multiply_avx_vnni(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
+    else:
+        multiply_avx512_vnni(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
+
+
+@numba.njit(inline="always", **LOOP)
+def _form_of(kind):
+    """The form of rows that a kind of product takes."""
+    if kind == PAIRS:
+        return WIDE
+    return SHIFTED if kind in (AVX_VNNI, AVX512_VNNI) else SIGNED
+
+
+@numba.njit(inline="always", **LOOP)
+def _copy_row(given, form, row):
+    """An int8 row in the form that is multiplied, as bytes."""
+    if form == WIDE:
+        wide = row.view(np.int16)
+        for j in range(len(given)):
+            wide[j] = given[j]
+    elif form == SHIFTED:
+        for j in range(len(given)):
+            row[j] = given[j] ^ np.int8(-128)
+    else:
+        for j in range(len(given)):
+            row[j] = given[j]
+
+
+@numba.njit(inline="always", **LOOP)
+def _round_floats(x, is_half, width, smooth, row, form, q):
+    """:func:`round_row` of any width; a row that is no whole number of LANES is copied to where zeros follow."""
+    if width % LANES == 0:
+        return round_row(x, is_half, smooth, width, row, form, q)
+    copy = row + 4 * (width + LANES)
+    if is_half:
+        copy_halves(x, width, copy)
+    else:
+        copy_floats(x, width, copy)
+    return round_row(copy, False, smooth, width + LANES - width % LANES, row, form, q)
+
+
+@numba.njit(inline="always", **LOOP)
+def _take_rows(x, x_row_bytes, width, is_half, given, given_scale, is_given, first, n_rows, smooth, form, block):
+    """Round rows of floats from address ``x`` on, or copy given ones, to the form that is multiplied."""
+    rows, row_scale, _, _, row = block
+    for i in range(n_rows):
+        if is_given:
+            _copy_row(given[first + i], form, rows[i])
+            row_scale[i] = given_scale[first + i]
+        else:
+            at, to = x + i * x_row_bytes, address_of(rows) + i * rows.shape[1]
+            row_scale[i] = _round_floats(
+                at, is_half, width, address_of(smooth) if len(smooth) else 0, address_of(row), form, to
+            )
+
+
+@numba.njit(inline="always", **LOOP)
+def _multiply_block(block, n_rows, packed, kind, activation, out_at, out_row_bytes, is_half):
+    """The product of a block of rows, to addresses from ``out_at`` on."""
+    row_block, row_scale, sums, values, _ = block
+    panels, n_panels, n_columns, scale, bias, shift = packed
+    rows, row_bytes = address_of(row_block), row_block.shape[1]
+    n_steps = row_bytes // 4
+    row_scales, scales, biases, shifts = address_of(row_scale), address_of(scale), address_of(bias), address_of(shift)
+    floor = np.float32(0) if activation == RELU else np.float32(-np.inf)
+    if kind == AMX and activation <= RELU:
+        code = _BFLOAT16_RESULT if is_half else _FLOAT32_RESULT
+        multiply_rows_amx(
+            rows, row_bytes, n_rows, row_scales, panels, n_steps, n_columns, scales, biases, floor, code, out_at,
+            out_row_bytes, address_of(sums),
+        )  # fmt: skip
+        return
+    for panel in range(0, n_panels, _GROUP_PANELS):
+        n = _COLUMNS * min(_GROUP_PANELS, n_panels - panel)
+        at, here = 4 * _COLUMNS * panel, panels + panel * n_steps * 64
+        n_there, to = min(n, n_columns - _COLUMNS * panel), out_at + _COLUMNS * panel * (2 if is_half else 4)
+        if kind == AMX:
+            multiply_rows_amx(
+                rows, row_bytes, n_rows, row_scales, here, n_steps, n, scales + at, biases + at, floor, _FLOAT32_RESULT,
+                address_of(values), 4 * n, address_of(sums),
+            )  # fmt: skip
+        else:
+            _multiply(kind, rows, row_bytes, n_rows, here, n // _COLUMNS, n_steps, address_of(sums))
+            if activation <= RELU:
+                if is_half:
+                    finish_halves(
+                        address_of(sums), n_rows, n_there, row_scales, scales + at, biases + at, shifts + at, floor, to,
+                        out_row_bytes,
+                    )  # fmt: skip
+                else:
+                    finish_floats(
+                        address_of(sums), n_rows, n_there, row_scales, scales + at, biases + at, shifts + at, floor, to,
+                        out_row_bytes,
+                    )  # fmt: skip
+                continue
+            finish_floats(
+                address_of(sums), n_rows, n, row_scales, scales + at, biases + at, shifts + at, floor,
+                address_of(values), 4 * n,
+            )  # fmt: skip
+        activate(values[: n_rows * n], activation)
+        if is_half:
+            write_halves(address_of(values), n_rows, n_there, to, out_row_bytes)
+        else:
+            write_floats(address_of(values), n_rows, n_there, to, out_row_bytes)
+
+
+@numba.njit(**LOOP)
+def compute_rows(source, layer, next_layer, n_layers, is_gated, hidden, out, start, stop, block_rows):
+    """Rows ``start`` to ``stop`` through no layer (they are rounded, to the block), one, or two.
+
+    source: (address of rows, bytes from row to row, width, are they bfloat16 rather than float32, int8 rows, their
+    scales, are those meant instead). out: (address, bytes from row to row, is it bfloat16 rather than float32).
+    ``hidden`` is float32 of a block, for the results of the first of two layers, with zeros up to a multiple of LANES.
+    ``is_gated``: its activation is that of the first half of them, which is then multiplied by the second.
+    """
+    x, x_row_bytes, x_width, x_is_half, given, given_scale, is_given = source
+    out_at, out_row_bytes, out_is_half = out
+    hidden_row_bytes, hidden_width = 4 * hidden.shape[1], hidden.shape[1]
+    if is_gated:
+        hidden_width = layer[1][2] // 2
+    for first in range(start, stop, block_rows):
+        n_rows = min(block_rows, stop - first)
+        for i_layer in range(max(1, n_layers)):
+            is_first, is_last = i_layer == 0, i_layer == n_layers - 1
+            smooth, packed, kind, activation, block = layer if is_first else next_layer
+            if is_gated and not is_first:
+                for i in range(n_rows):
+                    _multiply_by_gate(hidden[i], hidden_width, layer[3])
+            _take_rows(
+                x + first * x_row_bytes if is_first else address_of(hidden),
+                x_row_bytes if is_first else hidden_row_bytes,
+                x_width if is_first else hidden_width,
+                x_is_half and is_first,
+                given,
+                given_scale,
+                is_given and is_first,
+                first,
+                n_rows,
+                smooth,
+                _form_of(kind),
+                block,
+            )
+            if n_layers == 0:
+                continue
+            _multiply_block(
+                block,
+                n_rows,
+                packed,
+                kind,
+                NO_ACTIVATION if is_gated else activation,
+                out_at + first * out_row_bytes if is_last else address_of(hidden),
+                out_row_bytes if is_last else hidden_row_bytes,
+                out_is_half and is_last,
+            )
+
+
+@numba.njit(inline="always", **LOOP)
+def _multiply_by_gate(row, width, activation):
+    gate, up = row[:width], row[width : 2 * width]
+    activate(gate, activation)
+    for j in range(width):
+        gate[j] *= up[j]
