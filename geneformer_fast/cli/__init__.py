@@ -28,12 +28,13 @@ COMMANDS = {
     "pretrain": "geneformer_fast.cli.pretrain",
     "finetune": "geneformer_fast.cli.finetune",
     "predict": "geneformer_fast.cli.predict",
+    "quantize": "geneformer_fast.cli.quantize",
     "doctor": "geneformer_fast.cli.doctor",
     "quickstart": "geneformer_fast.cli.quickstart",
 }
 
 # Commands that read what carries checksums: tokens, models, vocabularies.
-_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict")
+_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize")
 
 EXIT_ERROR = 2
 EXIT_BROKEN_PIPE = 141

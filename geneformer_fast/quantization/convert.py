@@ -88,9 +88,8 @@ def quantize_folder(
         There is no such scheme, or no layer of a choice.
     """
     folder, out = Path(folder), Path(out)
-    settings = hf.read_settings(folder)
-    refuse_quantized(settings, folder)
-    check_out(folder, out, overwrite=overwrite)
+    settings = refuse_quantized(folder)
+    check_out(out, folder, overwrite=overwrite)
     choices = calibration.choices if choices is None and calibration is not None else choices
     with stored_tensors(folder, verify=verify) as stored, file_lock(out):
         conversion = Conversion(folder, settings, stored)
@@ -108,33 +107,35 @@ def quantize_folder(
     return report
 
 
-def refuse_quantized(settings: Mapping[str, Any], folder: Path) -> None:
-    """See that a model is in floating point.
+def refuse_quantized(folder: Path) -> dict[str, Any]:
+    """The config.json of a model in floating point.
 
     Raises
     ------
     CheckpointError
         It is quantized already.
     """
+    settings = hf.read_settings(folder)
     said = settings.get(quantized.KEY)
     if said:
         method = said.get("quant_method") if isinstance(said, dict) else said
         raise CheckpointError(
             f"{folder} is quantized already (quant_method {method!r}); give the model it was made from"
         )
+    return settings
 
 
-def check_out(folder: Path, out: Path, *, overwrite: bool) -> None:
+def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
     """See that a folder may be written.
 
     Raises
     ------
     OutputError
-        It is the model's own, in it or above it; it holds a model already and ``overwrite`` is not set; or it holds
-        something else.
+        It is the model's own (``folder``), in it or above it; it holds a model already and ``overwrite`` is not set; or
+        it holds something else.
     """
-    ours, theirs = out.resolve(), folder.resolve()
-    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+    ours, theirs = out.resolve(), None if folder is None else folder.resolve()
+    if theirs is not None and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
         raise OutputError(f"{out} is, holds or lies in the folder of the model; name another folder")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder")
@@ -183,7 +184,7 @@ class Conversion:
         if self._home is hf:
             used = {name for entry in self._table for name in entry.theirs}
             hf.sort_leftovers(stored, used, self.encoder, folder, stored.read)
-        self.before = self.after = _bytes_of(self.encoder)
+        self.before = self.after = bytes_of(self.encoder)
         # Energy of each layer's weight, and of what rounding leaves out of it.
         self._energy: dict[str, torch.Tensor] = {}
 
@@ -191,7 +192,7 @@ class Conversion:
         """Write the weights, and say what config.json says of them."""
         factors = row_factors(self.encoder, choices)
         hollow(self.encoder, choices)
-        self.after = _bytes_of(self.encoder)
+        self.after = bytes_of(self.encoder)
         settings, described = self._home.as_saved(self.encoder)
         with TensorWriter(path, described, self._home.METADATA) as writer:
             for entry in self._table:
@@ -259,5 +260,6 @@ class Conversion:
         return found
 
 
-def _bytes_of(encoder: Encoder) -> dict[str, int]:
+def bytes_of(encoder: Encoder) -> dict[str, int]:
+    """Of every tensor, by its name."""
     return {name: tensor.numel() * tensor.itemsize for name, tensor in encoder.state_dict().items()}

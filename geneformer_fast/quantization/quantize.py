@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from geneformer_fast.arguments import checked
-from geneformer_fast.checkpoints import load
+from geneformer_fast.checkpoints import load, save
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.files.locks import file_lock
+from geneformer_fast.files.writing import whole_folder
 from geneformer_fast.layers import check_compute_dtype
 from geneformer_fast.quantization.build import all_choices, quantized
 from geneformer_fast.quantization.calibrate import calibrate as measured_on
 from geneformer_fast.quantization.choices import Choice
+from geneformer_fast.quantization.convert import bytes_of, check_out, quantize_folder, refuse_quantized
+from geneformer_fast.quantization.report import Report
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
 
@@ -23,6 +28,7 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 @checked
 def quantize(
     model: Encoder | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     scheme: str = "int8",
     calibrate: str | os.PathLike[str] | TokenFolder | Ragged | Sequence[Ragged] | None = None,
@@ -31,13 +37,19 @@ def quantize(
     bar: float | None = None,
     least_cosine: float | None = None,
     n_cells: int | None = None,
-) -> Encoder:
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+) -> Encoder | Path:
     """A model with weights of eight bits: a quarter of the memory of float32.
 
     Parameters
     ----------
     model
         An encoder, which stays as it is, or a checkpoint folder.
+    out
+        Folder to write, for :func:`geneformer_fast.load`, and for transformers with the package compressed-tensors. Of
+        a folder nothing but a few megabytes is in memory meanwhile, unless it is measured; what else lies in it is
+        copied. ``quantization.json`` there tells what became of each layer.
     scheme
         ``"int8"``: weights are int8 with a scale per output channel, and rows of activations are rounded to int8 as
         they come, for products of integers; where these are slower than products in the compute dtype, weights are
@@ -55,11 +67,17 @@ def quantize(
     bar, least_cosine, n_cells
         As in :func:`geneformer_fast.quantization.calibrate.calibrate`; None leaves them to it.
 
+    device
+        Where a folder is measured, or loaded to; the CPU where that is not said.
+    overwrite
+        Whether ``out`` may hold a model.
+
     Returns
     -------
-    Encoder
-        On the device, in the mode and with the compute dtype of the model; :meth:`Encoder.cast` and ``.to`` change
-        these and leave the weights what they are. Nothing of it learns, but what is put on top of it may.
+    Path or Encoder
+        ``out``; without it the model, on the device, in the mode and with the compute dtype of the one given
+        (:meth:`Encoder.cast` and ``.to`` change these and leave the weights what they are). Nothing of it learns, but
+        what is put on top of it may.
 
     Raises
     ------
@@ -68,6 +86,8 @@ def quantize(
         option would do nothing.
     CheckpointError
         A weight holds NaN or infinity, or the folder cannot be read.
+    OutputError
+        ``out`` holds something already, or lies where the model is.
     InputError, VocabularyError
         Of ``calibrate``: there are no cells, or they belong to another model.
 
@@ -82,7 +102,43 @@ def quantize(
         raise UnsupportedError(f"{next(iter(measuring))} is about measuring layers: pass cells as calibrate= too")
     if calibrate is not None and choices is not None:
         raise UnsupportedError("choices are made by calibrate, or given: leave one of them out")
-    encoder = model if isinstance(model, Encoder) else load(model)
+    if isinstance(model, Encoder) and device is not None:
+        raise UnsupportedError("device is where a folder is loaded to; move the encoder before it is quantized")
+    if out is None and overwrite:
+        raise UnsupportedError("overwrite is about a folder: name one as out=")
+    folder = None if isinstance(model, Encoder) else Path(model)
+    if out is not None:
+        if folder is not None:
+            refuse_quantized(folder)
+        check_out(Path(out), folder, overwrite=overwrite)
+        if folder is not None and calibrate is None:
+            if device is not None:
+                raise UnsupportedError("device is where a folder is measured: pass cells as calibrate= too")
+            options: dict[str, Any] = {"scheme": scheme, "keep_embeddings": keep_embeddings, "overwrite": overwrite}
+            quantize_folder(folder, out, choices=choices, **options)
+            return Path(out)
+    encoder = model if isinstance(model, Encoder) else load(model, device="cpu" if device is None else device)
+    _check_floats(encoder)
+    calibration = None
+    if calibrate is not None:
+        calibration = measured_on(encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, **measuring)
+        choices = calibration.choices
+    if folder is not None and out is not None:
+        del encoder, model  # its numbers are read again, some rows at a time
+        quantize_folder(folder, out, scheme=scheme, choices=choices, calibration=calibration, overwrite=overwrite)
+        return Path(out)
+    chosen = all_choices(encoder, scheme, choices, keep_embeddings=keep_embeddings)
+    made = quantized(encoder, chosen)
+    if out is None:
+        return made
+    with file_lock(out), whole_folder(out) as unfinished:
+        save(made, unfinished)
+        Report.of(scheme, chosen, bytes_of(encoder), bytes_of(made), calibration).save(unfinished)
+    return Path(out)
+
+
+def _check_floats(encoder: Encoder) -> None:
+    """Refuse what cannot be quantized."""
     if encoder.quantization is not None:
         raise UnsupportedError(
             f"this model is quantized already ({encoder.quantization.scheme}); quantize the one it was made from"
@@ -90,6 +146,3 @@ def quantize(
     if encoder.dtype == torch.float64:
         raise UnsupportedError('this model computes in float64; cast("float32") it before it is quantized')
     check_compute_dtype(encoder.dtype)
-    if calibrate is not None:
-        choices = measured_on(encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, **measuring).choices
-    return quantized(encoder, all_choices(encoder, scheme, choices, keep_embeddings=keep_embeddings))

@@ -1,0 +1,86 @@
+"""``geneformer-fast quantize``: a model folder with weights of eight bits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from geneformer_fast.cli.embed import not_written, state_of
+
+NAME = "quantize"
+HELP = "make a model of a quarter of the size, with weights of eight bits"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder (config.json and weights)")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write, which embed, predict and transformers load"
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=("int8", "int8-weights", "fp8"),
+        default="int8",
+        help="int8 (the default): int8 weights, multiplied with activations that are rounded to int8 as they come, "
+        "where that is faster; int8-weights: activations are not rounded; fp8: both in e4m3, for Ada and Hopper",
+    )
+    parser.add_argument(
+        "--keep-embeddings",
+        action="store_true",
+        help="leave embedding tables, and a decoder that shares one, in float32",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="TOKENS",
+        help="token folder to measure each layer on: one that loses too much is smoothed, or stays in half precision",
+    )
+    parser.add_argument("--bar", type=float, metavar="DB", help="with --calibrate: least signal over noise of a layer")
+    parser.add_argument(
+        "--least-cosine", type=float, metavar="X", help="with --calibrate: least cosine of a cell's embeddings (0.9995)"
+    )
+    parser.add_argument("--cells", type=int, metavar="N", help="with --calibrate: how many cells are looked at (256)")
+    parser.add_argument(
+        "--check", metavar="TOKENS", help="token folder on which the new model is compared with MODEL, in a table"
+    )
+    parser.add_argument("--label", metavar="NAME", help="with --check: column with the right classes of a classifier")
+    parser.add_argument(
+        "--device", help="with --calibrate or --check: cpu, cuda, cuda:1 ... (default: cpu to calibrate)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from geneformer_fast.errors import UnsupportedError
+    from geneformer_fast.quantization.quantize import quantize
+    from geneformer_fast.quantization.report import Report
+
+    if args.label is not None and args.check is None:
+        raise UnsupportedError("--label is about comparing models: pass --check TOKENS too")
+    if args.device is not None and args.calibrate is None and args.check is None:
+        raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
+    args.before = state_of(args.out)
+    out = quantize(
+        Path(args.model),
+        args.out,
+        scheme=args.scheme,
+        calibrate=args.calibrate,
+        keep_embeddings=args.keep_embeddings,
+        bar=args.bar,
+        least_cosine=args.least_cosine,
+        n_cells=args.cells,
+        device=None if args.calibrate is None else args.device,
+        overwrite=args.overwrite,
+    )
+    print(f"{Report.read(out).as_text()}\n{out}")
+    if args.check is not None:
+        from geneformer_fast.quantization.check import check
+
+        print(check(args.model, out, args.check, label=args.label, device=args.device).as_text())
+    return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is there after Ctrl-C, and how to go on."""
+    is_there = state_of(args.out) != getattr(args, "before", None)
+    return f"{args.out} is complete" if is_there else not_written(args.out)
