@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import quick_interpreter
 import torch
 
 # Triton reads this when it is imported, and transformers imports it, so it is settled before the first test file is
@@ -53,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, instead of each of them using all."""
     if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
+
+
+def pytest_collection_finish() -> None:
+    """Whoever interprets kernels has loaded Triton by now."""
+    quick_interpreter.install()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

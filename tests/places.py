@@ -35,10 +35,10 @@ def places(suffixes: tuple[str, ...]) -> list[Place]:
     return [place for place in pairs if place.suffix != ".h5ad" or place.source == "file"]
 
 
-def in_turn(options: Iterable[str], everywhere: list[Place]) -> list[Any]:
-    """Every option at every place, of which each option's every third place, in turn, is no slow test."""
+def in_turn(options: Iterable[str], everywhere: list[Place], *, every: int) -> list[Any]:
+    """Every option at every place, of which each option's third place, say, in turn, is no slow test."""
     return [
-        pytest.param(option, place, id=f"{option}-{place}", marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        pytest.param(option, place, id=f"{option}-{place}", marks=() if (i + j) % every == 0 else pytest.mark.slow)
         for i, option in enumerate(options)
         for j, place in enumerate(everywhere)
     ]

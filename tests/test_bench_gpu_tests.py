@@ -171,7 +171,7 @@ def test_torch_triton_numpy_and_transformers_are_enough_to_measure() -> None:
 def test_and_with_pytest_to_test() -> None:
     """Every test for cards is collected, and set up until it finds no card, with nothing else installed."""
     plugins = ("-p", "bare", "-p", "no:cacheprovider")
-    done = run_bare("-m", "pytest", "-m", "gpu", "-v", *plugins)
+    done = run_bare("-m", "pytest", "-m", "gpu", "-v", "--assert=plain", *plugins)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(tests) > 500

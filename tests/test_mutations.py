@@ -91,8 +91,9 @@ why = "adds too much"
 
 
 @pytest.fixture
-def toy(tmp_path):
+def toy(tmp_path, monkeypatch):
     """A repository with one function, two tests of it and one fault; gives a function that writes other faults."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # most of the time of a run that tests nothing else
     for name, text in {
         "kernels/toy.py": "def add(x):\n    return x + 1\n\n\ndef unseen(x):\n    return x * 2\n",
         "tests/test_toy.py": (

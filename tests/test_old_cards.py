@@ -41,7 +41,8 @@ def test_nothing_fails_on_an_old_card(card: str) -> None:
         **os.environ, "OLD_CARD": card, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", *SUBSET, "-p", "old_card", "-p", "no:cacheprovider", "-v"]
+    options = ("-p", "old_card", "-p", "no:cacheprovider", "-v", "--assert=plain")
+    command = [sys.executable, "-m", "pytest", *SUBSET, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     column = ["V100", "T4"].index(card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toys
 from pictures import n_colors, pixels
 
 from geneformer_fast import plot
@@ -20,6 +22,13 @@ from geneformer_fast.plot import check_picture, plot_umap
 pytestmark = pytest.mark.skipif(
     find_spec("umap") is None or find_spec("matplotlib") is None, reason="pictures need umap-learn and matplotlib"
 )
+
+
+@pytest.fixture(autouse=True)
+def umap_in_slow_tests_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """UMAP is compiled for 15 seconds."""
+    if request.node.get_closest_marker("slow") is None:
+        toys.draw_without_umap(monkeypatch)
 
 
 def clusters(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +81,35 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
     environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_umap_takes_the_options_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    class Recorded(sys.modules["umap"].UMAP):
+        def __init__(self, **options: object) -> None:
+            given.append(options)
+
+    monkeypatch.setattr(sys.modules["umap"], "UMAP", Recorded)
+    plot_umap(clusters()[0], None, tmp_path / "p.png", seed=3)
+    monkeypatch.undo()
+    from umap import UMAP
+
+    assert given[0]["random_state"] == 3
+    assert set(given[0]) <= set(inspect.signature(UMAP.__init__).parameters)
+    assert callable(UMAP.fit_transform)
+
+
+@pytest.mark.slow
+def test_umap_itself(tmp_path: Path) -> None:
+    """Groups stay apart and get their colours, the same ones every time; and four cells are enough."""
+    embeddings, groups = clusters()
+    names = np.array(["T", "B", "NK"])[groups]
+    for name in ("a.png", "b.png"):
+        plot_umap(embeddings, names, tmp_path / name, label="type")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    assert n_colors(pixels(tmp_path / "a.png")) >= 3
+    assert plot_umap(np.random.default_rng(0).normal(size=(4, 4)), None, tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_the_same_seed_gives_the_same_picture(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokens(folder)
     write_model(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are put together, and files as large as theirs written; those of ``done`` and ``test_scores`` are drawn.
+
+    Letters and lines take as long as a small model takes to learn.
+    """
+    if request.path.stem != "test_scores" and find_spec("matplotlib") is not None:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(bytes(30_000)))
 
 
 @pytest.fixture(scope="session")

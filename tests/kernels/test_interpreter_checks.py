@@ -45,6 +45,18 @@ def interpreted(request: pytest.FixtureRequest) -> None:
         pytest.skip("kernels are compiled for the card in this process")
 
 
+@triton.jit
+def doubled(x):
+    return x + x
+
+
+@triton.jit
+def quadruple_kernel(x_ptr, out_ptr, i_out, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b_x = doubled(doubled(tl.load(x_ptr + o)))
+    tl.store(out_ptr + i_out + o, tl.maximum(b_x, tl.zeros_like(b_x)))
+
+
 OUTSIDE = pytest.raises(Exception, match="outside of every tensor")
 
 
@@ -114,3 +126,25 @@ def test_several_values_for_one_address_fail():
     same_place_kernel[(1,)](out, 0, BLOCK=4)
     with pytest.raises(Exception, match="one address several values"):
         same_place_kernel[(1,)](out, 1, BLOCK=4)
+
+
+def test_the_language_is_put_back_after_every_launch():
+    """The interpreter searches it once (``quick_interpreter``): it is interpreted in launches, and only there."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    assert hasattr(interpreter._patch_lang, "__wrapped__"), "the interpreter is arranged otherwise, and slow"
+    # Not tl.core: Triton itself leaves that changed, once a launch has called one of its own jitted functions.
+    places = (tl, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [{name: getattr(place, name) for name in dir(place)} for place in places]
+    x, out = tensors()
+    for i_out in (0, 5 << 20, 0):
+        out.zero_()
+        if i_out:
+            with OUTSIDE:
+                quadruple_kernel[(1,)](x, out, i_out, BLOCK=4)
+            assert (out == 0).all()
+        else:
+            quadruple_kernel[(3,)](x, out, i_out, BLOCK=4)
+            assert out.tolist() == [4, 4, 4, 4, 0]
+        for place, members in zip(places, before, strict=True):
+            now = {name: getattr(place, name) for name in members}
+            assert [name for name, value in members.items() if now[name] is not value and now[name] != value] == []

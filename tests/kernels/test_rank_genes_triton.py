@@ -196,7 +196,7 @@ def test_network(device, log_n, warps):
     ("dtype", "n_dtype", "is_division"),
     [
         *((dtype, "float32", True) for dtype in ("float64", "float16", "int64", "uint8", "int8", "uint16", "int16")),
-        *((dtype, "float64", False) for dtype in ("float64", "float16", "int64", "uint8", "int8", "uint16", "int16")),
+        *((dtype, "float64", False) for dtype in ("float64", "int64", "uint16", "int8")),
         *(("float32", n, division) for n in ("float32", "float64", "int64") for division in (False, True)),
         *(("int32", n, division) for n in ("float32", "float64") for division in (False, True)),
         *((dtype, "float32", False) for dtype in ("uint8", "int16", "float16")),
@@ -207,7 +207,9 @@ def test_every_dtype(device, poisoned, dtype, n_dtype, is_division):
     _assert_same(cells, device, _small_plan(), keep=40, is_division=is_division, first=998, last=999)
     near = _near_ties(len(dtype), dtype, n_dtype)
     _assert_same(near, device, _small_plan(), keep=100, is_division=is_division)
-    _assert_same(near, device, _small_plan(select_above=16), keep=60, is_division=is_division)
+    if n_dtype == "float32" or dtype == "float32":  # every dtype once, and every arithmetic
+        near = _near_ties(len(dtype), dtype, n_dtype, n_cells=1)
+        _assert_same(near, device, _small_plan(select_above=16), keep=60, is_division=is_division)
 
 
 def test_float32_steps_change_the_order():
@@ -254,8 +256,10 @@ def test_truncation_and_specials(device, keep, specials):
 _BORDERS = (64, 0, 17, 16, 65, 1, 33, 31, 0, 32, 15, 66, 63, 2, 16, 64)
 
 
-@pytest.mark.parametrize("has_shared", [False, True])
-@pytest.mark.parametrize(("keep", "specials"), [(200, {}), (13, {"first": 900}), (16, {"first": 900, "last": 901})])
+@pytest.mark.parametrize(
+    ("keep", "specials", "has_shared"),
+    [(200, {}, True), (13, {"first": 900}, False), (16, {"first": 900, "last": 901}, True)],
+)
 def test_borders_of_buckets(device, poisoned, keep, specials, has_shared):
     """Rows as wide as a sort and one entry wider, in no order, more of them than programs or one block of the list."""
     rng = np.random.default_rng(keep)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 from corpus import folder_bytes, make_cells, small_vocabulary
 
+from geneformer_fast.cli import main
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.writing import remove_leftovers
 from geneformer_fast.tokenization import run
@@ -127,52 +128,54 @@ def test_killed_while_overwriting(corpus, tmp_path):
         shutil.rmtree(out)
 
 
-def _command(corpus, out, vocabulary, *options, seconds_per_rename=0.0):
-    """The command in a process of its own, slowed down by writing many shards, and by so much for each of them."""
-    program = (
-        "import os, signal, sys, time; from geneformer_fast.tokenization import run, output; run.BLOCK_ROWS = 64\n"
-        # Whoever started the tests in the background may have had their children ignore it.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "replace = os.replace\n"
-        f"os.replace = lambda *a, **k: (time.sleep({seconds_per_rename}), replace(*a, **k))[1]\n"
-        "tokenize = run.tokenize\n"
-        "run.tokenize = lambda *a, **k: tokenize(*a, **k, shard_bytes=20_000)\n"
-        "from geneformer_fast.cli import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+def _run_command(arguments, seconds_per_rename, said):
+    """The command, slowed down by writing many shards, and by so much for each of them; what it says goes to a file."""
+    sys.stdout = sys.stderr = said.open("w", buffering=1)
+    # Whoever started the tests in the background may have had their children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    whole, replace = run.tokenize, os.replace
+    run.BLOCK_ROWS = 64
+    run.tokenize = lambda *a, **k: whole(*a, **k, shard_bytes=20_000)
+    os.replace = lambda *a, **k: (time.sleep(seconds_per_rename), replace(*a, **k))[1]
+    sys.exit(main(arguments))
+
+
+def _command(base, out, *options, seconds_per_rename=0.0):
+    """The command in a process of its own, forked off this one: it need not load everything once more."""
+    arguments = ["tokenize", str(base / "corpus"), "--out", str(out), "--dictionary", str(base / "vocabulary")]
+    arguments += ["--obs", "donor", *options]
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_command, args=(arguments, seconds_per_rename, out.with_name(f"{out.name}.txt"))
     )
-    arguments = [
-        "tokenize",
-        str(corpus),
-        "--out",
-        str(out),
-        "--dictionary",
-        str(vocabulary),
-        "--obs",
-        "donor",
-        *options,
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process.start()
+    return process
+
+
+def _ended(process, out, seconds=120):
+    """The exit code, and what the command said."""
+    process.join(seconds)
+    return process.exitcode, out.with_name(f"{out.name}.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Enough cells for a second of writing, the vocabulary, and what comes out."""
+    """Enough cells for many shards, the vocabulary, and what comes out."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     base = tmp_path_factory.mktemp("large")
     (base / "corpus").mkdir()
     for seed in (1, 2):
-        make_cells(6000, seed).write_h5ad(base / "corpus" / f"{seed}.h5ad")
+        make_cells(3000, seed).write_h5ad(base / "corpus" / f"{seed}.h5ad")
     small_vocabulary().save(base / "vocabulary")
-    process = _command(base / "corpus", base / "whole", base / "vocabulary")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    code, said = _ended(_command(base, base / "whole"), base / "whole")
+    assert code == 0, said
     return base
 
 
 def _wait_for_shards(process, out, n_shards, seconds=60):
     """Until the folder has so many complete shards, or the process has ended."""
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
+    while process.is_alive() and time.monotonic() < end:
         if len(list(out.glob("data-*.arrow"))) >= n_shards:
             return
         time.sleep(0.001)
@@ -186,16 +189,16 @@ def test_really_killed_at_random_moments(large, tmp_path):
         options = ["--resume"] if (out / "UNFINISHED.json").exists() else []
         options += ["--workers", str(1 + attempt % 3)]
         pause = 0.02 if attempt < 5 else 0.0
-        process = _command(large / "corpus", out, large / "vocabulary", *options, seconds_per_rename=pause)
+        process = _command(large, out, *options, seconds_per_rename=pause)
         if attempt < 5:
             before = len(list(out.glob("data-*.arrow"))) if out.exists() else 0
             _wait_for_shards(process, out, before + rng.randint(1, 4))
             time.sleep(rng.random() * 0.02)
             process.kill()
-        process.communicate(timeout=120)
-        kills += process.returncode == -signal.SIGKILL
+        code, _ = _ended(process, out)
+        kills += code == -signal.SIGKILL
         _says_what_it_is(out, finished)
-        if process.returncode == 0:
+        if code == 0:
             break
     assert kills >= 3
     assert folder_bytes(out) == finished
@@ -204,19 +207,18 @@ def test_really_killed_at_random_moments(large, tmp_path):
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(large, tmp_path):
     out = tmp_path / "out"
     # Seconds are left when this process, on a busy machine, is woken up.
-    process = _command(large / "corpus", out, large / "vocabulary", seconds_per_rename=0.2)
+    process = _command(large, out, seconds_per_rename=0.2)
     _wait_for_shards(process, out, 1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "interrupted" in error
-    assert "--resume" in error
-    assert "Traceback" not in error
+    os.kill(process.pid, signal.SIGINT)
+    code, said = _ended(process, out)
+    assert code == 130, said
+    assert "interrupted" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
     assert not list(out.glob("*.part"))
     _says_what_it_is(out, {})
-    process = _command(large / "corpus", out, large / "vocabulary", "--resume")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    code, said = _ended(_command(large, out, "--resume"), out)
+    assert code == 0, said
     assert folder_bytes(out) == folder_bytes(large / "whole")
 
 
