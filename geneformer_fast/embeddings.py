@@ -35,9 +35,10 @@ class RankTokens(nn.Module):
         self.check(tokens)
         if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
             # Order of addition as in BertEmbeddings: token + type, then + position.
-            hidden = self.token(tokens.values)
-            hidden = hidden if self.token_type is None else hidden + self.token_type.weight[0]
-            return _finished(hidden + self.position(tokens.positions()), norm, dropout_p, out_dtype)
+            hidden = self.token(tokens.values)  # new, so that it may be added to in place
+            if self.token_type is not None:
+                hidden.add_(self.token_type.weight[0])
+            return _finished(hidden.add_(self.position(tokens.positions())), norm, dropout_p, out_dtype)
         return embed_tokens(
             tokens.values,
             tokens.cu_seqlens,
