@@ -72,20 +72,26 @@ def test_rows_are_rounded(family: str, multiplying: Callable[[str], None]) -> No
 @families
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_changes_no_number(family: str, dtype: str, multiplying: Callable[[str], None]) -> None:
-    """Without one LayerNorm writes rows of int8; with one the layers round what it writes in float32."""
+    """Without one LayerNorm writes rows of int8; with one the layers round what it writes in float32.
+
+    By torch both add up a row in one order. Compiled loops have one of their own, so that now and then a number between
+    two integers becomes the other one.
+    """
     multiplying("dynamic")
     encoder = quantize(encoder_of(family)).cast(dtype)
     tokens = cells_of(encoder)
-    with torch.no_grad():
-        expected = encoder(tokens).values
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
-    for norm in norms:
-        norm.requires_grad_(True)
-    found = encoder(tokens).values
+    with torch.no_grad():
+        fast = encoder(tokens)
+    with use_impl("torch"):
+        with torch.no_grad():
+            expected = encoder(tokens).values
+        for norm in norms:
+            norm.requires_grad_(True)
+        found = encoder(tokens).values
     assert found.requires_grad
-    # torch's LayerNorm, and ours of one pass, add in other orders.
-    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.05, atol=0.05)
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert closeness(fast, tokens.with_values(found)) > 0.9995
     found.square().mean().backward()
     assert all(norm.weight.grad is not None and norm.weight.grad.isfinite().all() for norm in norms)
 
@@ -132,10 +138,12 @@ def test_any_mixture_of_layers(family: str, up: str, down: str, multiplying: Cal
     kinds = {name: module.scheme for name, module in encoder.named_modules() if isinstance(module, EightBits)}
     assert [kinds.get(name, "half") for name in choices] == [choice.kind for choice in choices.values()]
     with torch.no_grad():
-        found = encoder(tokens)
-    assert closeness(found, plain(tokens)) > 0.97
-    encoder.blocks[0].attention_norm.requires_grad_(True)
-    torch.testing.assert_close(encoder(tokens).values, found.values, rtol=1e-4, atol=1e-4)
+        assert closeness(encoder(tokens), plain(tokens)) > 0.97
+    with use_impl("torch"):  # as below
+        with torch.no_grad():
+            found = encoder(tokens)
+        encoder.blocks[0].attention_norm.requires_grad_(True)
+        torch.testing.assert_close(encoder(tokens).values, found.values, rtol=1e-4, atol=1e-4)
 
 
 @families
