@@ -66,7 +66,6 @@ def quantize(
         Layer -> what becomes of it, where that is not what the scheme says, in place of ``calibrate``.
     bar, least_cosine, n_cells
         As in :func:`geneformer_fast.quantization.calibrate.calibrate`; None leaves them to it.
-
     device
         Where a folder is measured, or loaded to; the CPU where that is not said.
     overwrite

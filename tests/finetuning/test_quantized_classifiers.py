@@ -1,0 +1,47 @@
+"""Classifiers of eight bits: quantized after they learned, or learned on top of a quantized encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from typed_cells import SHORT, typed_cells
+
+import geneformer_fast as gf
+from geneformer_fast.finetuning.outputs import Finetuned
+
+
+@pytest.fixture(scope="module")
+def new_cells() -> anndata.AnnData:
+    return typed_cells(30, seed=9)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_classifier_is_quantized(done: Finetuned, new_cells: anndata.AnnData, tmp_path: Path, scheme: str) -> None:
+    folder = gf.quantize(done.model, tmp_path / scheme, scheme=scheme)
+    found, expected = (gf.predict(new_cells, each, copy=True, progress=False) for each in (folder, done.model))
+    np.testing.assert_allclose(found.obsm["kind_probabilities"], expected.obsm["kind_probabilities"], atol=0.1)
+    assert (found.obs["kind_predicted"] == expected.obs["kind_predicted"]).mean() > 0.9
+    said = [each.uns["kind_predicted"]["quantization"] for each in (found, expected)]
+    assert said == [scheme, "none"]
+
+
+def test_several_tasks_on_a_frozen_quantized_encoder(home: Path, new_cells: anndata.AnnData, tmp_path: Path) -> None:
+    """The head learns, nothing else does, and what is saved is quantized as it was."""
+    base = gf.quantize(home / "model", tmp_path / "base")
+    made = gf.finetune_cells(
+        home / "tokens", base, ["kind", "donor"], tmp_path / "out", folds=0,
+        recipe=dataclasses.replace(SHORT, epochs=2),
+    )  # fmt: skip
+    before, after = gf.load(base), gf.load(made.model)
+    assert after.quantization == before.quantization
+    kept = {name: tensor for name, tensor in before.state_dict().items() if not name.startswith("head.")}
+    assert all(torch.equal(after.state_dict()[name], tensor) for name, tensor in kept.items())
+    found = gf.predict(new_cells, made.model, copy=True, progress=False)
+    assert {"kind_predicted", "donor_predicted"} <= set(found.obs)
+    assert found.uns["donor_predicted"]["quantization"] == "int8"
+    np.testing.assert_allclose(found.obsm["donor_probabilities"].sum(1), 1, atol=1e-6)
