@@ -10,10 +10,14 @@ from geneformer_kernels import (
     embed_tokens,
     feed_forward,
     feed_forward_layernorm,
+    fp8_linear,
+    int8_feed_forward,
     int8_linear,
     mlm_cross_entropy,
     quantize_weight,
+    quantize_weight_fp8,
     residual_layernorm,
+    residual_layernorm_int8,
     varlen_attention_qkv,
 )
 
@@ -70,6 +74,21 @@ def of_int8(impl, x, bias):
     return tuple(int8_linear(x, q, scale, bias, mode=mode, impl=impl) for mode in ("dynamic", "weight_only"))
 
 
+def of_int8_layers(impl, x, up_bias, down_bias):
+    up, down = quantize_weight(wide(7, WIDTH)), quantize_weight(wide(9, 7))
+    return (int8_feed_forward(x, *up, up_bias, *down, down_bias, activation="gelu", impl=impl),)
+
+
+def of_int8_layernorm(impl, x, residual, weight, bias):
+    with torch.no_grad():
+        return residual_layernorm_int8(x, residual, weight, bias, eps=1e-5, norm="pre", smooth=weight, impl=impl)
+
+
+def of_fp8(impl, x, bias):
+    q, scale = quantize_weight_fp8(wide(7, WIDTH))
+    return (fp8_linear(x, q, scale, bias, impl="torch" if impl == "triton" else impl),)
+
+
 def of_feed_forward(impl, x, up, up_bias, down, down_bias):
     return (feed_forward(x, up, up_bias, down, down_bias, activation="swiglu", impl=impl),)
 
@@ -89,6 +108,12 @@ CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
     "varlen_attention": (of_attention, [floats(TOKENS, 3, 2, 16)]),
     "mlm_cross_entropy": (of_loss, [floats(TOKENS, WIDTH), wide(6, WIDTH), wide(6)]),
     "int8_linear": (of_int8, [floats(TOKENS, WIDTH), wide(7)]),
+    "int8_feed_forward": (of_int8_layers, [floats(TOKENS, WIDTH), wide(7), wide(9)]),
+    "residual_layernorm_int8": (
+        of_int8_layernorm,
+        [floats(TOKENS, WIDTH), wide(TOKENS, WIDTH), wide(WIDTH), wide(WIDTH)],
+    ),
+    "fp8_linear": (of_fp8, [floats(TOKENS, WIDTH), wide(7)]),
 }  # fmt: skip
 
 

@@ -101,6 +101,19 @@ def test_poison_and_zeros(device: str, impl: str) -> None:
     assert torch.equal(out[3], layers[-1])  # hidden units of a row of zeros are zeros too
 
 
+def test_layout_of_inputs(device: str) -> None:
+    """Every tensor with others between its elements."""
+    q, scale = quantize_rows(inputs((9, 20, 40, 30), "relu", device)[0])
+    plain = (q, *inputs((9, 20, 40, 30), "relu", device)[1:], scale)
+    strided = [torch.stack([each, each.flip(0)], dim=-1)[..., 0] for each in plain]
+    assert not any(each.is_contiguous() for each in strided)
+    found = [
+        int8_feed_forward(*values[:-1], x_scale=values[-1], activation="relu", out_dtype=FP32, impl="triton")
+        for values in (plain, strided)
+    ]
+    assert torch.equal(*found)
+
+
 def test_many_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers, of a row alone and among others."""
     values = inputs((37, 70, 131, 40), "swiglu", "cpu")

@@ -11,11 +11,13 @@ from geneformer_kernels import (
     embed_tokens,
     feed_forward,
     feed_forward_layernorm,
+    int8_feed_forward,
     int8_linear,
     mlm_cross_entropy,
     quantize_rows,
     quantize_weight,
     residual_layernorm,
+    residual_layernorm_int8,
 )
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -106,6 +108,32 @@ def of_int8(mode: str, activation: str | None, impl: str) -> Case:
     return Case(run, {"x": floats(40, 24), "weight_q": weight_q, "weight_scale": weight_scale, "bias": floats(7)})
 
 
+def of_int8_rows(impl: str) -> Case:
+    def run(q, scale, weight_q, weight_scale):
+        return (int8_linear(q, weight_q, weight_scale, x_scale=scale, out_dtype=FP32, impl=impl),)
+
+    (q, scale), (weight_q, weight_scale) = quantize_rows(floats(ROWS, 24)), quantize_weight(floats(7, 24))
+    return Case(run, {"q": q, "scale": scale, "weight_q": weight_q, "weight_scale": weight_scale})
+
+
+def of_int8_layers(impl: str) -> Case:
+    def run(*inputs):
+        return (int8_feed_forward(*inputs, activation="swiglu", impl=impl),)
+
+    (up, up_scale), (down, down_scale) = quantize_weight(floats(14, 24)), quantize_weight(floats(9, 7))
+    layers = {"up": up, "up_scale": up_scale, "up_bias": floats(14), "down": down, "down_scale": down_scale}
+    return Case(run, {"x": floats(ROWS, 24), **layers, "down_bias": floats(9)})
+
+
+def of_int8_layernorm(norm: str, impl: str) -> Case:
+    @torch.no_grad()
+    def run(x, residual, weight, bias, smooth):
+        return residual_layernorm_int8(x, residual, weight, bias, eps=1e-5, norm=norm, smooth=smooth, impl=impl)
+
+    vectors = {"weight": floats(21, mean=1), "bias": floats(21), "smooth": floats(21, mean=4)}
+    return Case(run, {"x": floats(ROWS, 21), "residual": floats(ROWS, 21, mean=-1), **vectors})
+
+
 def of_rows(impl: str) -> Case:
     return Case(lambda x: quantize_rows(x, impl=impl), {"x": floats(ROWS, 24)})
 
@@ -151,6 +179,12 @@ CASES: dict[str, Case] = {
         for impl in ("triton", "torch")
     },
     **{f"quantize_rows {impl}": of_rows(impl) for impl in ("triton", "torch")},
+    **{f"int8_linear of rows {impl}": of_int8_rows(impl) for impl in ("triton", "torch")},
+    "int8_feed_forward torch": of_int8_layers("torch"),
+    **{
+        f"residual_layernorm_int8 {norm} {impl}": of_int8_layernorm(norm, impl)
+        for norm, impl in (("post", "triton"), ("pre", "torch"))
+    },
     **{
         f"mlm_cross_entropy {dtype} {impl}".replace("torch.", ""): of_loss(dtype, impl)
         for dtype, impl in ((FP32, "triton"), (FP16, "triton"), (FP32, "torch"), (BF16, "torch"))
