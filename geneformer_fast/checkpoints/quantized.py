@@ -97,8 +97,10 @@ def fill(encoder: Encoder, table: Iterable[Entry], stored: Stored, kinds: Kinds,
     for entry in table:
         layer, _, part = entry.ours.rpartition(".")
         if part == WEIGHT and layer in choices and choices[layer].is_quantized:
-            state.update(_quantized(layer, entry, stored, folder))
-            used |= {beside(name, kind) for name in entry.theirs for kind in (WEIGHT, SCALE, SMOOTH)}
+            made = encoder.get_submodule(layer)
+            kinds_read = (WEIGHT, SCALE) if getattr(made, SMOOTH) is None else (WEIGHT, SCALE, SMOOTH)
+            state.update(_quantized(layer, entry, stored, folder, has_smooth=SMOOTH in kinds_read))
+            used |= {beside(name, each) for name in entry.theirs for each in kinds_read}
             continue
         _check_floats(entry, stored, folder)
         tensor = entry.read({name: stored.read(name) for name in entry.theirs})
@@ -132,7 +134,7 @@ def _choice(entry: Entry, kind: str, stored: Stored, kinds: Kinds, folder: Path)
     return Choice(schemes.pop(), torch.empty(width, device="meta") if has_smooth else None)
 
 
-def _quantized(layer: str, entry: Entry, stored: Stored, folder: Path) -> dict[str, torch.Tensor]:
+def _quantized(layer: str, entry: Entry, stored: Stored, folder: Path, *, has_smooth: bool) -> dict[str, torch.Tensor]:
     """The numbers of one quantized layer, each read to where it stays."""
     parts = [stored[name] for name in entry.theirs]
     weight = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
@@ -141,7 +143,7 @@ def _quantized(layer: str, entry: Entry, stored: Stored, folder: Path) -> dict[s
         rows = slice(start, start := start + len(part))
         stored.read_into(name, weight[rows])
         scale[rows] = _factors(beside(name, SCALE), len(part), stored, folder)
-        if beside(name, SMOOTH) in stored:
+        if has_smooth and beside(name, SMOOTH) in stored:
             smooths.append(_factors(beside(name, SMOOTH), weight.shape[1], stored, folder))
     if weight.is_floating_point() and ((weight.view(torch.int8) & 0x7F) == 0x7F).any():
         raise CheckpointError(f"{folder}: tensor {entry.theirs[0]!r} holds NaN")

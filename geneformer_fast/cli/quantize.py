@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if args.device is not None and args.calibrate is None and args.check is None:
         raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
     args.before = state_of(args.out)
-    out = quantize(
+    out = Path(args.out)
+    quantize(
         Path(args.model),
-        args.out,
+        out,
         scheme=args.scheme,
         calibrate=args.calibrate,
         keep_embeddings=args.keep_embeddings,
