@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from geneformer_kernels.cpu import int8_amx
+from geneformer_kernels.cpu import int8_amx, int8_products
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.int8_amx import BFLOAT16_RESULT, FLOAT16_RESULT, FLOAT32_RESULT, SCRATCH_BYTES
 from geneformer_kernels.cpu.llvm import INT32, INT64, call
@@ -172,6 +172,21 @@ def test_a_bias_of_nan(nan: int) -> None:
 def test_nothing_to_compute() -> None:
     assert drawn(0, 20, 64).compute(torch.bfloat16).shape == (0, 20)
     assert drawn(20, 0, 64).compute(torch.bfloat16).shape == (20, 0)
+
+
+@pytest.mark.parametrize("name", int8_products.instruction_sets())
+@pytest.mark.parametrize("width", [64, 100, 256])
+def test_rows_that_come_given(width: int, name: str) -> None:
+    """Multiplied where they are, or laid out anew: by how many there are, how wide, and from where on."""
+    for n_rows, offset in itertools.product((31, 32, 33, 96, 100, 192), (0, 1, 64)):
+        product = drawn(n_rows, 40, width)
+        rows = torch.full((n_rows * width + 128,), 77, dtype=torch.int8)
+        rows = rows[offset : offset + n_rows * width].view(n_rows, width).copy_(product.q)
+        with int8_products.forced(name):
+            out = int8_products.linear(
+                rows, product.row_scale, product.weight, product.column_scale, product.bias, "relu", torch.bfloat16
+            )
+        assert torch.equal(bits(out), bits(product.exact(torch.bfloat16, relu=True)))
 
 
 def _tiles_in_use(typing_context: Any) -> Any:

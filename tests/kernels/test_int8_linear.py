@@ -308,6 +308,8 @@ def test_the_mode_of_a_layer() -> None:
     amx, vnni, plain_cpu = (
         Target.cpu({"avx2", *more}) for more in (("int8_dot", "avx512_bf16", "amx_bf16"), ("int8_dot",), ())
     )
+    tiles = Target.cpu({"avx2", "int8_dot", "avx512_bf16", "amx_bf16", "amx_int8"})
+    assert {modes.mode_here(256, 768, dtype, tiles).mode for dtype in ("bfloat16", "float32")} == {"dynamic"}
     assert modes.mode_here(256, 768, "bfloat16", amx).mode == "weight_only"
     assert modes.mode_here(2048, 768, "bfloat16", amx).mode == "dynamic"
     assert (

@@ -31,6 +31,9 @@ from geneformer_kernels.cpu.lanes import (
     copy_halves,
     finish_floats,
     finish_halves,
+    lay_shifted,
+    lay_signed,
+    lay_wide,
     write_floats,
     write_halves,
 )
@@ -39,6 +42,8 @@ from geneformer_kernels.cpu.row_arithmetic import NO_ACTIVATION, RELU, activate,
 #: How products are computed. UNSIGNED is AVX2 where no activation is negative, PAIRS where some are.
 PAIRS, UNSIGNED, AVX_VNNI, AVX512_VNNI, AMX = range(5)
 _COLUMNS, _GROUP_PANELS = 16, 4
+#: Rows that tiles take at a time, whether there are so many or not.
+_TILES = 32
 _FLOAT32_RESULT, _BFLOAT16_RESULT = 0, 1
 
 
@@ -65,15 +70,20 @@ def _form_of(kind):
 @numba.njit(inline="always", **LOOP)
 def _copy_row(given, form, row):
     """An int8 row in the form that is multiplied, as bytes."""
+    width = len(given)
+    whole = width - width % LANES
     if form == WIDE:
+        lay_wide(address_of(given), whole // LANES, address_of(row))
         wide = row.view(np.int16)
-        for j in range(len(given)):
+        for j in range(whole, width):
             wide[j] = given[j]
     elif form == SHIFTED:
-        for j in range(len(given)):
+        lay_shifted(address_of(given), whole // LANES, address_of(row))
+        for j in range(whole, width):
             row[j] = given[j] ^ np.int8(-128)
     else:
-        for j in range(len(given)):
+        lay_signed(address_of(given), whole // LANES, address_of(row))
+        for j in range(whole, width):
             row[j] = given[j]
 
 
@@ -106,13 +116,14 @@ def _take_rows(x, x_row_bytes, width, is_half, given, given_scale, is_given, fir
 
 
 @numba.njit(inline="always", **LOOP)
-def _multiply_block(block, n_rows, packed, kind, activation, out_at, out_row_bytes, is_half):
-    """The product of a block of rows, to addresses from ``out_at`` on."""
-    row_block, row_scale, sums, values, _ = block
+def _multiply_block(
+    rows, row_bytes, row_scales, block, n_rows, packed, kind, activation, out_at, out_row_bytes, is_half
+):
+    """The product of a block of rows, from addresses ``rows`` and ``row_scales`` on, to those from ``out_at`` on."""
+    _, _, sums, values, _ = block
     panels, n_panels, n_columns, scale, bias, shift = packed
-    rows, row_bytes = address_of(row_block), row_block.shape[1]
     n_steps = row_bytes // 4
-    row_scales, scales, biases, shifts = address_of(row_scale), address_of(scale), address_of(bias), address_of(shift)
+    scales, biases, shifts = address_of(scale), address_of(bias), address_of(shift)
     floor = np.float32(0) if activation == RELU else np.float32(-np.inf)
     if kind == AMX and activation <= RELU:
         code = _BFLOAT16_RESULT if is_half else _FLOAT32_RESULT
@@ -177,23 +188,33 @@ def compute_rows(source, layer, next_layer, n_layers, is_gated, hidden, out, sta
             if is_gated and not is_first:
                 for i in range(n_rows):
                     _multiply_by_gate(hidden[i], hidden_width, layer[3])
-            _take_rows(
-                x + first * x_row_bytes if is_first else address_of(hidden),
-                x_row_bytes if is_first else hidden_row_bytes,
-                x_width if is_first else hidden_width,
-                x_is_half and is_first,
-                given,
-                given_scale,
-                is_given and is_first,
-                first,
-                n_rows,
-                smooth,
-                _form_of(kind),
-                block,
-            )
+            rows, row_bytes, row_scales = address_of(block[0]), block[0].shape[1], address_of(block[1])
+            at = address_of(given) + first * given.shape[1]
+            # Rows that come as tiles take them are left where they are; others are laid out in the block.
+            is_laid = is_given and kind == AMX and given.shape[1] == row_bytes and at % 64 == 0 and n_rows % _TILES == 0
+            if is_first and is_laid and n_layers:
+                rows, row_scales = at, address_of(given_scale) + 4 * first
+            else:
+                _take_rows(
+                    x + first * x_row_bytes if is_first else address_of(hidden),
+                    x_row_bytes if is_first else hidden_row_bytes,
+                    x_width if is_first else hidden_width,
+                    x_is_half and is_first,
+                    given,
+                    given_scale,
+                    is_given and is_first,
+                    first,
+                    n_rows,
+                    smooth,
+                    _form_of(kind),
+                    block,
+                )
             if n_layers == 0:
                 continue
             _multiply_block(
+                rows,
+                row_bytes,
+                row_scales,
                 block,
                 n_rows,
                 packed,

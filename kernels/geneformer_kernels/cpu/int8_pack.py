@@ -49,28 +49,20 @@ def pack(
     rest = (0, -width % WIDTH_STEP, 0, -n_columns % COLUMNS)
     padded = (F.pad(weight, rest) if any(rest) else weight).contiguous()
     n_panels, wide_width = padded.shape[0] // COLUMNS, padded.shape[1]
-    shift = torch.zeros(-(-n_columns // GROUP) * GROUP, dtype=torch.int32)
     taken = 2 if is_wide else 4
     n_steps = wide_width // taken
     panels = torch.empty(n_panels, n_steps, COLUMNS, taken, dtype=torch.int16 if is_wide else torch.int8)
     pack_panels(padded.data_ptr(), wide_width, n_panels, n_steps, is_wide, panels.data_ptr())
+    length = -(-n_columns // GROUP) * GROUP
+    scale_and_bias, shift = np.zeros((2, length), np.float32), np.zeros(length, np.int32)
+    scale_and_bias[0, :n_columns] = scale.detach().numpy()
+    # A product plus minus zero is itself, minus zero included.
+    scale_and_bias[1] = -0.0
+    if bias is not None:
+        scale_and_bias[1, :n_columns] = bias.detach().float().numpy()
     if is_shifted:
-        _sum_columns(padded.numpy(), shift.numpy())
-    return Packed(
-        panels.numpy(),
-        _of_columns(scale, len(shift), 0.0),
-        # A product plus minus zero is itself, minus zero included.
-        _of_columns(torch.empty(0) if bias is None else bias, len(shift), -0.0),
-        shift.numpy(),
-        width,
-        n_columns,
-    )
-
-
-def _of_columns(values: torch.Tensor, length: int, rest: float) -> np.ndarray:
-    out = torch.full((length,), rest, dtype=torch.float32)
-    out[: len(values)] = values.detach()
-    return out.numpy()
+        _sum_columns(padded.numpy(), shift)
+    return Packed(panels.numpy(), scale_and_bias[0], scale_and_bias[1], shift, width, n_columns)
 
 
 @numba.njit(**LOOP)

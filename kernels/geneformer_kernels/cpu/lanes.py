@@ -161,6 +161,25 @@ def _rounding(form: int, is_half: bool) -> Any:
     return intrinsic(round_blocks)
 
 
+def _laying(form: int) -> Any:
+    def lay(typing_context: Any, q: Any, n_blocks: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            q, n_blocks, out = arguments
+            with counting(builder, INT64(0), n_blocks) as block:
+                at = builder.mul(block, INT64(LANES))
+                value = load(builder, q, at, _BYTES, align=1)
+                if form == WIDE:
+                    value, at = builder.sext(value, _SHORTS), builder.mul(at, INT64(2))
+                elif form == SHIFTED:
+                    value = builder.xor(value, constant(_BYTES, -128))
+                store(builder, value, out, at, align=1)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), generate
+
+    return intrinsic(lay)
+
+
 def _fill_zeros(typing_context: Any, row: Any, n_blocks: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, n_blocks = arguments
@@ -262,6 +281,8 @@ sum_of_squares: Any = intrinsic(_sum_of_squares)
 take_floats, take_halves = _taking(False), _taking(True)
 #: (x, columns, out): float32 or bfloat16 as float32.
 copy_floats, copy_halves = map(_copying, (False, True))
+#: (q, blocks, out): int8 in a form of rounded rows.
+lay_signed, lay_shifted, lay_wide = map(_laying, (SIGNED, SHIFTED, WIDE))
 #: (row, blocks): zeros of float32.
 fill_zeros: Any = intrinsic(_fill_zeros)
 #: (x, blocks): the bits of the largest magnitude of float32 or bfloat16, as above.

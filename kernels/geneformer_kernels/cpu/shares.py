@@ -44,7 +44,7 @@ def in_shares(task: Callable[[list[Item]], None], items: Sequence[Item], cost: C
 def in_pieces(task: Callable[[int, int], None], n_rows: int, *, whole: int = 32) -> None:
     """``task(start, stop)`` for all rows, a piece per torch thread, all at once; pieces are whole times ``whole`` rows.
 
-    As in :func:`in_shares`.
+    As in :func:`in_shares`, of tasks that are none of torch's: one piece alone is computed here, as things are set.
     """
     n_wholes = -(-n_rows // whole)
     step = max(1, -(-n_wholes // torch.get_num_threads())) * whole
@@ -54,7 +54,10 @@ def in_pieces(task: Callable[[int, int], None], n_rows: int, *, whole: int = 32)
         for piece in share:
             task(*piece)
 
-    if pieces:
+    if len(pieces) == 1:
+        # What in_shares sets and sets back takes as long as the product of some hundred rows of width 256.
+        task(0, n_rows)
+    elif pieces:
         in_shares(compute, pieces, lambda piece: piece[1] - piece[0])
 
 
