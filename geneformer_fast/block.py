@@ -77,6 +77,7 @@ class Block(nn.Module):
         dtype = products_dtype(self.qkv, x)
         attended = self.attend(x, cells)
         stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
+        del attended  # its memory is needed by the feed-forward
         weights, activation = self._float_weights(x, dtype), self.config.activation
         if weights is None:
             out = self._feed_forward_of_rows(x, dtype)

@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="most memory to take, libraries and weights included, such as 2GB, 1.5GiB or 500MB (default: no limit)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
         token_budget=args.token_budget,
+        memory_budget=args.memory_budget,
         overwrite=args.overwrite,
     )
     print(f"{path}; what it holds is written in {path}.json")

@@ -18,6 +18,7 @@ from geneformer_fast import __version__
 from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
+from geneformer_fast.extract.budget import MemoryBudget, Need, batch_bytes, token_bytes
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
 from geneformer_fast.ragged import Ragged
@@ -29,6 +30,10 @@ WINDOW_CELLS = 8192
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 131_072}
 # More Python threads than this would wait for the interpreter lock; further cores share a batch.
 MOST_WORKERS = 8
+# Of the first cell, what is encoded before a budget of memory is divided.
+_FIRST_TOKENS = 256
+# Of a window's rows, in the result and in a writer: the block, what it is turned into, and twice that compressed.
+_COPIES = 6
 
 Result = TypeVar("Result")
 
@@ -48,6 +53,57 @@ class EncodingRun:
         self.encoder, self.cells, self.pool, self.layer, self.progress = encoder, cells, pool, layer, progress
         self.width = encoder.config.width
         self.token_budget = token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
+        self._asked_budget, self.window_cells, self.workers = token_budget, WINDOW_CELLS, MOST_WORKERS
+        self.memory: MemoryBudget | None = None
+
+    def keep_within(self, memory: MemoryBudget | None, *, result_bytes: int = 0, waiting_bytes: int = 0) -> None:
+        """Choose tokens of a batch, batches at a time and cells of a window so that a budget of memory holds.
+
+        A first batch, of some tokens of the first cell, brings everything into memory that stays there: weights that
+        were mapped only, compiled loops, libraries that are loaded late.
+
+        Parameters
+        ----------
+        memory
+            The budget; None keeps what was chosen without one.
+        result_bytes
+            Of what is there in the end, in memory.
+        waiting_bytes
+            Of what is made of one token and waits to be taken.
+
+        Raises
+        ------
+        UnsupportedError
+            The budget is too small; says which one is not.
+        """
+        lengths = self.cells.lengths
+        if memory is None or not len(lengths):
+            return
+        first, _ = self.cells.read(np.arange(1))
+        batch = Ragged.from_cells([torch.from_numpy(first[:_FIRST_TOKENS].astype(np.int64))])
+        self._check(batch)
+        with torch.inference_mode(), cores_as_workers(self.encoder.device, is_keeping=False) as workers:
+            batch = batch.to(self.encoder.device)
+            self._pooled(self.encoder(batch, layer=self.layer), batch)
+        memory.memory.settle()
+        config, longest = self.encoder.config, max(int(lengths.max()), self._asked_budget or 0)
+        token = token_bytes(config, self.encoder.dtype, is_quantized=self.encoder.quantization is not None)
+        # Tokens of the window that is read and of the one in work; a writer has copies of the rows it is given.
+        cell = 3 * first.itemsize * int(lengths.max()) + _COPIES * 4 * self.width
+        is_host = self.encoder.device.type == "cpu"  # where results and windows are
+        need = Need(
+            fixed=memory.memory.used(),
+            peak=memory.memory.peak(),
+            token=token + 3 * waiting_bytes,
+            batch=batch_bytes(self.encoder),
+            cell=cell if is_host else 0,
+            result=result_bytes if is_host else 0,
+            longest=longest,
+            n_cells=len(lengths),
+        )
+        chosen = memory.plan(need, tokens=self.token_budget, workers=workers, window_cells=WINDOW_CELLS)
+        self.token_budget, self.workers, self.window_cells = chosen.token_budget, chosen.workers, chosen.window_cells
+        self.memory = memory
 
     def provenance(self, model: Encoder | str | os.PathLike[str]) -> dict[str, Any]:
         """What was done, in plain values for ``uns`` and JSON."""
@@ -99,7 +155,7 @@ class EncodingRun:
             counts += torch.bincount(ids, minlength=n_tokens)
         special = [i for i in self.cells.special_ids if i < n_tokens]
         counts[special] = 0
-        means = sums / counts[:, None]
+        means = sums.div_(counts[:, None])
         means[counts == 0] = float("nan")
         return means.float().numpy(), counts.numpy()
 
@@ -111,13 +167,14 @@ class EncodingRun:
 
         def work(batch: tuple[tuple[int, int], np.ndarray, Ragged]) -> tuple[tuple[int, int], np.ndarray, Result]:
             window, part, tokens = batch
-            with torch.inference_mode():
+            held = contextlib.nullcontext() if self.memory is None else self.memory.batch(tokens.n_tokens)
+            with held, torch.inference_mode():
                 tokens = tokens.to(self.encoder.device)
                 return window, part, finish(self.encoder(tokens, layer=self.layer), tokens)
 
         disable = None if self.progress is None else not self.progress
         with (
-            cores_as_workers(self.encoder.device) as workers,
+            cores_as_workers(self.encoder.device, self.workers, is_keeping=self.memory is None) as workers,
             tqdm(total=len(self.cells.lengths), desc="embedding", unit="cell", disable=disable) as bar,
             contextlib.closing(ordered_map(work, self._batches(), workers=workers)) as results,
         ):
@@ -128,11 +185,12 @@ class EncodingRun:
     def _batches(self) -> Iterator[tuple[tuple[int, int], np.ndarray, Ragged]]:
         """(window, places in it, tokens) for batches of at most the token budget, longest cells of a window first."""
         n_cells = len(self.cells.lengths)
-        for start in range(0, n_cells, WINDOW_CELLS):
-            window = start, min(start + WINDOW_CELLS, n_cells)
+        for start in range(0, n_cells, self.window_cells):
+            window = start, min(start + self.window_cells, n_cells)
             values, cu_seqlens = self.cells.read(np.arange(*window))
             lengths = np.diff(cu_seqlens)
-            for part in token_batches(lengths, self.token_budget):
+            room = self.token_budget if self.memory is None else self.memory.room()
+            for part in token_batches(lengths, max(1, min(self.token_budget, room))):
                 pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
                 packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
                 tokens = Ragged.from_lengths(packed, torch.from_numpy(lengths[part]))
@@ -168,16 +226,18 @@ def scheme_of(encoder: Encoder) -> str:
 
 
 @contextlib.contextmanager
-def cores_as_workers(device: torch.device) -> Iterator[int]:
-    """How many batches to encode at the same time.
+def cores_as_workers(device: torch.device, most: int = MOST_WORKERS, *, is_keeping: bool = True) -> Iterator[int]:
+    """How many batches to encode at the same time: at most ``most``.
 
     On a CPU each core takes a batch of its own, with torch held to one thread meanwhile, which saves the cores from
-    waiting for each other after every small operation. A GPU takes one batch at a time.
+    waiting for each other after every small operation; where there are fewer batches than cores, they share them. A GPU
+    takes one batch at a time. ``is_keeping``: what a batch frees is kept for the next.
     """
     n_threads = torch.get_num_threads()
-    workers = min(n_threads, MOST_WORKERS)
+    workers = min(n_threads, most)
     if device.type == "cpu":
-        keep_freed_memory()
+        if is_keeping:
+            keep_freed_memory()
         keep_few_products()
     if device.type != "cpu" or workers == 1:
         yield 1

@@ -27,6 +27,8 @@ class Request:
         Whether a picture is asked for.
     is_model
         Whether the model is an encoder that is loaded already.
+    has_copy
+        Whether an AnnData is to be copied.
     """
 
     is_anndata: bool
@@ -35,6 +37,7 @@ class Request:
     is_genes: bool
     has_plot: bool = False
     is_model: bool = False
+    has_copy: bool = False
 
     @property
     def is_in_place(self) -> bool:
@@ -54,6 +57,8 @@ _SHARED: tuple[Rule, ...] = (
     ("obs", lambda r: r.suffix == ".h5ad", "has no effect on an .h5ad output, which keeps all of obs"),
     ("copy", lambda r: not r.is_in_place, "returns a changed AnnData, so it needs an AnnData and no output file"),
     ("overwrite", lambda r: r.suffix is None and not r.has_plot, "needs an output file, and none is named"),
+    ("memory_budget", lambda r: r.has_plot, "cannot be kept by UMAP, which needs all cells; plot in a run without it"),
+    ("memory_budget", lambda r: r.has_copy, "cannot be kept where all of an AnnData is copied; leave out copy=True"),
 )
 EMBED: tuple[Rule, ...] = (
     *_SHARED,

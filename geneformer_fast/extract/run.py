@@ -14,10 +14,11 @@ import torch
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
-from geneformer_fast.config import EncoderConfig
+from geneformer_fast.config import EncoderConfig, device_named
 from geneformer_fast.data.identity import FAMILIES
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.extract.budget import MemoryBudget, memory_budget_of
 from geneformer_fast.extract.cells import (
     Cells,
     asked_columns,
@@ -72,6 +73,7 @@ def embed(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     token_budget: int | None = None,
+    memory_budget: str | int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     plot: str | os.PathLike[str] | None = None,
@@ -114,6 +116,11 @@ def embed(
         For a checkpoint folder: how and where to load it (``"auto"``: the fastest dtype; None: a GPU if there is one).
     token_budget
         Tokens per batch; None chooses by device.
+    memory_budget
+        Most memory to take: ``"2GB"``, ``"1.5GiB"``, ``"500MB"``, or bytes. On a CPU it is the resident memory of the
+        whole process, libraries and weights included, as the operating system counts it; on a card what torch has
+        reserved there with all that is not free otherwise. Batches become smaller, and fewer are computed at a time;
+        where one cell does not fit, the smallest budget that works is said before anything is computed. None: no limit.
     overwrite
         Whether ``out``, and the picture, may exist.
     progress
@@ -148,7 +155,7 @@ def embed(
     target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES, is_genes=is_genes)
     suffix = None if target is None else target.path.suffix
     request = Request(
-        is_anndata(data), is_token_folder(data), suffix, is_genes, plot is not None, isinstance(model, Encoder)
+        is_anndata(data), is_token_folder(data), suffix, is_genes, plot is not None, isinstance(model, Encoder), copy
     )
     counts: dict[str, Any] = {
         "gene_column": gene_column,
@@ -158,9 +165,8 @@ def embed(
         "n_counts": n_counts,
     }
     others = {"obs": obs, "key_added": key_added, "copy": copy, "dtype": dtype, "device": device, "color": color}
-    check_options(
-        EMBED, request, {**counts, **others, "counts_layer": counts_layer, "overwrite": overwrite, "plot": plot}
-    )
+    more = {"counts_layer": counts_layer, "memory_budget": memory_budget, "overwrite": overwrite, "plot": plot}
+    check_options(EMBED, request, {**counts, **others, **more})
     if suffix == ".h5ad":
         check_h5ad(data, is_genes)
     if plot is not None:
@@ -168,9 +174,13 @@ def embed(
         check_free(Path(plot), overwrite=overwrite)
     asked = asked_columns(obs, None if is_anndata(data) else color)
     reading = {**counts, "layer": counts_layer, "obs": asked}
-    encoder = _as_encoder(model, dtype, device)
-    encoder.config.layer_index(layer)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(model, Encoder):
+        place = model.device
     with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(memory_budget_of(memory_budget, device_named(place)))
+        encoder = model.eval() if isinstance(model, Encoder) else load(model, dtype=dtype, device=place)
+        encoder.config.layer_index(layer)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
         if plot is not None:
@@ -180,6 +190,7 @@ def embed(
         if plot is not None:
             check_enough(len(cells.lengths))
         run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
+        keep_within(run, memory, suffix, is_genes)
         provenance, labels = (
             run.provenance(model),
             labels_of(data, cells, color, asked),
@@ -199,12 +210,20 @@ def embed(
     return result
 
 
-def _as_encoder(model: Encoder | str | os.PathLike[str], dtype: Any, device: Any) -> Encoder:
-    if isinstance(model, Encoder):
-        return model.eval()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(model, dtype=dtype, device=device)
+def keep_within(run: EncodingRun, memory: MemoryBudget | None, suffix: str | None, is_genes: bool) -> None:
+    """Hold a run to a budget of memory, with what its writer loads and what is kept in memory to the end."""
+    if memory is None:
+        return
+    if suffix == ".h5ad":
+        import anndata.io  # noqa: F401
+    elif suffix in (".npy", ".parquet"):
+        from pyarrow import parquet  # noqa: F401
+    width = run.width
+    if is_genes:  # sums in float64, means in float32 twice
+        n_tokens = run.encoder.config.vocab_size
+        run.keep_within(memory, result_bytes=n_tokens * width * (8 + 2 * 4), waiting_bytes=8 * width)
+    else:
+        run.keep_within(memory, result_bytes=0 if suffix else run.cells.n_rows * width * 4)
 
 
 def find_vocabulary(

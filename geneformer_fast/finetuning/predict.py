@@ -16,7 +16,9 @@ import torch
 from geneformer_fast import __version__
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
+from geneformer_fast.config import device_named
 from geneformer_fast.errors import OutputError
+from geneformer_fast.extract.budget import MemoryBudget, memory_budget_of
 from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
 from geneformer_fast.extract.encoding import scheme_of
 from geneformer_fast.extract.files import check_columns, hdf5_closing
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from geneformer_fast.encoder import Encoder
 
 SUFFIXES = (".parquet", ".csv", ".h5ad")
+# Of a row and class: logits and probabilities in float32, what is between them in float64, the column of the table and
+# what that is written as; and of a row and task, the prediction as text and its probability.
+_RESULT_BYTES, _TASK_BYTES = 4 + 4 + 4 * 8 + 2 * 4, 160
 
 
 @checked
@@ -57,6 +62,7 @@ def predict(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     token_budget: int | None = None,
+    memory_budget: str | int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> AnnData | pandas.DataFrame | Path | None:
@@ -80,7 +86,7 @@ def predict(
         What the columns are called; None is the task's name (the label column it was trained on).
     copy
         For an AnnData: return a changed copy rather than change ``data``.
-    dtype, device, token_budget
+    dtype, device, token_budget, memory_budget
         As in :func:`geneformer_fast.embed`.
     overwrite
         Whether ``out`` may exist.
@@ -110,34 +116,36 @@ def predict(
     suffix = None if target is None else target.path.suffix
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load(model, dtype=dtype, device=device)
-    card = read_card(Path(model), encoder)
-    naming.check_card(card, Path(model))
-    is_genes = card["kind"] == "genes"
-    counts: dict[str, Any] = {
-        "gene_column": gene_column,
-        "allow_float": allow_float,
-        "allow_duplicate_cells": allow_duplicate_cells,
-        "allow_few_genes": allow_few_genes,
-        "n_counts": n_counts,
-    }
-    request = Request(is_anndata(data), is_token_folder(data), suffix, is_genes)
-    others = {"counts_layer": counts_layer, "obs": obs, "copy": copy, "overwrite": overwrite}
-    check_options(PREDICT, request, {**counts, **others})
-    names = [_named(task, card, key_added) for task in card["tasks"]]
-    if suffix == ".h5ad":
-        check_h5ad(data, is_genes)
-        naming.check_h5ad(Path(data), names)  # type: ignore[arg-type]
-    elif request.is_in_place and not is_genes:
-        naming.check_anndata(data, names)
-    asked = asked_columns(obs)
-    reading = {**counts, "layer": counts_layer, "obs": asked}
-    vocabulary = find_vocabulary(dictionary, model, encoder.config)
     with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(memory_budget_of(memory_budget, device_named(device)))
+        encoder = load(model, dtype=dtype, device=device)
+        card = read_card(Path(model), encoder)
+        naming.check_card(card, Path(model))
+        is_genes = card["kind"] == "genes"
+        counts: dict[str, Any] = {
+            "gene_column": gene_column,
+            "allow_float": allow_float,
+            "allow_duplicate_cells": allow_duplicate_cells,
+            "allow_few_genes": allow_few_genes,
+            "n_counts": n_counts,
+        }
+        request = Request(is_anndata(data), is_token_folder(data), suffix, is_genes, has_copy=copy)
+        others = {"counts_layer": counts_layer, "obs": obs, "copy": copy, "overwrite": overwrite}
+        check_options(PREDICT, request, {**counts, **others, "memory_budget": memory_budget})
+        names = [_named(task, card, key_added) for task in card["tasks"]]
+        if suffix == ".h5ad":
+            check_h5ad(data, is_genes)
+            naming.check_h5ad(Path(data), names)  # type: ignore[arg-type]
+        elif request.is_in_place and not is_genes:
+            naming.check_anndata(data, names)
+        asked = asked_columns(obs)
+        reading = {**counts, "layer": counts_layer, "obs": asked}
+        vocabulary = find_vocabulary(dictionary, model, encoder.config)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
         cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
         run = ClassifyingRun(encoder, cells, token_budget, progress)
+        _keep_within(run, memory, suffix, card)
         provenance = _provenance(card, Path(model), encoder, cells)
         if is_genes:
             table = _gene_table(run, card, key_added, vocabulary)
@@ -157,6 +165,25 @@ def predict(
             else:
                 write_table(table, path, provenance)
     return target.path
+
+
+def _keep_within(run: ClassifyingRun, memory: MemoryBudget | None, suffix: str | None, card: Mapping[str, Any]) -> None:
+    """Hold a run to a budget of memory, with the table it makes in the end."""
+    if memory is None:
+        return
+    if suffix == ".h5ad":
+        import anndata.io  # noqa: F401
+    elif suffix is None:
+        import pandas  # noqa: F401
+    elif suffix == ".parquet":
+        from pyarrow import parquet  # noqa: F401
+    if card["kind"] == "genes":
+        n_genes = run.encoder.config.vocab_size
+        run.keep_within(memory, result_bytes=n_genes * run.width * _RESULT_BYTES, waiting_bytes=4 * run.width)
+    else:
+        n_tasks = len(card["tasks"])
+        row = n_tasks * _TASK_BYTES + run.width * _RESULT_BYTES
+        run.keep_within(memory, result_bytes=run.cells.n_rows * row)
 
 
 def _provenance(card: Mapping[str, Any], model: Path, encoder: Encoder, cells: Cells) -> dict[str, Any]:

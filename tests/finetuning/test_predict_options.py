@@ -179,6 +179,17 @@ def check_token_budget(at: Workplace, place: Place, token_budget: int) -> None:
     assert budgets == [token_budget]
 
 
+def check_memory_budget(at: Workplace, place: Place, memory_budget: str) -> None:
+    at.refuses(place, "is too small: this process takes .* the smallest that works is", memory_budget="1MB")
+    held = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = encoding.MemoryBudget.batch
+        patch.setattr(encoding.MemoryBudget, "batch", lambda memory, n: held.append(memory.limit) or whole(memory, n))
+        at.predict(place, memory_budget=memory_budget)
+    assert held
+    assert set(held) == {500 * 10**9}
+
+
 def check_overwrite(at: Workplace, place: Place, overwrite: bool) -> None:
     if place.suffix is None:
         at.refuses(place, "needs an output file", overwrite=overwrite)
@@ -219,6 +230,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "dtype": ("bfloat16", check_loading),
     "device": ("abacus", check_loading),
     "token_budget": (40, check_token_budget),
+    "memory_budget": ("500GB", check_memory_budget),
     "overwrite": (True, check_overwrite),
     "progress": (True, check_progress),
 }
@@ -241,7 +253,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "predict", lambda data, model, out, **given: seen.update(given) or out)
     given = {
         "dictionary": "d", "counts_layer": "c", "gene_column": "g", "obs": "new=old", "key": "k", "dtype": "float16",
-        "device": "cuda:3", "token_budget": "7", "n_counts": "n",
+        "device": "cuda:3", "token_budget": "7", "memory_budget": "2GB", "n_counts": "n",
     }  # fmt: skip
     flags = ["allow_float", "allow_duplicate_cells", "allow_few_genes", "overwrite"]
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
