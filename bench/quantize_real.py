@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 import geneformer_fast as gf
 from bench.machine import ROOT, save_result
 from geneformer_fast.finetuning.recipes import CELLS
+from geneformer_fast.quantization.answers import Questions
 from geneformer_fast.quantization.build import quantized
 from geneformer_fast.quantization.calibrate import as_anywhere, calibrate
-from geneformer_fast.quantization.check import check
+from geneformer_fast.quantization.check import check, compared
 from geneformer_fast.quantization.choices import SCHEMES
 from geneformer_fast.quantization.quantize import quantize
 from geneformer_fast.quantization.report import Report
@@ -121,17 +123,14 @@ def with_outliers(encoder: gf.Encoder) -> gf.Encoder:
     return made
 
 
-def _compared(exact: Any, made: gf.Encoder, tokens: Path, n_cells: int) -> dict[str, Any]:
-    """Both models on cells; rows of activations rounded wherever the scheme may, whatever is faster here."""
-    return check(exact, as_anywhere(made), tokens, n_cells=n_cells, progress=False).to_dict()
-
-
 def arguments_of(given: list[str] | None = None) -> argparse.Namespace:
     """The command line, or ``given`` in its place."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantize_real", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is computed")
     parser.add_argument("--model", type=Path, help="an encoder with a head of masked genes, trained elsewhere")
     parser.add_argument("--classifier", type=Path, help="a classifier of subpop, trained elsewhere")
+    parser.add_argument("--no-classifier", action="store_true", help="leave the classifier out")
+    parser.add_argument("--note", default="", help="goes into the result: how --model was trained")
     parser.add_argument("--seconds", type=int, default=2700, help="of pretraining")
     parser.add_argument("--classifier-cells", type=int, default=1200)
     parser.add_argument("--classifier-tokens", type=int, default=512, help="most tokens of a cell")
@@ -151,21 +150,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     study = Study(args.work, args)
     tokens, encoder = study.tokens("all"), gf.load(study.model(), dtype="float32")
     rows: dict[str, Any] = {}
+    drawn = np.random.default_rng(SEED).permutation(len(gf.open_tokens(tokens)))[: args.cells]
+    questions = Questions(gf.open_tokens(tokens), drawn, "penultimate", None, SEED, False)
     for name, exact in (("trained", encoder), ("with outliers", with_outliers(encoder))):
+        said = questions.ask(exact)
         for scheme in args.schemes:
             found = calibrate(exact, tokens, scheme=scheme, n_cells=args.calibration_cells)
             made = quantized(exact, found.choices)
             sizes = [{n: x.numel() * x.element_size() for n, x in m.state_dict().items()} for m in (exact, made)]
+            plain = quantize(exact, scheme=scheme)
             rows[f"{name}, {scheme}"] = {
-                "plain": _compared(exact, quantize(exact, scheme=scheme), tokens, args.cells),
-                "calibrated": _compared(exact, made, tokens, args.cells),
+                "plain": compared(said, questions.ask(as_anywhere(plain))).to_dict(),
+                "calibrated": compared(said, questions.ask(as_anywhere(made))).to_dict(),
                 "report": Report.of(scheme, found.choices, *sizes, found).to_dict(),
             }
             _say(f"{name}, {scheme}", rows[f"{name}, {scheme}"])
+    if args.no_classifier:
+        return rows
     classifier = study.classifier()
     for scheme in args.schemes:
-        made = quantize(gf.load(classifier, dtype="float32"), scheme=scheme)
-        rows[f"classifier, {scheme}"] = {"plain": _compared(classifier, made, study.tokens("test"), args.cells)}
+        made = as_anywhere(quantize(gf.load(classifier, dtype="float32"), scheme=scheme))
+        found = check(classifier, made, study.tokens("test"), n_cells=args.cells, progress=False)
+        rows[f"classifier, {scheme}"] = {"plain": found.to_dict()}
         _say(f"classifier, {scheme}", rows[f"classifier, {scheme}"])
     return rows
 
@@ -177,17 +183,21 @@ def main() -> int:
         raise SystemExit("the real cells are not here (shared/ beside the checkout is absent)")
     torch.set_num_threads(args.threads)
     rows = run(args)
-    content = {"what": __doc__.splitlines()[0], "training": _training(Study(args.work, args)), "rows": rows}
+    asked = {name: value for name, value in vars(args).items() if isinstance(value, int | float | list)}
+    training = _training(Study(args.work, args))
+    content = {"what": __doc__.splitlines()[0], "asked": asked, "training": training, "rows": rows}
     print(save_result("quantize_real", content))
     return 0
 
 
 def _training(study: Study) -> dict[str, Any]:
     """How far the encoder came."""
-    from geneformer_fast.tokenization.manifest import read_json
-
-    run = study.model().parent / "run.json"
-    return read_json(run) if run.exists() else {"model": study.model().name}
+    if study.args.model is not None:
+        return {"note": study.args.note}
+    lines = [json.loads(line) for line in (study.model().parent / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
+    return {"n_steps": len(steps), "n_cells": sum(line["n_cells"] for line in steps), "losses": losses}
 
 
 def _say(name: str, row: dict[str, Any]) -> None:

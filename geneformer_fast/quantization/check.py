@@ -177,20 +177,11 @@ def check(
     exact = questions.ask(encoder)
     del encoder
     encoder = quantized.eval() if isinstance(quantized, Encoder) else load(quantized, dtype=dtype, device=device)
-    changed = questions.ask(encoder)
-    _check_alike(exact, changed)
-    measures = [
-        *_of_embeddings(exact, changed),
-        *_of_classes(exact, changed, tasks),
-        *_of_genes(exact, changed),
-        Measure("model, MB", exact.n_bytes / 1e6, changed.n_bytes / 1e6),
-    ]
-    n_masked = 0 if exact.targets is None else len(exact.targets)
-    return Check(measures, len(drawn), n_masked, changed.scheme, exact.dtype, changed.dtype)
+    return compared(exact, questions.ask(encoder), tasks)
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """A task of a classifier of cells: its classes, and of each cell the right one, -100 where nobody knows."""
 
     name: str
@@ -198,7 +189,7 @@ class _Task:
     truth: np.ndarray | None
 
 
-def _tasks(model: Any, encoder: Encoder, tokens: TokenFolder, cells: np.ndarray, label: str | None) -> list[_Task]:
+def _tasks(model: Any, encoder: Encoder, tokens: TokenFolder, cells: np.ndarray, label: str | None) -> list[Task]:
     """What a classifier of cells tells apart, with the right answers where there are some."""
     card = None
     if not isinstance(model, Encoder) and hasattr(encoder.head, "classifier"):
@@ -227,8 +218,27 @@ def _tasks(model: Any, encoder: Encoder, tokens: TokenFolder, cells: np.ndarray,
                 raise InputError(
                     f"{tokens.path}: no cell's {column!r} is one of the classes of the model, {', '.join(classes[:20])}"
                 )
-        found.append(_Task(task["name"], classes, truth))
+        found.append(Task(task["name"], classes, truth))
     return found
+
+
+def compared(exact: Answers, changed: Answers, tasks: Sequence[Task] = ()) -> Check:
+    """What two models said of the same cells, side by side.
+
+    Raises
+    ------
+    CheckpointError
+        They are no models of one kind.
+    """
+    _check_alike(exact, changed)
+    measures = [
+        *_of_embeddings(exact, changed),
+        *_of_classes(exact, changed, tasks),
+        *_of_genes(exact, changed),
+        Measure("model, MB", exact.n_bytes / 1e6, changed.n_bytes / 1e6),
+    ]
+    n_masked = 0 if exact.targets is None else len(exact.targets)
+    return Check(measures, len(exact.embeddings), n_masked, changed.scheme, exact.dtype, changed.dtype)
 
 
 def _check_alike(exact: Answers, changed: Answers) -> None:
@@ -255,7 +265,7 @@ def _of_embeddings(exact: Answers, changed: Answers) -> list[Measure]:
     ]
 
 
-def _of_classes(exact: Answers, changed: Answers, tasks: Sequence[_Task]) -> list[Measure]:
+def _of_classes(exact: Answers, changed: Answers, tasks: Sequence[Task]) -> list[Measure]:
     if exact.logits is None or changed.logits is None:
         return []
     if not tasks:
