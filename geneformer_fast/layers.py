@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,29 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class WideCopy(torch.Tensor):
+    """A weight that was widened for somebody to read; to write into it would change nothing, and is refused.
+
+    Adapters are merged into weights that way, and weights drawn anew.
+    """
+
+    _WRITING = frozenset(("__setitem__", "__set__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv"))))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Plain tensors come out of everything that reads."""
+        name = getattr(func, "__name__", "")
+        is_writing = name in cls._WRITING or (name.endswith("_") and not name.endswith("__"))
+        written = args[0] if args else (kwargs or {}).get("tensor")  # as torch.nn.init has it
+        if is_writing and name != "requires_grad_" and isinstance(written, cls):
+            raise UnsupportedError(
+                "weights of eight bits cannot be changed (merging an adapter, too, needs the model before it was "
+                "quantized); change that one, and quantize it again"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class EightBits(nn.Module):
     """What layers with weights of eight bits share.
 
@@ -83,7 +106,7 @@ class EightBits(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], widened to the compute dtype at every call: what the layer multiplies its input by."""
-        return self.widened(self.compute_dtype)
+        return self.widened(self.compute_dtype).as_subclass(WideCopy)
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:

@@ -164,6 +164,27 @@ def test_weights_cannot_be_set_or_drawn() -> None:
             each.reset_parameters()
 
 
+def test_what_is_written_into_a_wide_copy_is_not_lost_silently() -> None:
+    """As adapters are merged, and as libraries draw weights."""
+    layer, scale = linear_of("int8"), torch.full((24, 1), 2.0)
+
+    def merge() -> None:
+        layer.weight.data += scale
+
+    def assign() -> None:
+        layer.weight[0] = 3
+
+    with torch.no_grad():
+        for write in (merge, assign, lambda: layer.weight.mul_(scale), lambda: nn.init.normal_(layer.weight)):
+            with pytest.raises(UnsupportedError, match="cannot be changed"):
+                write()
+    for read in (layer.weight * 2, layer.weight.data, layer.weight.detach(), layer.weight[1], layer.weight.double()):
+        assert type(read) is torch.Tensor
+    copied = torch.zeros(24, 40).copy_(layer.weight)
+    assert torch.equal(copied, layer.weight)
+    assert (layer.weight.dtype, layer.weight.shape, layer.weight.device.type) == (torch.float32, (24, 40), "cpu")
+
+
 def test_a_table_widens_what_is_looked_up() -> None:
     table, ids = table_of(), torch.tensor([[3, 0], [11, 3]])
     assert torch.equal(table(ids), table.weight[ids])
