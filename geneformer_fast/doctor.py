@@ -66,13 +66,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class Device:
-    """One device, the dtype that ``dtype="auto"`` takes there, and the choice made for every operation."""
+    """One device, the dtype that ``dtype="auto"`` takes there, and the choice made for every operation.
+
+    ``int8_layers``: what becomes of layers of scheme int8 of some widths, integer products or widened weights.
+    """
 
     name: str
     kind: str
     facts: dict[str, Any]
     auto_dtype: str
     operations: list[Operation]
+    int8_layers: list[Operation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def _driver() -> str | None:
 
 
 def _device(name: str, target: Target, facts: dict[str, Any]) -> Device:
-    return Device(name, target.kind, facts, target.fastest_dtype, operations_on(target))
+    return Device(name, target.kind, facts, target.fastest_dtype, operations_on(target), int8_layers_on(target))
 
 
 def operations_on(target: Target) -> list[Operation]:
@@ -205,6 +209,14 @@ def operations_on(target: Target) -> list[Operation]:
         else:
             operations.append(Operation(name, str(choice.impl), choice.reason))
     return operations
+
+
+def int8_layers_on(target: Target) -> list[Operation]:
+    """How layers with int8 weights are multiplied on a target, by width, and what was measured."""
+    from geneformer_kernels.ops.int8_linear.modes import mode_here
+
+    modes = ((width, mode_here(width, 3 * width, target.fastest_dtype, target)) for width in (256, 768))
+    return [Operation(f"width {width}", mode, reason) for width, (mode, reason) in modes]
 
 
 def as_text(report: Report) -> str:
@@ -228,6 +240,9 @@ def as_text(report: Report) -> str:
         lines.append("  operation           runs as    because")
         for operation in device.operations:
             lines.append(f"  {operation.name:<19} {operation.impl or 'nothing':<10} {operation.reason}")
+        lines.append("  int8 layers         mode       because")
+        for layer in device.int8_layers:
+            lines.append(f"  {layer.name:<19} {layer.impl:<10} {layer.reason}")
     if not any(device.kind in ("cuda", "hip", "mps") for device in report.devices):
         lines += ["", "No GPU is visible to torch: everything runs on the CPU."]
     lines += ["", *(f"PROBLEM: {problem}" for problem in report.problems)]

@@ -304,17 +304,26 @@ def test_the_mode_that_nobody_asked_for(device: str) -> None:
     assert plan.mode_for(10_000, has_product=False) == "weight_only"
 
 
-def test_the_mode_of_a_layer() -> None:
+def test_the_mode_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, by the layer most like it that was measured with the fastest instructions the CPU has."""
     amx, vnni, plain_cpu = (
-        Target.cpu({"avx2", *more}) for more in (("int8_dot", "avx512_bf16", "amx_bf16"), ("int8_dot",), ())
+        Target.cpu({"avx2", *more}) for more in (("int8_dot", "amx_bf16", "amx_int8"), ("int8_dot", "avx512_vnni"), ())
     )
-    tiles = Target.cpu({"avx2", "int8_dot", "avx512_bf16", "amx_bf16", "amx_int8"})
-    assert {modes.mode_here(256, 768, dtype, tiles).mode for dtype in ("bfloat16", "float32")} == {"dynamic"}
-    assert modes.mode_here(256, 768, "bfloat16", amx).mode == "weight_only"
-    assert modes.mode_here(2048, 768, "bfloat16", amx).mode == "dynamic"
-    assert (
-        modes.mode_here(256, 768, "float32", amx).mode == modes.mode_here(256, 768, "float32", vnni).mode == "dynamic"
-    )
+    measured = {
+        ("avx512_vnni", "float32"): (((256, 256, 1.0, 2.25), (3072, 768, 1.0, 3.0)), "an EPYC"),
+        ("avx2", "float32"): (((256, 256, 1.0, 1.0), (768, 768, 1.01, 1.0)), "a Ryzen"),
+    }
+    monkeypatch.setattr(modes, "MEASURED_INT8", measured)
+    assert {modes.mode_here(256, 768, dtype, amx).mode for dtype in ("bfloat16", "float32")} == {"dynamic"}
+    assert modes.mode_here(9, 9, "float32", vnni) == (
+        "dynamic", "integer products with avx512_vnni are 2.25 times as fast as float32 (256 -> 256; an EPYC)"
+    )  # fmt: skip
+    assert modes.mode_here(768, 768, "float16", vnni).mode == "dynamic"  # which the CPU computes in float32
+    assert modes.mode_here(300, 300, "float32", plain_cpu).mode == "dynamic"
+    assert modes.mode_here(800, 800, "float32", plain_cpu).mode == "weight_only"
+    assert "no VNNI" in modes.mode_here(300, 300, "float32", Target.cpu({"avx2", "avx512"})).reason
+    assert modes.mode_here(256, 768, "float32", Target.cpu({"int8_dot"})).mode == "dynamic"  # Arm's, by torch
+    assert modes.mode_here(256, 768, "float32", Target.cpu()).mode == "weight_only"
     for card in CARDS.values():
         mode, reason = modes.mode_here(768, 3072, "bfloat16", card)
         assert mode == "weight_only"
