@@ -28,11 +28,13 @@ def load(
     path
         Folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, sharded or not: a BertModel,
         BertForMaskedLM, BertForSequenceClassification or BertForTokenClassification, or what :func:`save` wrote of an
-        encoder that BERT cannot express.
+        encoder that BERT cannot express. Or a folder of weights of eight bits: what :func:`geneformer_fast.quantize`
+        wrote, any of compressed-tensors with a scale per channel (``int-quantized``, ``float-quantized``), or int8 of
+        torchao. It is read tensor by tensor: no more is in memory than the quantized model and one tensor.
     dtype
         Dtype of weights and matrix products: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, ``"auto"``
         (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
-        float32.
+        float32. Weights of eight bits stay as they are; their layers compute in it (None: in float32).
     device
         Where to put it.
     verify
@@ -48,7 +50,8 @@ def load(
     Raises
     ------
     CheckpointError
-        Files are missing, truncated or do not fit together; names the file, the tensor and both shapes.
+        Files are missing, truncated or do not fit together; names the file, the tensor and both shapes. Weights are
+        quantized in another way, such as that of bitsandbytes.
     UnsupportedError
         There is no such device or dtype here.
     """
@@ -64,7 +67,8 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
 
     A post-norm encoder over tokens becomes a Hugging Face folder, which transformers loads; one that was loaded and not
     changed gives back every tensor bit for bit, in its dtype and under its name. Other encoders (BioNeMo's,
-    AIDO.Cell's) are saved under our own names, which :func:`load` reads.
+    AIDO.Cell's) are saved under our own names, which :func:`load` reads. Weights of eight bits are saved as such, in
+    the convention of compressed-tensors, with which transformers loads the folder.
 
     Parameters
     ----------

@@ -132,7 +132,9 @@ def write_model(
                 write_pieces(weights, tensors, metadata)
             else:
                 # The library refuses memory that tensors share; spelled-out aliases are written twice, as found.
-                write_tensors(weights, {name: tensor.detach().clone() for name, tensor in tensors.items()}, metadata)
+                write_tensors(
+                    weights, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, metadata
+                )
             write_around(config, said, weights, described, sums)
     return folder
 

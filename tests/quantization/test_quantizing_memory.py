@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from geneformer_fast import EncoderConfig
+from geneformer_fast import EncoderConfig, load
 from geneformer_fast.checkpoints import hf
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.files.streaming import TensorWriter, pieces
+from geneformer_fast.quantization.convert import quantize_folder
 
 # Peak of the process, Python and all libraries with it, in MB.
 CHILD = """
-import json, resource, sys
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+import json, pathlib, re, sys
+def peak():  # of this program: getrusage would begin with the process that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 import geneformer_fast
 from geneformer_fast.quantization.convert import quantize_folder
 what, small, folder, out = sys.argv[1:]
@@ -75,6 +76,16 @@ def drawn(shape: tuple[int, ...], noise: torch.Tensor) -> torch.Tensor:
 
 def small_model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "small", EncoderConfig(1, 64, 1, 64, 100, 50))
+
+
+def test_the_smallest_geneformer_is_written_in_less_than_a_third(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", EncoderConfig.preset("geneformer-v1-10m"))
+    report = quantize_folder(folder, tmp_path / "out")
+    before, after = ((place / "model.safetensors").stat().st_size for place in (folder, tmp_path / "out"))
+    assert after < 0.3 * before
+    encoder = [layer for layer in report.layers if not layer.name.startswith("head.")]
+    assert sum(layer.bytes_after for layer in encoder) < 0.27 * sum(layer.bytes_before for layer in encoder)
+    assert sum(tensor.nbytes for tensor in load(tmp_path / "out").state_dict().values()) < 1.01 * after
 
 
 @pytest.mark.parametrize("as_pytorch", [False, pytest.param(True, marks=pytest.mark.slow)])
