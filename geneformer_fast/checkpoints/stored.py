@@ -23,7 +23,7 @@ from geneformer_fast.files.checksums import is_verifying, read_sums
 from geneformer_fast.files.streaming import TensorFile, pieces
 
 # A mapped file's pages count as ours until it is unmapped.
-_MOST_MAPPED = 32 << 20
+_MOST_MAPPED = 16 << 20
 
 
 class _File(Protocol):

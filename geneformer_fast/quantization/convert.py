@@ -248,7 +248,7 @@ class Conversion:
 
     def _note(self, layer: str, rows: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
         lost = rows - q.float() * scale[:, None]
-        energy = torch.stack([rows.double().square().sum(), lost.double().square().sum()])
+        energy = torch.stack([each.square().sum(dtype=torch.float64) for each in (rows, lost)])
         self._energy[layer] = self._energy.get(layer, 0) + energy
 
     def of_weights(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
