@@ -78,9 +78,9 @@ class Block(nn.Module):
         attended = self.attend(x, cells)
         stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
         del attended  # its memory is needed by the feed-forward
-        weights, activation = self._float_weights(x, dtype), self.config.activation
+        weights, activation = float_weights(self.up, self.down, x, dtype), self.config.activation
         if weights is None:
-            out = self._feed_forward_of_rows(x, dtype)
+            out = feed_forward_of_rows(self.up, self.down, x, activation, dtype)
         else:
             assert isinstance(x, torch.Tensor)
             if (
@@ -98,41 +98,43 @@ class Block(nn.Module):
             return stream + out, out
         return add_norm(out, stream, second_norm, second_kind, dtype, dropout_p, reader=reader)
 
-    def _float_weights(
-        self, x: torch.Tensor | Rows, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None] | None:
-        """Weights and biases of the feed-forward layers if both are to be multiplied as they would be unquantized.
 
-        A gradient would keep widened weights until it is needed: then each layer sees to itself.
-        """
-        layers = self.up, self.down
-        quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-        if isinstance(x, Rows) or any(layer.is_dynamic or layer.scheme == "fp8" for layer in quantized):
-            return None
-        if quantized and needs_gradient(x, *(layer.bias for layer in layers)):
-            return None
-        (up, up_bias), (down, down_bias) = (
-            layer.as_float(dtype) if isinstance(layer, QuantizedLinear) else (layer.weight, layer.bias)
-            for layer in layers
-        )
-        return up, up_bias, down, down_bias
+def float_weights(
+    up: nn.Linear, down: nn.Linear, x: torch.Tensor | Rows, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None] | None:
+    """Weights and biases of two feed-forward layers if both are to be multiplied as they would be unquantized.
 
-    def _feed_forward_of_rows(self, x: torch.Tensor | Rows, dtype: torch.dtype) -> torch.Tensor:
-        """The feed-forward half where a layer of it multiplies integers, or is float8."""
-        up, down, activation = self.up, self.down, self.config.activation
-        if wants_rows(up) and wants_rows(down) and down.smooth is None:
-            weights = up.weight_q, up.weight_scale, up.bias, down.weight_q, down.weight_scale, down.bias
-            q, scale = x if isinstance(x, Rows) else (x if up.smooth is None else x * up.smooth, None)
-            return int8_feed_forward(q, *weights, x_scale=scale, activation=activation, out_dtype=dtype)
-        # What is rounded for the second layer comes from float32, as it does within int8_feed_forward.
-        hidden_dtype = torch.float32 if wants_rows(down) else dtype
-        if isinstance(up, QuantizedLinear):
-            inside = None if activation == "swiglu" else activation
-            hidden = up(x, activation=inside, out_dtype=hidden_dtype)
-            hidden = activate(hidden, activation) if inside is None else hidden
-        else:
-            hidden = activate(up(x).to(hidden_dtype), activation)
-        return down(hidden)
+    A gradient would keep widened weights until it is needed: then each layer sees to itself.
+    """
+    layers = up, down
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if isinstance(x, Rows) or any(layer.is_dynamic or layer.scheme == "fp8" for layer in quantized):
+        return None
+    if quantized and needs_gradient(x, *(layer.bias for layer in layers)):
+        return None
+    (up_weight, up_bias), (down_weight, down_bias) = (
+        layer.as_float(dtype) if isinstance(layer, QuantizedLinear) else (layer.weight, layer.bias) for layer in layers
+    )
+    return up_weight, up_bias, down_weight, down_bias
+
+
+def feed_forward_of_rows(
+    up: nn.Linear, down: nn.Linear, x: torch.Tensor | Rows, activation: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The feed-forward half where a layer of it multiplies integers, or is float8."""
+    if wants_rows(up) and wants_rows(down) and down.smooth is None:
+        weights = up.weight_q, up.row_scale, up.bias, down.weight_q, down.row_scale, down.bias
+        q, scale = x if isinstance(x, Rows) else (x if up.smooth is None else x * up.smooth, None)
+        return int8_feed_forward(q, *weights, x_scale=scale, activation=activation, out_dtype=dtype)
+    # What is rounded for the second layer comes from float32, as it does within int8_feed_forward.
+    hidden_dtype = torch.float32 if wants_rows(down) else dtype
+    if isinstance(up, QuantizedLinear):
+        inside = None if activation == "swiglu" else activation
+        hidden = up(x, activation=inside, out_dtype=hidden_dtype)
+        hidden = activate(hidden, activation) if inside is None else hidden
+    else:
+        hidden = activate(up(x).to(hidden_dtype), activation)
+    return down(hidden)
 
 
 def products_dtype(layer: nn.Linear, x: torch.Tensor | Rows) -> torch.dtype:

@@ -112,9 +112,14 @@ class EightBits(nn.Module):
     def weight(self, value: torch.Tensor) -> None:
         raise UnsupportedError("a quantized layer cannot be given another weight; quantize the changed model")
 
+    @property
+    def row_scale(self) -> torch.Tensor:
+        """[N]: :attr:`weight_scale`, which has another axis in models of transformers."""
+        return self.weight_scale.view(-1)
+
     def widened(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Some rows of :attr:`weight` in a dtype; scaled before they are narrowed, for float16's sake."""
-        weight_q, weight_scale = self.weight_q[rows], self.weight_scale[rows]
+        weight_q, weight_scale = self.weight_q[rows], self.row_scale[rows]
         if self.smooth is None and weight_q.dtype == torch.int8:
             return widened_weight(weight_q, weight_scale, dtype)
         wide = weight_q.float() * weight_scale[:, None]
@@ -126,15 +131,7 @@ class EightBits(nn.Module):
         ``x`` is not rounded, whatever the scheme: ranks of genes are read off logits, and nothing after them would
         average the error away.
         """
-        bias, n_rows = bias.to(x.dtype), len(self.weight_q)
-        step = DECODED_ROWS if x.device.type == "cpu" else n_rows
-        parts = [slice(start, start + step) for start in range(0, n_rows, step)]
-        if needs_gradient(x, bias):
-            return torch.cat([F.linear(x, self.widened(x.dtype, part), bias[part]) for part in parts], -1)
-        out = x.new_empty(len(x), n_rows)
-        for part in parts:
-            out[:, part] = F.linear(x, self.widened(x.dtype, part), bias[part])
-        return out
+        return by_parts(x, bias, len(self.weight_q), lambda part: self.widened(x.dtype, part))
 
     def reset_parameters(self) -> None:
         """Refused: there is nothing random about weights of eight bits."""
@@ -150,9 +147,33 @@ class EightBits(nn.Module):
                 self._buffers[name] = _moved(buffer, fn)
         for name, parameter in self._parameters.items():
             moved = None if parameter is None else _moved(parameter.detach(), fn)
-            if parameter is not None and moved is not None and moved.device != parameter.device:
+            if parameter is None or moved is None or moved.device == parameter.device:
+                continue
+            if torch._has_compatible_shallow_copy_type(parameter, moved):  # as torch does: who shares it goes along
+                parameter.data = moved
+            else:
                 self._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
         return self
+
+
+def decoded(x: torch.Tensor, weight_q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """:meth:`EightBits.decoded` with the tensors of an int8 layer without smoothing."""
+    return by_parts(x, bias, len(weight_q), lambda part: widened_weight(weight_q[part], scale[part], x.dtype))
+
+
+def by_parts(
+    x: torch.Tensor, bias: torch.Tensor, n_rows: int, widened: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """[R, K] -> ``linear(x, weight, bias)`` [R, N] in the dtype of ``x``, with some rows of the weight at a time."""
+    bias = bias.to(x.dtype)
+    step = DECODED_ROWS if x.device.type == "cpu" else n_rows
+    parts = [slice(start, start + step) for start in range(0, n_rows, step)]
+    if needs_gradient(x, bias):
+        return torch.cat([F.linear(x, widened(part), bias[part]) for part in parts], -1)
+    out = x.new_empty(len(x), n_rows)
+    for part in parts:
+        out[:, part] = F.linear(x, widened(part), bias[part])
+    return out
 
 
 def _moved(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -227,7 +248,7 @@ class QuantizedLinear(EightBits, nn.Linear):
         ``activation`` is None, ``"relu"``, ``"gelu"`` or ``"gelu_tanh"``.
         """
         work_dtype, is_dynamic = self.work_dtype, self.is_dynamic
-        weights = (self.weight_q, self.weight_scale, self.bias)
+        weights = (self.weight_q, self.row_scale, self.bias)
         out_dtype = out_dtype or work_dtype
         if is_dynamic and not isinstance(x, Rows) and not needs_gradient(x, self.bias):
             x = self.rounded(x)
@@ -287,7 +308,7 @@ class QuantizedEmbedding(EightBits, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids -> [..., C] in the compute dtype."""
-        scale = F.embedding(ids, self.weight_scale[:, None])
+        scale = F.embedding(ids, self.row_scale[:, None])
         return (F.embedding(ids, self.weight_q) * scale).to(self.compute_dtype)
 
     def extra_repr(self) -> str:

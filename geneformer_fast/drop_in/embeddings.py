@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 
 from geneformer_fast.drop_in.plain import has_global_hooks, is_plain_norm, is_unhooked
+from geneformer_fast.layers import QuantizedEmbedding
 from geneformer_fast.ragged import Padding
 
 
@@ -42,6 +43,8 @@ def packed_embeddings(embeddings: Any, arguments: dict[str, Any], padding: Paddi
 
 def _is_plain_table(table: Any) -> bool:
     """Whether rows of a table are looked up and nothing else: the other options count all that is looked up."""
+    if isinstance(table, QuantizedEmbedding):
+        return True
     return type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
 
 

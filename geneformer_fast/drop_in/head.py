@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import mlm_cross_entropy
+from geneformer_kernels.int8_rows import widened_weight
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from geneformer_fast.drop_in.plain import has_global_hooks, is_plain, is_plain_linear, is_unhooked
+from geneformer_fast.drop_in.plain import has_global_hooks, is_ours, is_plain, is_plain_linear, is_unhooked
+from geneformer_fast.layers import decoded
 
 # What torch.nn.CrossEntropyLoss leaves out, as transformers calls it.
 IGNORED = -100
@@ -32,6 +34,8 @@ class Head:
     norm: tuple[torch.Tensor, torch.Tensor]
     eps: float
     decoder: tuple[torch.Tensor, torch.Tensor]
+    #: [V] where the decoder's weight has eight bits: what its rows are multiplied by.
+    decoder_scale: torch.Tensor | None = None
 
     @classmethod
     def of(cls, head: Any) -> Head | None:
@@ -45,7 +49,9 @@ class Head:
         if type(transform) is not modeling_bert.BertPredictionHeadTransform:
             return None
         dense, norm, activation = transform.dense, transform.LayerNorm, transform.transform_act_fn
-        is_whole = all(map(is_unhooked, (head, predictions, transform))) and is_plain_linear(dense, decoder)
+        is_whole = all(map(is_unhooked, (head, predictions, transform))) and is_plain_linear(dense)
+        is_quantized = is_ours(decoder) and decoder.scheme == "int8-weights" and decoder.smooth is None
+        is_whole = is_whole and (is_quantized or is_plain_linear(decoder))
         is_whole = is_whole and is_plain(norm, nn.LayerNorm)
         if not is_whole or any(each is None for each in (norm.weight, norm.bias, decoder.bias)):
             return None
@@ -54,8 +60,9 @@ class Head:
                 return None
             # A copy keeps its options, and whether it is training.
             activation = copy.copy(activation).forward
+        weight, scale = (decoder.weight_q, decoder.row_scale) if is_quantized else (decoder.weight, None)
         return cls(
-            (dense.weight, dense.bias), activation, (norm.weight, norm.bias), norm.eps, (decoder.weight, decoder.bias)
+            (dense.weight, dense.bias), activation, (norm.weight, norm.bias), norm.eps, (weight, decoder.bias), scale
         )
 
     def transformed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -66,11 +73,25 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., C] -> [..., V]."""
-        return F.linear(self.transformed(hidden), *self.decoder)
+        read = self.transformed(hidden)
+        if self.decoder_scale is None:
+            return F.linear(read, *self.decoder)
+        logits = decoded(read.flatten(0, -2), self.decoder[0], self.decoder_scale, self.decoder[1])
+        return logits.view(*read.shape[:-1], -1)
+
+    def wide_decoder(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the decoder in floating point; those of eight bits in ``dtype``."""
+        weight, bias = self.decoder
+        return (
+            (weight, bias) if self.decoder_scale is None else (widened_weight(weight, self.decoder_scale, dtype), bias)
+        )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that logits depend on besides the hidden states."""
-        return tuple(each for each in (*self.dense, *self.norm, *self.decoder) if each is not None)
+        return tuple(each for each in self._tensors() if each is not None)
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return *self.dense, *self.norm, *self.decoder, self.decoder_scale
 
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -91,7 +112,7 @@ def loss_of_rows(module: Any, head: Head | None, hidden: torch.Tensor, labels: t
     read = head.transformed(rows)
     if read.dtype != torch.float64 and torch.is_autocast_enabled(read.device.type):
         read = read.to(torch.get_autocast_dtype(read.device.type))
-    return mlm_cross_entropy(read, *head.decoder, targets, ignore_index=IGNORED)
+    return mlm_cross_entropy(read, *head.wide_decoder(read.dtype), targets, ignore_index=IGNORED)
 
 
 def loss_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

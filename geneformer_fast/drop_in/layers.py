@@ -19,13 +19,16 @@ from geneformer_kernels import (
     varlen_attention,
     varlen_attention_qkv,
 )
+from geneformer_kernels.on_device import needs_gradient
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert
 
+from geneformer_fast.block import feed_forward_of_rows, float_weights
 from geneformer_fast.drop_in.attention import padded_attention
-from geneformer_fast.drop_in.plain import has_global_hooks, is_plain_linear, is_plain_norm, is_unhooked
+from geneformer_fast.drop_in.plain import has_global_hooks, is_ours, is_plain_linear, is_plain_norm, is_unhooked
+from geneformer_fast.layers import Rows, wants_rows
 from geneformer_fast.ragged import Padding
 
 
@@ -129,12 +132,23 @@ def packed_self_attention(attention: Any, x: torch.Tensor, packed: Packed) -> tu
         qkv = linear(x, weight, bias).view(len(x), 3, n_heads, head_dim)
         context = varlen_attention_qkv(qkv, **options)
     else:
-        q, k, v = (projection(x).to(packed.dtype).view(shape) for projection in projections)
+        read: torch.Tensor | Rows = x
+        if is_ours(*projections) and not has_global_hooks():
+            read = _rounded_once(projections, x)
+        q, k, v = (projection(read).to(packed.dtype).view(shape) for projection in projections)
         if is_padded:
             context, weights = padded_attention(q, k, v, packed.padding, packed.keys, dropout_p, packed.wants_weights)
         else:
             context = varlen_attention(q, k, v, **options)
     return context.reshape(len(x), n_heads * head_dim), weights
+
+
+def _rounded_once(layers: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor | Rows:
+    """What several layers of eight bits read: rows that are rounded for all of them, where they multiply integers."""
+    is_shared = all(wants_rows(layer) and layer.smooth is None for layer in layers)
+    if not is_shared or needs_gradient(x, *(layer.bias for layer in layers)):
+        return x
+    return layers[0].rounded(x)
 
 
 def _feed_forward(
@@ -144,16 +158,16 @@ def _feed_forward(
     up, down, read = layer.intermediate, layer.output, stream if x is None else x
     is_down_known = _is_container(down, modeling_bert.BertOutput)
     activation = _activation(up.intermediate_act_fn) if _is_container(up, modeling_bert.BertIntermediate) else None
-    if (
-        activation is not None
-        and is_down_known
-        and is_plain_linear(up.dense, down.dense)
-        and is_plain_norm(down.LayerNorm, down.dropout)
-    ):
+    is_known = activation is not None and is_down_known and is_plain_norm(down.LayerNorm, down.dropout)
+    if is_known and all(is_plain_linear(each) or is_ours(each) for each in (up.dense, down.dense)):
+        assert activation is not None
+        weights = float_weights(up.dense, down.dense, read, packed.dtype)
+        if weights is None:
+            out = feed_forward_of_rows(up.dense, down.dense, read, activation, packed.dtype)
+            return _add_norm(down, out, stream, packed)
         normed = feed_forward_layernorm(
-            read, stream, up.dense.weight, up.dense.bias, down.dense.weight, down.dense.bias,
-            down.LayerNorm.weight, down.LayerNorm.bias, activation=activation, eps=down.LayerNorm.eps, norm="post",
-            out_dtype=packed.dtype, dropout_p=_probability(down.dropout),
+            read, stream, *weights, down.LayerNorm.weight, down.LayerNorm.bias, activation=activation,
+            eps=down.LayerNorm.eps, norm="post", out_dtype=packed.dtype, dropout_p=_probability(down.dropout),
         )  # fmt: skip
         return _parts(*normed)
     hidden = up(read)

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from geneformer_fast.drop_in.head import Head
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.layers import DECODED_ROWS
 
 # A tensor at one moment: its version, its fingerprint, and how far that is exact.
 _State = tuple[int, torch.Tensor, float]
@@ -101,10 +102,13 @@ def _fingerprint(x: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
     if x.ndim == 1:
         return x.detach().clone(), 0.0
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    factors = torch.arange(1, x.shape[-1] + 1, device=x.device).to(x.dtype).sin()
+    x, dtype = x.detach(), torch.promote_types(x.dtype, torch.float32)
+    factors = torch.arange(1, x.shape[-1] + 1, device=x.device).to(dtype).sin()
+    # A table of eight bits is not widened as a whole.
+    parts = [x] if x.is_floating_point() else x.split(DECODED_ROWS)
+    sums = torch.cat([part.to(dtype) @ factors for part in parts]) if len(parts) > 1 else parts[0].to(dtype) @ factors
     # Another number of threads adds in another order.
-    return x @ factors, 64 * torch.finfo(x.dtype).eps
+    return sums, 64 * torch.finfo(dtype).eps
 
 
 def _is_same(before: _State, after: _State) -> bool:

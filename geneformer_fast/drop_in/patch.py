@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from geneformer_fast.arguments import checked
-from geneformer_fast.drop_in import layers, models
+from geneformer_fast.drop_in import eight_bits, layers, models
 from geneformer_fast.drop_in.layers import Packed
 from geneformer_fast.drop_in.models import Call
 from geneformer_fast.drop_in.plain import packed_forward_of
@@ -134,6 +134,7 @@ class Handle:
                 del vars(module)["forward"]
             forward.is_active = False
             vars(module).pop("_replicate_for_data_parallel", None)
+        eight_bits.give_back(self.model)
 
 
 @checked
@@ -190,6 +191,11 @@ def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str =
     A head that is hooked or wrapped is called in every forward pass, over all positions. ``torch.compile`` breaks the
     graph where the model and the padding are looked at, and nowhere else.
 
+    Weights of eight bits stay so: those of a model made by :func:`geneformer_fast.quantize`, and of a folder that
+    transformers has loaded with the package compressed-tensors. That package widens all weights in the first forward
+    pass; accelerate a model before it is called, and its linear layers and tables compute on what was loaded, until
+    ``undo()``. The weights do not learn; adapters and heads on top of them do.
+
     Accelerating an accelerated model again changes ``training_logits`` and ``padding`` and nothing else.
 
     References
@@ -210,6 +216,7 @@ def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str =
     known = [forward for forward in map(packed_forward_of, base.modules()) if forward is not None]
     if not known:
         check_model(base)
+    eight_bits.take_over(base)
     # After undo() inside of another tool's wrapper, some modules still hold theirs and others do not.
     holders = {id(forward.module) for forward in known}
     for forward in _forwards(base):

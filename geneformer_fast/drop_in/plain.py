@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from geneformer_fast.layers import QuantizedLinear
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Sharding, pruning, counters and collectors of outputs: their hooks look at no shape, so packed tensors do for them.
@@ -87,6 +89,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_plain_linear(*modules: nn.Module) -> bool:
     """:func:`is_plain` for linear layers."""
     return all(is_plain(module, nn.Linear) for module in modules)
+
+
+def is_ours(*modules: nn.Module) -> bool:
+    """Whether linear layers have weights of eight bits in a way that our operations know, and are unhooked."""
+    return all(isinstance(module, QuantizedLinear) and is_unhooked(module) for module in modules)
 
 
 def is_plain_norm(norm: nn.Module, dropout: nn.Module) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load, save
+from geneformer_fast.checkpoints.mapping import Entry
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.locks import file_lock
@@ -20,6 +22,7 @@ from geneformer_fast.quantization.build import all_choices, quantized
 from geneformer_fast.quantization.calibrate import calibrate as measured_on
 from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.convert import bytes_of, check_out, quantize_folder, refuse_quantized
+from geneformer_fast.quantization.hugging_face import check_theirs, encoder_of, quantized_theirs
 from geneformer_fast.quantization.report import Report
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
@@ -27,7 +30,7 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 
 @checked
 def quantize(
-    model: Encoder | str | os.PathLike[str],
+    model: Encoder | nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
     scheme: str = "int8",
@@ -39,13 +42,14 @@ def quantize(
     n_cells: int | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
-) -> Encoder | Path:
+) -> Encoder | nn.Module | Path:
     """A model with weights of eight bits: a quarter of the memory of float32.
 
     Parameters
     ----------
     model
-        An encoder, which stays as it is, or a checkpoint folder.
+        An encoder, or transformers' BertModel, BertForMaskedLM, BertForSequenceClassification or
+        BertForTokenClassification, either of which stays as it is; or a checkpoint folder.
     out
         Folder to write, for :func:`geneformer_fast.load`, and for transformers with the package compressed-tensors. Of
         a folder nothing but a few megabytes is in memory meanwhile, unless it is measured; what else lies in it is
@@ -76,7 +80,8 @@ def quantize(
     Path or Encoder
         ``out``; without it the model, on the device, in the mode and with the compute dtype of the one given
         (:meth:`Encoder.cast` and ``.to`` change these and leave the weights what they are). Nothing of it learns, but
-        what is put on top of it may.
+        what is put on top of it may. Of a BERT of transformers a BERT, for :func:`geneformer_fast.accelerate`, PEFT and
+        ``save_pretrained``, whose folder is the one that ``out`` would be.
 
     Raises
     ------
@@ -101,11 +106,11 @@ def quantize(
         raise UnsupportedError(f"{next(iter(measuring))} is about measuring layers: pass cells as calibrate= too")
     if calibrate is not None and choices is not None:
         raise UnsupportedError("choices are made by calibrate, or given: leave one of them out")
-    if isinstance(model, Encoder) and device is not None:
-        raise UnsupportedError("device is where a folder is loaded to; move the encoder before it is quantized")
+    if isinstance(model, nn.Module) and device is not None:
+        raise UnsupportedError("device is where a folder is loaded to; move the model before it is quantized")
     if out is None and overwrite:
         raise UnsupportedError("overwrite is about a folder: name one as out=")
-    folder = None if isinstance(model, Encoder) else Path(model)
+    folder = None if isinstance(model, nn.Module) else Path(model)
     if out is not None:
         if folder is not None:
             refuse_quantized(folder)
@@ -116,24 +121,41 @@ def quantize(
             options: dict[str, Any] = {"scheme": scheme, "keep_embeddings": keep_embeddings, "overwrite": overwrite}
             quantize_folder(folder, out, choices=choices, **options)
             return Path(out)
-    encoder = model if isinstance(model, Encoder) else load(model, device="cpu" if device is None else device)
+    encoder, table = _opened(model, device)
     _check_floats(encoder)
     calibration = None
     if calibrate is not None:
         calibration = measured_on(encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, **measuring)
         choices = calibration.choices
     if folder is not None and out is not None:
-        del encoder, model  # its numbers are read again, some rows at a time
+        del encoder, model, table  # its numbers are read again, some rows at a time
         quantize_folder(folder, out, scheme=scheme, choices=choices, calibration=calibration, overwrite=overwrite)
         return Path(out)
     chosen = all_choices(encoder, scheme, choices, keep_embeddings=keep_embeddings)
-    made = quantized(encoder, chosen)
+    made: nn.Module
+    if table is None:
+        made = ours = quantized(encoder, chosen)
+    else:
+        assert isinstance(model, nn.Module)
+        made, ours = quantized_theirs(model, encoder, table, chosen)
     if out is None:
         return made
     with file_lock(out), whole_folder(out) as unfinished:
-        save(made, unfinished)
-        Report.of(scheme, chosen, bytes_of(encoder), bytes_of(made), calibration).save(unfinished)
+        save(ours, unfinished)
+        Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration).save(unfinished)
     return Path(out)
+
+
+def _opened(
+    model: nn.Module | str | os.PathLike[str], device: str | torch.device | None
+) -> tuple[Encoder, list[Entry] | None]:
+    """What is to be quantized as an encoder, and of transformers' model which parameter is which."""
+    if isinstance(model, Encoder):
+        return model, None
+    if isinstance(model, nn.Module):
+        check_theirs(model)
+        return encoder_of(model)
+    return load(model, device="cpu" if device is None else device), None
 
 
 def _check_floats(encoder: Encoder) -> None:
