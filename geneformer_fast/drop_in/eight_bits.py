@@ -38,16 +38,17 @@ def take_over(model: nn.Module) -> None:
         return
     bert: Any = getattr(model, "bert", model)
     dtype = bert.embeddings.LayerNorm.weight.dtype
+    reasons: dict[str, list[str]] = {}
     for name, layer in layers.items():
         reason = _why_not(layer, dtype)
-        if reason is not None:
-            warnings.warn(
-                f"{type(model).__name__}: {name} is widened, and computes as {_PACKAGE} has it, because {reason}",
-                UserWarning,
-                stacklevel=4,
-            )
-            continue
-        _make_ours(layer, dtype)
+        if reason is None:
+            _make_ours(layer, dtype)
+        else:
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        kept = f"{len(names)} of its layers ({names[0]} ...)" if len(names) > 1 else names[0]
+        message = f"{type(model).__name__}: {kept} will be computed as {_PACKAGE} does it, widened, because {reason}"
+        warnings.warn(message, UserWarning, stacklevel=4)
     hook = vars(model).get(_HOOK)
     if hook is not None and not any(map(_is_quantized, model.modules())):
         vars(model)[_KEPT] = model._forward_pre_hooks.get(hook.id)
@@ -75,11 +76,11 @@ def _why_not(layer: Any, dtype: torch.dtype) -> str | None:
     """Why a layer has to compute as the package does it; None where it need not."""
     status = str(getattr(getattr(layer, "quantization_status", None), "value", None))
     if status == "decompressed":
-        return "a forward pass has widened it already: accelerate a model before it is called"
+        return "a forward pass has widened them already: accelerate a model before it is called"
     rounding = layer.quantization_scheme
     weights, rows = rounding.weights, rounding.input_activations
     if type(layer) not in _CLASSES or weights is None or status != "compressed" or rounding.output_activations:
-        return f"it is a {type(layer).__qualname__} that is {status}"
+        return f"they are {type(layer).__qualname__} and {status}"
     if any(each is not None and (each.num_bits != 8 or not each.symmetric) for each in (weights, rows)):
         return "what is served are eight bits and symmetric scales"
     kinds = str(getattr(weights.type, "value", weights.type)), rows and str(getattr(rows.type, "value", rows.type))
@@ -87,7 +88,7 @@ def _why_not(layer: Any, dtype: torch.dtype) -> str | None:
     if kinds not in _SCHEMES or how[0] != "channel" or how[1:] not in ([], ["token"]) or (rows and not rows.dynamic):
         return f"weights are {kinds[0]} per {how[0]}" + (f", rows {kinds[1]} per {how[1]}" if rows else "")
     if layer.weight.dtype not in (torch.int8, torch.float8_e4m3fn) or layer.weight_scale.numel() != len(layer.weight):
-        return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
+        return f"weights are {str(layer.weight.dtype).removeprefix('torch.')}"
     if dtype == torch.float64:
         return "the model computes in float64"
     return None
