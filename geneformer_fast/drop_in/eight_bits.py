@@ -50,6 +50,12 @@ def take_over(model: nn.Module) -> None:
         message = f"{type(model).__name__}: {kept} will be computed as {_PACKAGE} does it, widened, because {reason}"
         warnings.warn(message, UserWarning, stacklevel=4)
     hook = vars(model).get(_HOOK)
+    if hook is None and len(layers) > sum(map(len, reasons.values())):
+        message = (
+            f"{type(model).__name__}: {_PACKAGE} has a hook on the model around it, which will wrap its layers in the "
+            f"first forward pass; accelerate that model, or take the hook out: model.{_HOOK}.remove()"
+        )
+        warnings.warn(message, UserWarning, stacklevel=4)
     if hook is not None and not any(map(_is_quantized, model.modules())):
         vars(model)[_KEPT] = model._forward_pre_hooks.get(hook.id)
         hook.remove()

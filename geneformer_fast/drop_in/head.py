@@ -45,7 +45,8 @@ class Head:
         predictions = head.predictions
         if type(predictions) is not modeling_bert.BertLMPredictionHead:
             return None
-        transform, decoder = predictions.transform, predictions.decoder
+        transform: Any = predictions.transform
+        decoder: Any = predictions.decoder
         if type(transform) is not modeling_bert.BertPredictionHeadTransform:
             return None
         dense, norm, activation = transform.dense, transform.LayerNorm, transform.transform_act_fn
@@ -60,7 +61,8 @@ class Head:
                 return None
             # A copy keeps its options, and whether it is training.
             activation = copy.copy(activation).forward
-        weight, scale = (decoder.weight_q, decoder.row_scale) if is_quantized else (decoder.weight, None)
+        weight = decoder.weight_q if is_quantized else decoder.weight
+        scale = decoder.row_scale if is_quantized else None
         return cls(
             (dense.weight, dense.bias), activation, (norm.weight, norm.bias), norm.eps, (weight, decoder.bias), scale
         )

@@ -166,7 +166,8 @@ def _layers(encoder: Encoder, entries: Mapping[str, Entry]) -> list[tuple[str, n
 
 
 def _table(model: nn.Module) -> nn.Module:
-    return getattr(model, "bert", model).embeddings.word_embeddings
+    bert: Any = getattr(model, "bert", model)
+    return cast(nn.Module, bert.embeddings.word_embeddings)
 
 
 def _parts(layer: EightBits, entry: Entry) -> list[tuple[str, InParameters]]:
@@ -191,8 +192,8 @@ def _like(layer: EightBits, n_rows: int) -> InParameters:
     if isinstance(layer, QuantizedEmbedding):
         return TheirEmbedding(n_rows, layer.embedding_dim, padding_idx=layer.padding_idx, **options)
     assert isinstance(layer, QuantizedLinear)
-    has = {"has_bias": layer.bias is not None, "has_smooth": layer.smooth is not None}
-    return TheirLinear(layer.in_features, n_rows, **has, **options)
+    options |= {"has_bias": layer.bias is not None, "has_smooth": layer.smooth is not None}
+    return TheirLinear(layer.in_features, n_rows, **options)
 
 
 def _tied_to(table: InParameters, decoder: nn.Linear) -> TheirLinear:

@@ -106,7 +106,7 @@ def fit(
     TrainingError
         The loss is not finite. The last checkpoint stays.
     UnsupportedError
-        The recipe cannot run here.
+        The recipe cannot run here, or nothing of the model learns.
     """
     run = _Run(model, tokens, objective, recipe, train_cells, eval_cells, eval_tokens, sampler)
     run.on_step, run.on_eval = on_step, on_eval
@@ -145,6 +145,11 @@ class _Run:
         eval_tokens: TokenFolder | None,
         sampler: Sampler | None,
     ) -> None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UnsupportedError(
+                "nothing of this model learns: weights of eight bits do not, and all else is frozen; train the model "
+                "before it was quantized, or set requires_grad_() of a head"
+            )
         self.model, self.tokens, self.objective, self.recipe = model, tokens, objective, recipe
         self.ranks = distributed.Ranks.current()
         self.eval_tokens = tokens if eval_tokens is None else eval_tokens

@@ -211,6 +211,11 @@ def _model(
         model = load(init, dtype="float32")
         if hf.head_name(model) != "mlm":
             raise UnsupportedError(f"{init} has no head for masked genes; pretraining goes on from one that has")
+        if model.quantization is not None:
+            raise UnsupportedError(
+                f"{init} is quantized ({model.quantization.scheme}), and weights of eight bits do not learn: pretraining "
+                "goes on from the model before it was quantized"
+            )
         return model
     chosen = config_of(config)
     if chosen.inputs != "tokens":
