@@ -105,6 +105,12 @@ class Encoder(nn.Module):
         """Dtype of the matrix products."""
         return compute_dtype(self._block(0).qkv)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Encoder:
+        """``.to``, ``.half`` and others; refused as a whole where layers of eight bits would refuse theirs."""
+        if self.quantization is not None:
+            check_compute_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype)
+        return super()._apply(fn, recurse)
+
     def cast(self, dtype: str | torch.dtype | None) -> Encoder:
         """Set the dtype of matrix products in place (see :func:`geneformer_fast.config.matmul_dtype`).
 

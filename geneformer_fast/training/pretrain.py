@@ -213,7 +213,7 @@ def _model(
             raise UnsupportedError(f"{init} has no head for masked genes; pretraining goes on from one that has")
         if model.quantization is not None:
             raise UnsupportedError(
-                f"{init} is quantized ({model.quantization.scheme}), and weights of eight bits do not learn: pretraining "
+                f"{init} is quantized ({model.quantization.scheme}), and eight bits do not learn: pretraining "
                 "goes on from the model before it was quantized"
             )
         return model

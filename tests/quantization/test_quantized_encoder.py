@@ -178,6 +178,12 @@ def test_float64_is_refused_and_changes_nothing() -> None:
         with pytest.raises(UnsupportedError, match="float64"):
             change()
     assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32, torch.int8}
+    kept = quantize(encoder_of("geneformer"), keep_embeddings=True)  # its tables come first, and could change
+    for change in (lambda: kept.to(torch.float64), kept.double):
+        with pytest.raises(UnsupportedError, match="float64"):
+            change()
+    assert {tensor.dtype for tensor in kept.state_dict().values()} == {torch.float32, torch.int8}
+    assert kept.half().dtype == torch.float16
     with pytest.raises(UnsupportedError, match="fresh weights"):
         encoder.reset_parameters()
 
