@@ -12,6 +12,7 @@ from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
 
 _EMBED, _TOKENIZE = "bench/test_bench_embed.py::test_bench_embed", "bench/test_bench_tokenize.py::test_bench"
 _VERIFY = "bench/test_bench_verify.py::test_bench_verify"
+QUANTIZED = ("2-threads", "2-threads_avx2", "1-threads", "1-threads_avx2")
 #: Result -> the test that makes it, per suite, in order of importance.
 SUITES = {
     "cpu": {
@@ -33,6 +34,11 @@ SUITES = {
             f"verify_{preset}_{kind}": f"{_VERIFY}_model[{file}-geneformer-{preset}]"
             for preset in ("v1-10m", "v2-104m")
             for kind, file in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin"))
+        },
+        **{
+            name: f"bench/test_bench_quantized.py::test_bench_quantized[{name}]"
+            for geometry in ("v1-10m", "v2-104m")
+            for name in (f"quantized_{geometry}_{end}" for end in QUANTIZED)
         },
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",

@@ -65,6 +65,7 @@ def _machine(results: Sequence[Result]) -> str:
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
     blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
     blocks += [_training(result) for result in of_case("train_")]
+    blocks += [_quantized(result) for result in of_case("quantized_")]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)),
         *(("verify_", _verifying), ("finetune_", _finetuning)),
@@ -108,6 +109,31 @@ def _embedding(result: Result) -> str:
              for pair, goal in result["goals"].items()]  # fmt: skip
     header = ("", "cells/s (p10 to p90)", "ours is faster", "ours, last layer, is faster", "peak memory")
     return _block(title, header, rows, [result], f"Goals: {', '.join(goals)}." if goals else "")
+
+
+def _quantized(result: Result) -> str:
+    rows = []
+    for name, row in result["candidates"].items():
+        speed, ratio = row["cells_per_s"], result["ratios"].get(f"int8 / {name}")
+        rows.append(
+            (
+                f"**{row['what']}**" if row["is_ours"] else f"{row['what']}, batches of {row['batch_size']}",
+                f"{_number(speed['p50'])} ({_number(speed['p10'])} to {_number(speed['p90'])})",
+                "" if ratio is None else f"{ratio:.2f}x",
+                f"{row['least_centred_cosine']:.4f}",
+                _megabytes(row["peak_bytes"]),
+            )
+        )
+    held = f", libraries held to {result['held_to']}" if result["held_to"] else ""
+    lengths = result["lengths"]
+    title = (
+        f"Quantized, {NAMES[result['geometry']]} geometry with random weights, {result['n_cells']} real cells of "
+        f"{lengths['p10']:.0f} / {lengths['p50']:.0f} / {lengths['p90']:.0f} tokens, {_threads(result['threads'])}"
+        f"{held}, last layer, medians of {result['rounds']} runs in turns."
+    )
+    goals = ", ".join(f"{pair} {goal:g}x" for pair, goal in result["goals"].items())
+    header = ("", "cells/s (p10 to p90)", "int8 is faster", "least cosine with float32", "peak memory")
+    return _block(title, header, rows, [result], f"Goals: {goals}." if goals else "")
 
 
 def _training(result: Result) -> str:

@@ -73,7 +73,9 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
     # Without the limits of the outer environment, which would make every case the same.
     outer = {name: value for name, value in os.environ.items() if name not in AVX2}
     environment = outer | (AVX2 if case.is_held else {})
-    said = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    said = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
     found = json.loads(said.stdout.splitlines()[-1])
     lengths = np.array([len(tokens) for tokens in place.token_lists()])
     is_avx2 = case.is_held or not {"avx512_bf16", "amx_bf16", "int8_dot"} & cpu_features()
