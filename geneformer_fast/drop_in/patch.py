@@ -194,7 +194,9 @@ def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str =
     Weights of eight bits stay so: those of a model made by :func:`geneformer_fast.quantize`, and of a folder that
     transformers has loaded with the package compressed-tensors. That package widens all weights in the first forward
     pass; accelerate a model before it is called, and its linear layers and tables compute on what was loaded, until
-    ``undo()``. The weights do not learn; adapters and heads on top of them do.
+    ``undo()``. The weights do not learn; adapters and heads on top of them do. PEFT cannot merge adapters into them:
+    put these on the model before it was quantized and merge them there. FSDP wants to be told to leave them alone
+    (``ignored_params``: all that has no ``requires_grad``); DDP does so by itself.
 
     Accelerating an accelerated model again changes ``training_logits`` and ``padding`` and nothing else.
 

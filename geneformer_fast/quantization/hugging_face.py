@@ -15,12 +15,39 @@ from geneformer_fast.checkpoints.mapping import Entry, to_ours
 from geneformer_fast.checkpoints.quantized import KEY, SMOOTH, TIED_DECODER, WEIGHT, is_tied, quantization_config
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.layers import EightBits, QuantizedEmbedding, QuantizedLinear, check_compute_dtype
+from geneformer_fast.layers import EightBits, QuantizedEmbedding, QuantizedLinear, WideCopy, check_compute_dtype
 from geneformer_fast.quantization.build import quantized
 from geneformer_fast.quantization.choices import Choice
 
 _HOME = "transformers.models.bert.modeling_bert"
-_BIAS = "cls.predictions.bias"
+_ANOTHER = "a quantized layer cannot be given another weight; quantize the changed model"
+
+
+class Stored(WideCopy):
+    """A parameter of eight bits as an attribute of its layer: who exchanges its data, or writes into it, is refused.
+
+    PEFT would merge an adapter into it that way, rounded to whole numbers, which is nothing. It passes for the
+    parameter that it shows; what is written into its ``data``, element by element, is written.
+    """
+
+    #: torch asks this of whatever is a parameter.
+    _is_param = True
+    origin: nn.Parameter
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> Stored:
+        """What a layer shows of a parameter of its own."""
+        made = parameter.detach().as_subclass(cls)
+        made.origin = parameter
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As of a :class:`WideCopy`; ``requires_grad`` and the like may be set."""
+        if getattr(func, "__name__", "") == "__set__" and func != torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class InParameters(EightBits):
@@ -41,16 +68,21 @@ class InParameters(EightBits):
         self.weight_scale = _fixed(torch.empty(n_rows, 1, dtype=torch.float32))
         self.register_buffer("smooth", torch.empty(width, dtype=torch.float32) if has_smooth else None)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Weights are tied this way, by transformers."""
+        value = value.origin if isinstance(value, Stored) else value
+        if name == "weight" and (not isinstance(value, nn.Parameter) or value.dtype != self.weight_q.dtype):
+            raise UnsupportedError(_ANOTHER)
+        super().__setattr__(name, value)
+
     @property
     def weight(self) -> torch.Tensor:
         """[N, K] of eight bits, as it is stored."""
-        return cast(torch.Tensor, self._parameters["weight"])
+        return Stored.of(cast(nn.Parameter, self._parameters["weight"]))
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
-        if not isinstance(value, nn.Parameter) or value.dtype != self.weight.dtype:
-            raise UnsupportedError("a quantized layer cannot be given another weight; quantize the changed model")
-        self._parameters["weight"] = value
+        raise UnsupportedError(_ANOTHER)
 
     @property
     def weight_q(self) -> torch.Tensor:  # type: ignore[override]

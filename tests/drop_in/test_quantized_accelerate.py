@@ -13,6 +13,7 @@ from small_berts import ARCHITECTURES, bert, inputs, labels_for
 
 from geneformer_fast import accelerate, load, quantize
 from geneformer_fast.drop_in.plain import packed_forward_of
+from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.hugging_face import TheirLinear
 
@@ -112,9 +113,17 @@ def test_what_is_left_alone_by_quantize() -> None:
     assert not any(tensor.data_ptr() in places for tensor in model.state_dict().values())
     assert model.training == plain.training
     decoder, table = model.cls.predictions.decoder, model.bert.embeddings.word_embeddings
-    assert decoder.weight is table.weight
     model.tie_weights()
-    assert copy.deepcopy(model).cls.predictions.decoder.weight.dtype == torch.int8
+    for each in (model, copy.deepcopy(model)):
+        tied = each.cls.predictions.decoder, each.bert.embeddings.word_embeddings
+        assert tied[0]._parameters["weight"] is tied[1]._parameters["weight"]
+        assert tied[0].weight.dtype == torch.int8
+    table.weight.requires_grad = False
+    with pytest.raises(UnsupportedError, match="another weight"):
+        table.weight = torch.nn.Parameter(torch.zeros(61, 32))
+    for write in (lambda: setattr(table.weight, "data", table.weight.data), lambda: table.weight.zero_()):
+        with pytest.raises(UnsupportedError, match="eight bits cannot be changed"):
+            write()
     assert decoder.bias is model.cls.predictions.bias
 
 
@@ -212,3 +221,30 @@ def test_a_model_that_the_package_has_widened(tmp_path: Path) -> None:
         accelerate(model)
     with pytest.warns(UserWarning, match="stock forward pass"):
         assert_close(answers(model, given), expected)
+
+
+def test_what_cannot_be_quantized() -> None:
+    import transformers
+
+    peft = pytest.importorskip("peft")
+    plain, other = bert(), transformers.BertForPreTraining(bert().config)
+    with pytest.raises(UnsupportedError, match="word_embeddings of this BertForMaskedLM is quantized already"):
+        quantize(quantize(plain))
+    with pytest.raises(UnsupportedError, match=r"serves Encoder and .*BertForMaskedLM.*quantize the BERT in it"):
+        quantize(other)
+    with pytest.raises(CheckpointError, match="hidden_act 'silu'"):
+        quantize(bert(hidden_act="silu"))
+    with pytest.raises(UnsupportedError, match="float64"):
+        quantize(bert().double())
+    with pytest.raises(UnsupportedError, match="merge_and_unload"):
+        quantize(peft.get_peft_model(plain, peft.LoraConfig(target_modules=["query"])))
+
+
+def test_state_dicts_go_round(tmp_path: Path) -> None:
+    model = quantize(bert().eval())
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state, other = torch.load(tmp_path / "state.pt", weights_only=True), quantize(bert(seed=3).eval())
+    for is_assigned in (False, True):
+        other.load_state_dict(state, assign=is_assigned)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    assert_close(answers(other, inputs()), answers(model, inputs()), 0)

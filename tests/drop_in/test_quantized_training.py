@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from process_groups import group_of_one
 from small_berts import bert, inputs, labels_for
 
 from geneformer_fast import accelerate, quantize
+from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.hugging_face import TheirEmbedding
 
@@ -99,8 +101,11 @@ def test_adapters_are_saved_and_put_on_again(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**given).logits, tuned(**given).logits)
-    with pytest.raises(RuntimeError, match="Char"):  # eight bits cannot hold them
-        tuned.merge_and_unload()
+    # Eight bits cannot hold them.
+    with pytest.raises(RuntimeError, match="Char"):
+        tuned.merge_adapter()
+    with pytest.raises(UnsupportedError, match="merging an adapter"):
+        tuned.merge_adapter(safe_merge=True)
 
 
 def test_a_folder_that_transformers_loads_takes_adapters(tmp_path: Path) -> None:
@@ -133,6 +138,26 @@ def test_a_head_learns_in_a_trainer(tmp_path: Path) -> None:
     assert trainer.evaluate(rows)["eval_loss"] < first
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_in_processes_that_share_gradients(tmp_path: Path) -> None:
+    """DDP as it is; FSDP where it is told to leave alone what does not learn."""
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, given = classifier()
+    model.classifier.requires_grad_(True)
+    accelerate(model)
+    model(**given).loss.backward()
+    expected, model.classifier.weight.grad = model.classifier.weight.grad, None
+    with group_of_one(tmp_path):
+        torch.nn.parallel.DistributedDataParallel(model)(**given).loss.backward()
+        assert torch.equal(model.classifier.weight.grad, expected)
+        model.classifier.weight.grad = None
+        fixed = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=fixed)
+        model(**given).loss.backward()
+        torch.testing.assert_close(model.classifier.weight.grad.full_tensor(), expected)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", pytest.param("weight_only", marks=pytest.mark.slow)])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from operator import eq
 from pathlib import Path
 
 import anndata
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typed_cells import SHORT, typed_cells
 
 import geneformer_fast as gf
+from geneformer_fast.cli import main
 from geneformer_fast.finetuning.outputs import Finetuned
 
 
@@ -45,3 +48,18 @@ def test_several_tasks_on_a_frozen_quantized_encoder(home: Path, new_cells: annd
     assert {"kind_predicted", "donor_predicted"} <= set(found.obs)
     assert found.uns["donor_predicted"]["quantization"] == "int8"
     np.testing.assert_allclose(found.obsm["donor_probabilities"].sum(1), 1, atol=1e-6)
+
+
+def test_from_command_to_command(done: Finetuned, home: Path, tmp_path: Path) -> None:
+    """A classifier that was taught is quantized, and predicts; its folder is still one of classes."""
+    small, out = tmp_path / "small", tmp_path / "out.parquet"
+    assert main(["quantize", str(done.model), "--out", str(small), "--scheme", "int8-weights"]) == 0
+    assert main(["predict", str(home / "tokens"), "--model", str(small), "--out", str(out)]) == 0
+    gf.predict(home / "tokens", done.model, tmp_path / "plain.parquet", progress=False)
+    found, wide = pq.read_table(out), pq.read_table(tmp_path / "plain.parquet")
+    assert found.column_names == wide.column_names
+    same = found["kind_predicted"].to_numpy(zero_copy_only=False) == wide["kind_predicted"].to_numpy(
+        zero_copy_only=False
+    )
+    assert same.mean() > 0.95
+    assert gf.load(small).quantization.scheme == "int8-weights"

@@ -194,3 +194,14 @@ def test_unfinished_tokens_are_refused(ground: Ground, tmp_path: Path, capsys: p
     assert main(["pretrain", str(tmp_path / "nothing"), "--out", str(tmp_path / "run")]) == 2
     assert "no such token folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_eight_bits_do_not_learn(ground: Ground, tmp_path: Path) -> None:
+    """Neither on from their folder, nor where nothing on top of them does."""
+    torch.manual_seed(0)
+    small = gf.quantize(gf.Encoder(ground.config(), "mlm"))
+    with pytest.raises(UnsupportedError, match=r"small is quantized \(int8\).*the model before it was quantized"):
+        gf.pretrain(ground.tokens, tmp_path / "run", init=gf.save(small, tmp_path / "small"), **QUICK)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UnsupportedError, match="nothing of this model learns"):
+        ground.fit(small, SHORT)
