@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from operator import eq
 from pathlib import Path
 
 import anndata
