@@ -119,6 +119,9 @@ def check_theirs(model: nn.Module) -> None:
     if not is_theirs(model):
         advice = "merge_and_unload() the adapters first" if hasattr(model, "peft_config") else "quantize the BERT in it"
         raise UnsupportedError(f"quantize() serves Encoder and transformers' {', '.join(hf.ARCHITECTURES)}: {advice}")
+    for option in ("is_decoder", "add_cross_attention"):
+        if getattr(model.config, option, False):
+            raise UnsupportedError(f"{kind} with config.{option}=True is a decoder; quantize() serves encoders only")
     for name, module in model.named_modules():
         if isinstance(module, EightBits) or getattr(module, "quantization_scheme", None) is not None:
             raise UnsupportedError(f"{name} of this {kind} is quantized already; quantize the model it was made from")

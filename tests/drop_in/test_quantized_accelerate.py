@@ -11,11 +11,12 @@ import pytest
 import torch
 from small_berts import ARCHITECTURES, bert, inputs, labels_for
 
-from geneformer_fast import accelerate, load, quantize
+from geneformer_fast import Ragged, accelerate, load, quantize
 from geneformer_fast.drop_in.plain import packed_forward_of
 from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.choices import Choice
-from geneformer_fast.quantization.hugging_face import TheirLinear
+from geneformer_fast.quantization.hugging_face import TheirLinear, encoder_of
 
 # Any warning says that a call was not packed, or that a layer was widened.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -100,6 +101,27 @@ def test_in_half_precision(mode: str) -> None:
     found = answers(model, inputs())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert_close({name: tensor.float() for name, tensor in found.items()}, expected, 0.05)
+
+
+def test_measured_on_cells_it_is_the_encoder_that_is_measured_on_them() -> None:
+    """The same layers are kept and smoothed, and the numbers are the same."""
+    plain, given = bert().eval(), inputs()
+    cells = Ragged.from_padded(given["input_ids"], given["attention_mask"].bool())
+    with torch.no_grad():
+        plain.bert.encoder.layer[0].output.dense.weight[:, 3] *= 300  # a layer that loses too much
+    encoder, _ = encoder_of(plain)
+    ours = quantize(encoder, calibrate=[cells], bar=41.0)
+    model = quantize(plain, calibrate=[cells], bar=41.0)
+    smoothed = [name for name, module in ours.named_modules() if getattr(module, "smooth", None) is not None]
+    assert smoothed or len(ours.quantization.layers) < 10
+    assert sum(isinstance(module, EightBits) for module in model.modules()) == 1 + sum(
+        3 if "qkv" in name else 1 for name in ours.quantization.layers
+    )  # and the decoder, which is the table
+    accelerate(model)
+    with torch.no_grad():
+        states = ours.hidden_states(cells)
+        expected = {"last": states[-1].values, "first": states[1].values, "logits": ours.logits(states[-1])}
+    assert_close(answers(model, given), expected)
 
 
 def test_what_is_left_alone_by_quantize() -> None:
@@ -236,6 +258,8 @@ def test_what_cannot_be_quantized() -> None:
         quantize(bert(hidden_act="silu"))
     with pytest.raises(UnsupportedError, match="float64"):
         quantize(bert().double())
+    with pytest.raises(UnsupportedError, match="is_decoder=True is a decoder"):
+        quantize(bert(is_decoder=True))
     with pytest.raises(UnsupportedError, match="merge_and_unload"):
         quantize(peft.get_peft_model(plain, peft.LoraConfig(target_modules=["query"])))
 
