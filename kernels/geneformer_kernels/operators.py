@@ -7,6 +7,8 @@ operators per step, 2026-11).
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,22 @@ import torch
 
 _NAMESPACE = "geneformer_kernels"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, kept from the compiler, which sees shapes through the fake.
+
+    ``torch.compiler.disable`` would load the compiler here and now, and torch's own way for operators at the first call:
+    with sympy, Triton and torch.distributed that is 160 MB and 2 s (torch 2.13). What is not loaded compiles nothing.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **named: Any) -> Any:
+        chosen = disabled if "torch._dynamo" in sys.modules else function
+        return chosen(*arguments, **named)
+
+    return called
 
 
 class Operator:
@@ -35,8 +53,7 @@ class Operator:
         self.name, self.function = f"{_NAMESPACE}::{name}", function
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # Opaque to the compiler, which sees shapes through the fake. torch.compiler.disable would load it here and now.
-        _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _opaque(function), "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.geneformer_kernels, name).default
         self.__doc__ = function.__doc__
         self.__name__ = name
