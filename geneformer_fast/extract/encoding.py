@@ -18,7 +18,7 @@ from geneformer_fast import __version__
 from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
-from geneformer_fast.extract.budget import MemoryBudget, Need, batch_bytes, token_bytes
+from geneformer_fast.extract.budget import MemoryBudget, Need, batch_bytes, thread_bytes, token_bytes
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
 from geneformer_fast.ragged import Ragged
@@ -60,7 +60,8 @@ class EncodingRun:
         """Choose tokens of a batch, batches at a time and cells of a window so that a budget of memory holds.
 
         A first batch, of some tokens of the first cell, brings everything into memory that stays there: weights that
-        were mapped only, compiled loops, libraries that are loaded late.
+        were mapped only, compiled loops, libraries that are loaded late. A second one shows what of it later batches
+        use: compiling, and starting, take much that is never needed again.
 
         Parameters
         ----------
@@ -84,17 +85,17 @@ class EncodingRun:
         self._check(batch)
         with torch.inference_mode(), cores_as_workers(self.encoder.device, is_keeping=False) as workers:
             batch = batch.to(self.encoder.device)
-            self._pooled(self.encoder(batch, layer=self.layer), batch)
-        memory.memory.settle()
-        config, longest = self.encoder.config, max(int(lengths.max()), self._asked_budget or 0)
-        token = token_bytes(config, self.encoder.dtype, is_quantized=self.encoder.quantization is not None)
+            for _ in range(2):
+                memory.memory.settle()
+                self._pooled(self.encoder(batch, layer=self.layer), batch)
+        longest = max(int(lengths.max()), self._asked_budget or 0)
         # Tokens of the window that is read and of the one in work; a writer has copies of the rows it is given.
         cell = 3 * first.itemsize * int(lengths.max()) + _COPIES * 4 * self.width
         is_host = self.encoder.device.type == "cpu"  # where results and windows are
         need = Need(
-            fixed=memory.memory.used(),
+            fixed=memory.memory.used() + (thread_bytes(self.encoder) if is_host else 0),
             peak=memory.memory.peak(),
-            token=token + 3 * waiting_bytes,
+            token=token_bytes(self.encoder) + 3 * waiting_bytes,
             batch=batch_bytes(self.encoder),
             cell=cell if is_host else 0,
             result=result_bytes if is_host else 0,

@@ -21,8 +21,8 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, kept from the compiler, which sees shapes through the fake.
 
-    ``torch.compiler.disable`` would load the compiler here and now, and torch's own way for operators at the first call:
-    with sympy, Triton and torch.distributed that is 160 MB and 2 s (torch 2.13). What is not loaded compiles nothing.
+    ``torch.compiler.disable`` would load the compiler here and now, torch's own way for operators at the first call:
+    with sympy, Triton and torch.distributed 160 MB and 2 s (torch 2.13). What is not loaded compiles nothing.
     """
     disabled = torch._disable_dynamo(function)
 

@@ -45,15 +45,16 @@ def token_folder(folder: Path, n_tokens: int, lengths: list[int]) -> Path:
     ],
 )
 def test_a_published_size_embeds_its_longest_cells(
-    preset: str, n_tokens: int, longest: int, budget: str, tmp_path: Path
+    preset: str, n_tokens: int, longest: int, budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subprocess.run([sys.executable, "-c", MAKE, preset, str(tmp_path / "wide"), str(tmp_path / "model")], check=True)
     tokens = token_folder(tmp_path / "tokens", n_tokens, [longest, longest, longest - 7, 900, 31])
     out = tmp_path / "cells.npy"
     options = ["--out", str(out), "--pool", "mean", "--device", "cpu", "--overwrite"]
     command = ["-m", "geneformer_fast", "embed", str(tokens), "--model", str(tmp_path / "model"), *options]
-    # Compiling loops for the first time on a machine takes 200 MB more than loading them.
-    run_child([sys.executable, *command])
-    run = run_child([sys.executable, *command, "--memory-budget", budget])
-    assert run.peak_bytes <= size_in_bytes(budget)
-    assert np.isfinite(np.load(out)).all()
+    # The first run is that on a machine that has compiled no loop yet.
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "compiled"))
+    for _ in range(2):
+        run = run_child([sys.executable, *command, "--memory-budget", budget])
+        assert run.peak_bytes <= size_in_bytes(budget)
+        assert np.isfinite(np.load(out)).all()
