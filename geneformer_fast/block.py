@@ -12,8 +12,9 @@ from geneformer_kernels import (
     residual_layernorm_int8,
     varlen_attention_qkv,
 )
+from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.int8_rows import activate
-from geneformer_kernels.on_device import needs_gradient
+from geneformer_kernels.on_device import choose_for, is_plain, needs_gradient
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
@@ -47,12 +48,12 @@ class Block(nn.Module):
         return self.qkv(x).view(-1, 3, self.config.n_heads, self.config.head_dim)
 
     def attend(self, x: torch.Tensor | Rows, cells: AttentionCells) -> torch.Tensor:
-        """Self-attention of [T, C] within each cell, projected back to [T, C]."""
+        """Self-attention of [T, C] within each cell, [T, C], which :attr:`out` is to project."""
         config = self.config
         qkv = self.projected(x)
         dropout_p = config.attention_dropout if self.training else 0.0
         context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
-        return self.out(context.reshape(len(qkv), config.width))
+        return context.reshape(len(qkv), config.width)
 
     def forward(
         self,
@@ -75,7 +76,11 @@ class Block(nn.Module):
         )
         second_kind = "post" if is_final else self.config.norm
         dtype = products_dtype(self.qkv, x)
-        attended = self.attend(x, cells)
+        context = self.attend(x, cells)
+        if not dropout_p and self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
+            return self._by_rows(context, stream, dtype, first_norm, second_norm, second_kind, reader)
+        attended = self.out(context)
+        del context
         stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
         del attended  # its memory is needed by the feed-forward
         weights, activation = float_weights(self.up, self.down, x, dtype), self.config.activation
@@ -97,6 +102,59 @@ class Block(nn.Module):
             out = F.dropout(out, dropout_p)
             return stream + out, out
         return add_norm(out, stream, second_norm, second_kind, dtype, dropout_p, reader=reader)
+
+    def _is_near(
+        self, context: torch.Tensor, stream: torch.Tensor, dtype: torch.dtype, others: tuple[nn.Module | None, ...]
+    ) -> bool:
+        """Whether one loop computes all that follows attention, each row while it is near: integers, on a CPU.
+
+        ``others`` are modules besides the layers whose parameters count in it. What looks at a layer by hooks sees it.
+        """
+        layers = self.out, self.up, self.down
+        if context.device.type != "cpu" or torch.compiler.is_compiling() or not len(context):
+            return False
+        if not all(wants_rows(layer) for layer in layers) or self.down.smooth is not None:
+            return False
+        return (
+            is_plain(context, stream)
+            and not (
+                torch.is_grad_enabled()
+                and needs_gradient(context, stream, *(p for m in (*layers, *others) if m for p in m.parameters()))
+            )
+            and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+            and is_by_loops(context, dtype)
+        )
+
+    def _by_rows(
+        self,
+        context: torch.Tensor,
+        stream: torch.Tensor,
+        dtype: torch.dtype,
+        first_norm: nn.LayerNorm,
+        second_norm: nn.LayerNorm | None,
+        second_kind: str,
+        reader: nn.Module | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+        """(stream, x) after what follows attention, by the loop."""
+        from geneformer_kernels.cpu.int8_block import Layer, Norm, after_attention
+
+        out, up, down = (
+            Layer(layer.weight_q, layer.row_scale, layer.bias, layer.smooth)
+            for layer in (self.out, self.up, self.down)
+        )
+        is_post = self.config.norm == "post"
+        first, second = Norm(first_norm.weight, first_norm.bias, first_norm.eps, is_post, up.smooth), None
+        if second_norm is not None and wants_rows(reader):
+            is_post = second_kind == "post"
+            second = Norm(second_norm.weight, second_norm.bias, second_norm.eps, is_post, reader.smooth)
+        stream, x, scale = after_attention(
+            context, stream, (out, up, down), (first, second), self.config.activation, dtype
+        )
+        if scale is not None:
+            return stream, Rows(x, scale)
+        if second_norm is None:
+            return stream + x, x
+        return add_norm(x, stream, second_norm, second_kind, dtype, reader=reader)
 
 
 def float_weights(
@@ -143,6 +201,18 @@ def products_dtype(layer: nn.Linear, x: torch.Tensor | Rows) -> torch.dtype:
         return layer.work_dtype
     assert isinstance(x, torch.Tensor)
     return x.dtype
+
+
+def is_by_loops(context: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether every step after attention would be a compiled loop of a CPU, which take whole registers of numbers."""
+    floats = (torch.float32, torch.bfloat16)
+    steps = "quantize_rows", "int8_linear", "residual_layernorm_int8", "int8_feed_forward"
+    return (
+        context.shape[1] % 64 == 0
+        and context.dtype in floats
+        and dtype in floats
+        and all(choose_for(step, context, dtype=dtype) == Impl.NUMBA for step in steps)
+    )
 
 
 def add_norm(

@@ -250,7 +250,7 @@ class QuantizedLinear(EightBits, nn.Linear):
         work_dtype, is_dynamic = self.work_dtype, self.is_dynamic
         weights = (self.weight_q, self.row_scale, self.bias)
         out_dtype = out_dtype or work_dtype
-        if is_dynamic and not isinstance(x, Rows) and not needs_gradient(x, self.bias):
+        if is_dynamic and self.smooth is not None and not isinstance(x, Rows) and not needs_gradient(x, self.bias):
             x = self.rounded(x)
         if isinstance(x, Rows):
             return int8_linear(

@@ -162,6 +162,8 @@ def test_what_onednn_may_not_use_is_not_there(limit: str | None, left: set[str],
         if limit is not None:
             monkeypatch.setenv(name, limit)
         assert cpu_features.__wrapped__() == left
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    assert cpu_features.__wrapped__() == left - {"avx512"}
 
 
 def rows(*measured: tuple[dict[str, int], dict[str, float]]) -> dict:

@@ -117,6 +117,7 @@ PACKAGE_FILES = {
     "cpu.compiled",
     "cpu.int8_amx",
     "cpu.int8_transpose",
+    "cpu.int8_block",
     "cpu.int8_norm",
     "cpu.int8_products",
     "cpu.llvm",
@@ -162,6 +163,10 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "cpu.int8_transpose": {"cpu.compiled", "cpu.llvm"},
     "cpu.int8_dot": {"cpu.compiled", "cpu.instructions", "cpu.llvm"},
     "cpu.int8_loops": {f"cpu.{name}" for name in ("compiled", "int8_amx", "int8_dot", "lanes", "row_arithmetic")},
+    "cpu.int8_block": {
+        *(f"cpu.{name}" for name in ("compiled", "int8_dot", "int8_loops", "int8_norm", "int8_products", "lanes")),
+        *("cpu.row_arithmetic", "cpu.shares"),
+    },
     "cpu.int8_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
     "cpu.int8_pack": {"cpu.compiled", "cpu.int8_transpose"},
     "cpu.int8_products": {

@@ -61,6 +61,16 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether tensors are memory and nothing else: no subclass, no transformation of functions, nobody who watches
+    operators, so that loops which know addresses may take them."""
+    return (
+        all(each is None or type(each) is torch.Tensor for each in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def constant_for_compiler(function: Function) -> Function:
     """``torch.compiler.assume_constant_result``: a compiled graph holds what the function gave while it was compiled.
 

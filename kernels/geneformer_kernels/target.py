@@ -168,7 +168,7 @@ def cpu_features() -> frozenset[str]:
     """Instruction sets of this CPU among those a choice depends on, as the operating system reports them.
 
     Without those for narrow products that oneDNN, which multiplies for torch, is told to leave alone
-    (``ONEDNN_MAX_CPU_ISA``).
+    (``ONEDNN_MAX_CPU_ISA``), and without AVX-512 where MKL, which multiplies float32, is (``MKL_ENABLE_INSTRUCTIONS``).
     """
     flags = set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
     limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
@@ -186,6 +186,8 @@ def cpu_features() -> frozenset[str]:
         "avx_vnni": "int8_dot",
         "asimddp": "int8_dot",
     }
+    if os.environ.get("MKL_ENABLE_INSTRUCTIONS", "").upper() in ("SSE4_2", "AVX", "AVX2"):
+        flags.discard("avx512f")  # of which products of float32, MKL's, then make nothing
     found = {name for flag, name in names.items() if flag in flags}
     if limit.startswith("AVX2"):
         flags.discard("avx512_vnni")

@@ -306,12 +306,13 @@ def test_the_mode_that_nobody_asked_for(device: str) -> None:
 
 def test_the_mode_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, by the layer most like it that was measured with the fastest instructions the CPU has."""
-    amx, vnni, plain_cpu = (
-        Target.cpu({"avx2", *more}) for more in (("int8_dot", "amx_bf16", "amx_int8"), ("int8_dot", "avx512_vnni"), ())
+    amx, vnni, avx_vnni, plain_cpu = (
+        Target.cpu({"avx2", *more})
+        for more in (("int8_dot", "amx_bf16", "amx_int8"), ("int8_dot", "avx512_vnni"), ("int8_dot", "avx_vnni"), ())
     )
     measured = {
         ("avx512_vnni", "float32"): (((256, 256, 1.0, 2.25), (3072, 768, 1.0, 3.0)), "an EPYC"),
-        ("avx2", "float32"): (((256, 256, 1.0, 1.0), (768, 768, 1.01, 1.0)), "a Ryzen"),
+        ("avx_vnni", "float32"): (((256, 256, 1.0, 1.0), (768, 768, 1.01, 1.0)), "a Ryzen"),
     }
     monkeypatch.setattr(modes, "MEASURED_INT8", measured)
     assert {modes.mode_here(256, 768, dtype, amx).mode for dtype in ("bfloat16", "float32")} == {"dynamic"}
@@ -319,8 +320,9 @@ def test_the_mode_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         "dynamic", "integer products with avx512_vnni are 2.25 times as fast as float32 (256 -> 256; an EPYC)"
     )  # fmt: skip
     assert modes.mode_here(768, 768, "float16", vnni).mode == "dynamic"  # which the CPU computes in float32
-    assert modes.mode_here(300, 300, "float32", plain_cpu).mode == "dynamic"
-    assert modes.mode_here(800, 800, "float32", plain_cpu).mode == "weight_only"
+    assert modes.mode_here(300, 300, "float32", avx_vnni).mode == "dynamic"
+    assert modes.mode_here(800, 800, "float32", avx_vnni).mode == "weight_only"
+    assert modes.mode_here(256, 256, "float32", plain_cpu).mode == "dynamic"  # for all layers of a model, or for none
     assert "no VNNI" in modes.mode_here(300, 300, "float32", Target.cpu({"avx2", "avx512"})).reason
     assert modes.mode_here(256, 768, "float32", Target.cpu({"int8_dot"})).mode == "dynamic"  # Arm's, by torch
     assert modes.mode_here(256, 768, "float32", Target.cpu()).mode == "weight_only"

@@ -6,8 +6,17 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.cpu.compiled import LOOP, from_bfloat16
-from geneformer_kernels.cpu.lanes import LANES, SIGNED, sum_of, sum_of_squares
+from geneformer_kernels.cpu.compiled import LOOP
+from geneformer_kernels.cpu.lanes import (
+    LANES,
+    SIGNED,
+    add_floats,
+    add_halves,
+    copy_floats,
+    copy_halves,
+    normalise,
+    sum_of_squares,
+)
 from geneformer_kernels.cpu.row_arithmetic import address_of, round_row
 from geneformer_kernels.cpu.shares import in_pieces
 
@@ -30,66 +39,66 @@ def add_layer_norm_int8(
         return stream, q[:, :width], scale
     is_half = x.dtype == torch.bfloat16
     x = x.detach().contiguous() if is_half else x.detach().float().contiguous()
-    nothing = torch.empty(0, 0)
-    halves = x.view(torch.uint16) if is_half else nothing.to(torch.uint16)
-    rows = (nothing if is_half else x).numpy(), halves.numpy(), is_half
-    before = (nothing if residual is None else residual.detach().float().contiguous()).numpy()
-    factors = torch.ones(0 if smooth is None else whole)
-    if smooth is not None:
-        factors[:width] = smooth.detach()
-    affine = tuple(each.detach().float().contiguous().numpy() for each in (weight, bias, factors))
+    before = None if residual is None else residual.detach().float().contiguous()
+    affine = affine_of(weight, bias, smooth)
+    at = (x.data_ptr(), is_half, 0 if before is None else before.data_ptr(), stream.data_ptr(), q.data_ptr())
+    size, has_smooth = (width, whole), smooth is not None
 
     def norm(start: int, stop: int) -> None:
-        scratch = np.zeros(2 * whole, np.float32)
-        _norm_rows(
-            *rows,
-            before,
-            *affine,
-            np.float32(eps),
-            is_post,
-            scratch,
-            stream.numpy(),
-            q.numpy(),
-            scale.numpy(),
-            start,
-            stop,
-        )
+        scratch = np.zeros((4, whole), np.float32)
+        norm_rows(*at, scale.numpy(), *size, affine, has_smooth, np.float32(eps), is_post, scratch, start, stop)
 
     in_pieces(norm, n_rows)
     return stream, q if whole == width else q[:, :width].contiguous(), scale
 
 
+def affine_of(weight: torch.Tensor, bias: torch.Tensor, smooth: torch.Tensor | None) -> np.ndarray:
+    """[3, C], C rounded up to LANES: zeros behind weight and bias make zeros of what is behind a row."""
+    width = len(weight)
+    affine = np.zeros((3, -(-width // LANES) * LANES), np.float32)
+    for i, each in enumerate((weight, bias, smooth)):
+        if each is not None:
+            affine[i, :width] = each.detach().float().numpy()
+    return affine
+
+
 @numba.njit(**LOOP)
-def _norm_rows(
-    x, halves, is_half, residual, weight, bias, smooth, eps, is_post, scratch, stream, q, scale, start, stop
+def norm_rows(
+    x, is_half, residual, stream, q, scale, width, whole, affine, has_smooth, eps, is_post, scratch, start, stop
 ):  # fmt: skip
-    width, whole = stream.shape[1], q.shape[1]
-    total, normed = scratch[:whole], scratch[whole:]
-    n_blocks, size = whole // LANES, np.float32(width)
+    """Rows of ``width`` numbers at addresses; those of the stream are whole LANES or made in ``scratch``."""
+    row_bytes, total_row = 4 * whole, address_of(scratch)
+    normed_row, before_row, work_row = total_row + row_bytes, total_row + 2 * row_bytes, total_row + 3 * row_bytes
+    n_blocks, size, is_whole = whole // LANES, np.float32(width), whole == width
+    weight, bias = address_of(affine), address_of(affine) + row_bytes
+    smooth = bias + row_bytes if has_smooth else 0
+    x_bytes = width * (2 if is_half else 4)
+    if not residual:
+        scratch[2] = np.float32(-0.0)  # which adds nothing, not even to the sign of a zero
     for i in range(start, stop):
-        if is_half:
-            from_halves = halves[i]
-            for j in range(width):
-                total[j] = from_bfloat16(from_halves[j])
+        x_row, stream_row = x + i * x_bytes, stream + 4 * width * i
+        before = residual + 4 * width * i if residual else before_row
+        if not is_whole:
+            # A copy that zeros follow; the sum goes to where they are.
+            if is_half:
+                copy_halves(x_row, width, work_row)
+            else:
+                copy_floats(x_row, width, work_row)
+            x_row = work_row
+            if residual:
+                copy_floats(before, width, before_row)
+                before = before_row
+        total = stream_row if is_whole and not is_post else total_row
+        normed = stream_row if is_whole and is_post else normed_row
+        if is_half and is_whole:
+            mean = add_halves(x_row, before, n_blocks, total) / size
         else:
-            from_floats = x[i]
-            for j in range(width):
-                total[j] = from_floats[j]
-        if len(residual):
-            before = residual[i]
-            for j in range(width):
-                total[j] += before[j]
-        total[width:] = 0
-        mean = sum_of(address_of(total), n_blocks) / size
-        total[width:] = mean  # what is not there is not apart from it
-        variance = sum_of_squares(address_of(total), mean, n_blocks) / size
+            mean = add_floats(x_row, before, n_blocks, total) / size
+        if not is_whole:
+            scratch[0, width:] = mean  # what is not there is not apart from it
+        variance = sum_of_squares(total, mean, n_blocks) / size
         rstd = np.float32(1) / np.sqrt(variance + eps)
-        for j in range(width):
-            normed[j] = (total[j] - mean) * rstd * weight[j] + bias[j]
-        onward, going = stream[i], normed if is_post else total
-        for j in range(width):
-            onward[j] = going[j]
-        scale[i] = round_row(
-            address_of(normed), False, address_of(smooth) if len(smooth) else 0, whole, address_of(total), SIGNED,
-            address_of(q) + i * whole,
-        )  # fmt: skip
+        normalise(total, mean, rstd, weight, bias, n_blocks, normed)
+        if not is_whole:
+            copy_floats(normed if is_post else total, width, stream_row)
+        scale[i] = round_row(normed, False, smooth, whole, work_row, SIGNED, q + i * whole)

@@ -24,11 +24,11 @@ from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES
 from geneformer_kernels.cpu.shares import in_pieces
 from geneformer_kernels.target import INT8_INSTRUCTIONS, cpu_features
 
-_KINDS = {"avx2": PAIRS, "avx_vnni": AVX_VNNI, "avx512_vnni": AVX512_VNNI, "amx_int8": AMX}
+KINDS = {"avx2": PAIRS, "avx_vnni": AVX_VNNI, "avx512_vnni": AVX512_VNNI, "amx_int8": AMX}
 #: Rows of a block: whole tiles of all sets. Of float32 hidden units so many bytes stay near, as far as rows allow.
 _BLOCK_ROWS, _HIDDEN_BYTES = 96, 1 << 20
 
-_NO_ROWS = np.empty((0, 0), np.float32)
+NO_ROWS = np.empty((0, 0), np.float32)
 _NO_NUMBERS = np.empty(0, np.float32)
 _NO_WEIGHT = (0, 0, 0, _NO_NUMBERS, _NO_NUMBERS, np.empty(0, np.int32))
 
@@ -66,14 +66,14 @@ def quantize_rows(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[
     """int8 [T, K] and float32 scale [T] of floats [T, K], times ``smooth`` [K]."""
     n_rows, width = x.shape
     q, scale = torch.empty(n_rows, _whole(width, LANES), dtype=torch.int8), torch.empty(n_rows, dtype=torch.float32)
-    source, factors, sums = _Source(x, None), _factors(smooth, width), torch.empty(0, dtype=torch.int32).numpy()
+    source, factors, sums = Source(x, None), factors_of(smooth, width), torch.empty(0, dtype=torch.int32).numpy()
 
     def quantize(start: int, stop: int) -> None:
         row = _row(width)
         block = (q[start:stop].numpy(), scale[start:stop].numpy(), sums, row, row)
         layer = (factors, _NO_WEIGHT, AMX, ACTIVATION_CODES[None], block)
         int8_loops.compute_rows(
-            source.arrays, layer, layer, 0, False, _NO_ROWS, (0, 0, False), start, stop, stop - start
+            source.arrays, layer, layer, 0, False, NO_ROWS, (0, 0, False), start, stop, stop - start
         )
 
     in_pieces(quantize, n_rows)
@@ -90,15 +90,15 @@ def linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """``activation(x @ (weight * weight_scale).T + bias)`` of floats, or int8 rows with scales, [T, K]."""
-    kind, width = _KINDS[_the_set()], x.shape[1]
-    packed = _pack(weight, weight_scale, bias, kind)
+    kind, width = KINDS[the_set()], x.shape[1]
+    packed = packed_for(weight, weight_scale, bias, kind)
     out = _Result(len(x), len(weight), out_dtype)
-    source, factors = _Source(x, x_scale), _factors(None, width)
+    source, factors = Source(x, x_scale), factors_of(None, width)
 
     def compute(start: int, stop: int) -> None:
         n_rows = min(_BLOCK_ROWS, stop - start)
-        layer = (factors, _weight(packed), kind, ACTIVATION_CODES[activation], _block(n_rows, width, kind))
-        int8_loops.compute_rows(source.arrays, layer, layer, 1, False, _NO_ROWS, out.arrays, start, stop, n_rows)
+        layer = (factors, weight_of(packed), kind, ACTIVATION_CODES[activation], buffers(n_rows, width, kind))
+        int8_loops.compute_rows(source.arrays, layer, layer, 1, False, NO_ROWS, out.arrays, start, stop, n_rows)
 
     in_pieces(compute, len(x))
     return out.tensor()
@@ -113,26 +113,34 @@ def feed_forward(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Two linear layers, each (weight, scale, bias); hidden units are rounded to int8 with one scale per row."""
-    kind = down_kind = _KINDS[_the_set()]
-    if kind == PAIRS and activation == "relu":
-        down_kind = UNSIGNED
+    kind, down_kind = kinds_of(activation)
     n_units, width, hidden_width = len(up[0]), x.shape[1], down[0].shape[1]
-    packed, down_packed = _pack(*up, kind), _pack(*down, down_kind)
+    packed, down_packed = packed_for(*up, kind), packed_for(*down, down_kind)
     out = _Result(len(x), len(down[0]), out_dtype)
-    source, factors, down_factors = _Source(x, x_scale), _factors(None, width), _factors(None, hidden_width)
+    source, factors, down_factors = Source(x, x_scale), factors_of(None, width), factors_of(None, hidden_width)
 
     def compute(start: int, stop: int) -> None:
-        near = _HIDDEN_BYTES // (4 * max(1, n_units)) // 32 * 32
-        n_rows = min(max(32, near), _BLOCK_ROWS, stop - start)
+        n_rows = min(rows_at_once(n_units), stop - start)
         hidden = np.zeros((n_rows, _whole(n_units, LANES)), np.float32)
-        layer = (factors, _weight(packed), kind, ACTIVATION_CODES[activation], _block(n_rows, width, kind))
-        block = _block(n_rows, hidden_width, down_kind)
-        down_layer = (down_factors, _weight(down_packed), down_kind, ACTIVATION_CODES[None], block)
+        layer = (factors, weight_of(packed), kind, ACTIVATION_CODES[activation], buffers(n_rows, width, kind))
+        block = buffers(n_rows, hidden_width, down_kind)
+        down_layer = (down_factors, weight_of(down_packed), down_kind, ACTIVATION_CODES[None], block)
         is_gated = activation == "swiglu"
         int8_loops.compute_rows(source.arrays, layer, down_layer, 2, is_gated, hidden, out.arrays, start, stop, n_rows)
 
     in_pieces(compute, len(x))
     return out.tensor()
+
+
+def kinds_of(activation: str) -> tuple[int, int]:
+    """Kinds of the products on both sides of an activation."""
+    kind = KINDS[the_set()]
+    return kind, UNSIGNED if kind == PAIRS and activation == "relu" else kind
+
+
+def rows_at_once(n_units: int) -> int:
+    """Rows of a block with so many hidden units."""
+    return min(max(32, _HIDDEN_BYTES // (4 * max(1, n_units)) // 32 * 32), _BLOCK_ROWS)
 
 
 class _Result:
@@ -147,7 +155,8 @@ class _Result:
         return self._rows.to(self._dtype)
 
 
-def _the_set() -> str:
+def the_set() -> str:
+    """:func:`instruction_set`, where there has to be one."""
     name = instruction_set()
     if name is None:
         raise RuntimeError("this CPU has no instructions for products of int8 that these loops know")
@@ -158,16 +167,18 @@ def _whole(size: int, step: int) -> int:
     return max(1, -(-size // step)) * step
 
 
-def _pack(weight: Any, scale: Any, bias: Any, kind: int) -> Packed:
+def packed_for(weight: Any, scale: Any, bias: Any, kind: int) -> Packed:
+    """A layer's weight as a kind of product takes it."""
     return pack(weight, scale, bias, is_wide=kind == PAIRS, is_shifted=kind in (AVX_VNNI, AVX512_VNNI))
 
 
-def _weight(packed: Packed) -> tuple[Any, ...]:
+def weight_of(packed: Packed) -> tuple[Any, ...]:
+    """What loops take of it; it has to be kept alive meanwhile."""
     panels = packed.panels
     return (panels.ctypes.data, len(panels), packed.n_columns, packed.scale, packed.bias, packed.shift)
 
 
-class _Source:
+class Source:
     """Rows of floats, or int8 rows with scales, kept alive beside what the loops take."""
 
     def __init__(self, x: torch.Tensor, x_scale: torch.Tensor | None) -> None:
@@ -182,7 +193,7 @@ class _Source:
         self.arrays = (x.data_ptr(), row_bytes, x.shape[1], is_half, given, given_scale, x_scale is not None)
 
 
-def _factors(smooth: torch.Tensor | None, width: int) -> np.ndarray:
+def factors_of(smooth: torch.Tensor | None, width: int) -> np.ndarray:
     """What is read beside the numbers of a row, and behind them."""
     if smooth is None:
         return np.empty(0, np.float32)
@@ -196,7 +207,7 @@ def _row(width: int) -> np.ndarray:
     return np.zeros(3 * _whole(width, LANES) + 3 * LANES, np.float32)
 
 
-def _block(n_rows: int, width: int, kind: int) -> tuple[np.ndarray, ...]:
+def buffers(n_rows: int, width: int, kind: int) -> tuple[np.ndarray, ...]:
     """Buffers of int8_loops.py; those of torch begin at whole registers."""
     n_rows, width = n_rows + SLACK, _whole(width, WIDTH_STEP)
     return (

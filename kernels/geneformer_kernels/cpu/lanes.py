@@ -66,12 +66,38 @@ def _fold(builder: Any, n_blocks: Any, kind: Any, read: Callable[[Any], Any], ad
     return builder.extract_element(grown, INT32(0))
 
 
-def _sum(typing_context: Any, x: Any, n_blocks: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, n_blocks = arguments
-        return _fold(builder, n_blocks, _FLOATS, lambda block: _read(builder, x, block, False), builder.fadd)
+def _adding(is_half: bool) -> Any:
+    def add(typing_context: Any, x: Any, other: Any, n_blocks: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, other, n_blocks, out = arguments
 
-    return types.float32(types.int64, types.int64), generate
+            def both(block: Any) -> Any:
+                value = builder.fadd(_read(builder, x, block, is_half), _read(builder, other, block, False))
+                store(builder, value, out, builder.mul(block, INT64(_FLOAT_BYTES * LANES)), align=4)
+                return value
+
+            return _fold(builder, n_blocks, _FLOATS, both, builder.fadd)
+
+        return types.float32(*[types.int64] * 4), generate
+
+    return intrinsic(add)
+
+
+def _normalise(
+    typing_context: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, n_blocks: Any, out: Any
+) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, mean, rstd, weight, bias, n_blocks, out = arguments
+        mean, rstd = (everywhere(builder, number, _FLOATS) for number in (mean, rstd))
+        with counting(builder, INT64(0), n_blocks) as block:
+            value = builder.fmul(builder.fsub(_read(builder, x, block, False), mean), rstd)
+            value = builder.fmul(value, _read(builder, weight, block, False))
+            value = builder.fadd(value, _read(builder, bias, block, False))
+            store(builder, value, out, builder.mul(block, INT64(_FLOAT_BYTES * LANES)), align=4)
+        return context.get_dummy_value()
+
+    address, number = types.int64, types.float32
+    return types.void(address, number, number, *[address] * 4), generate
 
 
 def _sum_of_squares(typing_context: Any, x: Any, mean: Any, n_blocks: Any) -> Any:
@@ -272,10 +298,12 @@ def _writing(is_half: bool) -> Any:
     return intrinsic(write)
 
 
-#: (x, blocks): the sum of float32.
-sum_of: Any = intrinsic(_sum)
+#: (x, other, blocks, out): x + other as float32 to ``out``; their sum. ``x`` is float32, or bfloat16.
+add_floats, add_halves = map(_adding, (False, True))
 #: (x, mean, blocks): the sum of squares of what is above or below the mean.
 sum_of_squares: Any = intrinsic(_sum_of_squares)
+#: (x, mean, rstd, weight, bias, blocks, out): (x - mean) * rstd * weight + bias to ``out``.
+normalise: Any = intrinsic(_normalise)
 #: (x, smooth, blocks, row): x * smooth as float32 to ``row``; the bits of its largest magnitude, which come in the
 #: order of magnitudes. NaN is the largest of all. ``x`` is float32, or bfloat16.
 take_floats, take_halves = _taking(False), _taking(True)
