@@ -138,10 +138,11 @@ class Block(nn.Module):
         """(stream, x) after what follows attention, by the loop."""
         from geneformer_kernels.cpu.int8_block import Layer, Norm, after_attention
 
-        out, up, down = (
-            Layer(layer.weight_q, layer.row_scale, layer.bias, layer.smooth)
-            for layer in (self.out, self.up, self.down)
-        )
+        layers = []
+        for layer in (self.out, self.up, self.down):
+            assert isinstance(layer, QuantizedLinear)
+            layers.append(Layer(layer.weight_q, layer.row_scale, layer.bias, layer.smooth))
+        out, up, down = layers
         is_post = self.config.norm == "post"
         first, second = Norm(first_norm.weight, first_norm.bias, first_norm.eps, is_post, up.smooth), None
         if second_norm is not None and wants_rows(reader):
