@@ -70,20 +70,31 @@ class Kinds:
         Names, expressions and classes in the order they were given, each with a scheme.
     ignore
         Names, expressions and classes of layers that have not.
+    smoothed
+        Those of ``targets`` whose layers have a factor for their input.
     """
 
     targets: tuple[tuple[str, str], ...]
     ignore: tuple[str, ...] = ()
+    smoothed: frozenset[str] = frozenset()
 
     def kind_of(self, module: str, kind: str) -> str | None:
         """The scheme of a layer, by its name and class (``Linear`` or ``Embedding``); None where it has none.
 
         A name counts more than an expression, and that more than a class.
         """
+        return self._of(module, kind)[1]
+
+    def is_smoothed(self, module: str, kind: str) -> bool:
+        """Whether a layer, by its name and class, has a factor for its input."""
+        return self._of(module, kind)[0] in self.smoothed
+
+    def _of(self, module: str, kind: str) -> tuple[str | None, str | None]:
+        """The target that a layer is in, and its scheme."""
         if any(_fits(pattern, module, kind) for pattern in self.ignore):
-            return None
+            return None, None
         ranked = sorted(self.targets, key=lambda target: (target[0] == kind, target[0].startswith("re:")))
-        return next((scheme for pattern, scheme in ranked if _fits(pattern, module, kind)), None)
+        return next((target for target in ranked if _fits(target[0], module, kind)), (None, None))
 
 
 def _fits(pattern: str, module: str, kind: str) -> bool:
@@ -114,12 +125,13 @@ def kinds_in(settings: Mapping[str, Any], where: Path) -> Kinds:
         raise CheckpointError(f"{where}: {KEY} has a {transformed}, which is not supported; {_AGAIN}")
     if (said.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise CheckpointError(f"{where}: the weights are sparse, which is not supported; {_AGAIN}")
-    targets = []
+    targets, smoothed = [], set()
     for name, group in said["config_groups"].items():
         scheme = _scheme_of(group, said.get("format"), f"{where}: {KEY}: {name}")
         if scheme is not None:
             targets += [(target, scheme) for target in group["targets"]]
-    kinds = Kinds(tuple(targets), tuple(said.get("ignore") or ()))
+            smoothed |= set(group["targets"]) if (group.get("format") or said.get("format")) == SMOOTHED else set()
+    kinds = Kinds(tuple(targets), tuple(said.get("ignore") or ()), frozenset(smoothed))
     for pattern in (*(target for target, _ in kinds.targets), *kinds.ignore):
         try:
             _fits(pattern, "", "")

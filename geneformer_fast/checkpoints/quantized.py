@@ -112,7 +112,7 @@ def fill(encoder: Encoder, table: Iterable[Entry], stored: Stored, kinds: Kinds,
 
 def _choice(entry: Entry, kind: str, stored: Stored, kinds: Kinds, folder: Path) -> Choice:
     """What the files hold of one layer."""
-    schemes = set()
+    schemes, width = set(), stored[entry.theirs[0]].shape[1]
     for name in entry.theirs:
         module, dtype = name.removesuffix(f".{WEIGHT}"), stored[name].dtype
         scheme, has = kinds.kind_of(module, kind), str(dtype).removeprefix("torch.")
@@ -125,12 +125,15 @@ def _choice(entry: Entry, kind: str, stored: Stored, kinds: Kinds, folder: Path)
         if scheme == "fp8" and kind == described.TABLE:
             raise CheckpointError(f"{folder}: tensor {name!r} is a table in float8; tables are read in int8 or floats")
         schemes.add(scheme or "half")
+        has_smooth, smooth = kinds.is_smoothed(module, kind), beside(name, SMOOTH)
+        if has_smooth and smooth not in stored:
+            raise CheckpointError(f"{folder}: tensor {smooth!r} of shape {[width]} is missing; {_APART}")
+        if smooth in stored and not has_smooth:
+            raise CheckpointError(f"{folder}: tensor {smooth!r} is there, but {CONFIG} does not say so; {_APART}")
     if len(schemes) > 1:
         raise CheckpointError(
             f"{folder}: {', '.join(entry.theirs)} are {' and '.join(sorted(schemes))}; one of them only"
         )
-    has_smooth = beside(entry.theirs[0], SMOOTH) in stored
-    width = stored[entry.theirs[0]].shape[1]
     return Choice(schemes.pop(), torch.empty(width, device="meta") if has_smooth else None)
 
 

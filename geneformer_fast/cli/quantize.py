@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
     args.before = state_of(args.out)
     out = Path(args.out)
+    if args.check is not None:
+        from geneformer_fast.quantization.check import check, check_askable
+
+        check_askable(args.model, args.check, label=args.label, device=args.device)
     quantize(
         Path(args.model),
         out,
@@ -75,8 +79,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{Report.read(out).as_text()}\n{out}")
     if args.check is not None:
-        from geneformer_fast.quantization.check import check
-
         print(check(args.model, out, args.check, label=args.label, device=args.device).as_text())
     return 0
 

@@ -76,7 +76,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that appears when all of its files are whole; one that is there is replaced.
+    """A folder that appears when all of its files are whole; one that is there is replaced. A link is followed.
 
     Yields
     ------
@@ -88,7 +88,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     OutputError
         The system does not let it be written; nothing is left.
     """
-    path = Path(path)
+    path = followed(Path(path))
     with _partial_folder(path) as folder:
         temporary = folder / path.name
         temporary.mkdir()
@@ -184,6 +184,11 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
                 if not (folder / old.name.removeprefix(_OLD)).exists():
                     os.replace(old, folder / old.name.removeprefix(_OLD))
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def followed(path: Path) -> Path:
+    """Where a link leads: what is written is to lie there, on another disk maybe. Other paths stay as they are."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def hidden_name(name: str) -> str:

@@ -94,8 +94,7 @@ class Questions:
         VocabularyError
             The tokens belong to another vocabulary.
         """
-        if encoder.config.inputs != "tokens":
-            raise UnsupportedError("this encoder reads values, not ranked tokens; checking serves encoders over tokens")
+        check_asked(encoder)
         cells = some_cells(self.tokens, self.cells, identity_of(self.tokens, encoder.config))
         pool = "mean" if cells.cls_id is None else "cls"
         embedding = EncodingRun(encoder, cells, pool, self.layer, self.token_budget, self.progress)
@@ -129,3 +128,15 @@ class Questions:
                 genes.append(logits.topk(min(N_GENES, logits.shape[1])).indices.cpu().numpy())
                 targets.append(batch.targets.numpy())
         return np.concatenate(genes), np.concatenate(targets)
+
+
+def check_asked(encoder: Encoder) -> None:
+    """See that an encoder reads what a token folder holds.
+
+    Raises
+    ------
+    UnsupportedError
+        It reads values.
+    """
+    if encoder.config.inputs != "tokens":
+        raise UnsupportedError("this encoder reads values, not ranked tokens; checking serves encoders over tokens")

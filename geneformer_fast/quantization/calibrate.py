@@ -32,6 +32,8 @@ BAR_DB = {"int8": 30.0, "int8-weights": 30.0, "fp8": 25.0}
 LEAST_COSINE = 0.9995
 #: Cells that are looked at, and of these how many are embedded again and again while layers are given up.
 N_CELLS, N_EMBEDDED = 256, 64
+#: What the command line calls what is asked for.
+FLAGS = {"bar": "--bar", "least_cosine": "--least-cosine", "n_cells": "--cells"}
 # What smoothing has to gain where it costs nothing at run time, in dB: half a bit.
 _GAIN_DB = 3.0
 _TOKEN_TABLE = "embeddings.token"
@@ -123,11 +125,11 @@ def calibrate(
     defaults = default_choices(encoder, scheme, keep_embeddings=keep_embeddings)
     bar = BAR_DB[scheme] if bar is None else float(bar)
     if not math.isfinite(bar):
-        raise UnsupportedError(f"bar must be a number of dB, not {bar}")
+        raise UnsupportedError(f"bar (--bar) must be a number of dB, not {bar}")
     if not 0 < least_cosine <= 1:
-        raise UnsupportedError(f"least_cosine must be above 0 and at most 1, not {least_cosine}")
+        raise UnsupportedError(f"least_cosine (--least-cosine) must be above 0 and at most 1, not {least_cosine}")
     if n_cells < 1:
-        raise UnsupportedError(f"n_cells must be at least 1, not {n_cells}")
+        raise UnsupportedError(f"n_cells (--cells) must be at least 1, not {n_cells}")
     if encoder.quantization is not None:
         raise UnsupportedError(
             f"this model is quantized already ({encoder.quantization.scheme}); calibrate the one it was made from"

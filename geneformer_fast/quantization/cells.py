@@ -15,7 +15,7 @@ from geneformer_fast.data.batches import evaluation_pieces
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.loader import read_ragged
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError
+from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 
@@ -59,6 +59,11 @@ class SomeCells:
             if not found.n_tokens:
                 raise InputError("there are no cells to calibrate on")
             return found
+        if config.inputs != "tokens":
+            raise UnsupportedError(
+                "this encoder reads values, and no token folder has them; pass packed cells of values in Python, or "
+                "leave calibrate (--calibrate) out"
+            )
         special = identity_of(tokens, config)["special"]
         if not tokens.n_cells:
             raise InputError(f"{tokens.path} has no cells to calibrate on; name a folder that has")

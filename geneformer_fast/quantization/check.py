@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
+from geneformer_fast.config import usable_device
+from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, InputError, UnsupportedError
 from geneformer_fast.finetuning.labels import column_values
@@ -22,7 +24,8 @@ from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.models import read_card
 from geneformer_fast.finetuning.predictions import probabilities_of
 from geneformer_fast.finetuning.scores import score
-from geneformer_fast.quantization.answers import N_GENES, Answers, Questions
+from geneformer_fast.quantization.answers import N_GENES, Answers, Questions, check_asked
+from geneformer_fast.quantization.convert import without_numbers
 from geneformer_fast.quantization.report import columns
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 
@@ -166,8 +169,7 @@ def check(
             )  # fmt: skip
     if n_cells is not None and n_cells < 2:
         raise UnsupportedError(f"n_cells must be at least 2, not {n_cells}")
-    if tokens.n_cells < 2:
-        raise InputError(f"{tokens.path} has {tokens.n_cells} cells; two at least are needed to compare models")
+    check_enough(tokens)
     drawn = np.random.default_rng(seed).permutation(tokens.n_cells)[:n_cells]
     questions = Questions(tokens, drawn, layer, token_budget, seed, progress)
     if device is None:
@@ -178,6 +180,33 @@ def check(
     del encoder
     encoder = quantized.eval() if isinstance(quantized, Encoder) else load(quantized, dtype=dtype, device=device)
     return compared(exact, questions.ask(encoder), tasks)
+
+
+def check_askable(
+    model: str | os.PathLike[str], tokens: str | os.PathLike[str], *, label: str | None, device: str | None
+) -> None:
+    """See that :func:`check` will find what it needs, before the model that it is to look at is made.
+
+    Raises
+    ------
+    CheckpointError, InputError, UnsupportedError, VocabularyError
+        As it would.
+    """
+    if device is not None:
+        usable_device(device)
+    with open_tokens(tokens) as folder:
+        check_enough(folder)
+        encoder = without_numbers(Path(model))
+        check_asked(encoder)
+        identity_of(folder, encoder.config)
+        _tasks(model, encoder, folder, np.arange(folder.n_cells), label)
+
+
+def check_enough(tokens: TokenFolder) -> None:
+    """See that there are cells to compare with each other."""
+    if tokens.n_cells < 2:
+        has = f"{tokens.n_cells} cell{'' if tokens.n_cells == 1 else 's'}"
+        raise InputError(f"{tokens.path} has {has}, and two at least are needed to compare models; name another folder")
 
 
 @dataclass(frozen=True)

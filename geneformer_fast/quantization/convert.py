@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,11 +26,11 @@ from geneformer_fast.checkpoints.weights import (
     write_around,
 )
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError, OutputError
+from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedError
 from geneformer_fast.files.checksums import SUMS, is_verifying
 from geneformer_fast.files.locks import file_lock
 from geneformer_fast.files.streaming import TensorWriter, pieces
-from geneformer_fast.files.writing import is_leftover, whole_folder
+from geneformer_fast.files.writing import followed, is_leftover, whole_folder
 from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.build import all_choices, hollow, quantized_weight, row_factors
 from geneformer_fast.quantization.choices import Choice
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # Weights of any framework, and what else of a training may lie beside them: of the model before, and not small.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+# What lies beside a model, with settings and reports in JSON.
+_BESIDE = (SUMS, "README.md", ".gitattributes", "vocab.txt")
 
 
 def quantize_folder(
@@ -87,11 +90,11 @@ def quantize_folder(
     UnsupportedError
         There is no such scheme, or no layer of a choice.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), followed(Path(out))
     settings = refuse_quantized(folder)
     check_out(out, folder, overwrite=overwrite)
     choices = calibration.choices if choices is None and calibration is not None else choices
-    with stored_tensors(folder, verify=verify) as stored, file_lock(out):
+    with stored_tensors(folder, verify=verify) as stored, alone_in(out, folder, overwrite=overwrite):
         conversion = Conversion(folder, settings, stored)
         if is_verifying(verify):
             warn_of_changes(folder, conversion.encoder.config)
@@ -117,12 +120,37 @@ def refuse_quantized(folder: Path) -> dict[str, Any]:
     """
     settings = hf.read_settings(folder)
     said = settings.get(quantized.KEY)
-    if said:
+    if said is not None:
         method = said.get("quant_method") if isinstance(said, dict) else said
         raise CheckpointError(
             f"{folder} is quantized already (quant_method {method!r}); give the model it was made from"
         )
     return settings
+
+
+def refuse_float64(encoder: Encoder, folder: Path | None) -> None:
+    """See that an encoder, of a folder perhaps, does not compute in float64.
+
+    Raises
+    ------
+    UnsupportedError
+        It does.
+    """
+    if encoder.dtype != torch.float64:
+        return
+    if folder is None:
+        raise UnsupportedError('this model computes in float64; cast("float32") it before it is quantized')
+    raise UnsupportedError(
+        f"{folder} holds float64; save it in float32 and quantize that: geneformer_fast.save("
+        'geneformer_fast.load(MODEL, dtype="float32"), DIR)'
+    )
+
+
+def without_numbers(folder: Path) -> Encoder:
+    """The encoder of a folder in floating point, on the meta device; only headers of its files are read."""
+    settings = refuse_quantized(folder)
+    with stored_tensors(folder, verify=False) as stored:
+        return Conversion(folder, settings, stored).encoder
 
 
 def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
@@ -131,10 +159,12 @@ def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
     Raises
     ------
     OutputError
-        It is the model's own (``folder``), in it or above it; it holds a model already and ``overwrite`` is not set; or
-        it holds something else.
+        It is the model's own (``folder``), in it or above it, or the one that this process is in; it holds a model
+        already and ``overwrite`` is not set; or it holds something else, which would be lost.
     """
     ours, theirs = out.resolve(), None if folder is None else folder.resolve()
+    if Path.cwd().is_relative_to(ours):
+        raise OutputError(f"{out} is or holds the folder that you are in, and would be replaced; name another folder")
     if theirs is not None and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
         raise OutputError(f"{out} is, holds or lies in the folder of the model; name another folder")
     if out.exists() and not out.is_dir():
@@ -144,8 +174,34 @@ def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
             raise OutputError(
                 f"{out} holds a model already; choose another folder or pass overwrite=True (--overwrite)"
             )
+        _check_replaced(out, set() if folder is None else {path.name for path in _others(folder)})
     elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
         raise OutputError(f"{out} holds files and no model; name another folder")
+
+
+def _check_replaced(out: Path, others: set[str]) -> None:
+    """See that nothing is lost with a model that is replaced but what may lie beside one."""
+    for path in sorted(out.iterdir()):
+        is_of_model = path.suffix in (*_WEIGHTS, ".json") or path.name in _BESIDE or path.name in others
+        if path.is_dir() or not (is_of_model or is_leftover(path)):
+            raise OutputError(
+                f"{out} holds {path.name}, which is no part of a model and would be lost; move it, or name another "
+                "folder"
+            )
+
+
+@contextlib.contextmanager
+def alone_in(out: Path, folder: Path | None, *, overwrite: bool) -> Iterator[None]:
+    """Nobody else writes the folder meanwhile, nor has since :func:`check_out`, which is called again.
+
+    Raises
+    ------
+    OutputError
+        As there, or another process is writing it.
+    """
+    with file_lock(out):
+        check_out(out, folder, overwrite=overwrite)
+        yield
 
 
 def _others(folder: Path) -> Iterator[Path]:
@@ -181,6 +237,7 @@ class Conversion:
         self.encoder, self._table = self._home.opened(settings, stored, folder)
         shapes = {name: tensor.shape for name, tensor in self.encoder.state_dict().items()}
         self.encoder.load_state_dict(to_ours(stored, self._table, shapes, source=str(folder)), assign=True)
+        refuse_float64(self.encoder, folder)
         if self._home is hf:
             used = {name for entry in self._table for name in entry.theirs}
             hf.sort_leftovers(stored, used, self.encoder, folder, stored.read)
@@ -242,6 +299,8 @@ class Conversion:
     ) -> None:
         for start, stop in pieces(self.stored[name]):
             rows = self.stored.read(name, start, stop)
+            if rows.is_floating_point() and not bool(rows.isfinite().all()):
+                raise CheckpointError(f"{self.folder}: tensor {name!r} holds NaN or infinity; no model can use that")
             if factor is not None:
                 rows = rows.float() * factor[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
             writer.write(name, rows.to(described[name].dtype), start)

@@ -14,14 +14,21 @@ from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.mapping import Entry
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.files.locks import file_lock
-from geneformer_fast.files.writing import whole_folder
+from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.files.writing import followed, whole_folder
 from geneformer_fast.layers import check_compute_dtype
 from geneformer_fast.quantization.build import all_choices, quantized
+from geneformer_fast.quantization.calibrate import FLAGS
 from geneformer_fast.quantization.calibrate import calibrate as measured_on
 from geneformer_fast.quantization.choices import Choice
-from geneformer_fast.quantization.convert import bytes_of, check_out, quantize_folder, refuse_quantized
+from geneformer_fast.quantization.convert import (
+    alone_in,
+    bytes_of,
+    check_out,
+    quantize_folder,
+    refuse_float64,
+    refuse_quantized,
+)
 from geneformer_fast.quantization.hugging_face import check_theirs, encoder_of, quantized_theirs
 from geneformer_fast.quantization.report import Report
 from geneformer_fast.ragged import Ragged
@@ -103,7 +110,10 @@ def quantize(
     asked = {"bar": bar, "least_cosine": least_cosine, "n_cells": n_cells}
     measuring: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if calibrate is None and measuring:
-        raise UnsupportedError(f"{next(iter(measuring))} is about measuring layers: pass cells as calibrate= too")
+        name = next(iter(measuring))
+        raise UnsupportedError(
+            f"{name} ({FLAGS[name]}) is about measuring layers: pass cells as calibrate (--calibrate TOKENS) too"
+        )
     if calibrate is not None and choices is not None:
         raise UnsupportedError("choices are made by calibrate, or given: leave one of them out")
     if isinstance(model, nn.Module) and device is not None:
@@ -114,15 +124,16 @@ def quantize(
     if out is not None:
         if folder is not None:
             refuse_quantized(folder)
-        check_out(Path(out), folder, overwrite=overwrite)
+        out = followed(Path(out))
+        check_out(out, folder, overwrite=overwrite)
         if folder is not None and calibrate is None:
             if device is not None:
                 raise UnsupportedError("device is where a folder is measured: pass cells as calibrate= too")
             options: dict[str, Any] = {"scheme": scheme, "keep_embeddings": keep_embeddings, "overwrite": overwrite}
             quantize_folder(folder, out, choices=choices, **options)
-            return Path(out)
+            return out
     encoder, table = _opened(model, device)
-    _check_floats(encoder)
+    _check_floats(encoder, folder)
     calibration = None
     if calibrate is not None:
         calibration = measured_on(encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, **measuring)
@@ -130,7 +141,7 @@ def quantize(
     if folder is not None and out is not None:
         del encoder, model, table  # its numbers are read again, some rows at a time
         quantize_folder(folder, out, scheme=scheme, choices=choices, calibration=calibration, overwrite=overwrite)
-        return Path(out)
+        return out
     chosen = all_choices(encoder, scheme, choices, keep_embeddings=keep_embeddings)
     made: nn.Module
     if table is None:
@@ -138,12 +149,13 @@ def quantize(
     else:
         assert isinstance(model, nn.Module)
         made, ours = quantized_theirs(model, encoder, table, chosen)
+    _check_finite(ours)
     if out is None:
         return made
-    with file_lock(out), whole_folder(out) as unfinished:
+    with alone_in(out, None, overwrite=overwrite), whole_folder(out) as unfinished:
         save(ours, unfinished)
         Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration).save(unfinished)
-    return Path(out)
+    return out
 
 
 def _opened(
@@ -158,12 +170,18 @@ def _opened(
     return load(model, device="cpu" if device is None else device), None
 
 
-def _check_floats(encoder: Encoder) -> None:
+def _check_floats(encoder: Encoder, folder: Path | None) -> None:
     """Refuse what cannot be quantized."""
     if encoder.quantization is not None:
         raise UnsupportedError(
             f"this model is quantized already ({encoder.quantization.scheme}); quantize the one it was made from"
         )
-    if encoder.dtype == torch.float64:
-        raise UnsupportedError('this model computes in float64; cast("float32") it before it is quantized')
+    refuse_float64(encoder, folder)
     check_compute_dtype(encoder.dtype)
+
+
+def _check_finite(made: Encoder) -> None:
+    """Refuse NaN and infinity in what was left in floating point, too."""
+    for name, tensor in made.state_dict().items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{name} holds NaN or infinity; no model can use that")

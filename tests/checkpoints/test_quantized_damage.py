@@ -91,7 +91,15 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "a tensor too many": (lambda t: t.update(more=torch.ones(3)), "tensor 'more' of shape .* has no place"),
     "smooth of one part": (
         lambda t: t.pop("bert.encoder.layer.1.attention.self.key.smooth"),
-        "read the same rows, but differ in smooth",
+        r"key.smooth' of shape \[16\] is missing",
+    ),
+    "no smooth": (
+        lambda t: [t.pop(name) for name in list(t) if name.endswith(".smooth")],
+        r"query.smooth' of shape \[16\] is missing",
+    ),
+    "smooth that nobody speaks of": (
+        lambda t: t.update({f"{LAYER}.smooth": torch.ones(16)}),
+        "dense.smooth' is there, but config.json does not say so",
     ),
     "another smooth": (
         put("bert.encoder.layer.1.attention.self.key.smooth", lambda s: s * 2),
@@ -100,7 +108,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "negative smooth": (put("bert.encoder.layer.1.attention.self.key.smooth", lambda s: -s), "holds -2 in row 0"),
     "smooth where it is folded": (
         lambda t: t.update({"bert.encoder.layer.1.attention.output.dense.smooth": torch.ones(16)}),
-        "output.dense.smooth' .* has no place",
+        "output.dense.smooth' is there, but config.json does not say so",
     ),
 }
 
@@ -135,6 +143,10 @@ SETTINGS: dict[str, tuple[Callable[[Settings], Any], str]] = {
         "rounded outputs are not supported",
     ),
     "rotations": (lambda said: said["quantization_config"].update(transform_config={"a": 1}), "has a transform_config"),
+    "nothing of smooth": (
+        lambda said: groups(said)["int8-smoothed"].update(format="int-quantized"),
+        "query.smooth' is there, but config.json does not say so",
+    ),
     "a cache": (lambda said: said["quantization_config"].update(kv_cache_scheme={"a": 1}), "has a kv_cache_scheme"),
     "sparse": (
         lambda said: said["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"}),

@@ -191,9 +191,9 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds a model already"):
         quantize_folder(folder, out, scheme="int8-weights")
     assert (out / "model.safetensors").read_bytes() == first
-    (out / "left.txt").write_text("of the model before")
+    (out / "left.json").write_text("of the model before")
     quantize_folder(folder, out, scheme="int8-weights", overwrite=True)
-    assert not (out / "left.txt").exists()
+    assert not (out / "left.json").exists()
     assert load(out).quantization.scheme == "int8-weights"
     for place in (folder, folder / "within", tmp_path):
         with pytest.raises(OutputError, match="is, holds or lies in"):

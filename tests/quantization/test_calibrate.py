@@ -284,9 +284,9 @@ def test_weights_that_make_no_numbers_are_refused_by_layer() -> None:
     ("changes", "said"),
     [
         (dict(scheme="int4"), "scheme must be one of int8, int8-weights, fp8, not 'int4'"),
-        (dict(bar=float("nan")), "bar must be a number"),
-        (dict(least_cosine=1.5), "least_cosine must be above 0"),
-        (dict(n_cells=0), "n_cells must be at least 1"),
+        (dict(bar=float("nan")), r"bar \(--bar\) must be a number"),
+        (dict(least_cosine=1.5), "least-cosine\\) must be above 0"),
+        (dict(n_cells=0), "cells\\) must be at least 1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(changes: dict[str, Any], said: str) -> None:

@@ -211,5 +211,5 @@ def test_what_cannot_be_compared_is_refused(tokens: Path, classifier: Path, tmp_
         check(made, made, tokens, n_cells=1, progress=False)
     cells(1).write_h5ad(tmp_path / "one.h5ad")
     gf.tokenize(str(tmp_path / "one.h5ad"), tmp_path / "tokens", vocabulary=vocabulary(), progress=False)
-    with pytest.raises(InputError, match="has 1 cells; two at least"):
+    with pytest.raises(InputError, match="has 1 cell, and two at least"):
         check(made, made, tmp_path / "tokens", progress=False)
