@@ -80,7 +80,7 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path, model: Path, capsys: p
         assert said in capsys.readouterr().err
     with pytest.raises(UnsupportedError, match="overwrite is about a folder"):
         quantize(model, overwrite=True)
-    with pytest.raises(UnsupportedError, match="move the encoder"):
+    with pytest.raises(UnsupportedError, match="move the model"):
         quantize(load(model), device="cpu")
     with pytest.raises(UnsupportedError, match="device is where a folder is measured"):
         quantize(model, out, device="cpu")
