@@ -41,7 +41,7 @@ MODES_HERE: tuple[ModeRow, ...] = (
     # One core of a Xeon with amx_int8, 4,096 rows that come as int8, beside oneDNN's bfloat16 (2026-11-30, a busy
     # machine, medians): 1.0 to 1.1 times at 256 -> 256, 1.5 at 256 -> 768, 1.6 at 768 -> 2,304, 1.8 at 768 -> 3,072,
     # 2.5 back; both halves of a feed-forward 1.5 and 2.1. Widening the weights would cost more than a product. Of whole
-    # models with attention, 3,572 tokens: V1-10M 1.14 times bfloat16, V2-104M 1.35.
+    # models with attention, 3,572 tokens: V1-10M 1.1 times bfloat16, V2-104M 1.3.
     ModeRow("cpu", "amx_int8", "", 0, "dynamic", "integer products on AMX tiles, 1.0 to 2.5 times bfloat16's"),
     # Torch's products on two cores with AMX, GFLOP/s: int8 665, bfloat16 2,143 at width 256; 1,962 and 1,379 at 2,048.
     ModeRow("cpu", "amx_bf16", "bfloat16", 2048, "dynamic", "integer products, 1.4 times bfloat16's on AMX at 2,048"),
