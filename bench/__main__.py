@@ -30,6 +30,7 @@ SUITES = {
         "memory_medians": f"{_TOKENIZE}_peak_memory[medians]",
         "verify_tokens": f"{_VERIFY}_tokens",
         "verify_tokenize": f"{_VERIFY}_tokenize",
+        **{f"peak_{size}": f"bench/test_bench_peak.py::test_bench_peak[{size}]" for size in ("v1-10m", "v2-104m")},
         **{
             f"verify_{preset}_{kind}": f"{_VERIFY}_model[{file}-geneformer-{preset}]"
             for preset in ("v1-10m", "v2-104m")

@@ -67,7 +67,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_training(result) for result in of_case("train_")]
     blocks += [_quantized(result) for result in of_case("quantized_")]
     tables = (
-        *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory)),
+        *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),
         *(("verify_", _verifying), ("finetune_", _finetuning)),
     )
     for prefix, table in tables:
@@ -219,6 +219,28 @@ def _memory(results: Sequence[Result]) -> str:
             )
     header = ("", "cells", "peak memory", "goal", "seconds, start included")
     return _block("Peak memory of whole commands, as the operating system counts it.", header, rows, results)
+
+
+def _peaks(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            f"{NAMES[result['geometry']]}, {name}",
+            _megabytes(row["weight_bytes"]),
+            _megabytes(row["peak_bytes"]),
+            _megabytes(row["smallest_budget_bytes"]),
+            _megabytes(row["peak_bytes_within"]),
+            _megabytes(row["goal_bytes"]) if row["goal_bytes"] else "",
+        )
+        for result in results
+        for name, row in result["rows"].items()
+    ]
+    lengths = " and ".join(f"{max(result['lengths']):,}" for result in results)
+    title = (
+        "Peak memory of `geneformer-fast embed`, the whole process with Python and libraries, random weights, cells of "
+        f"up to {lengths} tokens: with nothing asked for, and within the smallest `--memory-budget` that works."
+    )
+    header = ("", "weights", "peak memory", "smallest budget", "peak memory within it", "goal")
+    return _block(title, header, rows, results)
 
 
 def _verifying(results: Sequence[Result]) -> str:

@@ -89,6 +89,11 @@ def smallest_budget(need: Need, margin: int) -> int:
     return max(-(-(need.least + margin) * _SPARE_SHARE // (_SPARE_SHARE - 1)) + 1, need.peak)
 
 
+def advised_budget(need: Need, margin: int) -> int:
+    """A budget to name: what starting takes at its peak differs by a few megabytes from run to run."""
+    return max(smallest_budget(need, margin), need.peak + need.peak // _SPARE_SHARE)
+
+
 def plan(limit: int, need: Need, margin: int, *, tokens: int, workers: int, window_cells: int) -> Plan | None:
     """Divide a budget: as many workers as it has room for, then as many tokens for each.
 
@@ -232,7 +237,7 @@ class MemoryBudget:
                 f"{in_mb(need.fixed)} before the first batch ({in_mb(need.peak)} at its peak), and a batch of "
                 f"{need.longest:,} tokens, which the longest cell has or token_budget asks for, takes "
                 f"{in_mb(need.least - need.fixed)} with its results; the smallest that works is "
-                f"{in_mb(smallest_budget(need, margin))}. A quantized model, or shorter cells, take less"
+                f"{in_mb(advised_budget(need, margin))}. A quantized model, or shorter cells, take less"
             )
         self._need, self._fixed = need, need.fixed + need.result + found.window_cells * need.cell
         return found
