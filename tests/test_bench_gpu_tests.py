@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import own_process
 import pytest
 
-from bench import gpu_tests
+from bench import gpu_suite, gpu_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,28 +89,27 @@ def test_outcomes_that_cannot_be_read_are_made_again(
         assert "cannot be read" in capsys.readouterr().out
 
 
-INTERRUPTED = """
-import pathlib, signal, sys
-from bench import gpu_suite, gpu_tests
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored where this was started
-lines = {"green": "import sys; sys.exit(5)", "hanging": f"import os, time; print(os.getpid(), file=open({sys.argv[1]!r} + '/pid', 'w'), flush=True); time.sleep(60)"}
-gpu_tests.files_of = lambda group: ["some"]
-gpu_tests.command_of = lambda group, report, n_workers: [sys.executable, "-S", "-c", lines[group]]
-with gpu_suite.ended_like_an_interrupt():
-    gpu_tests.run_tests(list(lines), pathlib.Path(sys.argv[1]), {"source": "digest"}, seconds=60)
-"""  # noqa: E501
+def run_and_hang(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored where this was started
+    pid = f"print(os.getpid(), file=open({str(folder / 'pid')!r}, 'w'), flush=True)"
+    # A child may be at work before Popen has returned to whoever began it: it waits before it says who it is.
+    lines = {"green": "import sys; sys.exit(5)", "hanging": f"import os, time; time.sleep(1); {pid}; time.sleep(60)"}
+    gpu_tests.files_of = lambda group: ["some"]
+    gpu_tests.command_of = lambda group, report, n_workers: [sys.executable, "-S", "-c", lines[group]]
+    with gpu_suite.ended_like_an_interrupt():
+        gpu_tests.run_tests(list(lines), folder, {"source": "digest"}, seconds=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupt_keeps_outcomes_and_leaves_nobody_behind(tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=gpu_tests.environment(), stderr=subprocess.DEVNULL)
+    process = own_process.begin(run_and_hang, tmp_path)
     end = time.monotonic() + 60
     while not ((tmp_path / "tests.json").exists() and (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=30) != 0
+    os.kill(process.pid, number)
+    process.join(timeout=30)
+    assert process.exitcode not in (0, None)
     assert json.loads((tmp_path / "tests.json").read_text())["groups"]["green"]["status"] == "none"
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -149,29 +149,36 @@ for name in ("encoder_10m_inference", "rank_genes"):
     assert not result["failed"] or name == "rank_genes", result
 hidden = {name.partition(".")[0] for name in sys.modules} & bare.ABSENT
 assert not hidden, hidden
+print("measured", flush=True)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def run_bare(*command: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def without_the_rest() -> subprocess.CompletedProcess[str]:
+    """A process that measures, and then looks at every test for cards."""
+    pytest.importorskip("transformers")
+    plugins = ("-p", "bare", "-p", "no:cacheprovider")
     environment = gpu_tests.environment()
     environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "gpu")
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis, zarr and others bring plugins
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=400,
+        [sys.executable, "-W", "ignore", "-c", BARE, "-m", "gpu", "-v", "--assert=plain", *plugins], cwd=ROOT,
+        env=environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
 
 
-def test_torch_triton_numpy_and_transformers_are_enough_to_measure() -> None:
-    pytest.importorskip("transformers")
-    done = run_bare("-c", BARE)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_torch_triton_numpy_and_transformers_are_enough_to_measure(
+    without_the_rest: subprocess.CompletedProcess[str],
+) -> None:
+    done = without_the_rest
+    assert "measured\n" in done.stdout, done.stdout[-3000:] + done.stderr
 
 
-def test_and_with_pytest_to_test() -> None:
+def test_and_with_pytest_to_test(without_the_rest: subprocess.CompletedProcess[str]) -> None:
     """Every test for cards is collected, and set up until it finds no card, with nothing else installed."""
-    plugins = ("-p", "bare", "-p", "no:cacheprovider")
-    done = run_bare("-m", "pytest", "-m", "gpu", "-v", "--assert=plain", *plugins)
+    done = without_the_rest
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(tests) > 500

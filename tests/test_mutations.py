@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -18,11 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS = ROOT / "kernels" / "geneformer_kernels" / "ops"
 TILES = ROOT / "kernels" / "geneformer_kernels" / "tiles.py"
 KERNELS = [path for folder in sorted(OPS.iterdir()) for path in kernel_files(folder)]
+every_fault = functools.cache(mutations.read_faults)  # which parses every file of kernels again and again
 
 
 def test_every_fault_applies_as_written():
     wrong = []
-    for fault in mutations.read_faults():
+    for fault in every_fault():
         try:
             mutations.mutated(fault, ROOT)
         except mutations.FaultError as error:
@@ -32,7 +34,7 @@ def test_every_fault_applies_as_written():
 
 def test_every_kernel_has_a_fault():
     places: dict[Path, list[int]] = {}
-    for fault in mutations.read_faults():
+    for fault in every_fault():
         places.setdefault(ROOT / fault.file, []).append(mutations.place_of(fault, ROOT))
     bare = [
         f"{path.parent.name}: {name}"
@@ -66,7 +68,7 @@ def test_every_mask_has_a_fault(path):
     tables = [tomllib.loads(path.read_text()) for path in (ROOT / mutations.FOLDER).glob("*.toml")]
     rows = [row for table in tables for row in table.get("masks", []) if row["file"] == file]
     reasons = {key: why for row in rows for key, why in row.get("without_effect", {}).items()}
-    tried = {(fault.find, fault.replace) for fault in mutations.read_faults() if fault.file == file}
+    tried = {(fault.find, fault.replace) for fault in every_fault() if fault.file == file}
     left_out = [fault.why for fault in possible if (fault.find, fault.replace) not in tried]
     assert [why for why in left_out if not why.startswith(tuple(reasons))] == []
     assert all(reasons.values())
@@ -74,7 +76,7 @@ def test_every_mask_has_a_fault(path):
 
 @pytest.mark.slow
 def test_every_fault_is_caught():
-    faults = mutations.read_faults()
+    faults = every_fault()
     if "avx512_bf16" not in cpu_features():
         faults = [fault for fault in faults if "avx512" not in fault.origin]
     assert mutations.run(ROOT, faults, n_workers=2, limit_s=900) == []

@@ -33,7 +33,8 @@ SUBSET = {
 }
 
 
-@pytest.mark.parametrize("card", ["V100", "T4"])
+# A fresh process for each card: one of them is a slow test.
+@pytest.mark.parametrize("card", ["V100", pytest.param("T4", marks=pytest.mark.slow)])
 def test_nothing_fails_on_an_old_card(card: str) -> None:
     """In a process in which tensors on the CPU count as lying on such a card, and kernels are interpreted."""
     paths = [ROOT, ROOT / "kernels", ROOT / "tests" / "gpu", *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -53,7 +53,7 @@ WRONG: dict[str, Any] = {
     "path": "../outside",
 }
 DEEP = "[" * 200_000 + "]" * 200_000
-SECONDS = 5.0  # far more than any needs, and far less than what hangs
+SECONDS = 5.0  # of the processor: far more than any needs, and far less than what hangs
 
 
 def words() -> Vocabulary:
@@ -207,7 +207,7 @@ def dumped(value: Any) -> str:
 
 def tried(use: Callable[[Path], object], folder: Path) -> str | None:
     """The error of ours, None for success. Everything else fails."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -217,16 +217,26 @@ def tried(use: Callable[[Path], object], folder: Path) -> str | None:
         assert "\n" not in said or "begun differently" in said
         return said
     finally:
-        assert time.perf_counter() - begin < SECONDS
+        assert time.process_time() - begin < SECONDS
     return None
 
 
-@pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize(
+    ("is_checked", "every"),
+    [
+        pytest.param(True, 1, id="checked"),
+        pytest.param(False, 3, id="unchecked"),
+        pytest.param(False, 1, id="unchecked-all", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("reader", READERS)
 def test_wrong_values(
-    files: Path, tmp_path: Path, reader: str, is_checked: bool, monkeypatch: pytest.MonkeyPatch
+    files: Path, tmp_path: Path, reader: str, is_checked: bool, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With checksums, where they must not be what fails, and without, where the schemas are all there is."""
+    """With checksums, where they must not be what fails, and without, where the schemas are all there is.
+
+    Each place is given every third kind, beginning with another one than the place before; all of them if slow.
+    """
     name, file, use = READERS[reader]
     folder = tmp_path / Path(name).name
     shutil.copytree(files / name, folder)
@@ -234,8 +244,10 @@ def test_wrong_values(
     assert tried(use, folder) is None, "as it was written it can be read"
     path, content = folder / file, json.loads((folder / file).read_text())
     n_refused = 0
-    for place in places(content):
-        for kind, new in WRONG.items():
+    for i, place in enumerate(places(content)):
+        for j, (kind, new) in enumerate(WRONG.items()):
+            if (i + j) % every:
+                continue
             if is_checked and kind not in ("true", "10^30", "list"):
                 continue  # what a schema looks at is the same
             if reader == "unfinished" and (place[:1] != ("progress",) or kind in ("10^8", "inf", "empty", "digits")):

@@ -102,6 +102,7 @@ def test_without_dropout_the_curve_is_the_same() -> None:
     check_same_curve(n_cells=5, longest=20, **SMALL)
 
 
+@pytest.mark.slow
 def test_with_dropout_the_curves_agree_in_distribution() -> None:
     check_same_distribution(4, n_cells=5, longest=20, **SMALL)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -176,65 +180,39 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(
     assert (tmp_path / "z.npy").read_text() == "theirs"
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from geneformer_fast import embed
-from geneformer_fast.errors import OutputError
-home, out = Path(sys.argv[1]), Path(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
-for suffix in ("npy", "arrow", "parquet", "csv", "h5ad"):
+@contextlib.contextmanager
+def room_for(n_bytes: int) -> Iterator[None]:
+    """No file may become larger, as on a full disk; Python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
-        embed(home / ("a.h5ad" if suffix == "h5ad" else "a"), home / "model", out / f"z.{suffix}", progress=False)
-    except OutputError as error:
-        print(error)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(home), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.strip().split("\n")
-    assert len(said) == 5, done.stdout
-    for suffix, line in zip(("npy", "arrow", "parquet", "csv", "h5ad"), said, strict=True):
-        assert line.startswith(f"{tmp_path / f'z.{suffix}'} cannot be written: it is larger than the file system"), line
+def refusal(n_bytes: int, data: Path, out: Path, **options: object) -> str:
+    with room_for(n_bytes), pytest.raises(OutputError) as caught:
+        embed(data, data.parent / "model", out, progress=False, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "arrow", "parquet", "csv", "h5ad"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(suffix: str, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"z.{suffix}"
+    line = refusal(80_000, home / ("a.h5ad" if suffix == "h5ad" else "a"), out)
+    assert line.startswith(f"{out} cannot be written: it is larger than the file system"), line
     assert not list(tmp_path.iterdir())
 
 
-FULL_ELSEWHERE = """
-import resource, signal, sys
-from pathlib import Path
-from geneformer_fast.errors import OutputError
-from geneformer_fast.extract import embed
-
-home, out = Path(sys.argv[1]), Path(sys.argv[2])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-for data, pool in ((home / "a", "gene"), (home / "a.h5ad", "mean")):
-    try:
-        embed(data, home / "model", out / "z.npy", pool=pool, progress=False)
-    except OutputError as error:
-        print(error)
-import tempfile
-tempfile.tempdir = str(home / "no such folder")
-try:
-    embed(home / "a.h5ad", home / "model", out / "z.npy", pool="mean", progress=False)
-except OutputError as error:
-    print(error)
-"""
-
-
-def test_a_full_disk_is_named_for_genes_and_for_temporary_files(home: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_ELSEWHERE, str(home), str(tmp_path)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    genes, temporary, absent = done.stdout.strip().split("\n")
+def test_a_full_disk_is_named_for_genes_and_for_temporary_files(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genes = refusal(1000, home / "a", tmp_path / "z.npy", pool="gene")
+    temporary = refusal(1000, home / "a.h5ad", tmp_path / "z.npy", pool="mean")
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "no such folder"))
+    absent = refusal(1000, home / "a.h5ad", tmp_path / "z.npy", pool="mean")
     assert genes.startswith(f"{tmp_path / 'z.npy'} cannot be written: it is larger than the file system")
     assert "larger than the file system" in temporary
     assert "no such folder" in absent

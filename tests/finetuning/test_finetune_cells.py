@@ -14,10 +14,11 @@ import torch
 from typed_cells import SHORT, TYPES, typed_cells
 
 import geneformer_fast as gf
-from geneformer_fast.errors import GeneformerFastError, OutputError, TrainingError
+from geneformer_fast.errors import GeneformerFastError, InputError, OutputError, TrainingError
 from geneformer_fast.finetuning import cells as finetuning_cells
 from geneformer_fast.finetuning import engine
 from geneformer_fast.finetuning.losses import cross_entropy
+from geneformer_fast.finetuning.names import RESERVED, check_names
 
 ONE_EPOCH = dataclasses.replace(SHORT, epochs=1)
 
@@ -84,6 +85,17 @@ def test_transformers_loads_the_model_and_says_the_same(done, home):
             expected = theirs(input_ids=cell[None]).logits[0]
             found = ours.logits(ours(batch))[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_column_that_names_rows_is_reserved(done):
+    """What predictions hold besides the task's columns is on the list."""
+    columns = pq.read_table(done.predictions).column_names
+    own = {"kind", "kind_predicted", "kind_probability"}
+    assert {name for name in columns if name not in own and not name.startswith("kind: ")} <= set(RESERVED)
+    for name in RESERVED:
+        with pytest.raises(InputError, match="says which row is which"):
+            check_names({name: ["a", "b"]})
+    check_names({"cells": ["a", "b"], "other": ["a", "b"]})
 
 
 def test_the_pretrained_model_stays_as_it_was(done, home):

@@ -22,7 +22,6 @@ from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.finetuning import engine
-from geneformer_fast.finetuning.names import RESERVED, check_names
 from geneformer_fast.finetuning.search import Search, Space, search
 
 ONE_EPOCH = dataclasses.replace(SHORT, epochs=1)
@@ -191,16 +190,16 @@ def by_rate(recipe, freeze_layers, report):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "said", "is_old"),
     [
-        (Space(), Space(learning_rate=(1e-6, 1e-5)), "learning_rate"),
-        (Space(), Space(weight_decay=(0.0, 0.1)), "weight_decay"),
-        (Space(), Space(schedule=("linear",)), "schedule"),
-        (Space(freeze_layers=(0, 4)), Space(freeze_layers=(0, 1)), "freeze_layers"),
-        (Space(freeze_layers=(0, 4)), Space(), "freeze_layers"),
+        (Space(), Space(learning_rate=(1e-6, 1e-5)), "learning_rate", True),
+        (Space(), Space(weight_decay=(0.0, 0.1)), "weight_decay", False),
+        (Space(), Space(schedule=("linear",)), "schedule", True),
+        (Space(freeze_layers=(0, 4)), Space(freeze_layers=(0, 1)), "freeze_layers", False),
+        (Space(freeze_layers=(0, 4)), Space(), "freeze_layers", False),
+        (Space(freeze_layers=(0, 4)), Space(), "freeze_layers", True),
     ],
 )
-@pytest.mark.parametrize("is_old", [False, True])
 def test_a_search_of_another_space_is_refused(tmp_path, first, second, said, is_old):
     pytest.importorskip("optuna")
     storage = tmp_path / "s.db"
@@ -289,17 +288,6 @@ def test_names_that_predictions_need_are_refused(oddly_named, home, tmp_path, la
         gf.finetune_cells(oddly_named, home / "model", label, tmp_path / "out", recipe=ONE_EPOCH)
     assert "tokenize --obs NEW=OLD" in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_every_column_that_names_rows_is_reserved(done):
-    """What predictions hold besides the task's columns is on the list."""
-    columns = pq.read_table(done.predictions).column_names
-    own = {"kind", "kind_predicted", "kind_probability"}
-    assert {name for name in columns if name not in own and not name.startswith("kind: ")} <= set(RESERVED)
-    for name in RESERVED:
-        with pytest.raises(InputError, match="says which row is which"):
-            check_names({name: ["a", "b"]})
-    check_names({"cells": ["a", "b"], "other": ["a", "b"]})
 
 
 def test_an_infinite_label_is_named(oddly_named, home, tmp_path):

@@ -51,8 +51,10 @@ def batch(config: EncoderConfig, where: str, *, seed: int = 1) -> Batch:
 
 
 def config_of(name: str, where: str) -> EncoderConfig:
-    """One of :data:`CONFIGS`, with two layers where kernels are interpreted."""
-    return replace(CONFIGS[name], n_layers=2) if where == "interpreted" else CONFIGS[name]
+    """One of :data:`CONFIGS`, with two layers or one where kernels are interpreted."""
+    if where != "interpreted":
+        return CONFIGS[name]
+    return replace(CONFIGS[name], n_layers=1 if name == "gelu" else 2)
 
 
 def stock_of(encoder: Encoder) -> Stock:

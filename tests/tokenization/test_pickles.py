@@ -152,10 +152,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_would_be_large_when_compared_hashed_or_printed_is_refused(tmp_path, name):
-    began = time.monotonic()
+    began = time.process_time()  # a busy machine takes its time
     with pytest.raises(VocabularyError, match=r"dictionary\.pkl: not a readable pickle"):
         read_pickle(handmade(tmp_path, *BOMBS[name]))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 STAND_INS = [b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n"]

@@ -8,13 +8,14 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import killed_run
 import numpy as np
+import own_process
 import pytest
 import torch
 from ground import SHORT, Ground
@@ -32,8 +33,6 @@ from geneformer_fast.training.checkpoint import (
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.optimizer import make_optimizer
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 LONG = dataclasses.replace(SHORT, epochs=10, save_every=4, eval_every=6, keep=2, is_showing_progress=False)
 
 
@@ -43,15 +42,9 @@ def log(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "mfu")} for line in lines]
 
 
-def start(ground: Ground, folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [
-            *(sys.executable, str(HERE / "killed_run.py"), str(ground.tokens.path), str(folder / "killed")),
-            *(str(folder / "config.json"), str(folder / "recipe.json"), str(torch.get_num_threads()), *arguments),
-        ],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-        stderr=subprocess.PIPE,
-    )
+def start(ground: Ground, folder: Path, dies_at: int = 0) -> BaseProcess:
+    files = (ground.tokens.path, folder / "killed", folder / "config.json", folder / "recipe.json")
+    return own_process.begin(killed_run.run, *files, torch.get_num_threads(), dies_at)
 
 
 @pytest.fixture
@@ -72,18 +65,20 @@ def test_killed_twice_it_ends_with_the_same_bits(ground: Ground, tmp_path: Path)
     run = tmp_path / "killed"
 
     # Killed from outside, wherever it is, once it is past its first checkpoint.
-    with start(ground, tmp_path) as child:
-        while child.poll() is None and not ((run / "log.jsonl").exists() and len(log_lines(run)) > 6):
-            time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child = start(ground, tmp_path)
+    while child.is_alive() and not ((run / "log.jsonl").exists() and len(log_lines(run)) > 6):
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     first = [path.name for path in checkpoints_in(run / "checkpoints")]
     assert first
     assert "final" not in os.listdir(run)
 
     # Goes on, and is killed when its second new checkpoint is written but has no name yet.
-    with start(ground, tmp_path, "2") as child:
-        assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child = start(ground, tmp_path, 2)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert list((run / "checkpoints").glob(".step-*.part"))
     assert [path.name for path in checkpoints_in(run / "checkpoints")][-1] > first[-1]
 

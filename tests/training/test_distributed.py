@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import own_process
 import pytest
+import two_processes
 from ground import Ground
 from two_processes import HELD_OUT, RUN, forget_last
 
@@ -25,13 +28,37 @@ PRE_NORM = dict(norm="pre", activation="gelu_tanh", head_activation="gelu", embe
 @pytest.fixture(scope="module")
 def runs(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one process, ``one`` and ``one-pre-norm``, and beside them those of two."""
-    out = tmp_path_factory.mktemp("runs")
+    out = runs_of_one(ground, tmp_path_factory.mktemp("runs"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        own_process.begin(
+            two_processes.main, str(ground.tokens.path), out, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in "01"
+    ]
+    for rank in ranks:
+        rank.join(timeout=300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    return out
+
+
+def runs_of_one(ground: Ground, out: Path) -> Path:
     for name, config in (("post", ground.config(**NO_DROPOUT)), ("pre", ground.config(**NO_DROPOUT, **PRE_NORM))):
         (out / f"{name}.json").write_text(json.dumps(config.to_dict()))
     pretrain(ground.tokens, out / "one", config=out / "post.json", **HELD_OUT, **RUN)
     pretrain(ground.tokens, out / "one-pre-norm", config=out / "pre.json", **HELD_OUT, **RUN)
     shutil.copytree(out / "one", out / "from-one")
     forget_last(out / "from-one")
+    return out
+
+
+@pytest.mark.slow
+def test_torchrun_begins_them(ground: Ground, tmp_path: Path) -> None:
+    """By the documented command, in fresh processes."""
+    out = runs_of_one(ground, tmp_path)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
@@ -43,7 +70,8 @@ def runs(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[:6000]
-    return out
+    found, expected = ([loss for _, _, loss in losses(out / name)] for name in ("ddp", "one"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:

@@ -1,7 +1,7 @@
 """What each of two processes does for ``test_distributed.py``: pretraining by DDP and by FSDP2, and going on.
 
-``torchrun --nproc-per-node 2 two_processes.py TOKENS OUT``; OUT holds ``post.json`` and ``pre.json``, configurations,
-and ``from-one``, a run of one process that ended after its first epoch.
+``torchrun --nproc-per-node 2 two_processes.py TOKENS OUT``, or forked off with torchrun's variables; OUT holds
+``post.json`` and ``pre.json``, configurations, and ``from-one``, a run of one process that ended after its first epoch.
 """
 
 from __future__ import annotations
