@@ -21,6 +21,9 @@ from geneformer_fast.quantization.hugging_face import TheirLinear, encoder_of
 # Any warning says that a call was not packed, or that a layer was widened.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 PACKAGE = "compressed_tensors"
+#: Where rows are rounded, a number that lies between two integers may go either way after another order of adding, and
+#: which do depends on the machine and the version of transformers. One step of one number in 32 is 0.2 % of a row.
+CLOSE = {"dynamic": 5e-3, "weight_only": 1e-5}
 
 
 @pytest.fixture(params=["dynamic", "weight_only"])
@@ -55,8 +58,8 @@ def test_as_the_stock_forward_of_the_same_model(architecture: str, mode: str) ->
     given |= labels_for(model, given)
     expected = answers(model, given)
     handle = accelerate(model)
-    assert_close(answers(model, given), expected)
-    assert_close(answers(model, given, output_attentions=True), expected)
+    assert_close(answers(model, given), expected, CLOSE[mode])
+    assert_close(answers(model, given, output_attentions=True), expected, CLOSE[mode])
     assert not model(**given, output_hidden_states=True).hidden_states[-1][1, 1:].any()  # padding: it was packed
     handle.undo()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in answers(model, given).items())
@@ -85,7 +88,7 @@ def test_layers_of_any_mixture(mode: str) -> None:
     assert_close(answers(model, inputs()), answers(plain, inputs()), 0.05)
     expected = answers(model, inputs())
     accelerate(model)
-    assert_close(answers(model, inputs()), expected)
+    assert_close(answers(model, inputs()), expected, CLOSE[mode])
 
 
 def test_in_half_precision(mode: str) -> None:
@@ -121,7 +124,7 @@ def test_measured_on_cells_it_is_the_encoder_that_is_measured_on_them() -> None:
     with torch.no_grad():
         states = ours.hidden_states(cells)
         expected = {"last": states[-1].values, "first": states[1].values, "logits": ours.logits(states[-1])}
-    assert_close(answers(model, given), expected)
+    assert_close(answers(model, given), expected, CLOSE["dynamic"])
 
 
 def test_what_is_left_alone_by_quantize() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def test_adapters_are_saved_and_put_on_again(tmp_path: Path) -> None:
     # Eight bits cannot hold them.
     with pytest.raises(RuntimeError, match="Char"):
         tuned.merge_adapter()
-    with pytest.raises(UnsupportedError, match="merging an adapter"):
-        tuned.merge_adapter(safe_merge=True)
+    if "safe_merge" in inspect.signature(tuned.merge_adapter).parameters:  # PEFT before 0.15 has none here
+        with pytest.raises(UnsupportedError, match="merging an adapter"):
+            tuned.merge_adapter(safe_merge=True)
 
 
 def test_a_folder_that_transformers_loads_takes_adapters(tmp_path: Path) -> None:
