@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from geneformer_kernels import embed_tokens, residual_layernorm
 from geneformer_kernels.arguments import is_looked_into
+from geneformer_kernels.dispatch import is_forced
+from geneformer_kernels.on_device import is_plain, needs_gradient
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig
@@ -34,6 +36,8 @@ class RankTokens(nn.Module):
         """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
         self.check(tokens)
         if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
+            if self._is_by_rows(tokens, norm, dropout_p):
+                return self._by_rows(tokens, norm, out_dtype)
             # Order of addition as in BertEmbeddings: token + type, then + position.
             hidden = self.token(tokens.values)  # new, so that it may be added to in place
             if self.token_type is not None:
@@ -50,6 +54,49 @@ class RankTokens(nn.Module):
             eps=self.config.eps if norm is None else norm.eps,
             dropout_p=dropout_p,
             out_dtype=out_dtype,
+        )
+
+    def _is_by_rows(self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float) -> bool:
+        """Whether one loop computes it, each row while it is near: both tables of int8, on a CPU, nothing learning.
+
+        What looks at a table by hooks sees it.
+        """
+        token, position = self.token, self.position
+        if dropout_p or tokens.values.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if not isinstance(token, QuantizedEmbedding) or not isinstance(position, QuantizedEmbedding):
+            return False
+        if not token.compute_dtype == position.compute_dtype == torch.float32:
+            return False
+        # The loop reads memory by the numbers that were checked against the configuration.
+        if len(token.weight_q) < self.config.vocab_size or len(position.weight_q) < self.config.max_len:
+            return False
+        hooked = any(table._forward_hooks or table._forward_pre_hooks for table in (token, position))
+        parameters = [p for part in (self.token_type, norm) if part is not None for p in part.parameters()]
+        if hooked or needs_gradient(*parameters) or is_forced("residual_layernorm"):
+            return False
+        from geneformer_kernels.cpu.embed_rows import is_for_loops
+
+        read = (token.weight_q, token.row_scale, position.weight_q, position.row_scale, *(p.data for p in parameters))
+        return is_plain(tokens.values, tokens.cu_seqlens, *read) and is_for_loops(*read)
+
+    def _by_rows(
+        self, tokens: Ragged, norm: nn.LayerNorm | None, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`forward`, by the loop."""
+        from geneformer_kernels.cpu.embed_rows import Table, embed_rows
+
+        assert isinstance(self.token, QuantizedEmbedding)
+        assert isinstance(self.position, QuantizedEmbedding)
+        return embed_rows(
+            tokens.values,
+            tokens.cu_seqlens,
+            Table(self.token.weight_q, self.token.row_scale),
+            Table(self.position.weight_q, self.position.row_scale),
+            None if self.token_type is None else self.token_type.weight[0],
+            None if norm is None else (norm.weight, norm.bias),
+            self.config.eps if norm is None else norm.eps,
+            out_dtype,
         )
 
     def check(self, tokens: Ragged) -> None:

@@ -173,6 +173,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
         *(f"cpu.{name}" for name in ("instructions", "int8_amx", "int8_dot", "int8_loops", "int8_pack", "lanes")),
         *("cpu.row_arithmetic", "cpu.shares", "target"),
     },
+    "cpu.embed_rows": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
     "cpu.instructions": {"target"},
     "cpu.lanes": {"cpu.llvm"},
     "cpu.llvm": set(),

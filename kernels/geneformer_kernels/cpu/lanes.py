@@ -83,6 +83,29 @@ def _adding(is_half: bool) -> Any:
     return intrinsic(add)
 
 
+def _add_widened(
+    typing_context: Any, q: Any, scale: Any, between: Any, other_q: Any, other_scale: Any, n_blocks: Any, out: Any
+) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        q, scale, between, other_q, other_scale, n_blocks, out = arguments
+        scale, other_scale = (everywhere(builder, number, _FLOATS) for number in (scale, other_scale))
+
+        def all_three(block: Any) -> Any:
+            at = builder.mul(block, INT64(LANES))
+            numbers, others = (
+                builder.fmul(builder.sitofp(load(builder, address, at, _BYTES, align=1), _FLOATS), factors)
+                for address, factors in ((q, scale), (other_q, other_scale))
+            )
+            value = builder.fadd(builder.fadd(numbers, _read(builder, between, block, False)), others)
+            store(builder, value, out, builder.mul(block, INT64(_FLOAT_BYTES * LANES)), align=4)
+            return value
+
+        return _fold(builder, n_blocks, _FLOATS, all_three, builder.fadd)
+
+    address, number = types.int64, types.float32
+    return number(address, number, address, address, number, address, address), generate
+
+
 def _normalise(
     typing_context: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, n_blocks: Any, out: Any
 ) -> Any:
@@ -300,6 +323,9 @@ def _writing(is_half: bool) -> Any:
 
 #: (x, other, blocks, out): x + other as float32 to ``out``; their sum. ``x`` is float32, or bfloat16.
 add_floats, add_halves = map(_adding, (False, True))
+#: (q, scale, between, other_q, other_scale, blocks, out): q * scale + between + other_q * other_scale, of rows of int8
+#: and one of float32, as float32 to ``out``; their sum.
+add_widened: Any = intrinsic(_add_widened)
 #: (x, mean, blocks): the sum of squares of what is above or below the mean.
 sum_of_squares: Any = intrinsic(_sum_of_squares)
 #: (x, mean, rstd, weight, bias, blocks, out): (x - mean) * rstd * weight + bias to ``out``.
