@@ -22,6 +22,7 @@ from machine import save_result  # noqa: E402
 
 pytestmark = pytest.mark.bench
 
+V2_TOKENS = 20_275
 LENGTHS = (1.0, 1.0, 0.9, 0.4)  # of the longest that the model takes
 #: How far apart float32 and what is compared with it may be, by the cosine of each cell's embedding.
 LEAST_COSINE = 0.99
@@ -47,6 +48,8 @@ def token_folder(folder: Path, n_tokens: int, longest: int) -> Path:
     lengths = [int(share * longest) for share in LENGTHS]
     ids = np.random.default_rng(0).integers(4, n_tokens, sum(lengths), dtype=np.int32)
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    if n_tokens == V2_TOKENS:  # cells of V2 begin with CLS and end with EOS
+        ids[bounds[:-1]], ids[bounds[1:] - 1] = 2, 3
     lists = pa.ListArray.from_arrays(pa.array(bounds), pa.array(ids))
     datasets.Dataset(pa.table({"input_ids": lists, "length": np.array(lengths)})).save_to_disk(str(folder))
     return folder

@@ -15,6 +15,7 @@ from geneformer_fast.extract.memory import size_in_bytes
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.slow
 
+V2_TOKENS = 20_275
 MAKE = """
 import sys
 import torch
@@ -31,6 +32,8 @@ def token_folder(folder: Path, n_tokens: int, lengths: list[int]) -> Path:
 
     ids = np.random.default_rng(0).integers(4, n_tokens, sum(lengths), dtype=np.int32)
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    if n_tokens == V2_TOKENS:  # cells of V2 begin with CLS and end with EOS
+        ids[bounds[:-1]], ids[bounds[1:] - 1] = 2, 3
     lists = pa.ListArray.from_arrays(pa.array(bounds), pa.array(ids))
     datasets.Dataset(pa.table({"input_ids": lists, "length": np.array(lengths)})).save_to_disk(str(folder))
     return folder
@@ -40,8 +43,8 @@ def token_folder(folder: Path, n_tokens: int, lengths: list[int]) -> Path:
     ("preset", "n_tokens", "longest", "budget"),
     [
         ("geneformer-v1-10m", 25_426, 2048, "500MB"),
-        ("geneformer-v2-104m", 20_275, 4096, "1GB"),
-        ("geneformer-v2-316m", 20_275, 4096, "2GB"),
+        ("geneformer-v2-104m", V2_TOKENS, 4096, "1GB"),
+        ("geneformer-v2-316m", V2_TOKENS, 4096, "2GB"),
     ],
 )
 def test_a_published_size_embeds_its_longest_cells(
