@@ -254,7 +254,7 @@ def test_one_instruction_set_can_be_forced_and_no_other() -> None:
         ({"NUMBA_CPU_NAME": "nocona", "NUMBA_CPU_FEATURES": ""}, set()),
         ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx,+avx2,+avxvnni"}, {"avx2", "avx_vnni"}),
     ],
-    ids=str,
+    ids=["this CPU", "no AVX", "haswell", "nocona", "features"],
 )
 def test_what_numba_may_compile(environment: dict[str, str], left: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NUMBA_ENABLE_AVX", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
