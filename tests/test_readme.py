@@ -99,7 +99,9 @@ def test_python_example(folder, number, monkeypatch, capsys):
 def test_links_and_paths_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).exists(), target
-    (tree,) = (text for text in re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if "tests/" in text)
+    # Without blocks of a language, whose last fence looks like the first one of a block without.
+    rest = re.sub(r"^```\w+\n.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    (tree,) = (text for text in re.findall(r"^```\n(.*?)^```$", rest, re.MULTILINE | re.DOTALL) if "tests/" in text)
     parent = ROOT
     for line in tree.splitlines():
         names = re.match(r"(\s*)((?:[\w./]+ )+) ", line)
