@@ -132,7 +132,7 @@ def _quantized(result: Result) -> str:
         f"{held}, last layer, medians of {result['rounds']} runs in turns."
     )
     goals = ", ".join(f"{pair} {goal:g}x" for pair, goal in result["goals"].items())
-    header = ("", "cells/s (p10 to p90)", "int8 is faster", "least cosine with float32", "peak memory")
+    header = ("", "cells/s (p10 to p90)", "int8 is faster", "least centred cosine with float32", "peak memory")
     return _block(title, header, rows, [result], f"Goals: {goals}." if goals else "")
 
 
