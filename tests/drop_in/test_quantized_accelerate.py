@@ -21,9 +21,9 @@ from geneformer_fast.quantization.hugging_face import TheirLinear, encoder_of
 # Any warning says that a call was not packed, or that a layer was widened.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 PACKAGE = "compressed_tensors"
-#: Where rows are rounded, a number that lies between two integers may go either way after another order of adding, and
-#: which do depends on the machine and the version of transformers. One step of one number in 32 is 0.2 % of a row.
-CLOSE = {"dynamic": 5e-3, "weight_only": 1e-5}
+#: Where rows are rounded, a number that lies between two integers may go either way after another order of adding: seen
+#: with transformers 4.46 and 4.51, in one row of 91 after the first block, and in its cell's others after the next.
+CLOSE = {"dynamic": 2e-3, "weight_only": 1e-5}
 
 
 @pytest.fixture(params=["dynamic", "weight_only"])
@@ -49,6 +49,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= rtol * tensor.norm(), name
+    if rtol == CLOSE["dynamic"]:
+        apart = (found["first"] - expected["first"]).norm(dim=-1) / expected["first"].norm(dim=-1)
+        assert (apart > 1e-5).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
