@@ -99,11 +99,22 @@ def check(schema: Any, value: Any, where: str | os.PathLike[str], error: type[Ge
     GeneformerFastError
         Of the class ``error``: the first field that does not fit, what it holds and what it should be.
     """
+    build(schema, value, where, error)
+
+
+def build(schema: Any, value: Any, where: str | os.PathLike[str], error: type[GeneformerFastError]) -> Any:
+    """Make what a schema describes, a dataclass with all that it holds, of JSON values.
+
+    Raises
+    ------
+    GeneformerFastError
+        Of the class ``error``: the first field that does not fit, what it holds and what it should be.
+    """
     from pydantic import ValidationError
 
     try:
         # As JSON, because only there a strict check takes an object for a dataclass and a list for a tuple.
-        _adapter(schema).validate_json(json.dumps(value), strict=True)
+        return _adapter(schema).validate_json(json.dumps(value), strict=True)
     except RecursionError:
         raise error(
             f"{where} cannot be read: its JSON is nested too deeply; correct it, or restore it from a good copy"
