@@ -281,8 +281,8 @@ class Energy:
     Attributes
     ----------
     counter
-        Where it comes from: ``"NVML energy counter"``, ``"NVML power, integrated"``, ``"zeus"``, ``"RAPL"``; ``""`` where
-        there is none.
+        Where it comes from: ``"NVML energy counter"``, ``"NVML power, integrated"``, ``"zeus"``, ``"RAPL"``; ``""``
+        where there is none.
     window_s
         Seconds it was read over.
     joules, watts
@@ -314,8 +314,8 @@ class Operation:
     Attributes
     ----------
     name
-        As ``geneformer_kernels`` calls it (``"varlen_attention"``), with ``" backward"`` behind it in a backward pass; a
-        name of torch for everything else.
+        As ``geneformer_kernels`` calls it (``"varlen_attention"``), with ``" backward"`` behind it in a backward pass;
+        a name of torch for everything else.
     calls
         How often.
     time_ms
@@ -340,8 +340,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Series:
-    """Values over time: seconds since the window began, and per name (``"power_watts"``, ``"memory_bytes"``) a value for
-    each, None where none was read."""
+    """Values over time.
+
+    Attributes
+    ----------
+    time_s
+        Seconds since the window began.
+    values
+        Per name (``"power_watts"``, ``"memory_bytes"``) a value for each moment, None where none was read.
+    """
 
     time_s: list[float] = field(default_factory=list)
     values: dict[str, list[float | None]] = field(default_factory=dict)
