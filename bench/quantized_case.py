@@ -27,7 +27,10 @@ from bench.embed_case import centred_cosine, percentiles
 from bench.embed_rival import stock_embeddings
 
 #: Environment that holds torch, oneDNN, MKL and numba's loops of this project to AVX2.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 = {
+    **{"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",  # what quantize_dynamic multiplies with chooses by itself
+}
 #: Random weights, so that no layer has outliers: what is left is rounding. The mean over layers is what counts.
 LEAST_COSINE = 0.99
 #: Cells per batch that the rival is tried with; longer batches are slower on every CPU seen.

@@ -66,7 +66,7 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
         pytest.skip(f"fewer than {case.threads} cores")
     n_cells = int(os.environ.get("GENEFORMER_FAST_BENCH_CELLS", case.n_cells))
     rounds = int(os.environ.get("GENEFORMER_FAST_BENCH_ROUNDS", case.rounds))
-    place = Workplace(tmp_path, GEOMETRIES[case.geometry])
+    place = Workplace(tmp_path, GEOMETRIES[case.geometry], is_tame=True)
     place.prepare(n_cells)
     command = [sys.executable, "-m", "bench.quantized_case", str(tmp_path), "--geometry", case.geometry]
     options = ["--threads", str(case.threads), "--rounds", str(rounds)]
@@ -81,7 +81,8 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
     is_avx2 = case.is_held or not {"avx512_bf16", "amx_bf16", "int8_dot"} & cpu_features()
     goals = GOALS[case.geometry, "AVX2" if is_avx2 else ""]
     content = {
-        "what": "token folder to embeddings (mean over genes, last layer), models loaded before the clock starts",
+        "what": "token folder to embeddings (mean over genes, last layer), models loaded before the clock starts; random "
+        "weights whose branches are divided by the square root of twice the number of layers",
         "geometry": case.geometry,
         "n_cells": n_cells,
         "n_tokens": int(lengths.sum()),
