@@ -92,8 +92,9 @@ class Candidate:
 class Workplace:
     """A folder with a checkpoint (``model``) and the tokens of some cells (``tokens``).
 
-    ``is_tame``: what blocks add to the stream is divided by the square root of their number (2 per layer), as GPT-2 begins. Random
-    weights without that amplify rounding more than trained ones do, in twelve layers of int8 until nothing agrees.
+    ``is_tame``: what branches add to the stream is divided by the square root of their number (two per layer), as GPT-2
+    begins. Random weights without that amplify rounding more than trained ones do, in twelve layers of int8 until
+    nothing agrees.
     """
 
     folder: Path

@@ -81,8 +81,8 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
     is_avx2 = case.is_held or not {"avx512_bf16", "amx_bf16", "int8_dot"} & cpu_features()
     goals = GOALS[case.geometry, "AVX2" if is_avx2 else ""]
     content = {
-        "what": "token folder to embeddings (mean over genes, last layer), models loaded before the clock starts; random "
-        "weights whose branches are divided by the square root of twice the number of layers",
+        "what": "token folder to embeddings (mean over genes, last layer), models loaded before the clock starts; "
+        "random weights whose branches are divided by the square root of twice the number of layers",
         "geometry": case.geometry,
         "n_cells": n_cells,
         "n_tokens": int(lengths.sum()),
