@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("tools") / "mutations"
 KEYS = ("file", "find", "replace", "tests", "why")
 #: What a copy of the working tree holds.
-COPIED = ("kernels", "geneformer_fast", "tests", "pyproject.toml")
+COPIED = ("kernels", "geneformer_fast", "bench", "tests", "pyproject.toml")
 
 # pytest's exit codes.
 PASSED, FAILED, NO_TESTS = 0, 1, 5
