@@ -10,14 +10,14 @@ from pathlib import Path
 
 from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
 
-_EMBED, _TOKENIZE = "bench/test_bench_embed.py::test_bench_embed", "bench/test_bench_tokenize.py::test_bench"
-_VERIFY = "bench/test_bench_verify.py::test_bench_verify"
+_EMBED, _TOKENIZE = "bench/cpu/test_bench_embed.py::test_bench_embed", "bench/cpu/test_bench_tokenize.py::test_bench"
+_VERIFY = "bench/cpu/test_bench_verify.py::test_bench_verify"
 QUANTIZED = ("2-threads", "2-threads_avx2", "1-threads", "1-threads_avx2")
 #: Result -> the test that makes it, per suite, in order of importance.
 SUITES = {
     "cpu": {
         "embed_v1-10m_all-threads": f"{_EMBED}[embed_v1-10m_all-threads]",
-        "train_v1-10m_all-threads": "bench/test_bench_train.py::test_bench_train[train_v1-10m_all-threads]",
+        "train_v1-10m_all-threads": "bench/cpu/test_bench_train.py::test_bench_train[train_v1-10m_all-threads]",
         "tokenize_v2": f"{_TOKENIZE}_tokenize[v2]",
         "tokenize_v1": f"{_TOKENIZE}_tokenize[v1]",
         "memory_tokenize": f"{_TOKENIZE}_peak_memory[tokenize]",
@@ -30,14 +30,14 @@ SUITES = {
         "memory_medians": f"{_TOKENIZE}_peak_memory[medians]",
         "verify_tokens": f"{_VERIFY}_tokens",
         "verify_tokenize": f"{_VERIFY}_tokenize",
-        **{f"peak_{size}": f"bench/test_bench_peak.py::test_bench_peak[{size}]" for size in ("v1-10m", "v2-104m")},
+        **{f"peak_{size}": f"bench/cpu/test_bench_peak.py::test_bench_peak[{size}]" for size in ("v1-10m", "v2-104m")},
         **{
             f"verify_{preset}_{kind}": f"{_VERIFY}_model[{file}-geneformer-{preset}]"
             for preset in ("v1-10m", "v2-104m")
             for kind, file in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin"))
         },
         **{
-            name: f"bench/test_bench_quantized.py::test_bench_quantized[{name}]"
+            name: f"bench/cpu/test_bench_quantized.py::test_bench_quantized[{name}]"
             for geometry in ("v1-10m", "v2-104m")
             for name in (f"quantized_{geometry}_{end}" for end in QUANTIZED)
         },
@@ -66,7 +66,7 @@ def run_suite(suite: str, out: Path, *, is_again: bool, only: str) -> list[str]:
 def main() -> int:
     """Run a suite; 0 if all went well and every goal was met."""
     if sys.argv[1:2] == ["gpu"]:
-        from bench.gpu_suite import main as run_gpu
+        from bench.gpu.suite import main as run_gpu
 
         return run_gpu(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

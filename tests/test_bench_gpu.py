@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_case, gpu_tests
-from bench.gpu_case import run_case
-from bench.gpu_cases import CASES, H200, Case, Goal, case_named, floors
-from bench.gpu_impls import Question, uses_cudnn, with_impls
-from bench.gpu_measure import (
+from bench.gpu import case as gpu_case
+from bench.gpu import tests_on_card
+from bench.gpu.case import run_case
+from bench.gpu.cases import CASES, H200, Case, Goal, case_named, floors
+from bench.gpu.impls import Question, uses_cudnn, with_impls
+from bench.gpu.measure import (
     NO_TIME,
     NOT_QUICK,
     Candidate,
@@ -30,7 +31,7 @@ from bench.gpu_measure import (
     measure,
     relative_error,
 )
-from bench.gpu_timer import WallClock, percentiles, time_in_turns
+from bench.gpu.timer import WallClock, percentiles, time_in_turns
 from bench.lengths import BLOOD, DEEP, real_lengths, uniform_lengths
 
 CPU = torch.device("cpu")
@@ -234,7 +235,7 @@ def test_lengths_are_reproducible_and_have_the_mean_asked_for() -> None:
     ],
 )
 def test_operations_are_counted_as_in_the_goals(preset: str, length: int, gigaflops: float) -> None:
-    from bench.gpu_models import encoder_flops
+    from bench.gpu.models import encoder_flops
     from geneformer_fast import EncoderConfig
 
     assert encoder_flops(EncoderConfig.preset(preset), [length]) / 1e9 == pytest.approx(gigaflops, rel=2e-3)
@@ -244,7 +245,7 @@ def test_cases_are_consistent() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert names[0] == "ceilings"
-    assert {group for case in CASES for group in case.tests} <= set(gpu_tests.GROUPS)
+    assert {group for case in CASES for group in case.tests} <= set(tests_on_card.GROUPS)
     rows = floors()
     for case in CASES:
         for goal in case.goals:
@@ -290,7 +291,7 @@ def test_implementations_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(Unavailable, match=reason):
             other.make()
     # As on a card, with the interpreter in its place.
-    monkeypatch.setattr("bench.gpu_impls.target_of", lambda device: target_of("cpu"))
+    monkeypatch.setattr("bench.gpu.impls.target_of", lambda device: target_of("cpu"))
     _, triton, _ = with_impls(ours, question, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
     seen.clear()
     prepared = triton.make()
@@ -307,7 +308,7 @@ def test_what_ran_is_noted_and_not_what_was_chosen(monkeypatch: pytest.MonkeyPat
     from geneformer_kernels.ops.varlen_attention import op, sdpa
     from geneformer_kernels.target import target_of
 
-    monkeypatch.setattr("bench.gpu_impls.target_of", lambda device: target_of("cpu"))
+    monkeypatch.setattr("bench.gpu.impls.target_of", lambda device: target_of("cpu"))
     monkeypatch.setattr(sdpa, "attend_equal", lambda q, k, v, length, scale: q)
     q = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu_card, gpu_measure, gpu_suite, gpu_timer
-from bench.gpu_cases import H200
-from bench.gpu_measure import Candidate, Place, Prepared
-from bench.gpu_timer import EventClock, as_graph, clock_of, time_in_turns
+from bench.gpu import card as gpu_card
+from bench.gpu import measure as gpu_measure
+from bench.gpu import suite as gpu_suite
+from bench.gpu import timer as gpu_timer
+from bench.gpu.cases import H200
+from bench.gpu.measure import Candidate, Place, Prepared
+from bench.gpu.timer import EventClock, as_graph, clock_of, time_in_turns
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)

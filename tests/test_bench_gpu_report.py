@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from bench import gpu_report, gpu_tests, measured
-from bench.gpu_cases import Goal
-from bench.gpu_impls import CUDNN, Question
-from bench.gpu_measure import NO_TIME, NOT_QUICK
-from bench.gpu_sources import parts
+from bench import measured
+from bench.gpu import report as gpu_report
+from bench.gpu import tests_on_card
+from bench.gpu.cases import Goal
+from bench.gpu.impls import CUDNN, Question
+from bench.gpu.measure import NO_TIME, NOT_QUICK
+from bench.gpu.sources import parts
 
 
 def row_of(ms: float, *, is_ours: bool = False, what: str = "this project", **rates: float) -> dict:
@@ -65,7 +67,7 @@ def test_the_readme_gets_a_table_per_card() -> None:
 def test_the_readme_says_which_tests_ran_on_a_card() -> None:
     results = [gpu_result("encoder_x", "some preset, inference", {"ours": row_of(80.0, is_ours=True)}, [], cells=64)]
     del results[0]["variants"]["full"]["rows"]["ours"]
-    green = {group: {"status": "passed", "passed": 10} for group in gpu_tests.GROUPS}
+    green = {group: {"status": "passed", "passed": 10} for group in tests_on_card.GROUPS}
     n_groups = len(green)
     text = gpu_report.render([[], results], [{}, {"groups": green}])
     assert f"Tests on this card: {10 * n_groups} passed, in {n_groups} of {n_groups} groups." in text
@@ -83,7 +85,7 @@ def test_the_readme_says_which_tests_ran_on_a_card() -> None:
 
 def test_the_readme_says_what_has_changed_since_the_tests() -> None:
     results = [gpu_result("encoder_x", "some preset", {"ours": row_of(80.0, is_ours=True, tflops=1.0)}, [], cells=64)]
-    green = {group: {"status": "passed", "passed": 10, "seconds": 1.0} for group in gpu_tests.GROUPS}
+    green = {group: {"status": "passed", "passed": 10, "seconds": 1.0} for group in tests_on_card.GROUPS}
     old = {**parts(), "rank_genes: launches": "another", "the encoder": "another"}
     del old["rank_genes: the fused pass and its other kernels"]
     found = {"commit": "ba9876543210", "parts": old, "groups": green}

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_suite, gpu_tests, measured
-from bench.gpu_cases import QUICK, Case, case_named, floors
-from bench.gpu_measure import NO_TIME
-from bench.gpu_sources import TESTED, parts, source_of, tree_digest
+from bench import measured
+from bench.gpu import suite as gpu_suite
+from bench.gpu import tests_on_card
+from bench.gpu.cases import QUICK, Case, case_named, floors
+from bench.gpu.measure import NO_TIME
+from bench.gpu.sources import TESTED, parts, source_of, tree_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +57,7 @@ def test_cases_are_refused_left_and_run_in_order(monkeypatch: pytest.MonkeyPatch
 def test_tests_that_take_minutes_wait_until_a_case_needs_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[object] = []
     monkeypatch.setattr(gpu_suite, "run_child", lambda case, *args, **options: order.append(case.name) or True)
-    assert gpu_tests.LATE == ("rank_genes",)
+    assert tests_on_card.LATE == ("rank_genes",)
     cases = [Case("first", "", None, ("a",), 10), Case("ranking", "", None, ("rank_genes",), 10)]
     assert gpu_suite.needed_groups([*cases, Case("last", "", None, ("b", "a"), 10)]) == ["a", "b", "wrapped"]
     known = {"a": {"status": "passed"}}
@@ -126,12 +128,12 @@ def test_the_source_of_a_case_is_what_it_runs(tmp_path: Path) -> None:
     assert changed(f"{ops}/varlen_attention/kernel.py") == ([*names[:2]], ["varlen_attention: kernels"])
     assert changed(f"{ops}/rank_genes/launches.py") == ([], ["rank_genes: launches"])
     assert changed("geneformer_fast/encoder.py") == ([names[1]], ["the encoder"])
-    assert changed("bench/gpu_models.py") == ([*names], ["the random encoders that are compared"])
-    assert changed("bench/gpu_measure.py") == ([*names], [])
+    assert changed("bench/gpu/models.py") == ([*names], ["the random encoders that are compared"])
+    assert changed("bench/gpu/measure.py") == ([*names], [])
     assert changed("kernels/geneformer_kernels/launch.py") == ([*names], ["what all kernels share"])
     # What comes from results, and what does not run on a card.
     assert changed("kernels/geneformer_kernels/measured.py") == ([], [])
-    assert changed("bench/gpu_report.py") == ([], [])
+    assert changed("bench/gpu/report.py") == ([], [])
     assert source_of(case_named(names[0])) != source_of(case_named("attention_d32_forward"))  # another problem
 
 
@@ -139,7 +141,7 @@ def test_tests_run_again_when_the_models_they_compare_change(tmp_path: Path) -> 
     root = copied(tmp_path)
     before = tree_digest(TESTED, root=root)
     assert before == tree_digest(TESTED)
-    (root / "bench" / "gpu_models.py").write_text("")
+    (root / "bench" / "gpu" / "models.py").write_text("")
     assert tree_digest(TESTED, root=root) != before
 
 
@@ -192,7 +194,7 @@ def test_floors_are_printed_without_a_card() -> None:
 
 def test_children_find_the_checkout_and_compile_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = gpu_tests.environment()
+    found = tests_on_card.environment()
     assert "TRITON_INTERPRET" not in found
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(ROOT / "kernels")]
 
@@ -201,7 +203,7 @@ NOT_INSTALLED = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 sys.path[:] = [path for path in sys.path if not path.endswith("kernels")]
-import bench.gpu_suite, geneformer_kernels
+import bench.gpu.suite, geneformer_kernels
 print(geneformer_kernels.__file__)
 """
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import own_process
 import pytest
 
-from bench import gpu_suite, gpu_tests
+from bench.gpu import suite as gpu_suite
+from bench.gpu import tests_on_card
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,9 +26,9 @@ tests="9"></testsuite></testsuites>"""
 
 def test_outcomes_of_tests_are_read(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
-    assert gpu_tests.counts_of(report) == {"passed": 0, "failed": 0, "skipped": 0}
+    assert tests_on_card.counts_of(report) == {"passed": 0, "failed": 0, "skipped": 0}
     report.write_text(JUNIT.format(errors=1, failures=2))
-    assert gpu_tests.counts_of(report) == {"passed": 4, "failed": 3, "skipped": 2}
+    assert tests_on_card.counts_of(report) == {"passed": 4, "failed": 3, "skipped": 2}
 
 
 def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float = 30) -> None:
@@ -40,10 +41,10 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float 
         "hanging": "time.sleep(600)",
         "empty": "sys.exit(5)",
     }
-    monkeypatch.setattr(gpu_tests, "GROUPS", dict.fromkeys(scripts, ()))
-    monkeypatch.setattr(gpu_tests, "files_of", lambda group: ["some"])
+    monkeypatch.setattr(tests_on_card, "GROUPS", dict.fromkeys(scripts, ()))
+    monkeypatch.setattr(tests_on_card, "files_of", lambda group: ["some"])
     monkeypatch.setattr(
-        gpu_tests,
+        tests_on_card,
         "command_of",
         lambda group, report, n_workers: [
             sys.executable,
@@ -61,19 +62,19 @@ def test_groups_of_tests_fail_by_themselves_and_are_not_repeated_when_green(
     fake_groups(monkeypatch, tmp_path)
     here = {"gpu": "X1", "torch": "2.11.0", "triton": "3.6.0", "source": "digest"}
     groups = ["green", "red", "dead", "empty"]
-    known = gpu_tests.run_tests(groups, tmp_path, here, seconds=60, about={"commit": "0123"})
+    known = tests_on_card.run_tests(groups, tmp_path, here, seconds=60, about={"commit": "0123"})
     assert {name: found["status"] for name, found in known.items()} == {
         "green": "passed", "red": "failed", "dead": "failed", "empty": "none",
     }  # fmt: skip
     assert known["green"]["passed"] == 7
-    assert gpu_tests.red_groups(["green"], known) == []
-    assert len(gpu_tests.red_groups(["green", "red", "dead", "empty", "unknown"], known)) == 4
+    assert tests_on_card.red_groups(["green"], known) == []
+    assert len(tests_on_card.red_groups(["green", "red", "dead", "empty", "unknown"], known)) == 4
     begun = (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns
-    gpu_tests.run_tests(["green", "red"], tmp_path, here, seconds=60, about={"commit": "0123"})
+    tests_on_card.run_tests(["green", "red"], tmp_path, here, seconds=60, about={"commit": "0123"})
     assert (tmp_path / "logs" / "tests_green.log").stat().st_mtime_ns == begun
-    assert gpu_tests.outcomes(tmp_path, here)["green"]["status"] == "passed"
+    assert tests_on_card.outcomes(tmp_path, here)["green"]["status"] == "passed"
     for name in here:
-        assert gpu_tests.outcomes(tmp_path, {**here, name: "another"}) == {}
+        assert tests_on_card.outcomes(tmp_path, {**here, name: "another"}) == {}
     written = json.loads((tmp_path / "tests.json").read_text())
     assert {name: written[name] for name in (*here, "commit")} == {**here, "commit": "0123"}
 
@@ -84,7 +85,7 @@ def test_outcomes_that_cannot_be_read_are_made_again(
     fake_groups(monkeypatch, tmp_path)
     for text in ('{"source": "dig', "[]", '{"source": "digest"}'):
         (tmp_path / "tests.json").write_text(text)
-        known = gpu_tests.run_tests(["green"], tmp_path, {"source": "digest"}, seconds=60)
+        known = tests_on_card.run_tests(["green"], tmp_path, {"source": "digest"}, seconds=60)
         assert known["green"]["status"] == "passed"
         assert "cannot be read" in capsys.readouterr().out
 
@@ -94,10 +95,10 @@ def run_and_hang(folder: Path) -> None:
     pid = f"print(os.getpid(), file=open({str(folder / 'pid')!r}, 'w'), flush=True)"
     # A child may be at work before Popen has returned to whoever began it: it waits before it says who it is.
     lines = {"green": "import sys; sys.exit(5)", "hanging": f"import os, time; time.sleep(1); {pid}; time.sleep(60)"}
-    gpu_tests.files_of = lambda group: ["some"]
-    gpu_tests.command_of = lambda group, report, n_workers: [sys.executable, "-S", "-c", lines[group]]
+    tests_on_card.files_of = lambda group: ["some"]
+    tests_on_card.command_of = lambda group, report, n_workers: [sys.executable, "-S", "-c", lines[group]]
     with gpu_suite.ended_like_an_interrupt():
-        gpu_tests.run_tests(list(lines), folder, {"source": "digest"}, seconds=60)
+        tests_on_card.run_tests(list(lines), folder, {"source": "digest"}, seconds=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -117,15 +118,15 @@ def test_an_interrupt_keeps_outcomes_and_leaves_nobody_behind(tmp_path: Path, nu
 
 def test_hanging_tests_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_groups(monkeypatch, tmp_path)
-    known = gpu_tests.run_tests(["hanging"], tmp_path, {"source": "digest"}, seconds=1)
+    known = tests_on_card.run_tests(["hanging"], tmp_path, {"source": "digest"}, seconds=1)
     assert known["hanging"]["status"] == "timeout"
-    assert gpu_tests.red_groups(["hanging"], known)
+    assert tests_on_card.red_groups(["hanging"], known)
 
 
 def test_every_test_for_cards_is_in_one_group() -> None:
     for group in ("encoder", "wrapped", "sanitizer"):
-        assert f"tests/gpu/test_{group}_gpu.py" in gpu_tests.files_of(group)
-    found = [file for group in gpu_tests.GROUPS for file in gpu_tests.files_of(group)]
+        assert f"tests/gpu/test_{group}_gpu.py" in tests_on_card.files_of(group)
+    found = [file for group in tests_on_card.GROUPS for file in tests_on_card.files_of(group)]
     assert len(found) == len(set(found))
     brings_the_mark = re.compile(
         r"^(pytestmark = |@|GPU = )pytest\.mark\.gpu|marks=pytest\.mark\.gpu|^def test_\w+\([^)]*\bdevice: str",
@@ -135,14 +136,14 @@ def test_every_test_for_cards_is_in_one_group() -> None:
     marked = {str(path.relative_to(ROOT)) for path in paths}
     assert "tests/kernels/test_dropout_gradients.py" in marked
     assert marked <= set(found)
-    assert "gpu" in gpu_tests.command_of("encoder", Path("report.xml"))
+    assert "gpu" in tests_on_card.command_of("encoder", Path("report.xml"))
 
 
 BARE = """
 import bare, sys, torch
-import bench.gpu_suite, bench.gpu_tests
-from bench.gpu_case import run_case
-from bench.gpu_cases import case_named
+import bench.gpu.suite, bench.gpu.tests_on_card
+from bench.gpu.case import run_case
+from bench.gpu.cases import case_named
 for name in ("encoder_10m_inference", "rank_genes"):
     result = run_case(case_named(name), torch.device("cpu"), seconds=100, is_tiny=True)
     # On a CPU counts are ranked by numba; on a card nothing is.
@@ -160,7 +161,7 @@ def without_the_rest() -> subprocess.CompletedProcess[str]:
     """A process that measures, and then looks at every test for cards."""
     pytest.importorskip("transformers")
     plugins = ("-p", "bare", "-p", "no:cacheprovider")
-    environment = gpu_tests.environment()
+    environment = tests_on_card.environment()
     environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "gpu")
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis, zarr and others bring plugins
     return subprocess.run(
@@ -184,4 +185,4 @@ def test_and_with_pytest_to_test(without_the_rest: subprocess.CompletedProcess[s
     assert len(tests) > 500
     assert all("SKIPPED" in line for line in tests), "something marked gpu runs without a card"
     files = {line.partition("::")[0] for line in tests}
-    assert files >= {file for group in gpu_tests.GROUPS for file in gpu_tests.files_of(group)}
+    assert files >= {file for group in tests_on_card.GROUPS for file in tests_on_card.files_of(group)}

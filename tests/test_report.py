@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report, report
+from bench import report
+from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = {

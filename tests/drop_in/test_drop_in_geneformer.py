@@ -19,7 +19,7 @@ import toys
 from small_berts import bert, count_head_rows
 
 import geneformer_fast as gf
-from bench.embed_rival import attention_mask, extractor_embeddings, padded
+from bench.cpu.embed_rival import attention_mask, extractor_embeddings, padded
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")

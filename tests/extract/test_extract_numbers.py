@@ -57,7 +57,7 @@ def test_published_numbers_of_every_pooling(shared_dir: Path) -> None:
 def test_real_cells_as_the_extractor_pools_them(shared_dir: Path, tmp_path: Path, family: str, n_tokens: int) -> None:
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
-    from bench.embed_rival import extractor_embeddings
+    from bench.cpu.embed_rival import extractor_embeddings
 
     torch.manual_seed(0)
     longest = 2048 if family == "V1" else 4096

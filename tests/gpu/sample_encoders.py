@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.gpu_models import Stock, StockBert, StockPreNorm
+from bench.gpu.models import Stock, StockBert, StockPreNorm
 from geneformer_fast import Encoder, EncoderConfig, Ragged
 
 SMALL = EncoderConfig(

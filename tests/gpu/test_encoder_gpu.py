@@ -22,7 +22,7 @@ from geneformer_fast.checkpoints.mapping import bert_entries, to_ours
 
 pytest.importorskip("transformers")
 
-from bench.gpu_models import StockBert, random_encoder
+from bench.gpu.models import StockBert, random_encoder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Products of float32 on tensor cores in three passes are nearly, not quite, as good as scalar ones.

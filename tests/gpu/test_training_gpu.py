@@ -10,7 +10,7 @@ import pytest
 import torch
 from sample_encoders import config_of
 
-from bench.gpu_models import random_encoder
+from bench.gpu.models import random_encoder
 from geneformer_fast import Encoder, Ragged
 from geneformer_fast.data.batches import BatchPlan, Piece
 from geneformer_fast.data.kinds import TokenKinds

@@ -15,7 +15,7 @@ from process_groups import group_of_one
 from sample_encoders import CONFIGS, SMALL, Batch, batch, config_of, gradients_of, loss_of, relative
 from torch import nn
 
-from bench.gpu_models import random_encoder
+from bench.gpu.models import random_encoder
 from geneformer_fast import Encoder
 from geneformer_fast.ragged import Padding
 

@@ -21,7 +21,7 @@ from geneformer_kernels.dispatch import ImplUnavailableError, choose
 from geneformer_kernels.measured_int8 import MEASURED_INT8
 from geneformer_kernels.target import INT8_INSTRUCTIONS, Target, is_left_to_numba
 
-from bench import int8_cpu
+from bench.cpu import int8 as int8_cpu
 
 SETS = int8_products.instruction_sets()
 pytestmark = pytest.mark.skipif(not SETS, reason="this CPU has no AVX2")
@@ -265,7 +265,7 @@ def test_what_numba_may_compile(environment: dict[str, str], left: set[str], mon
 
 
 def test_measured_rows_are_those_of_the_results() -> None:
-    assert int8_cpu.render(int8_cpu.committed()) == int8_cpu.TARGET.read_text(), "run python -m bench.int8_cpu --render"
+    assert int8_cpu.render(int8_cpu.committed()) == int8_cpu.TARGET.read_text(), "run python -m bench.cpu.int8 --render"
     places = {key: rows for key, (rows, _) in MEASURED_INT8.items()}
     assert {name for name, _ in places} <= set(INT8_INSTRUCTIONS)
     assert all(ms > 0 for rows in places.values() for row in rows for ms in row[2:])

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu_sources import tree_digest
-from bench.gpu_timer import Clock, Run
+from bench.gpu.sources import tree_digest
+from bench.gpu.timer import Clock, Run
 from bench.machine import provenance
 
 #: Name of the commit, said by who starts it: a copy of a checkout may lie inside another one.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.gpu_measure import Unavailable, Work
-from bench.gpu_providers_operations import EPS, Function, Problem, Tensors, draw, operation
-from bench.gpu_providers_products import FEED_FORWARDS
+from bench.gpu.measure import Unavailable, Work
+from bench.gpu.providers.operations import EPS, Function, Problem, Tensors, draw, operation
+from bench.gpu.providers.products import FEED_FORWARDS
 
 
 def int8_block_problems(is_tiny: bool) -> list[Problem]:

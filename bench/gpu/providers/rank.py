@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu_impls import Question, with_impls
-from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
-from bench.gpu_providers_operations import operation
+from bench.gpu.impls import Question, with_impls
+from bench.gpu.measure import Candidate, Place, Prepared, Unavailable, Variant, Work
+from bench.gpu.providers.operations import operation
 
 FIRST_TOKEN = 4
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_cases import CASES, QUICK, Case, floors
-from bench.gpu_measure import NO_TIME
-from bench.gpu_sources import TESTED, basis_of, parts, source_of, tree_digest
-from bench.gpu_tests import AFTER, BESIDE, GROUPS, LATE, end, environment, red_groups, run_tests
+from bench.gpu.cases import CASES, QUICK, Case, floors
+from bench.gpu.measure import NO_TIME
+from bench.gpu.sources import TESTED, basis_of, parts, source_of, tree_digest
+from bench.gpu.tests_on_card import AFTER, BESIDE, GROUPS, LATE, end, environment, red_groups, run_tests
 from bench.machine import RESULTS, ROOT
 
 # Starting Python, torch and the card.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
-    from bench.gpu_card import COMMIT, card_slug, gpu_provenance
+    from bench.gpu.card import COMMIT, card_slug, gpu_provenance
 
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -165,7 +165,7 @@ def run_cases(
 ) -> dict[str, list[str]]:
     """Each case in a process of its own, in order; what would end too late is left, shorter ones after it are not.
 
-    ``test`` runs groups of tests that waited until a case needs them (:data:`bench.gpu_tests.LATE`).
+    ``test`` runs groups of tests that waited until a case needs them (:data:`bench.gpu.tests_on_card.LATE`).
 
     Returns
     -------
@@ -211,7 +211,7 @@ def run_child(case: Case, out: Path, tests: Mapping[str, Any], *, seconds: float
     ended_after = max(seconds - START_S, 1.0)
     aim = min(AIM * case.seconds * (QUICK if args.quick else 1.0), ended_after)
     command = [
-        *(sys.executable, "-m", "bench.gpu_case", case.name, "--out", str(out), "--device", args.device),
+        *(sys.executable, "-m", "bench.gpu.case", case.name, "--out", str(out), "--device", args.device),
         *("--seconds", f"{aim:.1f}", "--compile-seconds", str(case.compile_s), "--at-most", f"{seconds * 0.6:.1f}"),
         *("--ended-after", f"{ended_after:.1f}", "--tests", json.dumps(tests)),
         *(["--tiny"] if args.tiny else []),

@@ -1,7 +1,8 @@
 """Embedding cells: ours and the rivals side by side, with goals; the first case that ``python -m bench cpu`` runs.
 
-``pytest bench/test_bench_embed.py -m bench`` writes ``bench/results/<machine>/embed_*.json``. The environment variables
-GENEFORMER_FAST_BENCH_CELLS and GENEFORMER_FAST_BENCH_ROUNDS make it smaller; nothing is written then, no goal held.
+``pytest bench/cpu/test_bench_embed.py -m bench`` writes ``bench/results/<machine>/embed_*.json``. The environment
+variables GENEFORMER_FAST_BENCH_CELLS and GENEFORMER_FAST_BENCH_ROUNDS make it smaller; nothing is written then, no goal
+held.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.embed_candidates import CANDIDATES, GEOMETRIES, SHARED, Workplace
-from bench.embed_case import SideBySide, default_attention, percentiles, ratios, tuned_batch_sizes
+from bench.cpu.embed_candidates import CANDIDATES, GEOMETRIES, SHARED, Workplace
+from bench.cpu.embed_case import SideBySide, default_attention, percentiles, ratios, tuned_batch_sizes
 from bench.machine import save_result
 
 pytestmark = pytest.mark.bench

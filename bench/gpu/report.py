@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from bench.gpu_sources import parts
+from bench.gpu.sources import parts
 
 Result = Mapping[str, Any]
 NOTHING = (
@@ -20,7 +20,7 @@ OTHERS = (
     "`python -m bench gpu` runs the tests and then measures (`bench/README.md`); `geneformer-fast doctor` says what "
     "runs where."
 )
-# As bench.gpu_measure and bench.gpu_impls say it, which need torch; a table of results does not.
+# As bench.gpu.measure and bench.gpu.impls say it, which need torch; a table of results does not.
 NO_TIME, NOT_QUICK, CUDNN = "no time left to compile it", "not part of a quick run", "cudnn"
 #: Relative error of a result that a table does not keep to itself.
 INEXACT = 0.1
@@ -86,7 +86,7 @@ def _card(results: Sequence[Result], tests: Result | None) -> str:
 
 def _tests(found: Result) -> str:
     """How many tests passed on the card, of which sources, which groups have no green run, and what changed since."""
-    from bench.gpu_tests import GROUPS
+    from bench.gpu.tests_on_card import GROUPS
 
     groups = found["groups"]
     words = {"timeout": "ended by its limit of time", "none": "all skipped", "failed": "red"}
@@ -208,7 +208,7 @@ def _not_run(results: Sequence[Result]) -> str:
 def _missing(results: Sequence[Result]) -> list[str]:
     """Cases without a result, and variants of which nothing of ours is in it."""
     # Imported late: the cases need torch, a table of results does not.
-    from bench.gpu_cases import CASES
+    from bench.gpu.cases import CASES
 
     found = {result["case"]: result for result in results}
     names = []

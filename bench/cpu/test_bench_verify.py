@@ -1,12 +1,11 @@
 """What checksums cost: making and reading token folders, and loading models, with and without them, in turns.
 
-``pytest bench/test_bench_verify.py -m bench`` writes ``bench/results/<machine>/verify_*.json``.
+``pytest bench/cpu/test_bench_verify.py -m bench`` writes ``bench/results/<machine>/verify_*.json``.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-from machine import save_result  # noqa: E402
-from tile import tile_h5ad  # noqa: E402
+from bench.machine import ROOT, save_result
+from bench.tile import tile_h5ad
 
 pytestmark = pytest.mark.bench
 

@@ -1,7 +1,8 @@
 """Pretraining: ours and transformers' Trainer side by side, with a goal, and their loss curves.
 
-``pytest bench/test_bench_train.py -m bench`` writes ``bench/results/<machine>/train_*.json``. The environment variables
-GENEFORMER_FAST_BENCH_CELLS and GENEFORMER_FAST_BENCH_ROUNDS make it smaller; nothing is written then, no goal held.
+``pytest bench/cpu/test_bench_train.py -m bench`` writes ``bench/results/<machine>/train_*.json``. The environment
+variables GENEFORMER_FAST_BENCH_CELLS and GENEFORMER_FAST_BENCH_ROUNDS make it smaller; nothing is written then, no goal
+held.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.embed_candidates import SHARED
-from bench.embed_case import default_attention, percentiles
+from bench.cpu.embed_candidates import SHARED
+from bench.cpu.embed_case import default_attention, percentiles
+from bench.cpu.train_candidates import CANDIDATES, DROPOUT, Workplace
+from bench.cpu.train_case import SideBySide, curves, ratios, tuned_micro_batches
+from bench.cpu.train_rival import Schedule
 from bench.machine import save_result
-from bench.train_candidates import CANDIDATES, DROPOUT, Workplace
-from bench.train_case import SideBySide, curves, ratios, tuned_micro_batches
-from bench.train_rival import Schedule
 
 pytestmark = pytest.mark.bench
 

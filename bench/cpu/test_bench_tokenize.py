@@ -1,7 +1,7 @@
 """Tokenization against the rival, ranking alone, and peak memory; no number without an equality check in the same run.
 
-``pytest bench/test_bench_tokenize.py -m bench`` writes ``bench/results/<machine>/*.json``. Files are tiled from real
-cells in a temporary folder, or in the one that GENEFORMER_FAST_BENCH_DATA names, which keeps them for the next run.
+``pytest bench/cpu/test_bench_tokenize.py -m bench`` writes ``bench/results/<machine>/*.json``. Files are tiled from
+real cells in a temporary folder, or in the one that GENEFORMER_FAST_BENCH_DATA names, which keeps them for the next.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-from child import run_child  # noqa: E402
-from machine import save_result  # noqa: E402
-from tile import tile_h5ad  # noqa: E402
+from bench.child import run_child
+from bench.machine import ROOT, save_result
+from bench.tile import tile_h5ad
 
 pytestmark = pytest.mark.bench
 
@@ -62,8 +59,7 @@ def _clocked(call):
 
 def _rival_times(tiles, vocabulary, out):
     """The rival at both sizes, and its tokens compared with ours."""
-    from tokenize_rival import tokenize_per_cell
-
+    from bench.cpu.tokenize_rival import tokenize_per_cell
     from geneformer_fast.tokenization.arrow import open_tokens
     from geneformer_fast.tokenization.run import tokenize
 
@@ -120,7 +116,7 @@ def test_bench_tokenize(preset, benchmark, tiles, data, tmp_path):
             "cells_per_s": tokens.n_cells / median_s,
         },
         "rival": {
-            "what": "one cell after another as the official tool works, bench/tokenize_rival.py; dictionaries for free",
+            "what": "one cell after another as the official tool works, tokenize_rival.py; dictionaries for free",
             "measured": rival,
             "at_n_cells": expected,
             "how": "a line through the two measured sizes",

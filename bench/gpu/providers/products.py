@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.gpu_measure import Unavailable, Work
-from bench.gpu_providers_operations import EPS, Function, Problem, Tensors, draw, operation
+from bench.gpu.measure import Unavailable, Work
+from bench.gpu.providers.operations import EPS, Function, Problem, Tensors, draw, operation
 
 #: Width, inner width and activation of V1-10M, BioNeMo 106M and V2-104M, V2-316M.
 FEED_FORWARDS = ((256, 512, "relu"), (768, 3072, "gelu_tanh"), (1152, 4608, "relu"))

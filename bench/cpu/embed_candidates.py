@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bench.embed_rival import extractor_embeddings, stock_embeddings
+from bench.cpu.embed_rival import extractor_embeddings, stock_embeddings
+from bench.machine import ROOT
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SHARED = ROOT.parent / "shared"
 #: The cells whose tokens, as the official tokenizer wrote them, give the distribution of lengths.
 SETS = ("pbmc_facs", "pbmc3k")
 

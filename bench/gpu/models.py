@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.gpu_measure import Unavailable
-from bench.gpu_workload import Packed, Padded
+from bench.gpu.measure import Unavailable
+from bench.gpu.workload import Packed, Padded
 from geneformer_fast import Encoder, EncoderConfig
 from geneformer_fast.checkpoints.mapping import bert_entries, to_ours, to_theirs
 

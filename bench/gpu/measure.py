@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_timer import MOST_PER_TURN, Clock, Run, time_in_turns
+from bench.gpu.timer import MOST_PER_TURN, Clock, Run, time_in_turns
 
 # What takes longer than that is warm after one run.
 LONG_S = 0.5
@@ -74,7 +74,7 @@ class Candidate:
 class Work:
     """What the result needs at least: operations, bytes through memory, and what users count.
 
-    ``unit`` names the ceiling of the operations (:func:`bench.gpu_card.ceilings`).
+    ``unit`` names the ceiling of the operations (:func:`bench.gpu.card.ceilings`).
     """
 
     flops: float = 0.0
@@ -119,7 +119,7 @@ class Variant:
     has_lead
         Whether short work is timed with the device busy beforehand, see ``EventClock``.
     question
-        What ``choose`` is asked here (:class:`bench.gpu_impls.Question`), as JSON values; None for encoders.
+        What ``choose`` is asked here (:class:`bench.gpu.impls.Question`), as JSON values; None for encoders.
     """
 
     name: str

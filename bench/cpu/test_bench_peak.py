@@ -1,7 +1,7 @@
 """Peak memory of ``embed``: one model in float32, bfloat16 and int8, without a budget and within the smallest.
 
-``pytest bench/test_bench_peak.py -m bench`` writes ``bench/results/<machine>/peak_*.json``. Random weights and tokens:
-memory depends on neither. Cells are as long as the model takes.
+``pytest bench/cpu/test_bench_peak.py -m bench`` writes ``bench/results/<machine>/peak_*.json``. Random weights and
+tokens: memory depends on neither. Cells are as long as the model takes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-from child import run_child  # noqa: E402
-from machine import save_result  # noqa: E402
+from bench.child import run_child
+from bench.machine import ROOT, save_result
 
 pytestmark = pytest.mark.bench
 

@@ -1,7 +1,7 @@
 """Speed and memory of embedding cells, beside the rivals, in one run.
 
 Every round times every candidate once, so that noise on the machine hits all alike, and what they compute is compared
-before any time is believed. ``bench/test_bench_embed.py`` runs it.
+before any time is believed. ``bench/cpu/test_bench_embed.py`` runs it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from bench.child import run_child
-from bench.embed_candidates import CANDIDATES, GEOMETRIES, Run, Workplace
-from bench.embed_rival import longest_first
+from bench.cpu.embed_candidates import CANDIDATES, GEOMETRIES, Run, Workplace
+from bench.cpu.embed_rival import longest_first
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 #: Agreement in float32, as cosine similarity per cell, centred over cells (without centring, all cells look alike).
@@ -181,7 +181,7 @@ def is_too_large(place: Workplace, name: str, size: int, length: int) -> bool:
 def peak_bytes(place: Workplace, name: str, batch_size: int) -> int:
     """Peak resident memory of one run in a process of its own."""
     arguments = ["--only", name, "--folder", str(place.folder), "--geometry", place.geometry.name]
-    command = [sys.executable, "-m", "bench.embed_case", *arguments, "--batch-size", str(batch_size)]
+    command = [sys.executable, "-m", "bench.cpu.embed_case", *arguments, "--batch-size", str(batch_size)]
     return run_child(command).peak_bytes
 
 

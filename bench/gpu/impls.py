@@ -15,7 +15,7 @@ import torch
 from geneformer_kernels.dispatch import Impl, ImplUnavailableError, choose, use_impl
 from geneformer_kernels.target import target_of
 
-from bench.gpu_measure import Candidate, Prepared, Unavailable
+from bench.gpu.measure import Candidate, Prepared, Unavailable
 
 COMPARED = (Impl.TRITON, Impl.TORCH)
 #: What attention may run on without being asked: ``choose`` knows no such implementation and learns nothing from it.

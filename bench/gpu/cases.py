@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from bench.gpu_measure import Place, Variant
-from bench.gpu_providers_attention import FLEX_S, AttentionCase, length_sets, mixed_sets
-from bench.gpu_providers_encoder import COMPILE_S, EncoderCase
-from bench.gpu_providers_int8 import int8_block_problems
-from bench.gpu_providers_operations import PLAIN_COMPILE_S, OperationCase, embed_problems, norm_problems
-from bench.gpu_providers_products import feed_forward_problems, int8_problems, loss_problems
-from bench.gpu_providers_rank import RankCase
-from bench.gpu_workload import Mix
+from bench.gpu.measure import Place, Variant
+from bench.gpu.providers.attention import FLEX_S, AttentionCase, length_sets, mixed_sets
+from bench.gpu.providers.encoder import COMPILE_S, EncoderCase
+from bench.gpu.providers.int8 import int8_block_problems
+from bench.gpu.providers.operations import PLAIN_COMPILE_S, OperationCase, embed_problems, norm_problems
+from bench.gpu.providers.products import feed_forward_problems, int8_problems, loss_problems
+from bench.gpu.providers.rank import RankCase
+from bench.gpu.workload import Mix
 
 #: Operations an encoder runs on; a case of the whole encoder is refused if the tests of any failed.
 ENCODER_TESTS = ("encoder", "varlen_attention", "residual_layernorm", "embed_tokens", "feed_forward")
@@ -95,7 +95,7 @@ class Case:
     problems
         What is measured; None for the card's ceilings.
     tests
-        Groups of tests (:data:`bench.gpu_tests.GROUPS`) that must be green.
+        Groups of tests (:data:`bench.gpu.tests_on_card.GROUPS`) that must be green.
     seconds
         What it is expected to take, compiling apart: what an H200 took where there is a result (a quick one takes
         0.4 of it), and a guess after these elsewhere. It is not begun when less is left.
@@ -236,7 +236,7 @@ def floors() -> list[str]:
     """Markdown rows of every variant: work, floor on one H200, goals; the int8 ceiling is a guess, twice the other."""
     import torch
 
-    from bench.gpu_timer import WallClock
+    from bench.gpu.timer import WallClock
 
     place = Place(torch.device("cpu"), WallClock(), H200, float("inf"))
     rows = ["| case | problem | GFLOP | MB | floor, ms | goals |", "|---|---|---:|---:|---:|---|"]

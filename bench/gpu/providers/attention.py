@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from geneformer_kernels.on_device import DTYPE_NAMES
 
-from bench.gpu_card import half_dtype
-from bench.gpu_impls import Question, uses_cudnn, with_impls
-from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
+from bench.gpu.card import half_dtype
+from bench.gpu.impls import Question, uses_cudnn, with_impls
+from bench.gpu.measure import Candidate, Place, Prepared, Unavailable, Variant, Work
 from bench.lengths import real_lengths, uniform_lengths
 from geneformer_fast.ragged import Ragged
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from geneformer_kernels.dispatch import use_impl
 
-from bench.gpu_card import half_dtype
-from bench.gpu_impls import CUDNN, uses_cudnn
-from bench.gpu_measure import Candidate, Place, Prepared, Unavailable, Variant, Work
-from bench.gpu_models import (
+from bench.gpu.card import half_dtype
+from bench.gpu.impls import CUDNN, uses_cudnn
+from bench.gpu.measure import Candidate, Place, Prepared, Unavailable, Variant, Work
+from bench.gpu.models import (
     CHECKED_GRADIENTS,
     Stock,
     StockBert,
@@ -27,8 +27,8 @@ from bench.gpu_models import (
     random_encoder,
     tiny_config,
 )
-from bench.gpu_timer import as_graph
-from bench.gpu_workload import Mix, Packed, Padded, Workload, fitted
+from bench.gpu.timer import as_graph
+from bench.gpu.workload import Mix, Packed, Padded, Workload, fitted
 from geneformer_fast import Encoder, EncoderConfig
 
 # Whether it is the same function; how exact it is, the tests judge. What bfloat16 rounds away is 2 % of hidden states'

@@ -1,4 +1,4 @@
-"""Quantized embedding beside the same model unquantized: ``pytest bench/test_bench_quantized.py -m bench``.
+"""Quantized embedding beside the same model unquantized: ``pytest bench/cpu/test_bench_quantized.py -m bench``.
 
 Writes ``bench/results/<machine>/quantized_*.json``, one per geometry, number of threads and instruction set.
 """
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from geneformer_kernels.target import cpu_features
 
-from bench.embed_candidates import GEOMETRIES, SHARED, Workplace
-from bench.embed_case import percentiles
+from bench.cpu.embed_candidates import GEOMETRIES, SHARED, Workplace
+from bench.cpu.embed_case import percentiles
+from bench.cpu.quantized_case import AVX2
 from bench.machine import ROOT, save_result
-from bench.quantized_case import AVX2
 
 pytestmark = pytest.mark.bench
 
@@ -68,7 +68,7 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
     rounds = int(os.environ.get("GENEFORMER_FAST_BENCH_ROUNDS", case.rounds))
     place = Workplace(tmp_path, GEOMETRIES[case.geometry], is_tame=True)
     place.prepare(n_cells)
-    command = [sys.executable, "-m", "bench.quantized_case", str(tmp_path), "--geometry", case.geometry]
+    command = [sys.executable, "-m", "bench.cpu.quantized_case", str(tmp_path), "--geometry", case.geometry]
     options = ["--threads", str(case.threads), "--rounds", str(rounds)]
     # Without the limits of the outer environment, which would make every case the same.
     outer = {name: value for name, value in os.environ.items() if name not in AVX2}

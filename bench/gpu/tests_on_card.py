@@ -103,7 +103,7 @@ def run_tests(
     out
         Folder of ``tests.json``, which is complete after every group that ends, and of ``logs``.
     basis
-        Card, versions and sources (:func:`bench.gpu_sources.basis_of`): green groups of another one are not green here.
+        Card, versions and sources (:func:`bench.gpu.sources.basis_of`): green groups of another one are not green here.
     seconds
         From now.
     about

@@ -1,4 +1,4 @@
-"""Runs one GPU case in this process and writes its JSON: ``python -m bench.gpu_case NAME --out DIR``.
+"""Runs one GPU case in this process and writes its JSON: ``python -m bench.gpu.case NAME --out DIR``.
 
 ``python -m bench gpu`` starts it, once per case, so that a crash loses one case only.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from bench.gpu_card import ceilings, gpu_provenance, state
-from bench.gpu_cases import Case, case_named
-from bench.gpu_measure import Compiling, Place, measure_or_say_why, release
-from bench.gpu_sources import basis_of, source_of
-from bench.gpu_timer import clock_of
+from bench.gpu.card import ceilings, gpu_provenance, state
+from bench.gpu.cases import Case, case_named
+from bench.gpu.measure import Compiling, Place, measure_or_say_why, release
+from bench.gpu.sources import basis_of, source_of
+from bench.gpu.timer import clock_of
 from bench.machine import RESULTS
 
 
@@ -52,7 +52,7 @@ def run_case(
     ended_after_s
         After that somebody ends this process: nothing is compiled that would take longer.
     is_tiny, is_quick
-        As in :class:`bench.gpu_measure.Place`.
+        As in :class:`bench.gpu.measure.Place`.
     backend
         Of torch.compile; None is its usual one, or no compiling at all with ``is_tiny``.
     keep

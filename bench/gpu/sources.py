@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _OPS = "kernels/geneformer_kernels/ops"
 _SHARED = "kernels/geneformer_kernels/*.py"
 # Written from results: a result would make itself old.
-_GENERATED = "measured.py"
+_GENERATED = ("measured.py", "measured_int8.py")
 # What runs on a CPU only.
 _HOST = re.compile(r"host.*|avx512|blocked|reference|__init__")
 _CALLED = {("rank_genes", "kernels"): "the fused pass and its other kernels"}
@@ -23,16 +23,16 @@ _OTHER_PARTS = {
     "the encoder": tuple(f"geneformer_fast/{name}.py" for name in ("encoder", "block", "layers", "config", "ragged")),
     "training": ("geneformer_fast/training/*.py",),
     "accelerate()": ("geneformer_fast/drop_in/*.py",),
-    "the random encoders that are compared": ("bench/gpu_models.py",),
+    "the random encoders that are compared": ("bench/gpu/models.py",),
     "tests for cards": ("tests/kernels/*.py", "tests/gpu/*.py"),
 }
 # Makes, compares and times candidates.
 _PROCEDURE = (
-    *("bench/gpu_card.py", "bench/gpu_impls.py", "bench/gpu_measure.py", "bench/gpu_models.py", "bench/gpu_timer.py"),
-    *("bench/gpu_workload.py", "bench/gpu_providers_*.py", "bench/lengths.py"),
+    *("bench/gpu/card.py", "bench/gpu/impls.py", "bench/gpu/measure.py", "bench/gpu/models.py", "bench/gpu/timer.py"),
+    *("bench/gpu/workload.py", "bench/gpu/providers/*.py", "bench/lengths.py"),
 )
 #: What tests on a card import, by folder; a change anywhere in them repeats all.
-TESTED = ("kernels", "geneformer_fast", "tests", "bench/gpu_models.py", "bench/gpu_measure.py", "bench/gpu_workload.py")
+TESTED = ("kernels", "geneformer_fast", "tests", "bench/gpu/models.py", "bench/gpu/measure.py", "bench/gpu/workload.py")
 
 
 def digest_of(paths: Iterable[Path], *, root: Path = ROOT, also: str = "") -> str:
@@ -52,7 +52,7 @@ def tree_digest(places: Iterable[str], *, root: Path = ROOT) -> str:
 
 
 def _files(patterns: Iterable[str], root: Path) -> list[Path]:
-    return [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name != _GENERATED]
+    return [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in _GENERATED]
 
 
 def parts(root: Path = ROOT) -> dict[str, str]:
@@ -69,7 +69,7 @@ def parts(root: Path = ROOT) -> dict[str, str]:
 
 
 def source_of(case: Any, root: Path = ROOT) -> str:
-    """Digest of what a case (:class:`bench.gpu_cases.Case`) runs: its operations, the procedure, and its problems."""
+    """Digest of what a case (:class:`bench.gpu.cases.Case`) runs: its operations, the procedure, and its problems."""
     ops = [f"{_OPS}/{op}/*.py" for op in (*case.tests, "linear")]
     models = ["geneformer_fast/*.py", "geneformer_fast/checkpoints/*.py"] if "encoder" in case.tests else []
     problems = re.sub(r" at 0x[0-9a-f]+", "", repr(case.problems))  # of functions

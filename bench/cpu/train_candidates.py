@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.embed_candidates import GEOMETRIES, real_cells
-from bench.train_rival import IGNORED, Example, Schedule, Trained, train_by_trainer
+from bench.cpu.embed_candidates import GEOMETRIES, real_cells
+from bench.cpu.train_rival import IGNORED, Example, Schedule, Trained, train_by_trainer
 
 GEOMETRY = GEOMETRIES["v1-10m"]
 #: Dropout of Geneformer V1-10M.

@@ -1,7 +1,7 @@
 """Speed, memory and losses of pretraining, beside transformers' Trainer, in one run.
 
 Every round trains every candidate once from the same weights, in turns, and losses are compared before any time is
-believed. ``bench/test_bench_train.py`` runs it.
+believed. ``bench/cpu/test_bench_train.py`` runs it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from bench.child import run_child
-from bench.embed_case import percentiles
-from bench.train_candidates import CANDIDATES, DROPOUT, GEOMETRY, Workplace
-from bench.train_rival import Schedule, Trained
+from bench.cpu.embed_case import percentiles
+from bench.cpu.train_candidates import CANDIDATES, DROPOUT, GEOMETRY, Workplace
+from bench.cpu.train_rival import Schedule, Trained
 
 #: With dropout, runs from the same weights differ by chance: mean losses may differ by so many nats.
 BAND_WITH_DROPOUT = 0.03
@@ -173,7 +173,7 @@ def peak_bytes(place: Workplace, name: str, schedule: Schedule, micro_batch: int
     """Peak resident memory of one run in a process of its own."""
     numbers = {"--steps": schedule.n_steps, "--cells-per-step": schedule.cells_per_step, "--micro-batch": micro_batch}
     options = [str(part) for option in numbers.items() for part in option]
-    command = [sys.executable, "-m", "bench.train_case", "--only", name, "--folder", str(place.folder), *options]
+    command = [sys.executable, "-m", "bench.cpu.train_case", "--only", name, "--folder", str(place.folder), *options]
     return run_child(command).peak_bytes
 
 

@@ -1,8 +1,8 @@
 """Speed, memory and agreement of quantized models, beside the same model unquantized and torch's own quantization.
 
-``python -m bench.quantized_case FOLDER --geometry v1-10m --threads 2`` times every candidate in turns and prints JSON.
-It is a process of its own since torch and oneDNN read once, from the environment, which instruction sets they may use:
-``bench/test_bench_quantized.py`` starts it, also held to AVX2.
+``python -m bench.cpu.quantized_case FOLDER --geometry v1-10m --threads 2`` times every candidate in turns and prints
+JSON. It is a process of its own since torch and oneDNN read from the environment, once, which instructions they use:
+``bench/cpu/test_bench_quantized.py`` starts it, also held to AVX2.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from bench.child import run_child
-from bench.embed_candidates import GEOMETRIES, Run, Workplace
-from bench.embed_case import centred_cosine, percentiles
-from bench.embed_rival import stock_embeddings
+from bench.cpu.embed_candidates import GEOMETRIES, Run, Workplace
+from bench.cpu.embed_case import centred_cosine, percentiles
+from bench.cpu.embed_rival import stock_embeddings
 
 #: Environment that holds torch, oneDNN, MKL and numba's loops of this project to AVX2.
 AVX2 = {
@@ -142,7 +142,7 @@ def ratios(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def peak_bytes(place: Workplace, name: str, batch_size: int, threads: int) -> int:
     """Peak resident memory of one run in a process of its own, imports and loading included."""
-    command = [sys.executable, "-m", "bench.quantized_case", str(place.folder), "--only", name]
+    command = [sys.executable, "-m", "bench.cpu.quantized_case", str(place.folder), "--only", name]
     options = ["--geometry", place.geometry.name, "--threads", str(threads), "--batch-size", str(batch_size)]
     return run_child([*command, *options]).peak_bytes
 
