@@ -1,4 +1,8 @@
-"""``python -m bench cpu``, ``python -m bench gpu``: every measurement, the most important first, none twice."""
+"""``python -m bench cpu``, ``python -m bench gpu``: every measurement, the most important first, none twice.
+
+Beside them ``compare`` (two folders of results), ``first-call`` (what the first call costs) and ``cost`` (cost against
+size).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
@@ -45,6 +50,13 @@ SUITES = {
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
     },
 }
+#: Command -> module, of those that are no suite of tests.
+OTHERS = {
+    "gpu": "bench.gpu.suite",
+    "compare": "bench.compare",
+    "first-call": "bench.first_call",
+    "cost": "bench.cost",
+}
 
 
 def run_suite(suite: str, out: Path, *, is_again: bool, only: str) -> list[str]:
@@ -65,12 +77,11 @@ def run_suite(suite: str, out: Path, *, is_again: bool, only: str) -> list[str]:
 
 def main() -> int:
     """Run a suite; 0 if all went well and every goal was met."""
-    if sys.argv[1:2] == ["gpu"]:
-        from bench.gpu.suite import main as run_gpu
-
-        return run_gpu(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        return int(import_module(OTHERS[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=[*SUITES, "gpu"], help="gpu has options of its own: gpu --help")
+    others = ", ".join(OTHERS)
+    parser.add_argument("suite", choices=[*SUITES, *OTHERS], help=f"{others} have options of their own: gpu --help")
     parser.add_argument("--out", type=Path, help="folder of this machine (default: bench/results/<machine>)")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
