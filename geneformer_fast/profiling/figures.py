@@ -99,11 +99,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Datasheet:
-    """What the maker of a card promises: T operations/s of dense products by dtype, GB/s of its memory."""
+    """What the maker of a card promises: T operations/s of dense products by dtype, GB/s of its memory, and where."""
 
     name: str
     products: dict[str, float]
     memory_gbps: float
+    document: str = ""
 
 
 @dataclass(frozen=True)

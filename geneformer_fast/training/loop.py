@@ -20,8 +20,11 @@ from geneformer_fast.data.batches import BatchPlan, Piece, Sampler, evaluation_p
 from geneformer_fast.data.loader import load_pieces
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
+from geneformer_fast.profiling.ceilings import product_ceiling
+from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.work import training_flops
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.training import distributed, speed
+from geneformer_fast.training import distributed
 from geneformer_fast.training.cells import check_lengths, checked_cells
 from geneformer_fast.training.checkpoint import (
     checkpoints_in,
@@ -327,10 +330,13 @@ class _Run:
         """MFU of this device in one step; None where the work is not known."""
         lengths = self.plan.lengths[np.concatenate([piece.cells for piece in pending.pieces])]
         n_rows = record.weight / self.ranks.world_size
-        flops = speed.training_flops(self.model, int(lengths.sum()), int((lengths**2).sum()), n_rows)
-        if flops is None:
+        flops = training_flops(self.model, int(lengths.sum()), int((lengths**2).sum()), n_rows)
+        begin = time.perf_counter()
+        ceiling = product_ceiling(self.engine.device, str(self.engine.dtype).removeprefix("torch."))
+        self._begin += time.perf_counter() - begin  # measured once, which is no part of the next step
+        if isinstance(flops, Missing) or isinstance(ceiling, Missing):
             return None
-        return flops / record.seconds / speed.peak_flops(self.engine.device, self.engine.dtype)
+        return flops / record.seconds / (ceiling * 1e12)
 
     def _after_step(self, piece: Piece) -> None:
         """Evaluate and save where it is time to."""
