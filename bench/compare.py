@@ -31,7 +31,14 @@ _VARIANT = ("work", "question")
 # Where no measurements are: what was asked for, what was tried on the way, and what the machine was like.
 _NO_READINGS = (
     *("provenance", "goals", "ratios", "ratio", "ceilings", "state", "tests", "curve", "work", "question", "basis"),
-    *("batch_sizes_tried_cells_per_s", "cells_at_once_tried_cells_per_s", "lengths", "at_n_cells", "pretraining"),
+    *(
+        "batch_sizes_tried_cells_per_s",
+        "cells_at_once_tried_cells_per_s",
+        "lengths",
+        "at_n_cells",
+        "pretraining",
+        "predicted",
+    ),
 )
 _TIMES = ("ms", "seconds", "wall_s", "int8_ms", "float_ms", "seconds_per_cell")
 _BYTES = ("peak_bytes", "peak_bytes_within", "smallest_budget_bytes")

@@ -45,14 +45,40 @@ def provenance() -> dict[str, Any]:
 
 def machine_slug(found: dict[str, Any]) -> str:
     """A folder name for a machine: its processor and number of cores."""
-    name = re.sub(r"[^a-z0-9]+", "-", found["machine"].lower()).strip("-")
-    return f"{name}-{found['n_cores']}-cores"
+    return f"{slug(found['machine'])}-{found['n_cores']}-cores"
 
 
-def save_result(case: str, content: dict[str, Any]) -> Path:
-    """Write ``bench/results/<machine>/<case>.json``: what was measured, and where."""
-    found = provenance()
-    path = Path(os.environ.get(OUT) or RESULTS / machine_slug(found)) / f"{case}.json"
+def slug(name: str) -> str:
+    """A name as part of a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def provenance_on(device: str) -> dict[str, Any]:
+    """:func:`provenance`, with the card where the device is one."""
+    if not device.startswith("cuda"):
+        return provenance()
+    import torch
+
+    from bench.gpu.card import gpu_provenance
+
+    return gpu_provenance(torch.device(device))
+
+
+def save_result(case: str, content: dict[str, Any], *, folder: Path | None = None, device: str = "cpu") -> Path:
+    """Write ``bench/results/<machine or card>/<case>.json``: what was measured, and where.
+
+    Parameters
+    ----------
+    case, content
+        Name and figures.
+    folder
+        Another one for this machine's results; before the environment variable :data:`OUT`.
+    device
+        What was measured on.
+    """
+    found = provenance_on(device)
+    name = slug(found["gpu"]["name"]) if "gpu" in found else machine_slug(found)
+    path = (folder or Path(os.environ.get(OUT) or RESULTS / name)) / f"{case}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"case": case, "provenance": found, **content}, indent=1) + "\n")
     return path

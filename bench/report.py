@@ -69,7 +69,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_quantized(result) for result in of_case("quantized_")]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),
-        *(("verify_", _verifying), ("finetune_", _finetuning)),
+        *(("verify_", _verifying), ("finetune_", _finetuning), ("cost_", _costs), ("first_call_", _first_calls)),
     )
     for prefix, table in tables:
         if found := of_case(prefix):
@@ -258,6 +258,44 @@ def _verifying(results: Sequence[Result]) -> str:
 def _finetuning(results: Sequence[Result]) -> str:
     (result,) = results
     return _block(finetune_report.title(result), finetune_report.header(), finetune_report.rows(result), results)
+
+
+def _costs(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        growth, points, beyond = result["growth"], result["points"], result["predicted"]
+        measured = f"{points[0]['at']:,} to {points[-1]['at']:,}" if points else ""
+        fitted = [f"{growth['exponent']:.2f}", f"{growth['fixed_s']:.2g} s"] if growth else ["", ""]
+        last = _seconds(points[-1]["seconds"]["median"]) if points else ""
+        predicted = f"{beyond[-1]['at']:,}: {_seconds(beyond[-1]['seconds'])}" if beyond else ""
+        by = (f"{result['name']}, by {result['size']}", measured, last)
+        rows.append((*by, fitted[0], f"{result['expected_exponent']:.2f}", fitted[1], predicted))
+    header = ("", "sizes", "the largest takes", "exponent", "expected", "fixed part", "predicted")
+    title = (
+        "Cost against size: a fixed part, and a factor times the size to the power of the exponent. Tokens per cell "
+        "and per batch grow while the tokens of all cells stay as many; theirs is the time of a cell, and of all."
+    )
+    return _block(title, header, rows, results)
+
+
+def _first_calls(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        for program, found in result["programs"].items():
+            name = f"{NAMES.get(result['geometry'], result['geometry'])}, {result['device']}: {program}"
+            if "not_available" in found:
+                rows.append((name, f"not available ({found['not_available']})", ""))
+                continue
+            for stage, kinds in {"altogether": found["whole"], **found["stages"]}.items():
+                times = (f"{kinds[kind]['seconds']['median']:.2f}" for kind in ("cold", "warm"))
+                rows.append((name if stage == "altogether" else f"&nbsp;&nbsp;{stage}", *times))
+    header = ("", "cold, s", "warm, s")
+    title = "The first call, from the start of Python: with nothing that compilers keep, and with what they kept."
+    return _block(title, header, rows, results)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 1000 else f"{value:,.0f} s"
 
 
 def _block(

@@ -16,10 +16,10 @@ import pytest
 
 from bench.child import run_child
 from bench.machine import ROOT, save_result
+from bench.token_folders import token_folder
 
 pytestmark = pytest.mark.bench
 
-V2_TOKENS = 20_275
 LENGTHS = (1.0, 1.0, 0.9, 0.4)  # of the longest that the model takes
 #: How far apart float32 and what is compared with it may be, by the cosine of each cell's embedding.
 LEAST_COSINE = 0.99
@@ -38,20 +38,6 @@ quantize(sys.argv[2] + "/float32", sys.argv[2] + "/int8")
 """
 
 
-def token_folder(folder: Path, n_tokens: int, longest: int) -> Path:
-    import datasets
-    import pyarrow as pa
-
-    lengths = [int(share * longest) for share in LENGTHS]
-    ids = np.random.default_rng(0).integers(4, n_tokens, sum(lengths), dtype=np.int32)
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    if n_tokens == V2_TOKENS:  # cells of V2 begin with CLS and end with EOS
-        ids[bounds[:-1]], ids[bounds[1:] - 1] = 2, 3
-    lists = pa.ListArray.from_arrays(pa.array(bounds), pa.array(ids))
-    datasets.Dataset(pa.table({"input_ids": lists, "length": np.array(lengths)})).save_to_disk(str(folder))
-    return folder
-
-
 def smallest_budget(command: list[str]) -> str:
     """What a refusal names."""
     done = subprocess.run([*command, "--memory-budget", "10MB"], capture_output=True, text=True, cwd=ROOT)
@@ -66,7 +52,8 @@ def test_bench_peak(preset: str, tmp_path: Path) -> None:
 
     config = EncoderConfig.preset(f"geneformer-{preset}")
     subprocess.run([sys.executable, "-c", _MAKE, f"geneformer-{preset}", str(tmp_path)], check=True, cwd=ROOT)
-    tokens = token_folder(tmp_path / "tokens", config.vocab_size, config.max_len)
+    lengths = [int(share * config.max_len) for share in LENGTHS]
+    tokens = token_folder(tmp_path / "tokens", lengths, config)
     rows: dict[str, dict[str, object]] = {}
     expected = None
     for name in ("float32", "bfloat16", "int8"):
@@ -95,7 +82,7 @@ def test_bench_peak(preset: str, tmp_path: Path) -> None:
     content = {
         "what": "geneformer-fast embed, whole processes, Python and libraries included; random weights and tokens",
         "geometry": preset,
-        "lengths": [int(share * config.max_len) for share in LENGTHS],
+        "lengths": lengths,
         "rows": rows,
     }
     save_result(f"peak_{preset}", content)

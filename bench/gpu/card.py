@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from bench.gpu.sources import tree_digest
 from bench.gpu.timer import Clock, Run
-from bench.machine import provenance
+from bench.machine import provenance, slug
 
 #: Name of the commit, said by who starts it: a copy of a checkout may lie inside another one.
 COMMIT = "GENEFORMER_FAST_COMMIT"
@@ -102,7 +101,7 @@ def _query(device: torch.device, names: Sequence[str]) -> dict[str, Any]:
 
 def card_slug(found: dict[str, Any]) -> str:
     """A folder name for a card."""
-    return re.sub(r"[^a-z0-9]+", "-", found["name"].lower()).strip("-")
+    return slug(found["name"])
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
