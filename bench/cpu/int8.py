@@ -8,6 +8,7 @@ that time.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -112,12 +113,17 @@ def committed(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Measure and write; ``--render`` only writes the module, ``--check`` fails where it is out of date."""
-    if "--here" in sys.argv[1:]:
-        print(json.dumps(measure_here(sys.argv[-1])))
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu.int8", description=__doc__)
+    parser.add_argument("--render", action="store_true", help="measure nothing, only write the module")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where the module is out of date")
+    parser.add_argument("--here", metavar="DTYPE", help="measure in this process beside that dtype, and print")
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps(measure_here(args.here)))
         return 0
-    if "--check" in sys.argv[1:]:
+    if args.check:
         return int(TARGET.read_text() != render(committed()))
-    if "--render" not in sys.argv[1:]:
+    if not args.render:
         save_result("int8_cpu", measure())
     TARGET.write_text(render(committed()))
     return 0
