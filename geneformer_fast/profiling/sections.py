@@ -1,0 +1,330 @@
+"""What stands in each section of the page of a report, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from geneformer_fast.profiling import plots, roofline
+from geneformer_fast.profiling.figures import Finding, Missing
+from geneformer_fast.profiling.plots import number
+from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.units import digits, unit_of, words, written
+
+#: Rows of a table of batches or moments; more are joined, or every so manieth is shown.
+MOST_ROWS = 40
+#: Rows of the table of operations.
+MOST_OPERATIONS = 40
+#: The series that have a plot of their own.
+_MEMORY, _POWER = "memory_bytes", "power_watts"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names of columns, and text for each cell; ``is_text`` where columns are words rather than numbers."""
+
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = field(default_factory=list)
+    is_text: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the figures that stand above all others."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+    is_missing: bool = False
+
+
+def _plot(svgs: str | None) -> Any:
+    from markupsafe import Markup
+
+    return None if svgs is None else Markup(svgs)  # the writer of XML has escaped what it holds
+
+
+def device_name(report: Report) -> str:
+    """The card, or the processor."""
+    card = report.machine.get("card")
+    if isinstance(card, Mapping):
+        card = card.get("name")
+    if report.subject.device.startswith("cuda"):
+        sheet = report.ceilings.datasheet
+        return str(card or (sheet.name if sheet else report.subject.device))
+    return str(report.machine.get("machine") or report.subject.device)
+
+
+def lead_of(report: Report) -> str:
+    subject = report.subject
+    said = [f"{subject.mode} with {subject.engine}"]
+    if subject.dtype:
+        said.append(subject.dtype)
+    said.append(device_name(report))
+    if subject.cells:
+        said.append(subject.cells)
+    if date := report.machine.get("date"):
+        said.append(str(date))
+    return " · ".join(said)
+
+
+def finding_of(finding: Finding) -> dict[str, Any]:
+    gain = number(finding.gain)
+    numbers = (f"{words(name)} {written(value, unit_of(name))}" for name, value in finding.numbers.items())
+    return {
+        "text": finding.text,
+        "numbers": ", ".join(numbers),
+        "gain": f"expected {digits(round(gain, 2))}×" if gain is not None and gain > 1 else "",
+    }
+
+
+def tiles_of(report: Report) -> Iterator[Tile]:
+    cells, tokens, flops, memory, energy = report.cells, report.tokens, report.flops, report.memory, report.energy
+    note = f"{written(cells.tokens_per_s, 'tokens/s')}" if number(cells.tokens_per_s) is not None else ""
+    yield _tile("Cells per second", cells.per_s, "", "cells/s", note)
+    n_padding = tokens.n_positions - tokens.n_real
+    note = f"{n_padding:,} of {tokens.n_positions:,} positions were padding" if n_padding else "nothing was padding"
+    yield _tile("Useful tokens", tokens.useful_share, "share", "", note)
+    dtype = flops.ceiling_dtype
+    note = (
+        f"of {written(report.ceilings.product(dtype), 'T op/s')} measured in {dtype}; HFU {written(flops.hfu, 'share')}"
+    )
+    yield _tile("MFU", flops.mfu, "share", "", note)
+    held = sorted(((number(value) or 0.0, name) for name, value in memory.parts.items()), reverse=True)[:2]
+    note = ", ".join(f"{words(name)} {written(value, 'bytes')}" for value, name in held if value > 0)
+    yield _tile("Peak memory", memory.peak_bytes, "bytes", "", note)
+    note = f"{written(energy.watts, 'W')}; {written(energy.kwh_per_million_cells, 'kWh')} per million cells"
+    yield _tile("Energy", energy.joules_per_cell, "", "J per cell", note)
+
+
+def _tile(label: str, value: Any, unit: str, after: str, note: str) -> Tile:
+    if isinstance(value, Missing):
+        return Tile(label, "–", "", str(value), is_missing=True)
+    text = written(value, unit)
+    if not after:
+        text, _, after = text.rpartition(" ")
+    return Tile(label, text, after, note)
+
+
+def _stack_rows(
+    parts: Mapping[str, Any], colors: Mapping[str, str], total: float | None, unit: str
+) -> list[dict[str, Any]]:
+    """The pieces of a stack in words: drawn ones with their colour, the others with the reason."""
+    drawn = plots.pieces(parts, colors, total)
+    whole = sum(piece.value for piece in drawn) or 1.0
+    rows = [
+        {"name": each.name, "color": each.color, "value": written(each.value, unit),
+         "share": written(each.value / whole, "share"), "reason": ""}
+        for each in drawn
+    ]  # fmt: skip
+    names = {each.name for each in drawn}
+    for name, value in parts.items():
+        if isinstance(value, Missing) and words(name) not in names:
+            rows.append({"name": words(name), "color": "paper", "value": "", "share": "", "reason": str(value)})
+    return rows
+
+
+def time_section(report: Report) -> dict[str, Any]:
+    time = report.time
+    text = f"{time.n_steps:,} steps took {written(time.wall_s, 's')} after {time.n_warmup:,} of warm-up. "
+    text += f"Half of them took less than {written(time.step_ms.p50, 'ms')}, "
+    text += f"one in ten more than {written(time.step_ms.p90, 'ms')}."
+    blocks = [(str(block), written(each, "ms")) for block, each in enumerate(report.blocks)]
+    return {
+        "text": text,
+        "plot": _plot(plots.step_stack(report)),
+        "rows": _stack_rows(time.parts, plots.PART_COLORS, number(time.wall_s), "s"),
+        "blocks": _plot(plots.block_bars(report)),
+        "block_table": Table(("Block", "Time"), blocks),
+    }
+
+
+def operations_section(report: Report) -> dict[str, Any]:
+    found = roofline.points(report)
+    shown = found[:MOST_OPERATIONS]
+    longest = max((number(point.operation.share) or 0.0 for point in shown), default=0.0) or 1.0
+    rows = []
+    for point in shown:
+        operation = point.operation
+        share = number(operation.share) or 0.0
+        rows.append(
+            {
+                "number": point.number,
+                "name": operation.name,
+                "is_backward": operation.name.endswith(" backward"),
+                "share": written(operation.share, "share"),
+                "width": f"{min(100.0, max(0.0, 100 * share / longest)):.1f}",
+                "calls": f"{operation.calls:,}",
+                "intensity": "–" if point.intensity is None else digits(point.intensity),
+                "tflops": "–" if point.tflops is None else digits(point.tflops),
+                "roof": "–" if isinstance(operation.roof_share, Missing) else written(operation.roof_share, "share"),
+            }
+        )
+    reason = (
+        "No operation was watched." if not found else "Of no operation both its operations and its bytes are known."
+    )
+    text = "Over the steps that torch’s profiler watched. A dash: not known."
+    if len(found) > len(shown):
+        text += f" {len(found) - len(shown):,} operations that took less are in report.json."
+    plot = _plot(roofline.roofline(report))
+    has_backward = any(row["is_backward"] and row["number"] for row in rows)
+    return {"plot": plot, "reason": reason, "rows": rows, "text": text, "has_backward": has_backward}
+
+
+def tokens_section(report: Report) -> dict[str, Any]:
+    tokens = report.tokens
+    share = written(tokens.useful_share, "share")
+    text = f"{tokens.n_real:,} of {tokens.n_positions:,} computed positions were real tokens ({share})"
+    if not isinstance(tokens.useful_share, Missing):
+        text += "; the rest was padding" if tokens.n_positions > tokens.n_real else "; there was no padding"
+    rows = []
+    for first, last, real, positions in plots.bars(tokens.batches, MOST_ROWS):
+        which = f"{first + 1:,}" if first == last else f"{first + 1:,} to {last + 1:,}"
+        share = written(real / positions, "share") if positions else "–"
+        rows.append((which, digits(round(real)), digits(round(positions - real)), share))
+    is_joined = len(rows) < len(tokens.batches)
+    columns = ("Batches" if is_joined else "Batch", "Real tokens", "Padding", "Useful")
+    if is_joined:
+        columns = (columns[0], *(f"{name}, mean" for name in columns[1:3]), columns[3])
+    return {"text": f"{text}.", "plot": _plot(plots.token_bars(report)), "table": Table(columns, rows)}
+
+
+def memory_section(report: Report) -> dict[str, Any]:
+    memory = report.memory
+    text = f"Peak: {written(memory.peak_bytes, 'bytes')}. "
+    text += f"Reserved by the allocator: {written(memory.reserved_bytes, 'bytes')}"
+    if number(memory.fragmentation) is not None:
+        text += f", of which {written(memory.fragmentation, 'share')} was not in use"
+    alive = [(each.name, written(each.n_bytes, "bytes")) for each in memory.at_peak]
+    return {
+        "text": f"{text}. Resident memory of the process: {written(memory.process_bytes, 'bytes')} at most.",
+        "plot": _plot(plots.memory_stack(report)),
+        "rows": _stack_rows(memory.parts, plots.KIND_COLORS, number(memory.peak_bytes), "bytes"),
+        "over_time": _plot(plots.over_time(report, _MEMORY)),
+        "table": _moments(report, [_MEMORY]),
+        "alive": Table(("What", "Bytes"), alive),
+    }
+
+
+def energy_section(report: Report) -> dict[str, Any]:
+    energy = report.energy
+    idle = number(energy.idle_watts)
+    if isinstance(energy.joules, Missing):
+        text = f"Energy is {energy.joules}."
+    else:
+        counter = energy.counter or "an unnamed counter"
+        text = f"{written(energy.joules, 'J')} in {written(energy.window_s, 's')} by {counter}: "
+        text += f"{written(energy.watts, 'W')} on average, {written(energy.idle_watts, 'W')} of it when idle. "
+        text += f"That is {written(energy.joules_per_cell, 'J')} per cell, "
+        text += f"{written(energy.cells_per_kwh, 'cells')} per kWh."
+    level = None if idle is None else (f"idle {written(idle, 'W')}", idle)
+    return {
+        "text": text,
+        "is_missing": isinstance(energy.joules, Missing),
+        "plot": _plot(plots.over_time(report, _POWER, level=level)),
+        "table": _moments(report, [_POWER]),
+        "state": [(words(name), written(value, unit_of(name))) for name, value in energy.state.items()],
+    }
+
+
+def compared_section(report: Report) -> dict[str, Any]:
+    both = [report, *report.compared]
+    names = ("Engine", "Cells/s", "Step", "Useful tokens", "MFU", "Peak memory", "J per cell")
+    rows = [
+        (each.subject.engine, written(each.cells.per_s), written(each.time.step_ms.p50, "ms"),
+         *(_or_dash(value, "share") for value in (each.tokens.useful_share, each.flops.mfu)),
+         _or_dash(each.memory.peak_bytes, "bytes"), _or_dash(each.energy.joules_per_cell, ""))
+        for each in both
+    ]  # fmt: skip
+    said = []
+    for each in report.compared:
+        ours, theirs = number(report.cells.per_s), number(each.cells.per_s)
+        if ours and theirs:
+            said.append(f"{digits(ours / theirs)} times as many cells per second as {each.subject.engine}")
+    return {
+        "others": " and ".join(each.subject.engine for each in report.compared),
+        "text": f"On the same cells {report.subject.engine} computed {', and '.join(said)}." if said else "",
+        "plot": _plot(plots.compared_stacks(report)),
+        "table": Table(names, rows if report.compared else []),
+    }
+
+
+def _or_dash(value: Any, unit: str) -> str:
+    return "–" if isinstance(value, Missing) else written(value, unit)
+
+
+def sweep_section(report: Report) -> dict[str, Any]:
+    best = plots.best_setting(report.sweep)
+    text = "None of the token budgets ran."
+    if best is not None:
+        text = f"{best.token_budget:,} tokens per batch were fastest: {written(best.cells_per_s, 'cells/s')}, "
+        text += f"a peak of {written(best.peak_bytes, 'bytes')}, {written(best.free_bytes, 'bytes')} left free."
+    rows = [
+        (f"{each.token_budget:,}", written(each.cells_per_s), _or_dash(each.peak_bytes, "bytes"),
+         _or_dash(each.free_bytes, "bytes"), each.note or "–")
+        for each in report.sweep
+    ]  # fmt: skip
+    columns = ("Tokens per batch", "Cells/s", "Peak memory", "Left free", "Note")
+    return {"text": text, "plot": _plot(plots.sweep_lines(report)), "table": Table(columns, rows)}
+
+
+def readings_section(report: Report) -> dict[str, Any]:
+    """Series beside memory and power."""
+    names = [name for name in report.series.values if name not in (_MEMORY, _POWER)]
+    drawn = [(name, plots.over_time(report, name, is_small=True)) for name in names]
+    shown = [name for name, svg in drawn if svg is not None]
+    return {
+        "readings": [_plot(svg) for _, svg in drawn if svg is not None],
+        "readings_table": _moments(report, shown),
+    }
+
+
+def _moments(report: Report, names: list[str]) -> Table:
+    """Values of series at regular moments."""
+    times = report.series.time_s
+    step = max(1, -(-len(times) // MOST_ROWS))
+    rows = []
+    for moment in range(0, len(times), step):
+        values = [
+            column[moment] if moment < len(column) else None
+            for column in map(report.series.values.get, names)
+            if column
+        ]
+        rows.append(
+            (
+                written(times[moment], "s"),
+                *(
+                    "–" if each is None else written(each, unit_of(name))
+                    for each, name in zip(values, names, strict=False)
+                ),
+            )
+        )
+    return Table(("Time", *(words(name) for name in names)), rows if names else [])
+
+
+def settings_of(report: Report) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """What was profiled, where, and with which versions, in groups of names and values."""
+    subject = report.subject
+    rows = [(name, getattr(subject, name)) for name in ("model", "mode", "engine", "dtype", "device", "cells")]
+    rows.append(("parameters", subject.n_parameters))
+    yield "What was profiled", [(name, written(value)) for name, value in rows if value is not None]
+    for title, group in (("Settings", subject.settings), ("Shape of the model", subject.geometry)):
+        if group:
+            yield title, [(words(name), written(value, unit_of(name))) for name, value in group.items()]
+    groups = {name: value for name, value in report.machine.items() if isinstance(value, Mapping) and value}
+    rest = [
+        (words(name), written(value, unit_of(name))) for name, value in report.machine.items() if name not in groups
+    ]
+    if rest:
+        yield "Machine", rest
+    for name, group in groups.items():
+        title = "Versions" if name == "packages" else words(name).capitalize()
+        yield (
+            title,
+            [
+                (str(key) if name == "packages" else words(key), written(value, unit_of(key)))
+                for key, value in group.items()
+            ],
+        )
