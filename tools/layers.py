@@ -69,7 +69,10 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),
+        *(f"{FAST}.profiling.html", f"{FAST}.profiling.plots", f"{FAST}.profiling.svg"),
     ),
+    "jinja2": (f"{FAST}.profiling.html",),
+    "markupsafe": (f"{FAST}.profiling.html", f"{FAST}.profiling.sections"),
     "zarr": (f"{FAST}.tokenization.sources",),
     "hdf5plugin": (f"{FAST}.tokenization.sources",),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),

@@ -48,12 +48,10 @@ def _plot(svgs: str | None) -> Any:
 
 def device_name(report: Report) -> str:
     """The card, or the processor."""
-    card = report.machine.get("card")
-    if isinstance(card, Mapping):
-        card = card.get("name")
     if report.subject.device.startswith("cuda"):
-        sheet = report.ceilings.datasheet
-        return str(card or (sheet.name if sheet else report.subject.device))
+        card, sheet = report.machine.get("gpu"), report.ceilings.datasheet
+        name = card.get("name") if isinstance(card, Mapping) else card
+        return str(name or (sheet.name if sheet else report.subject.device))
     return str(report.machine.get("machine") or report.subject.device)
 
 

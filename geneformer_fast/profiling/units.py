@@ -14,7 +14,7 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _UNITS = {
     **{"share": "share", "mfu": "share", "hfu": "share", "fragmentation": "share", "percent": "%"},
     **{"s": "s", "ms": "ms", "bytes": "bytes", "gbps": "GB/s", "flops": "op", "tflops": "T op/s"},
-    **{"watts": "W", "joules": "J", "kwh": "kWh", "mhz": "MHz", "celsius": "°C"},
+    **{"watts": "W", "joules": "J", "kwh": "kWh", "gib": "GiB", "mib": "MiB", "mhz": "MHz", "celsius": "°C"},
 }
 _SHORT = {"joules": "J", "watts": "W", "flops": "op", "kwh": "kWh"}
 
