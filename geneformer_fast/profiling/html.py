@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -13,6 +14,11 @@ from geneformer_fast.profiling.listing import Entry, entries
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.svg import style
 from geneformer_fast.profiling.units import visible
+
+# Between a number and its unit, where no line may end.
+_UNIT = re.compile(
+    r"(?<=\d) (?=(?:%|°C|W|J|s|ms|[kMGTP]?B|GiB|MiB|MHz|[kMGTP] op|kWh|cells/s|tokens/s|GB/s|T op/s)(?!\w))"
+)
 
 
 def page(report: Report) -> str:
@@ -57,8 +63,8 @@ def page(report: Report) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """What the template writes of a value: plots and styles as they are, of text only what is seen."""
-    return value if hasattr(value, "__html__") else visible(str(value))
+    """What the template writes of a value: plots and styles as they are, text visible, units at their numbers."""
+    return value if hasattr(value, "__html__") else _UNIT.sub("\N{NO-BREAK SPACE}", visible(str(value)))
 
 
 def _content(report: Report) -> dict[str, Any]:

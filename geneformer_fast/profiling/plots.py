@@ -70,14 +70,14 @@ def bars(batches: Sequence[Sequence[int]], most: int) -> list[tuple[int, int, fl
 def step_stack(report: Report) -> str | None:
     """Where the time of a step went."""
     wall_s, n = number(report.time.wall_s), report.time.n_steps
-    if not wall_s or n < 1:
+    if not wall_s or n < 1 or not pieces(report.time.parts, PART_COLORS, None):
         return None
     stack = [
         Piece(piece.name, 1e3 * piece.value / n, piece.color)
         for piece in pieces(report.time.parts, PART_COLORS, wall_s)
     ]
     label = "Where the time of a step went: " + ", ".join(f"{each.name} {written(each.value, 'ms')}" for each in stack)
-    return both_widths("step", label, (96, 96), lambda plot: _stacks(plot, [("", stack)], "ms per step, on average"))
+    return both_widths("step", label, (88, 88), lambda plot: _stacks(plot, [("", stack)], "ms per step, on average"))
 
 
 def memory_stack(report: Report) -> str | None:
@@ -90,7 +90,7 @@ def memory_stack(report: Report) -> str | None:
     label = "What memory held at the peak: " + ", ".join(
         f"{each.name} {written(each.value, 'bytes')}" for each in found
     )
-    return both_widths("memory", label, (96, 96), lambda plot: _stacks(plot, [("", stack)], f"{unit} at the peak"))
+    return both_widths("memory", label, (88, 88), lambda plot: _stacks(plot, [("", stack)], f"{unit} at the peak"))
 
 
 def compared_stacks(report: Report) -> str | None:
@@ -105,53 +105,62 @@ def compared_stacks(report: Report) -> str | None:
         return None
     totals = [(name, sum(piece.value for piece in stack)) for name, stack in rows]
     label = "Time per cell: " + ", ".join(f"{name} {written(total, 'ms')}" for name, total in totals)
-    height = 64 + 40 * len(rows)
+    height = 48 + 56 * len(rows)
     return both_widths(
         "compared", label, (height, height), lambda plot: _stacks(plot, rows, "ms per cell; shorter is faster")
     )
 
 
 def _stacks(plot: Plot, rows: list[tuple[str, list[Piece]]], xlabel: str) -> None:
-    """Horizontal stacks below each other, pieces with their names where there is room."""
-    axes = plot.figure.subplots()
+    """Horizontal stacks below each other, each under its name; pieces have theirs where there is room."""
+    axes = plot.axes(left=3, top=2)[0]
+    unit = xlabel.partition(" ")[0]
     longest = max(sum(piece.value for piece in stack) for _, stack in rows)
     for row, (name, stack) in enumerate(rows):
         left, total = 0.0, sum(piece.value for piece in stack)
         for piece in stack:
             (patch,) = axes.barh(
-                [row], [piece.value], left=left, height=0.72, color=COLORS[piece.color], edgecolor=COLORS["paper"], lw=1
-            )
-            unit, share = xlabel.partition(" ")[0], written(piece.value / total, "share")
-            title = f"{piece.name}: {digits(piece.value)} {unit}, {share}"
+                [row], [piece.value], left=left, height=0.56 if name else 0.8, color=COLORS[piece.color],
+                edgecolor=COLORS["paper"], lw=1,
+            )  # fmt: skip
+            title = f"{piece.name}: {digits(piece.value)} {unit}, {written(piece.value / total, 'share')}"
             plot.mark(patch, f"{name}: {title}" if name else title)
-            if piece.value / longest > (0.011 if not plot.is_narrow else 0.026) * (len(piece.name) + 2):
+            if piece.value / longest > (0.026 if plot.is_narrow else 0.011) * (len(piece.name) + 2):
                 is_light = piece.color in _LIGHT
                 ink = "#111417" if is_light else COLORS["ink"] if piece.color == "line" else COLORS["paper"]
-                axes.text(
-                    left + piece.value / 2, row, piece.name, ha="center", va="center_baseline", color=ink, fontsize=11,
-                    in_layout=False,
+                axes.annotate(
+                    piece.name, (left + piece.value / 2, row), ha="center", va="center_baseline", color=ink,
+                    fontsize=11,
                 )  # fmt: skip
             left += piece.value
-    names = [_short(name, 14 if plot.is_narrow else 30) for name, _ in rows]
-    axes.set(xlim=(0, longest), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
-    axes.set_yticks(range(len(rows)) if any(names) else [], names if any(names) else [])
-    axes.tick_params(axis="y", length=0, labelcolor=COLORS["ink"])
+        if name:
+            axes.annotate(
+                f"{_short(name, 30)}: {digits(total)} {unit}", (0, row - 0.31), (1, 2), textcoords="offset points",
+                ha="left", va="bottom", fontsize=12,
+            )  # fmt: skip
+    has_names = any(name for name, _ in rows)
+    axes.set(xlim=(0, longest), ylim=(len(rows) - 0.6, -0.8 if has_names else -0.5), xlabel=xlabel, yticks=[])
     axes.spines["left"].set_visible(False)
     _few_ticks(axes.xaxis, 4 if plot.is_narrow else 8)
 
 
+def batches_of(report: Report) -> list[list[int]]:
+    """Batches that say how many cells, real tokens and positions they had."""
+    return [batch for batch in report.tokens.batches if len(batch) == 3]
+
+
 def token_bars(report: Report) -> str | None:
     """Real tokens and padding of each batch."""
-    batches = [batch for batch in report.tokens.batches if len(batch) >= 3]
+    batches = batches_of(report)
     if not batches or not any(batch[2] > 0 for batch in batches):
         return None
     label = f"Real tokens and padding of {len(batches):,} batches"
 
     def draw(plot: Plot) -> None:
-        axes = plot.figure.subplots()
+        axes = plot.axes()[0]
         joined = bars(batches, MOST_BARS // 2 if plot.is_narrow else MOST_BARS)
         width = joined[0][1] - joined[0][0] + 1
-        thin = 1.0 if len(joined) > 45 else 0.86
+        thin = 1.0 if len(joined) > 60 else 0.86
         for first, last, real, positions in joined:
             middle, span = (first + last) / 2 + 1, (last - first + 1) * thin
             which = f"batch {first + 1:,}" if first == last else f"batches {first + 1:,} to {last + 1:,}, on average"
@@ -184,7 +193,7 @@ def block_bars(report: Report) -> str | None:
     label += f"{written(max(each or 0.0 for each in times), 'ms')} at most"
 
     def draw(plot: Plot) -> None:
-        axes = plot.figure.subplots()
+        axes = plot.axes()[0]
         for block, time_ms in enumerate(times):
             if time_ms is not None:
                 (bar,) = axes.bar([block], [time_ms], width=0.8, color=COLORS["blue"], lw=0)
@@ -215,7 +224,7 @@ def over_time(
     label += f"{written(min(seen), unit)} to {written(max(seen), unit)}"
 
     def draw(plot: Plot) -> None:
-        axes = plot.figure.subplots()
+        axes = plot.axes()[0]
         for run in _runs(read):
             times, values = [time for time, _ in run], [value / scale for _, value in run]
             marker = {"marker": "o", "markersize": 4} if len(run) == 1 else {}
@@ -225,14 +234,14 @@ def over_time(
         if level is not None:
             axes.axhline(level[1] / scale, color=COLORS["vermillion"], lw=1.2, ls=(0, (4, 3)))
             axes.annotate(
-                level[0], (0, level[1] / scale), (4, 4), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=11, in_layout=False,
+                level[0], (1, level[1] / scale), (-4, 4), xycoords=("axes fraction", "data"), ha="right",
+                textcoords="offset points", fontsize=11,
             )  # fmt: skip
         highest = max([*seen, *([level[1]] if level else [])]) / scale
         lowest = min(0.0, min(seen) / scale)
-        axes.set(xlabel="s", ylim=(lowest, highest * 1.15 if highest > 0 else 1))
+        axes.set(xlabel="seconds", ylim=(lowest, highest * 1.15 if highest > 0 else 1))
         axes.margins(x=0)
-        axes.set_title(f"{words(name)}{f', {shown}' if shown else ''}", color=COLORS["muted"])
+        axes.set_title(f"{_short(words(name), 40)}{f', {shown}' if shown else ''}", color=COLORS["muted"])
         axes.grid(True, axis="y")
         _few_ticks(axes.xaxis, 4 if plot.is_narrow else 8)
         _few_ticks(axes.yaxis, 3 if is_small else 4)
@@ -274,7 +283,7 @@ def sweep_lines(report: Report) -> str | None:
     def draw(plot: Plot) -> None:
         rows, columns = (2, 1) if plot.is_narrow else (1, 2)
         for axes, name, title, by in zip(
-            plot.figure.subplots(rows, columns), ("cells_per_s", "peak_bytes"), ("cells/s", f"peak memory, {unit}"),
+            plot.axes(rows, columns), ("cells_per_s", "peak_bytes"), ("cells/s", f"peak memory, {unit}"),
             (1.0, scale), strict=True,
         ):  # fmt: skip
             ran = [(each, number(getattr(each, name))) for each in settings]

@@ -10,7 +10,7 @@ from geneformer_fast.profiling.figures import Operation
 from geneformer_fast.profiling.plots import both_widths, number
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.svg import COLORS, Plot
-from geneformer_fast.profiling.units import digits, written
+from geneformer_fast.profiling.units import digits, visible, written
 
 #: Operations with a number on the roofline, the longest first.
 MOST_POINTS = 12
@@ -62,24 +62,21 @@ def roofline(report: Report) -> str | None:
         label += f" and copies of {written(copies, 'GB/s')}"
 
     def draw(plot: Plot) -> None:
-        axes = plot.figure.subplots()
+        axes = plot.axes()[0]
         x = [point.intensity or 1.0 for point in shown]
         y = [point.tflops or 1.0 for point in shown]
         if products and copies:
             x.append(1e3 * products / copies)
         tops = [each for each in (products, promised) if each]
-        left, right = _decades(x)
-        bottom, top = _decades(y + tops)
-        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-        _roofs(plot, axes, products, copies, promised, str(dtype))
-        for point in shown:
-            _point(plot, axes, point)
-        axes.set(xlabel="operations per byte")
+        axes.set(xscale="log", yscale="log", xlim=_decades(x), ylim=_decades(y + tops), xlabel="operations per byte")
         axes.set_title("T operations per second", color=COLORS["muted"])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: digits(value))
             axis.set_minor_formatter("")
         axes.grid(True)
+        _roofs(plot, axes, products, copies, visible(str(dtype)))
+        _datasheet(plot, axes, promised)
+        _points(plot, axes, shown)
 
     return both_widths("roofline", label, (380, 330), draw)
 
@@ -91,62 +88,92 @@ def _decades(values: list[float]) -> tuple[float, float]:
     return low / stretch, high * stretch
 
 
-def _roofs(
-    plot: Plot, axes: Any, products: float | None, copies: float | None, promised: float | None, dtype: str
-) -> None:
+def _roofs(plot: Plot, axes: Any, products: float | None, copies: float | None, dtype: str) -> None:
+    """What products and copies reached here, and words above it, where no operation can be."""
     left, right = axes.get_xlim()
-    small = {"fontsize": 10 if plot.is_narrow else 11, "in_layout": False, "clip_on": True}
-    ridge = 1e3 * products / copies if products and copies else left
+    ridge = 1e3 * products / copies if products and copies else left if products else right
+    ridge = min(max(ridge, left), right)
     if products:
-        axes.plot([max(ridge, left), right], [products, products], color=COLORS["ink"], lw=1.4)
-        is_close = promised is not None and products < promised < 1.8 * products
-        text = f"{dtype} products {written(products, 'T op/s')}" if not plot.is_narrow else written(products, "T op/s")
-        axes.annotate(
-            text, (right, products), (-2, -5 if is_close else 5), textcoords="offset points", ha="right",
-            va="top" if is_close else "bottom", **small,
-        )  # fmt: skip
-    if promised:
-        axes.plot([left, right], [promised, promised], color=COLORS["muted"], lw=1, ls=(0, (2, 3)))
-        text = f"datasheet {written(promised, 'T op/s')}"
-        axes.annotate(
-            text, (right, promised), (-2, 4), textcoords="offset points", ha="right", va="bottom",
-            color=COLORS["muted"], **small,
-        )  # fmt: skip
+        axes.plot([ridge, right], [products, products], color=COLORS["ink"], lw=1.4)
+        text = f"{written(products, 'T op/s')}" if plot.is_narrow else f"{dtype} products {written(products, 'T op/s')}"
+        is_far = ridge > left * 10
+        where = {"ha": "right", "va": "center"} if is_far else {"ha": "left", "va": "bottom"}
+        _words(plot, axes, text, (ridge, products), (-8, 0) if is_far else (2, 4), **where)
     if copies:
-        end = min(ridge, right) if products else right
-        axes.plot([left, end], [left * copies / 1e3, end * copies / 1e3], color=COLORS["ink"], lw=1.4)
-        _slope(plot, axes, copies, f"copies {written(copies, 'GB/s')}", small)
+        axes.plot([left, ridge], [left * copies / 1e3, ridge * copies / 1e3], color=COLORS["ink"], lw=1.4)
+        x = max(left, 1e3 * axes.get_ylim()[0] / copies) * 1.4
+        (x0, y0), (x1, y1) = axes.transData.transform([(x, x * copies / 1e3), (2 * x, 2 * x * copies / 1e3)])
+        angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
+        where = {"ha": "left", "va": "bottom", "rotation": angle, "rotation_mode": "anchor"}
+        _words(plot, axes, f"copies {written(copies, 'GB/s')}", (x, x * copies / 1e3), (-4, 4), **where)
 
 
-def _slope(plot: Plot, axes: Any, copies: float, text: str, small: dict[str, Any]) -> None:
-    """Words along the roof of copies, from where it comes into sight."""
-    left, _ = axes.get_xlim()
-    bottom, _ = axes.get_ylim()
-    x = max(left, 1e3 * bottom / copies) * 1.3
-    plot.figure.draw_without_rendering()
-    (x0, y0), (x1, y1) = axes.transData.transform([(x, x * copies / 1e3), (10 * x, 10 * x * copies / 1e3)])
-    angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
-    axes.annotate(
-        text, (x, x * copies / 1e3), (-4, 5), textcoords="offset points", rotation=angle, rotation_mode="anchor",
-        ha="left", va="bottom", **small,
-    )  # fmt: skip
+def _datasheet(plot: Plot, axes: Any, promised: float | None) -> None:
+    if promised:
+        axes.axhline(promised, color=COLORS["muted"], lw=1, ls=(0, (2, 3)))
+        at = (axes.get_xlim()[1], promised)
+        _words(plot, axes, f"datasheet {written(promised, 'T op/s')}", at, (-2, 4), ha="right", va="bottom")
 
 
-def _point(plot: Plot, axes: Any, point: Point) -> None:
-    operation = point.operation
-    is_backward = operation.name.endswith(" backward")
-    share = min(1.0, max(0.0, number(operation.share) or 0.0))
-    size = 15 + 22 * math.sqrt(share)
-    (marker,) = axes.plot(
-        [point.intensity], [point.tflops], "o", color=COLORS["orange" if is_backward else "blue"], markersize=size,
-        markeredgecolor=COLORS["paper"], markeredgewidth=1.2, clip_on=False,
-    )  # fmt: skip
-    ink = "#111417" if is_backward else COLORS["paper"]
-    axes.annotate(
-        str(point.number), (point.intensity, point.tflops), ha="center", va="center_baseline", color=ink, fontsize=10,
-        fontweight="bold", in_layout=False,
-    )  # fmt: skip
-    title = f"{operation.name}: {written(operation.share, 'share')} of the time, {digits(point.tflops or 0.0)} T op/s"
-    if number(operation.roof_share) is not None:
-        title += f", {written(operation.roof_share, 'share')} of its roof"
-    plot.mark(marker, title)
+def _words(plot: Plot, axes: Any, text: str, at: tuple[float, float], offset: tuple[int, int], **where: Any) -> None:
+    size = 10 if plot.is_narrow else 11
+    axes.annotate(text, at, offset, textcoords="offset points", fontsize=size, color=COLORS["muted"], **where)
+
+
+def _points(plot: Plot, axes: Any, shown: list[Point]) -> None:
+    """A disc for each operation, as large as its time, and its number on it, or beside it where others are near."""
+    at = [tuple(each) for each in axes.transData.transform([(point.intensity, point.tflops) for point in shown])]
+    for point, offset in zip(shown, offsets(at, axes.bbox.extents), strict=True):
+        operation = point.operation
+        color = "orange" if operation.name.endswith(" backward") else "blue"
+        share = min(1.0, max(0.0, number(operation.share) or 0.0))
+        (disc,) = axes.plot(
+            [point.intensity], [point.tflops], "o", markersize=8 + 36 * math.sqrt(share), clip_on=False,
+            markerfacecolor=(COLORS[color], 0.3), markeredgecolor=COLORS[color], markeredgewidth=1,
+        )  # fmt: skip
+        pad = 0.3 if (point.number or 0) < 10 else 0.12
+        badge = axes.annotate(
+            str(point.number), (point.intensity, point.tflops), offset, textcoords="offset points", ha="center",
+            va="center_baseline", color="#111417" if color == "orange" else COLORS["paper"], fontsize=10,
+            fontweight="bold", zorder=5,
+            bbox={"boxstyle": f"circle,pad={pad}", "fc": COLORS[color], "ec": COLORS["paper"]},
+            arrowprops={"arrowstyle": "-", "color": COLORS["muted"], "lw": 0.8, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+        title = (
+            f"{operation.name}: {written(operation.share, 'share')} of the time, {digits(point.tflops or 0.0)} T op/s"
+        )
+        if number(operation.roof_share) is not None:
+            title += f", {written(operation.roof_share, 'share')} of its roof"
+        plot.mark(disc, title)
+        plot.mark(badge, title)
+
+
+def offsets(at: list[tuple[float, float]], box: tuple[float, float, float, float]) -> list[tuple[float, float]]:
+    """Where numbers stand, from their points in pixels: on them, or as near as other numbers and points allow.
+
+    Parameters
+    ----------
+    at
+        Points; the first are served first.
+    box
+        Left, bottom, right and top of where a number may be.
+    """
+    left, bottom, right, top = box
+    placed: list[tuple[float, float]] = []
+    found = []
+    for i, (x, y) in enumerate(at):
+        others = [*placed, *(each for j, each in enumerate(at) if j != i)]
+        best, best_room = (0.0, 0.0), -1.0
+        for distance, turn in ((0, 0), *((d, t) for d in (20, 30, 42, 56) for t in (7, 0, 6, 1, 5, 4, 3, 2))):
+            dx, dy = distance * math.cos(turn * math.pi / 4), distance * math.sin(turn * math.pi / 4)
+            if distance and not (left + 8 <= x + dx <= right - 8 and bottom + 8 <= y + dy <= top - 8):
+                continue
+            room = min((math.hypot(x + dx - a, y + dy - b) for a, b in others), default=math.inf)
+            if room > best_room:
+                best, best_room = (dx, dy), room
+            if room >= 18:
+                best = (dx, dy)
+                break
+        found.append(best)
+        placed.append((x + best[0], y + best[1]))
+    return found

@@ -55,17 +55,16 @@ def device_name(report: Report) -> str:
     return str(report.machine.get("machine") or report.subject.device)
 
 
-def lead_of(report: Report) -> str:
-    subject = report.subject
-    said = [f"{subject.mode} with {subject.engine}"]
-    if subject.dtype:
-        said.append(subject.dtype)
-    said.append(device_name(report))
-    if subject.cells:
-        said.append(subject.cells)
-    if date := report.machine.get("date"):
-        said.append(str(date))
-    return " · ".join(said)
+_DOING = {"embed": "Embedding", "train": "Training", "tokenize": "Tokenization", "loop": "A loop"}
+
+
+def lead_of(report: Report) -> list[str]:
+    """What was done, in two lines."""
+    subject, date = report.subject, report.machine.get("date")
+    doing = f"{_DOING.get(subject.mode, subject.mode)} with {subject.engine}"
+    doing += f" in {subject.dtype} on {device_name(report)}" if subject.dtype else f" on {device_name(report)}"
+    cells = subject.cells[:1].upper() + subject.cells[1:]
+    return [doing, " · ".join(filter(None, (cells, str(date) if date else "")))]
 
 
 def finding_of(finding: Finding) -> dict[str, Any]:
@@ -81,59 +80,57 @@ def finding_of(finding: Finding) -> dict[str, Any]:
 def tiles_of(report: Report) -> Iterator[Tile]:
     cells, tokens, flops, memory, energy = report.cells, report.tokens, report.flops, report.memory, report.energy
     note = f"{written(cells.tokens_per_s, 'tokens/s')}" if number(cells.tokens_per_s) is not None else ""
-    yield _tile("Cells per second", cells.per_s, "", "cells/s", note)
+    yield _tile("Throughput", cells.per_s, "cells/s", note)
     n_padding = tokens.n_positions - tokens.n_real
     note = f"{n_padding:,} of {tokens.n_positions:,} positions were padding" if n_padding else "nothing was padding"
-    yield _tile("Useful tokens", tokens.useful_share, "share", "", note)
+    yield _tile("Useful tokens", tokens.useful_share, "share", note)
     dtype = flops.ceiling_dtype
     note = (
         f"of {written(report.ceilings.product(dtype), 'T op/s')} measured in {dtype}; HFU {written(flops.hfu, 'share')}"
     )
-    yield _tile("MFU", flops.mfu, "share", "", note)
+    yield _tile("MFU", flops.mfu, "share", note)
     held = sorted(((number(value) or 0.0, name) for name, value in memory.parts.items()), reverse=True)[:2]
     note = ", ".join(f"{words(name)} {written(value, 'bytes')}" for value, name in held if value > 0)
-    yield _tile("Peak memory", memory.peak_bytes, "bytes", "", note)
+    yield _tile("Peak memory", memory.peak_bytes, "bytes", note)
     note = f"{written(energy.watts, 'W')}; {written(energy.kwh_per_million_cells, 'kWh')} per million cells"
-    yield _tile("Energy", energy.joules_per_cell, "", "J per cell", note)
+    yield _tile("Energy per cell", energy.joules_per_cell, "J", note)
 
 
-def _tile(label: str, value: Any, unit: str, after: str, note: str) -> Tile:
+def _tile(label: str, value: Any, unit: str, note: str) -> Tile:
     if isinstance(value, Missing):
         return Tile(label, "–", "", str(value), is_missing=True)
-    text = written(value, unit)
-    if not after:
-        text, _, after = text.rpartition(" ")
-    return Tile(label, text, after, note)
+    text, _, after = written(value, unit).rpartition(" ")
+    return Tile(label, text or after, after if text else "", note)
 
 
-def _stack_rows(
-    parts: Mapping[str, Any], colors: Mapping[str, str], total: float | None, unit: str
-) -> list[dict[str, Any]]:
-    """The pieces of a stack in words: drawn ones with their colour, the others with the reason."""
+def _stack_rows(parts: Mapping[str, Any], colors: Mapping[str, str], total: float | None, unit: str) -> dict[str, Any]:
+    """The pieces of a stack in words, and the others with the reason why they are not drawn."""
     drawn = plots.pieces(parts, colors, total)
     whole = sum(piece.value for piece in drawn) or 1.0
     rows = [
         {"name": each.name, "color": each.color, "value": written(each.value, unit),
-         "share": written(each.value / whole, "share"), "reason": ""}
+         "share": written(each.value / whole, "share")}
         for each in drawn
     ]  # fmt: skip
-    names = {each.name for each in drawn}
-    for name, value in parts.items():
-        if isinstance(value, Missing) and words(name) not in names:
-            rows.append({"name": words(name), "color": "paper", "value": "", "share": "", "reason": str(value)})
-    return rows
+    reasons = [f"{words(name)} is {value}" for name, value in parts.items() if isinstance(value, Missing)]
+    return {"rows": rows if parts else [], "reasons": "; ".join(reasons)}
 
 
 def time_section(report: Report) -> dict[str, Any]:
     time = report.time
-    text = f"{time.n_steps:,} steps took {written(time.wall_s, 's')} after {time.n_warmup:,} of warm-up. "
-    text += f"Half of them took less than {written(time.step_ms.p50, 'ms')}, "
-    text += f"one in ten more than {written(time.step_ms.p90, 'ms')}."
+    steps = "1 step" if time.n_steps == 1 else f"{time.n_steps:,} steps"
+    text = f"{steps} took {written(time.wall_s, 's')} after {time.n_warmup:,} of warm-up."
+    if time.n_steps > 1:
+        text += f" Half of them took less than {written(time.step_ms.p50, 'ms')}, "
+        text += f"one in ten more than {written(time.step_ms.p90, 'ms')}."
+    plot = plots.step_stack(report)
+    if plot is None:
+        text += " Into what it divides is not known."
     blocks = [(str(block), written(each, "ms")) for block, each in enumerate(report.blocks)]
     return {
         "text": text,
-        "plot": _plot(plots.step_stack(report)),
-        "rows": _stack_rows(time.parts, plots.PART_COLORS, number(time.wall_s), "s"),
+        "plot": _plot(plot),
+        **_stack_rows(time.parts, plots.PART_COLORS, number(time.wall_s), "s"),
         "blocks": _plot(plots.block_bars(report)),
         "block_table": Table(("Block", "Time"), blocks),
     }
@@ -173,16 +170,19 @@ def operations_section(report: Report) -> dict[str, Any]:
 
 def tokens_section(report: Report) -> dict[str, Any]:
     tokens = report.tokens
-    share = written(tokens.useful_share, "share")
-    text = f"{tokens.n_real:,} of {tokens.n_positions:,} computed positions were real tokens ({share})"
-    if not isinstance(tokens.useful_share, Missing):
-        text += "; the rest was padding" if tokens.n_positions > tokens.n_real else "; there was no padding"
+    batches = plots.batches_of(report)
+    text = f"{tokens.n_real:,} of {tokens.n_positions:,} computed positions were real tokens"
+    if isinstance(tokens.useful_share, Missing):
+        text = f"The share of useful tokens is {tokens.useful_share}"
+    else:
+        rest = "the rest was padding" if tokens.n_positions > tokens.n_real else "there was no padding"
+        text += f" ({written(tokens.useful_share, 'share')}); {rest}"
     rows = []
-    for first, last, real, positions in plots.bars(tokens.batches, MOST_ROWS):
+    for first, last, real, positions in plots.bars(batches, MOST_ROWS):
         which = f"{first + 1:,}" if first == last else f"{first + 1:,} to {last + 1:,}"
         share = written(real / positions, "share") if positions else "–"
         rows.append((which, digits(round(real)), digits(round(positions - real)), share))
-    is_joined = len(rows) < len(tokens.batches)
+    is_joined = len(rows) < len(batches)
     columns = ("Batches" if is_joined else "Batch", "Real tokens", "Padding", "Useful")
     if is_joined:
         columns = (columns[0], *(f"{name}, mean" for name in columns[1:3]), columns[3])
@@ -199,7 +199,7 @@ def memory_section(report: Report) -> dict[str, Any]:
     return {
         "text": f"{text}. Resident memory of the process: {written(memory.process_bytes, 'bytes')} at most.",
         "plot": _plot(plots.memory_stack(report)),
-        "rows": _stack_rows(memory.parts, plots.KIND_COLORS, number(memory.peak_bytes), "bytes"),
+        **_stack_rows(memory.parts, plots.KIND_COLORS, number(memory.peak_bytes), "bytes"),
         "over_time": _plot(plots.over_time(report, _MEMORY)),
         "table": _moments(report, [_MEMORY]),
         "alive": Table(("What", "Bytes"), alive),
@@ -307,22 +307,17 @@ def settings_of(report: Report) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     subject = report.subject
     rows = [(name, getattr(subject, name)) for name in ("model", "mode", "engine", "dtype", "device", "cells")]
     rows.append(("parameters", subject.n_parameters))
-    yield "What was profiled", [(name, written(value)) for name, value in rows if value is not None]
-    for title, group in (("Settings", subject.settings), ("Shape of the model", subject.geometry)):
+    yield "What was profiled", [(name, written(value)) for name, value in rows if value not in (None, "")]
+    groups = {name: value for name, value in report.machine.items() if isinstance(value, Mapping)}
+    plain = {name: value for name, value in report.machine.items() if name not in groups}
+    titles = {"packages": "Versions", "gpu": "Card"}
+    for title, group in (
+        ("Settings", subject.settings), ("Shape of the model", subject.geometry or {}), ("Machine", plain),
+        *((titles.get(name, words(name).capitalize()), group) for name, group in groups.items()),
+    ):  # fmt: skip
         if group:
-            yield title, [(words(name), written(value, unit_of(name))) for name, value in group.items()]
-    groups = {name: value for name, value in report.machine.items() if isinstance(value, Mapping) and value}
-    rest = [
-        (words(name), written(value, unit_of(name))) for name, value in report.machine.items() if name not in groups
-    ]
-    if rest:
-        yield "Machine", rest
-    for name, group in groups.items():
-        title = "Versions" if name == "packages" else words(name).capitalize()
-        yield (
-            title,
-            [
-                (str(key) if name == "packages" else words(key), written(value, unit_of(key)))
-                for key, value in group.items()
-            ],
-        )
+            names = [str(name) if title == "Versions" else words(str(name)) for name in group]
+            yield (
+                title,
+                [(name, written(group[key], unit_of(str(key)))) for name, key in zip(names, group, strict=True)],
+            )

@@ -30,8 +30,8 @@ def unit_of(name: str) -> str:
 
 
 def words(name: str) -> str:
-    """A name for people: ``"host gaps"`` of ``"host_gaps"``, ``"power"`` of ``"power_watts"``."""
-    parts = name.split("_")
+    """A name for people: ``"host gaps"`` of ``"host_gaps"``, ``"power"`` of ``"power_watts"``, all of it to be seen."""
+    parts = visible(name).removeprefix("n_").split("_")
     if len(parts) > 1 and "per" not in parts and parts[-1].lower() in _UNITS and unit_of(name) != "share":
         parts = parts[:-1]
     return " ".join(parts)
