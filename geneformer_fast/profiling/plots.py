@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Piece:
     color: str
 
 
-def pieces(parts: dict[str, Any], colors: dict[str, str], total: float | None) -> list[Piece]:
+def pieces(parts: Mapping[str, Any], colors: Mapping[str, str], total: float | None) -> list[Piece]:
     """The pieces of a stack, and what they leave of a total."""
     order = sorted(parts, key=lambda name: list(colors).index(name) if name in colors else len(colors))
     found = [(name, number(parts[name])) for name in order]

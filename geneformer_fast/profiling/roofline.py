@@ -97,7 +97,7 @@ def _roofs(plot: Plot, axes: Any, products: float | None, copies: float | None, 
         axes.plot([ridge, right], [products, products], color=COLORS["ink"], lw=1.4)
         text = f"{written(products, 'T op/s')}" if plot.is_narrow else f"{dtype} products {written(products, 'T op/s')}"
         is_far = ridge > left * 10
-        where = {"ha": "right", "va": "center"} if is_far else {"ha": "left", "va": "bottom"}
+        where: dict[str, Any] = {"ha": "right", "va": "center"} if is_far else {"ha": "left", "va": "bottom"}
         _words(plot, axes, text, (ridge, products), (-8, 0) if is_far else (2, 4), **where)
     if copies:
         axes.plot([left, ridge], [left * copies / 1e3, ridge * copies / 1e3], color=COLORS["ink"], lw=1.4)

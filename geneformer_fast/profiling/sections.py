@@ -183,7 +183,7 @@ def tokens_section(report: Report) -> dict[str, Any]:
         share = written(real / positions, "share") if positions else "–"
         rows.append((which, digits(round(real)), digits(round(positions - real)), share))
     is_joined = len(rows) < len(batches)
-    columns = ("Batches" if is_joined else "Batch", "Real tokens", "Padding", "Useful")
+    columns: tuple[str, ...] = ("Batches" if is_joined else "Batch", "Real tokens", "Padding", "Useful")
     if is_joined:
         columns = (columns[0], *(f"{name}, mean" for name in columns[1:3]), columns[3])
     return {"text": f"{text}.", "plot": _plot(plots.token_bars(report)), "table": Table(columns, rows)}
