@@ -10,6 +10,7 @@ from geneformer_kernels import attention_cells, attention_scores
 from geneformer_kernels.arguments import FLOATS, check_ids, check_tensor
 from geneformer_kernels.dispatch import as_chosen_now
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
+from geneformer_kernels.ranges import ranged, within
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -199,6 +200,7 @@ class Encoder(nn.Module):
         q, k, _ = self._block(index - 1).projected(x).unbind(1)
         return attention_scores(q, k, cu_seqlens=cells)
 
+    @ranged("head")
     def logits(self, hidden: Ragged, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What the head says about hidden states.
 
@@ -227,6 +229,7 @@ class Encoder(nn.Module):
             return self.head(wanted, self._tied_table())
         return self.head(wanted)
 
+    @ranged("head")
     def mlm_loss(
         self, hidden: Ragged, rows: torch.Tensor, targets: torch.Tensor, *, reduction: str = "mean"
     ) -> torch.Tensor:
@@ -267,6 +270,7 @@ class Encoder(nn.Module):
         if hidden.values.shape[1] != self.config.width:
             raise ValueError(f"hidden {[*hidden.values.shape]} must be [T, {self.config.width}]")
 
+    @ranged("embeddings")
     def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) before the first block."""
         config, work_dtype, first = self.config, self._work_dtype(), self._block(0)
@@ -296,13 +300,14 @@ class Encoder(nn.Module):
         is_final = self.config.norm == "pre" and is_last and self.final_norm is not None
         next_norm = self.final_norm if is_final else self._norm_after(index)
         inputs = (stream, x, cells, next_norm, is_final, None if is_last else self._block(index + 1).qkv)
+        name = f"block {index}"
         if self.is_recomputing and self.training and torch.is_grad_enabled():
             block: Callable[..., Any] = self._block(index)
             if not torch.compiler.is_compiling():  # a compiled model's choices are made already
                 block = as_chosen_now(block)
-            stream, x = checkpoint(block, *inputs, use_reentrant=False)
+            stream, x = within(name, checkpoint, block, *inputs, use_reentrant=False)
         else:
-            stream, x = self.blocks[index](*inputs)
+            stream, x = within(name, self.blocks[index], *inputs)
         if is_last and self.final_norm is not None and not is_final:
             assert isinstance(x, torch.Tensor)
             stream, x = add_norm(stream, None, self.final_norm, "post", x.dtype)

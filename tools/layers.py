@@ -134,6 +134,7 @@ PACKAGE_FILES = {
     "cpu.shares",
     "tiles",
     "int8_rows",
+    "ranges",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
@@ -142,7 +143,7 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
         {
             "int8_rows",
             *("dispatch", "target", "launch", "on_device", "operators"),
-            *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout"),
+            *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout", "ranges"),
             *("cpu.int8_norm", "cpu.int8_products"),
         },
     ),
@@ -163,6 +164,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "layernorm": {"arguments"},
     "on_device": {"dispatch", "target"},
     "operators": set(),
+    "ranges": set(),
     "dropout": {"on_device", "operators", "cpu.dropout_loops", "cpu.shares"},
     "cpu.int8_amx": {"cpu.compiled", "cpu.llvm"},
     "cpu.int8_transpose": {"cpu.compiled", "cpu.llvm"},
@@ -170,7 +172,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "cpu.int8_loops": {f"cpu.{name}" for name in ("compiled", "int8_amx", "int8_dot", "lanes", "row_arithmetic")},
     "cpu.int8_block": {
         *(f"cpu.{name}" for name in ("compiled", "int8_dot", "int8_loops", "int8_norm", "int8_products", "lanes")),
-        *("cpu.row_arithmetic", "cpu.shares"),
+        *("cpu.row_arithmetic", "cpu.shares", "ranges"),
     },
     "cpu.int8_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
     "cpu.int8_pack": {"cpu.compiled", "cpu.int8_transpose"},
@@ -178,7 +180,7 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
         *(f"cpu.{name}" for name in ("instructions", "int8_amx", "int8_dot", "int8_loops", "int8_pack", "lanes")),
         *("cpu.row_arithmetic", "cpu.shares", "target"),
     },
-    "cpu.embed_rows": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
+    "cpu.embed_rows": {"ranges", *(f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares"))},
     "cpu.instructions": {"target"},
     "cpu.lanes": {"cpu.llvm"},
     "cpu.llvm": set(),

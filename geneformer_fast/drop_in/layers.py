@@ -21,6 +21,7 @@ from geneformer_kernels import (
 )
 from geneformer_kernels.on_device import needs_gradient
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
+from geneformer_kernels.ranges import within
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert
@@ -64,15 +65,17 @@ def packed_encoder(encoder: Any, stream: torch.Tensor, packed: Packed) -> Encode
     """BertEncoder: all layers one after another."""
     x = None if stream.dtype == packed.dtype else stream.to(packed.dtype)
     states, weights = [], []
-    for layer in encoder.layer:
+    for index, layer in enumerate(encoder.layer):
+        name = f"block {index}"
         if packed.wants_states:
             state, stream, x = _given_out(stream, x, packed)
             states.append(state)
         # In the first releases served the encoder recomputes, later each layer does so itself.
         if not hasattr(layer, "gradient_checkpointing") and _is_recomputing(encoder):
-            stream, x, scores = encoder._gradient_checkpointing_func(layer.__call__, stream, x, packed)
+            recomputed = encoder._gradient_checkpointing_func
+            stream, x, scores = within(name, recomputed, layer.__call__, stream, x, packed)
         else:
-            stream, x, scores = layer(stream, x, packed)
+            stream, x, scores = within(name, layer, stream, x, packed)
         weights.append(scores)
     return Encoded(
         stream, tuple(states) if packed.wants_states else None, tuple(weights) if packed.wants_weights else None

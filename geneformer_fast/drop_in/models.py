@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from geneformer_kernels import attention_cells
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
+from geneformer_kernels.ranges import within
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 
 from geneformer_fast.drop_in.embeddings import packed_embeddings
@@ -73,7 +74,7 @@ def packed_bert(call: Call, *, padding: str, watch: Watch) -> Any:
     reason, places, keys = _looked_at(bert, arguments, padding == "stock", watch)
     if reason is not None:
         return call.stock(reason)
-    stream, outer = packed_embeddings(bert.embeddings, arguments, places)
+    stream, outer = within("embeddings", packed_embeddings, bert.embeddings, arguments, places)
     wants_states = _flag(bert, arguments, "output_hidden_states")
     wants_weights = _flag(bert, arguments, "output_attentions")
     dtype = _products_dtype(stream, outer)
@@ -127,11 +128,14 @@ def packed_masked_lm(call: Call, *, has_training_logits: bool) -> Any:
     has_logits = not is_step or (has_training_logits and not getattr(model, "_is_replica", False))
     # What hooks or wraps the head is called once, with everything, as in the stock model.
     is_late = has_logits and is_dict and head is not None
-    logits: Any = model.cls(hidden) if has_logits and not is_late else None
+    logits: Any = within("head", model.cls, hidden) if has_logits and not is_late else None
     loss = None
     if labels is not None:
         is_called = logits is not None and head is None
-        loss = loss_of_logits(logits, labels) if is_called else loss_of_rows(model.cls, head, hidden, labels)
+        if is_called:
+            loss = within("head", loss_of_logits, logits, labels)
+        else:
+            loss = within("head", loss_of_rows, model.cls, head, hidden, labels)
     states = dict(hidden_states=outputs.hidden_states, attentions=outputs.attentions)
     if is_late:
         return _on_demand(head, hidden, loss, is_step, states)

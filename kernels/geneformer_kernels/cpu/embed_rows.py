@@ -12,6 +12,7 @@ from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.lanes import LANES, add_widened, normalise, sum_of_squares, write_halves
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_pieces
+from geneformer_kernels.ranges import ranged
 
 
 class Table(NamedTuple):
@@ -39,6 +40,7 @@ def is_for_loops(
     )
 
 
+@ranged("embed_tokens")
 def embed_rows(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,

@@ -30,6 +30,7 @@ from geneformer_kernels.cpu.int8_products import (
 from geneformer_kernels.cpu.lanes import LANES
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, address_of
 from geneformer_kernels.cpu.shares import in_pieces
+from geneformer_kernels.ranges import ranged
 
 
 class Layer(NamedTuple):
@@ -52,6 +53,7 @@ class Norm(NamedTuple):
     smooth: torch.Tensor | None
 
 
+@ranged("after_attention")
 def after_attention(
     context: torch.Tensor,
     stream: torch.Tensor,

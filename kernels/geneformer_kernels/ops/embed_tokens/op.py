@@ -25,6 +25,7 @@ from geneformer_kernels.on_device import choose_for, draw_seed, launching_on, ne
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.embed_tokens import reference
 from geneformer_kernels.ops.embed_tokens.plan import EmbedTokensPlan, plan
+from geneformer_kernels.ranges import ranged
 
 
 @operator("embed_tokens_fwd")
@@ -280,6 +281,7 @@ def _backward(ctx: Any, d_stream: torch.Tensor | None, d_out: torch.Tensor | Non
 embed_tokens_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@ranged("embed_tokens")
 def embed_tokens(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,

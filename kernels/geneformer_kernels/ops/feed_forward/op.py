@@ -19,8 +19,10 @@ from geneformer_kernels.ops.feed_forward.device import (
     should_be_fused,
 )
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
+from geneformer_kernels.ranges import ranged
 
 
+@ranged("feed_forward")
 def feed_forward(
     x: torch.Tensor,
     up_weight: torch.Tensor,
@@ -129,6 +131,7 @@ def _is_fused(x: torch.Tensor, ff_width: int, activation: str, chosen: str) -> b
     return chosen == Impl.TRITON and can_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, *place)
 
 
+@ranged("feed_forward")
 def feed_forward_layernorm(
     x: torch.Tensor,
     residual: torch.Tensor | None,

@@ -13,6 +13,7 @@ from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_c
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.fp8_linear import reference
 from geneformer_kernels.ops.fp8_linear.plan import ACTIVATIONS, is_dynamic
+from geneformer_kernels.ranges import ranged
 from geneformer_kernels.target import target_of
 
 
@@ -147,6 +148,7 @@ def quantize_weight_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return q, scale
 
 
+@ranged("fp8_linear")
 def fp8_linear(
     x: torch.Tensor,
     weight_q: torch.Tensor,

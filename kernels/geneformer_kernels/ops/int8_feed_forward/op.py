@@ -22,6 +22,7 @@ from geneformer_kernels.on_device import choose_for, launching_on, plainly_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.int8_feed_forward import reference
 from geneformer_kernels.ops.int8_feed_forward.plan import ACTIVATIONS, HIDDEN_AT_ONCE, WIDTH_STEP, down_plan, up_plan
+from geneformer_kernels.ranges import ranged
 from geneformer_kernels.target import target_of
 
 
@@ -186,6 +187,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
 int8_feed_forward_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@ranged("int8_feed_forward")
 def int8_feed_forward(
     x: torch.Tensor,
     up_q: torch.Tensor,

@@ -21,9 +21,11 @@ from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_c
 from geneformer_kernels.ops.int8_linear.launches import int8_linear_fwd, quantize_rows_op
 from geneformer_kernels.ops.int8_linear.modes import mode_here
 from geneformer_kernels.ops.int8_linear.plan import ACTIVATIONS, MODES, WEIGHT_ONLY_ROWS, mode_for
+from geneformer_kernels.ranges import ranged
 from geneformer_kernels.target import target_of
 
 
+@ranged("quantize_rows")
 def quantize_rows(
     x: torch.Tensor, *, smooth: torch.Tensor | None = None, impl: Impl | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +119,7 @@ def int8_mode(width: int, n_columns: int, dtype: torch.dtype, device: torch.devi
     return _mode_here(int(width), int(n_columns), DTYPE_NAMES[dtype], place.type, place.index)
 
 
+@ranged("int8_linear")
 def int8_linear(
     x: torch.Tensor,
     weight_q: torch.Tensor,

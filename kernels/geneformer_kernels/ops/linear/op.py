@@ -10,8 +10,10 @@ from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
 from geneformer_kernels.ops.linear import reference
+from geneformer_kernels.ranges import ranged
 
 
+@ranged("linear")
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: Impl | str | None = None
 ) -> torch.Tensor:

@@ -17,6 +17,7 @@ from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, launching_on, needs_gradient, plainly_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.mlm_cross_entropy import plan, reference, row_chunks
+from geneformer_kernels.ranges import ranged
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -263,6 +264,7 @@ def _ceil(n: int, size: int) -> int:
     return -(-n // size)
 
 
+@ranged("mlm_cross_entropy")
 def mlm_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

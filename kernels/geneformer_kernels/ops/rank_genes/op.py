@@ -8,9 +8,11 @@ from geneformer_kernels.arguments import COUNTS, FLOATS, INTEGERS, check_counts,
 from geneformer_kernels.dispatch import Impl, choose
 from geneformer_kernels.ops.rank_genes import reference
 from geneformer_kernels.ops.rank_genes.plan import MAX_RANK_BITS
+from geneformer_kernels.ranges import ranged
 from geneformer_kernels.target import target_of
 
 
+@ranged("rank_genes")
 def rank_genes(
     indptr: torch.Tensor,
     indices: torch.Tensor,

@@ -14,6 +14,7 @@ from geneformer_kernels.on_device import choose_for, launching_on, needs_gradien
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import int8_launch, plan
+from geneformer_kernels.ranges import ranged
 
 
 @operator("residual_layernorm_int8")
@@ -111,6 +112,7 @@ def _by_torch(
     return normed if is_post else total, *int8_rows.quantize_rows(normed, smooth)
 
 
+@ranged("residual_layernorm_int8")
 def residual_layernorm_int8(
     x: torch.Tensor,
     residual: torch.Tensor | None,

@@ -15,6 +15,7 @@ from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, lau
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import plan
+from geneformer_kernels.ranges import ranged
 
 
 @operator("residual_layernorm_fwd")
@@ -225,6 +226,7 @@ def _backward(ctx: Any, d_stream: torch.Tensor | None, d_out: torch.Tensor | Non
 residual_layernorm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@ranged("residual_layernorm")
 def residual_layernorm(
     x: torch.Tensor,
     residual: torch.Tensor | None,

@@ -22,6 +22,7 @@ from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
+from geneformer_kernels.ranges import ranged
 
 
 def _check(
@@ -104,6 +105,7 @@ def _narrowed(out: torch.Tensor, head_dim: int) -> torch.Tensor:
     return out if out.shape[-1] == head_dim else out[..., :head_dim].contiguous()
 
 
+@ranged("attention_cells")
 def attention_cells(
     cu_seqlens: torch.Tensor,
     x: torch.Tensor,
@@ -168,6 +170,7 @@ def attention_cells(
     return cells
 
 
+@ranged("varlen_attention")
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -239,6 +242,7 @@ def varlen_attention(
     return _narrowed(out, head_dim)
 
 
+@ranged("varlen_attention")
 def varlen_attention_qkv(
     qkv: torch.Tensor,
     *,
@@ -281,6 +285,7 @@ def varlen_attention_qkv(
     return _narrowed(launches.varlen_attention_qkv_fwd(qkv, *cells.arguments, scale, dropout_p, seed)[0], head_dim)
 
 
+@ranged("attention_scores")
 def attention_scores(
     q: torch.Tensor, k: torch.Tensor, *, cu_seqlens: torch.Tensor | AttentionCells, scale: float | None = None
 ) -> list[torch.Tensor]:
