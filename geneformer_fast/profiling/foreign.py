@@ -14,7 +14,7 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -51,7 +51,7 @@ _READS_NOTHING = re.compile(
 _MAKES_EMPTY = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 # Answered by a tensor that is a subclass with sizes of its own.
 _METADATA = re.compile(
-    r"^(is_contiguous|is_strides_like_format|is_non_overlapping|size|stride|storage_offset|numel|dim)$"
+    r"^(sym_)?(is_contiguous|is_strides_like_format|is_non_overlapping|size|stride|storage_offset|numel|dim)$"
 )
 
 
@@ -81,7 +81,7 @@ def count_foreign(model: nn.Module, call: Callable[[], Any]) -> tuple[Figure, st
     return counter.result()
 
 
-class ForeignCounter(TorchDispatchMode):
+class ForeignCounter:
     """Counts the operations of one step of somebody's loop, between ``with`` and its end; never raises into it.
 
     What was compiled by ``torch.compile`` runs eagerly meanwhile.
@@ -90,44 +90,47 @@ class ForeignCounter(TorchDispatchMode):
     ----------
     model
         Called in the step, in the thread that counts.
+
+    Attributes
+    ----------
+    flops, by_operator
+        So far.
+    doubts
+        Why the count is not known; the first reason counts.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.model = model
         self.flops = 0
         self.by_operator: dict[str, int] = {}
-        #: Why the count is not known; the first reason counts.
         self.doubts: list[str] = []
         self._depth = self._n_calls = 0
         self._thread = threading.get_ident()
-        # Memory that operators have handed out without a number in it, by the address of its book-keeping.
-        self._unwritten: dict[int, StorageWeakRef] = {}
         self._stack = contextlib.ExitStack()
+        self._memory = _Memory(self.doubts)
         _look_at_modules(model, self.doubts)
 
     def __enter__(self) -> ForeignCounter:
         self._thread = threading.get_ident()
-        for handle in (
-            self.model.register_forward_pre_hook(self._enter_model),
-            self.model.register_forward_hook(self._leave_model, always_call=True),
-        ):
-            self._stack.callback(handle.remove)
-        self._stack.enter_context(_told_of_graphs(self.doubts))
-        if "torch._dynamo" in sys.modules:  # what is not loaded has compiled nothing
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        super().__enter__()
+        with contextlib.ExitStack() as stack:
+            for handle in (
+                self.model.register_forward_pre_hook(self._enter_model),
+                self.model.register_forward_hook(self._leave_model, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(_told_of_graphs(self.doubts))
+            if "torch._dynamo" in sys.modules:  # what is not loaded has compiled nothing
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_Operators(self))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
         self._stack.close()
 
     def look_at(self, result: Any) -> None:
         """What the step came to: memory in it that nothing was seen to write was written by something unseen."""
-        self._check_read(tree_leaves(result), "the result")
+        self._memory.check(tree_leaves(result), "the result")
 
     def result(self) -> tuple[Figure, str, str]:
         """Operations, basis and note, as :func:`count_foreign` returns them."""
@@ -135,13 +138,29 @@ class ForeignCounter(TorchDispatchMode):
             self.doubts.append("the model was not called in the step that was counted")
         if self.doubts:
             return Missing(self.doubts[0]), UNKNOWN, self.doubts[0]
-        note = "counted operator by operator in one step, padding and recomputed blocks included; " + ", ".join(
-            f"{name} {flops / self.flops:.0%}" for name, flops in self._largest()
-        )
-        return float(self.flops), COUNTED, note.removesuffix("; ")
+        largest = sorted(self.by_operator.items(), key=lambda each: -each[1])[:4]
+        shares = ", ".join(f"{name} {flops / max(self.flops, 1):.0%}" for name, flops in largest)
+        note = "counted operator by operator in one step, with padding and recomputed blocks"
+        return float(self.flops), COUNTED, f"{note}: {shares}" if shares else note
 
-    def _largest(self) -> list[tuple[str, int]]:
-        return sorted(self.by_operator.items(), key=lambda each: -each[1])[:4] if self.flops else []
+    def ran(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operator that has run."""
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        name, formula = _name_of(func), _FORMULAS.get(func._schema.name)
+        self._memory.ran(func, tensors, args, kwargs, out, self._is_in_model())
+        if formula is not None:
+            if any(_has_own_sizes(each) for each in tensors):
+                self.doubts.append(f"{func} was given tensors of a kind of their own, whose work is not known")
+                return
+            flops = formula(_named(func, args, kwargs), out)
+            self.flops += flops
+            self.by_operator[name] = self.by_operator.get(name, 0) + flops
+        elif func.namespace not in _FREE_NAMESPACES and (func.namespace != "aten" or may_multiply(name)):
+            self.doubts.append(f"{func} has no formula")
+
+    def reads(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Look at what an operator is about to read."""
+        self._memory.reads(func, args, kwargs)
 
     def _enter_model(self, *_: Any) -> None:
         self._depth += 1
@@ -152,74 +171,89 @@ class ForeignCounter(TorchDispatchMode):
     def _leave_model(self, *_: Any) -> None:
         self._depth -= 1
 
+    def _is_in_model(self) -> bool:
+        """Within the model's forward pass, or in a backward pass."""
+        return self._depth > 0 or torch._C._current_graph_task_id() != -1
+
+
+class _Operators(TorchDispatchMode):
+    """Tells a counter of every operator."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, counter: ForeignCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
-        kwargs = kwargs or {}
+        kwargs, doubts = kwargs or {}, self.counter.doubts
         if not isinstance(func, torch._ops.OpOverload):
-            self.doubts.append(f"{func} is an operator of operators, whose work is not known")
+            doubts.append(f"{func} is an operator of operators, whose work is not known")
             return func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
-        if _METADATA.match(name) and any(issubclass(kind, torch.Tensor) and kind is not torch.Tensor for kind in types):
+        is_own_kind = any(kind not in (torch.Tensor, nn.Parameter) for kind in types)  # nested tensors, say
+        if is_own_kind and _METADATA.match(_name_of(func)):
             return NotImplemented
-        formula = _FORMULAS.get(func._schema.name)
-        if formula is None:
+        if func._schema.name not in _FORMULAS and not is_own_kind:
             with self:  # in inference mode operators come as they were called
                 taken_apart = func.decompose(*args, **kwargs)
             if taken_apart is not NotImplemented:
                 return taken_apart
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        self._before(func, name, args, kwargs)
+        self.counter.reads(func, args, kwargs)
         out = func(*args, **kwargs)
         try:
-            self._after(func, name, tensors, args, kwargs, out, formula)
+            self.counter.ran(func, args, kwargs, out)
         except Exception as error:  # a formula that does not fit is no reason to end somebody's training
-            self.doubts.append(f"{func} could not be counted ({type(error).__name__}: {error})")
+            doubts.append(f"{func} could not be counted ({type(error).__name__}: {error})")
         return out
 
-    def _before(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
-        """Memory that is read but was never seen to be written has been written by something that was not seen."""
-        if not self._unwritten or func.is_view or _READS_NOTHING.match(name):
-            return
-        read, _ = _read_and_written(func, args, kwargs)
-        self._check_read(read, str(func))
 
-    def _check_read(self, values: Any, where: str) -> None:
+class _Memory:
+    """Which memory operators have handed out without a number in it.
+
+    What is read from there has been written by something that torch did not see.
+    """
+
+    def __init__(self, doubts: list[str]) -> None:
+        self.doubts = doubts
+        # By the address of its book-keeping, which something else may have once it is gone.
+        self.unwritten: dict[int, StorageWeakRef] = {}
+
+    def reads(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Look at what an operator is about to read."""
+        if self.unwritten and not func.is_view and not _READS_NOTHING.match(_name_of(func)):
+            self.check(_read_and_written(func, args, kwargs)[0], str(func))
+
+    def check(self, values: Iterable[Any], where: str) -> None:
+        """Doubt the count where one of these is memory without a number in it."""
         for each in values:
             if not isinstance(each, torch.Tensor) or not each.numel():
                 continue
             key = _storage_of(each)
-            if key in self._unwritten and not self._unwritten[key].expired():
+            if key in self.unwritten and not self.unwritten[key].expired():
                 self.doubts.append(
                     f"{where} read {[*each.shape]} numbers of something that torch does not see (a kernel of its own?)"
                 )
 
-    def _after(
-        self, func: Any, name: str, tensors: list[torch.Tensor], args: Any, kwargs: Any, out: Any, formula: Any
-    ) -> None:
-        namespace = func.namespace
-        _, written = _read_and_written(func, args, kwargs)
-        for each in tensors if namespace in _FREE_NAMESPACES else written:
-            self._unwritten.pop(_storage_of(each), None)
-        is_empty = namespace == "aten" and name in _MAKES_EMPTY
-        if not func.is_view:
-            for each in tree_leaves(out):
-                if isinstance(each, torch.Tensor) and (key := _storage_of(each)) is not None:
-                    self._unwritten.pop(key, None)
-                    if is_empty and each.numel() and self._is_in_model():
-                        self._unwritten[key] = StorageWeakRef(each.untyped_storage())
-        if formula is not None:
-            if any(_has_own_sizes(each) for each in tensors):
-                self.doubts.append(f"{func} was given tensors of a kind of their own, whose work is not known")
-                return
-            flops = formula(_named(func, args, kwargs), out)
-            self.flops += flops
-            self.by_operator[name] = self.by_operator.get(name, 0) + flops
-        elif namespace not in _FREE_NAMESPACES and (namespace != "aten" or may_multiply(name)):
-            self.doubts.append(f"{func} has no formula")
+    def ran(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any, out: Any, is_in_model: bool) -> None:
+        """Note what an operator has written, or handed out empty."""
+        written = tensors if func.namespace in _FREE_NAMESPACES else _read_and_written(func, args, kwargs)[1]
+        for each in written:
+            self.unwritten.pop(_storage_of(each) or 0, None)
+        if func.is_view:
+            return
+        is_empty = func.namespace == "aten" and _name_of(func) in _MAKES_EMPTY
+        for each in tree_leaves(out):
+            key = _storage_of(each) if isinstance(each, torch.Tensor) else None
+            if key is None:
+                continue
+            self.unwritten.pop(key, None)
+            if is_empty and is_in_model and each.numel():
+                self.unwritten[key] = StorageWeakRef(each.untyped_storage())
 
-    def _is_in_model(self) -> bool:
-        """Within the model's forward pass, or in a backward pass."""
-        return self._depth > 0 or torch._C._current_graph_task_id() != -1
+
+def _name_of(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
 
 
 def _look_at_modules(model: nn.Module, doubts: list[str]) -> None:

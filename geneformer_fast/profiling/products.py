@@ -44,9 +44,13 @@ class Product:
     layer
         None for attention.
     needs_input
-        In training, whether the gradient of what it multiplies is needed.
+        In training, whether the gradient of what it multiplies is needed; of attention, of queries, keys or values.
     is_recomputed
         Whether recomputation repeats it: blocks do where a gradient passes through them.
+    n_gradients
+        Of attention: products its backward pass needs, each half as much as the forward pass. Four, less where
+        queries, keys or values are projected by layers of their own of which some are frozen; a fused kernel may
+        compute all the same.
     """
 
     part: str
@@ -54,6 +58,7 @@ class Product:
     layer: Layer | None
     needs_input: bool
     is_recomputed: bool = False
+    n_gradients: int = 4
 
     def forward(self, rows: Rows, width: int) -> float:
         """Operations of the forward pass."""
@@ -64,7 +69,7 @@ class Product:
     def backward(self, rows: Rows, width: int) -> float:
         """Operations of the backward pass."""
         if self.layer is None:
-            return 2.0 * self.forward(rows, width) * self.needs_input
+            return self.forward(rows, width) / 2 * self.n_gradients * self.needs_input
         return self.layer.backward(rows.head if self.part == "head" else rows.n_tokens, self.needs_input)
 
 
@@ -87,7 +92,7 @@ def products(encoder: Anatomy) -> Iterator[Product]:
         is_again = stream and block.can_be_recomputed
         for layer in block.qkv:
             yield Product("blocks", "qkv", layer, read, is_again)
-        yield Product("blocks", "attention", None, attended, is_again)
+        yield Product("blocks", "attention", None, attended, is_again, _gradients_of_attention(block.qkv, read))
         for name, layer, needs_input in (("out", block.out, attended), ("up", block.up, normed)):
             yield Product("blocks", name, layer, needs_input, is_again)
         yield Product("blocks", "down", block.down, inside, is_again)
@@ -97,6 +102,13 @@ def products(encoder: Anatomy) -> Iterator[Product]:
         is_decoder = encoder.head_name == "mlm" and index + 1 == len(layers)
         yield Product("head", "decoder" if is_decoder else "layer", layer, is_before)
         is_before |= layer.learns or (encoder.head is not None and encoder.head.norm)
+
+
+def _gradients_of_attention(projections: tuple[Layer, ...], is_read: bool) -> int:
+    """Products of the backward pass: the scores', where queries or keys want a gradient, and one for each of these."""
+    wanted = [is_read or layer.learns for layer in projections]
+    query, key, value = wanted if len(wanted) == 3 else wanted * 3
+    return (query or key) + query + key + value
 
 
 def operations_of(
