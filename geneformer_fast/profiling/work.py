@@ -27,7 +27,7 @@ from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.profiling.anatomy import Anatomy, anatomy, anatomy_of
 from geneformer_fast.profiling.figures import Figure, Missing
-from geneformer_fast.profiling.needs import Need, needs
+from geneformer_fast.profiling.needs import SIZES, Need, needs
 from geneformer_fast.profiling.products import Rows, operations_of, products
 
 
@@ -98,7 +98,7 @@ class Count:
         See :mod:`geneformer_fast.profiling.work`.
     operations
         What each operation that was computed needs, by its name in ``geneformer_kernels`` (with ``" backward"`` behind
-        it in a backward pass), ``"embeddings"`` and ``"head"``.
+        it in a backward pass), ``"embeddings"`` and ``"head"``; none where nothing is known of the dtype.
     """
 
     model: Figure
@@ -160,21 +160,29 @@ def count_of(
     is_recomputing: bool = False,
     dtype: str | None = None,
     compute_dtype: str | None = None,
+    joined: str | None = None,
 ) -> Count:
-    """As :func:`count`, with what of the encoder learns."""
+    """As :func:`count`, with what of the encoder learns.
+
+    ``joined`` is the operation that did the work of several in the passes that were watched
+    (:func:`geneformer_fast.profiling.needs.joined_in`).
+    """
     real, computed, n_passes = Rows(), Rows(), 0
     for batch in batches:
         real, computed, n_passes = real + batch.real, computed + batch.computed, n_passes + 1
     steps, width = list(products(encoder)), encoder.config.width
-    is_again = is_training and is_recomputing
+    is_again, dtype, compute_dtype = is_training and is_recomputing, dtype or "float32", compute_dtype or "float32"
+    operations = {}
+    if {dtype, compute_dtype} <= SIZES.keys():
+        operations = needs(
+            encoder, computed, n_passes, is_training=is_training, is_recomputing=is_again, dtype=dtype,
+            compute_dtype=compute_dtype, joined=joined,
+        )  # fmt: skip
     return Count(
         operations_of(steps, real, width, is_training=is_training),
         operations_of(steps, computed, width, is_training=is_training, is_recomputing=is_again),
-        needs(
-            encoder, computed, n_passes, is_training=is_training, is_recomputing=is_again, dtype=dtype or "float32",
-            compute_dtype=compute_dtype or "float32",
-        ),
-    )  # fmt: skip
+        operations,
+    )
 
 
 def encoder_flops(config: EncoderConfig, n_tokens: float, sum_of_squares: float, n_layers: int | None = None) -> float:

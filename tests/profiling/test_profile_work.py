@@ -17,7 +17,7 @@ from geneformer_fast import Encoder, EncoderConfig, quantize
 from geneformer_fast.finetuning.models import freeze
 from geneformer_fast.profiling.anatomy import anatomy, anatomy_of
 from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.needs import Need
+from geneformer_fast.profiling.needs import Need, joined_in
 from geneformer_fast.profiling.work import Batch, count, count_of, encoder_flops, head_flops, training_flops
 
 N, C, H, F, V = 2, 32, 2, 48, 50
@@ -234,13 +234,49 @@ def test_needs_add_up_and_are_the_least_traffic() -> None:
     found = count(CONFIG, [Batch(LENGTHS, head_rows=2)], head="mlm", dtype="bfloat16").operations
     t, attention = 11, 4 * C * 59
     assert found == {
-        "embed_tokens": Need(0.0, t * C * 4 + t * C * (4 + 2) + 8 * t),
+        "embed_tokens": Need(0.0, t * C * 4 + t * C * (4 + 2) + 4 * t),
         "linear": Need(N * 2 * t * 4 * C * C, N * 2 * (t * (C + 3 * C) + 3 * C * C + 2 * t * C + C * C), "bfloat16"),
         "varlen_attention": Need(N * attention, N * 2 * 4 * t * C, "bfloat16"),
         "residual_layernorm": Need(0.0, 2 * N * t * C * (2 + 4 + 4 + 2) + 2 * 2 * C * 2),
         "feed_forward": Need(N * 2 * t * 2 * C * F, N * 2 * (2 * t * C + 2 * C * F), "bfloat16"),
         "head": Need(2 * 2 * (C * C + C * V), 2 * (2 * 2 * C + C * C + 2 * C + C * V + 2 * V), "bfloat16"),
     }
+
+
+def test_an_operation_that_does_the_work_of_several_needs_what_they_need() -> None:
+    """All after attention in one loop: context, stream and weights in, stream and rows out, of the last block float."""
+    t, all_learns = 11, anatomy(CONFIG)
+    apart = count_of(all_learns, [Batch(LENGTHS)], dtype="int8", compute_dtype="bfloat16")
+    joined = count_of(
+        all_learns, [Batch(LENGTHS)], dtype="int8", compute_dtype="bfloat16", joined="after_attention"
+    ).operations
+    assert sum(need.flops for need in joined.values()) == apart.hardware
+    weights = C * C + 2 * C * F
+    assert joined["after_attention"] == Need(
+        N * 2 * t * weights, N * (t * C * (2 + 4) + weights) + t * C * (4 + 1) + t * C * (4 + 2), "int8"
+    )
+    assert joined["residual_layernorm"].n_bytes == t * C * (2 + 4 + 4 + 2)  # behind the last block
+    assert joined["int8_linear"].flops == N * 2 * t * 3 * C * C
+    assert "int8_feed_forward" not in joined
+    half = count_of(all_learns, [Batch(LENGTHS)], dtype="bfloat16", joined="feed_forward").operations
+    plain = count_of(all_learns, [Batch(LENGTHS)], dtype="bfloat16").operations
+    assert half["residual_layernorm"].n_bytes == plain["residual_layernorm"].n_bytes / 2
+    # What is added is neither written nor read.
+    assert sum(need.n_bytes for need in half.values()) == sum(need.n_bytes for need in plain.values()) - N * t * C * 4
+
+
+def test_which_operations_are_joined_is_seen_from_how_often_they_were_called() -> None:
+    assert joined_in({"varlen_attention": 6, "after_attention": 6, "residual_layernorm": 1}) == "after_attention"
+    assert joined_in({"feed_forward": 6, "residual_layernorm": 12}) is None
+    assert joined_in({"feed_forward": 6, "residual_layernorm": 6}) == "feed_forward"
+    assert joined_in({"feed_forward": 6, "residual_layernorm": 7}) == "feed_forward"  # with that of the head
+    assert joined_in({"aten::mm": 3}) is None
+
+
+def test_of_a_dtype_that_is_not_known_operations_have_no_needs() -> None:
+    found = count(CONFIG, [Batch(LENGTHS)], dtype="float4")
+    assert found.operations == {}
+    assert found.model == encoder_flops(CONFIG, 11, 59)
 
 
 @pytest.mark.parametrize("is_recomputing", [False, True])
