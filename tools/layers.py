@@ -78,6 +78,8 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
     "pydantic": (f"{FAST}.files.schema",),
+    "pynvml": (f"{FAST}.profiling.cards", f"{FAST}.profiling.machine", f"{FAST}.doctor"),
+    "zeus": (f"{FAST}.profiling.counters",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
     "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.weights"),  # the latter for its error class only
     "dill": (),
