@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from bench.machine import OUT, RESULTS, ROOT, machine_slug, provenance
+from bench.machine import OUT, ROOT, machine_folder, provenance
 
 _EMBED, _TOKENIZE = "bench/cpu/test_bench_embed.py::test_bench_embed", "bench/cpu/test_bench_tokenize.py::test_bench"
 _VERIFY = "bench/cpu/test_bench_verify.py::test_bench_verify"
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     args = parser.parse_args()
-    out = (args.out or RESULTS / machine_slug(provenance())).resolve()
+    out = (args.out or machine_folder(provenance())).resolve()
     failed = run_suite(args.suite, out, is_again=args.again, only=args.only)
     print(f"results in {os.path.relpath(out)}; python -m bench.report puts them into the README")
     if failed:

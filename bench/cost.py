@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 from bench.machine import ROOT, save_result
 from bench.scaling import FEWEST, curve_unit, draw, fitted
+from geneformer_fast.profiling.clock import Clock, WallClock
 
 SECONDS, ROUNDS = 60.0, 3
 CELLS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -68,9 +68,7 @@ class Job:
     has_fixed: bool = True
 
 
-def measured(
-    job: Job, *, seconds: float = SECONDS, rounds: int = ROUNDS, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
+def measured(job: Job, *, seconds: float = SECONDS, rounds: int = ROUNDS, clock: Clock | None = None) -> dict[str, Any]:
     """A curve: its points, what is predicted beyond them, the growth, and whether that is as it should be.
 
     Parameters
@@ -82,8 +80,9 @@ def measured(
     rounds
         Runs of each size; one before them does not count.
     clock
-        Tells seconds.
+        None is the host's: everything timed here ends on the host.
     """
+    clock = clock or WallClock()
     points: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for size in job.sizes:
@@ -97,12 +96,8 @@ def measured(
             left_out[str(size)] = str(why)
             continue
         run()
-        times = []
-        for _ in range(rounds):
-            begin = clock()
-            run()
-            times.append((clock() - begin) / (job.per_cell(size) if job.per_cell else 1))
-        ordered = sorted(times)
+        n_cells = job.per_cell(size) if job.per_cell else 1
+        ordered = sorted(ms / 1e3 / n_cells for ms in clock.samples(run, rounds))
         spread = {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
         points.append({"at": size, "seconds": {name: float(f"{value:.5g}") for name, value in spread.items()}})
         print(f"  {job.name}: {size:,} {job.size}: {spread['median']:.4g} {curve_unit(job.size)}", flush=True)

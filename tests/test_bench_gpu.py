@@ -31,8 +31,9 @@ from bench.gpu.measure import (
     measure,
     relative_error,
 )
-from bench.gpu.timer import WallClock, percentiles, time_in_turns
+from bench.gpu.timer import time_in_turns
 from bench.lengths import BLOOD, DEEP, real_lengths, uniform_lengths
+from geneformer_fast.profiling.clock import WallClock, percentiles
 
 CPU = torch.device("cpu")
 

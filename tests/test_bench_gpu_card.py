@@ -13,10 +13,12 @@ import torch
 from bench.gpu import card as gpu_card
 from bench.gpu import measure as gpu_measure
 from bench.gpu import suite as gpu_suite
-from bench.gpu import timer as gpu_timer
 from bench.gpu.cases import H200
 from bench.gpu.measure import Candidate, Place, Prepared
-from bench.gpu.timer import EventClock, as_graph, clock_of, time_in_turns
+from bench.gpu.timer import as_graph, time_in_turns
+from geneformer_fast.profiling import clock as clocks
+from geneformer_fast.profiling import machine
+from geneformer_fast.profiling.clock import EventClock, WallClock, clock_of
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)
@@ -71,7 +73,7 @@ def test_events_are_kept_around_each_repetition_with_work_in_front(cuda: list[st
     assert len(flushes) == 9
     flushes.clear()
     clock.samples(lambda: None, 2, lead_ms=1e9)
-    assert len(flushes) == 2 * gpu_timer.MOST_LEAD_MS / 2
+    assert len(flushes) == 2 * clocks.MOST_LEAD_MS / 2
     flushes.clear()
     assert clock.host_ms(lambda: time.sleep(0.002)) >= 2
     rows = time_in_turns({"a": lambda: None}, clock, seconds=0, has_lead=False)
@@ -79,7 +81,7 @@ def test_events_are_kept_around_each_repetition_with_work_in_front(cuda: list[st
     assert rows["a"]["n"] >= 3
     time_in_turns({"a": lambda: None}, clock, seconds=0, has_lead=True)
     assert flushes
-    assert isinstance(clock_of(CPU), gpu_timer.WallClock)
+    assert isinstance(clock_of(CPU), WallClock)
 
 
 def test_a_graph_is_warmed_up_captured_and_replayed(cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,40 +128,42 @@ def test_the_state_of_a_card_is_read_as_far_as_the_driver_tells(
     cuda: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     nvml(monkeypatch)
-    found = gpu_card.state(CARD)
+    found = machine.state(CARD)
     assert (found["sm_mhz"], found["memory_mhz"], found["power_w"], found["celsius"]) == (1980, 3201, 654.3, 55)
     assert "nvmlDeviceGetCurrentClocksThrottleReasons" in found["throttle_reasons"]  # this driver has no such call
-    assert gpu_card.state(CPU) == {}
+    assert machine.state(CPU) == {}
     # Without the library, by the program; without that, nothing.
     monkeypatch.setitem(sys.modules, "pynvml", None)
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\necho "1980 MHz, 3201 MHz, 100.00 W, 700.00 W, 41"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert gpu_card.state(CARD)["clocks.mem"] == "3201 MHz"
+    assert machine.state(CARD)["clocks.mem"] == "3201 MHz"
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert gpu_card.state(CARD) == {}
+    assert machine.state(CARD) == {}
 
 
 def test_a_card_is_named(cuda: list[str]) -> None:
-    found = gpu_card.card(CARD)
+    found = machine.card(CARD)
     assert found["sm"] == 90
     assert found["memory_gib"] == 80
-    assert gpu_card.card_slug(found) == "nvidia-imaginary-x1"
+    assert machine.slug(found["name"]) == "nvidia-imaginary-x1"
     assert gpu_card.half_dtype(CARD) == torch.bfloat16
     assert gpu_card.half_dtype(CPU) == torch.float32
 
 
-def test_a_commit_can_be_told_where_git_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_card, "provenance", lambda: {"commit": ""})
-    monkeypatch.setenv(gpu_card.COMMIT, "told")
+def test_a_commit_can_be_told_where_git_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "ROOT", tmp_path)  # a copy without .git
+    found = gpu_card.gpu_provenance(CPU)
+    assert (found["commit"], found["is_dirty"], found["gpu"]) == ("", False, {"name": "cpu"})
+    monkeypatch.setenv(machine.COMMIT, "told")
     assert gpu_card.gpu_provenance(CPU)["commit"] == "told"
     digest = gpu_card.source_digest()
     assert len(digest) == 12
     assert digest == gpu_card.source_digest() != gpu_card.source_digest(("bench",))
 
 
-class Telling(gpu_timer.WallClock):
+class Telling(WallClock):
     """A wall clock."""
 
 
@@ -216,7 +220,7 @@ def test_the_command_runs_tests_and_then_cases(
 
     monkeypatch.setattr(gpu_suite, "run_tests", run_tests)
     monkeypatch.setattr(gpu_suite, "run_child", lambda case, *args, **options: begun.append(case.name) or True)
-    monkeypatch.setattr(gpu_card, "_query", lambda device, names: {})
+    monkeypatch.setattr(machine, "query", lambda device, names: {})
     assert gpu_suite.main(["--out", str(tmp_path), "--minutes", "60"]) == 1
     assert begun[:3] == ["ceilings", "attention_d64_forward", "attention_d64_backward"]
     assert not any(name.startswith("encoder") for name in begun)

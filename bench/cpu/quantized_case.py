@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import torch
 
 from bench.child import run_child
 from bench.cpu.embed_candidates import GEOMETRIES, Run, Workplace
-from bench.cpu.embed_case import centred_cosine, percentiles
+from bench.cpu.embed_case import CLOCK, centred_cosine
 from bench.cpu.embed_rival import stock_embeddings
+from geneformer_fast.profiling.clock import percentiles
 
 #: Environment that holds torch, oneDNN, MKL and numba's loops of this project to AVX2.
 AVX2 = {
@@ -107,9 +107,8 @@ def side_by_side(place: Workplace, names: Sequence[str], rounds: int) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in (*names[i % len(names) :], *names[: i % len(names)]):
-            begin = time.perf_counter()
-            runs[name](cells, batch_sizes[name])
-            seconds[name].append(time.perf_counter() - begin)
+            (ms,) = CLOCK.samples(lambda name=name: runs[name](cells, batch_sizes[name]), 1)
+            seconds[name].append(ms / 1e3)
     return {
         name: {
             "what": CANDIDATES[name].what,
@@ -128,9 +127,7 @@ def _tuned(run: Run, cells: Sequence[np.ndarray]) -> int:
     part, taken = cells[:12], {}
     run(part[:1], 1)
     for size in RIVAL_BATCHES:
-        begin = time.perf_counter()
-        run(part, size)
-        taken[size] = time.perf_counter() - begin
+        (taken[size],) = CLOCK.samples(lambda size=size: run(part, size), 1)
     return min(taken, key=taken.__getitem__)
 
 

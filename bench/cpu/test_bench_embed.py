@@ -17,8 +17,11 @@ import pytest
 import torch
 
 from bench.cpu.embed_candidates import CANDIDATES, GEOMETRIES, SHARED, Workplace
-from bench.cpu.embed_case import SideBySide, default_attention, percentiles, ratios, tuned_batch_sizes
+from bench.cpu.embed_case import SideBySide, default_attention, ratios, tuned_batch_sizes
 from bench.machine import save_result
+from geneformer_fast import EncoderConfig
+from geneformer_fast.profiling.clock import percentiles
+from geneformer_fast.profiling.work import encoder_flops
 
 pytestmark = pytest.mark.bench
 
@@ -65,7 +68,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bench_embed(case: Case, benchmark, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bench_embed(case: Case, benchmark, ceilings, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     if not SHARED.is_dir():
         pytest.skip("real cells are not here (shared/ beside the checkout is absent)")
     n_cells = int(os.environ.get("GENEFORMER_FAST_BENCH_CELLS", case.n_cells))
@@ -78,6 +81,11 @@ def test_bench_embed(case: Case, benchmark, tmp_path: Path) -> None:  # type: ig
     side.seconds[case.names[0]] = list(benchmark.stats.stats.data)
     rows = side.rows()
     lengths = np.array([len(tokens) for tokens in side.cells])
+    config = EncoderConfig.preset(f"geneformer-{case.geometry}")
+    for row in rows.values():
+        n_layers = config.n_layers - (row["layer"] == "penultimate")
+        flops = encoder_flops(config, lengths.sum(), (lengths**2).sum(), n_layers)
+        row["tflops"] = float(f"{flops / row['seconds']['p50'] / 1e12:.4g}")
     content = {
         "what": "token folder to embeddings (mean over genes), models loaded before the clock starts; random weights",
         "geometry": case.geometry,
@@ -88,6 +96,7 @@ def test_bench_embed(case: Case, benchmark, tmp_path: Path) -> None:  # type: ig
         "rounds": rounds,
         "default_attention": default_attention(case.geometry),
         "batch_sizes_tried_cells_per_s": tried,
+        "ceilings": ceilings,
         "candidates": rows,
         "ratios": ratios(rows),
         "goals": GOALS if case.geometry == "v1-10m" and case.threads is None else {},

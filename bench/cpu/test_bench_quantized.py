@@ -17,9 +17,9 @@ import pytest
 from geneformer_kernels.target import cpu_features
 
 from bench.cpu.embed_candidates import GEOMETRIES, SHARED, Workplace
-from bench.cpu.embed_case import percentiles
 from bench.cpu.quantized_case import AVX2
 from bench.machine import ROOT, save_result
+from geneformer_fast.profiling.clock import percentiles
 
 pytestmark = pytest.mark.bench
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from bench.cpu.embed_candidates import SHARED
-from bench.cpu.embed_case import default_attention, percentiles
+from bench.cpu.embed_case import default_attention
 from bench.cpu.train_candidates import CANDIDATES, DROPOUT, Workplace
 from bench.cpu.train_case import SideBySide, curves, ratios, tuned_micro_batches
 from bench.cpu.train_rival import Schedule
 from bench.machine import save_result
+from geneformer_fast.profiling.clock import percentiles
 
 pytestmark = pytest.mark.bench
 

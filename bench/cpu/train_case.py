@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from bench.child import run_child
-from bench.cpu.embed_case import percentiles
 from bench.cpu.train_candidates import CANDIDATES, DROPOUT, GEOMETRY, Workplace
 from bench.cpu.train_rival import Schedule, Trained
+from geneformer_fast.profiling.clock import percentiles
 
 #: With dropout, runs from the same weights differ by chance: mean losses may differ by so many nats.
 BAND_WITH_DROPOUT = 0.03

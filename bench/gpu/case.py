@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from bench.gpu.card import ceilings, gpu_provenance, state
+from bench.gpu.card import ceilings, gpu_provenance
 from bench.gpu.cases import Case, case_named
 from bench.gpu.measure import Compiling, Place, measure_or_say_why, release
 from bench.gpu.sources import basis_of, source_of
-from bench.gpu.timer import clock_of
 from bench.machine import RESULTS
+from geneformer_fast.profiling.clock import clock_of
+from geneformer_fast.profiling.machine import state
 
 
 def run_case(
@@ -67,7 +68,7 @@ def run_case(
     begin = time.monotonic()
     clock = clock_of(device)
     before = state(device)
-    at_most = ceilings(device, clock, is_tiny=is_tiny, is_thorough=case.problems is None)
+    at_most = ceilings(device, is_tiny=is_tiny, is_thorough=case.problems is None)
     backend = ("" if is_tiny else "inductor") if backend is None else backend
     compiling = Compiling(compile_s, begin + ended_after_s)
     place = Place(device, clock, at_most, begin + seconds, is_tiny, is_quick, backend, compiling)

@@ -236,7 +236,7 @@ def floors() -> list[str]:
     """Markdown rows of every variant: work, floor on one H200, goals; the int8 ceiling is a guess, twice the other."""
     import torch
 
-    from bench.gpu.timer import WallClock
+    from geneformer_fast.profiling.clock import WallClock
 
     place = Place(torch.device("cpu"), WallClock(), H200, float("inf"))
     rows = ["| case | problem | GFLOP | MB | floor, ms | goals |", "|---|---|---:|---:|---:|---|"]

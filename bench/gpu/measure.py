@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.timer import MOST_PER_TURN, Clock, Run, time_in_turns
+from bench.gpu.timer import MOST_PER_TURN, time_in_turns
+from geneformer_fast.profiling.clock import Clock, Run
 
 # What takes longer than that is warm after one run.
 LONG_S = 0.5

@@ -30,6 +30,7 @@ _OTHER_PARTS = {
 _PROCEDURE = (
     *("bench/gpu/card.py", "bench/gpu/impls.py", "bench/gpu/measure.py", "bench/gpu/models.py", "bench/gpu/timer.py"),
     *("bench/gpu/workload.py", "bench/gpu/providers/*.py", "bench/lengths.py"),
+    *("geneformer_fast/profiling/clock.py", "geneformer_fast/profiling/ceilings.py"),
 )
 #: What tests on a card import, by folder; a change anywhere in them repeats all.
 TESTED = ("kernels", "geneformer_fast", "tests", "bench/gpu/models.py", "bench/gpu/measure.py", "bench/gpu/workload.py")

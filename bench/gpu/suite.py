@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
-    from bench.gpu.card import COMMIT, card_slug, gpu_provenance
+    from bench.gpu.card import gpu_provenance
+    from geneformer_fast.profiling.machine import COMMIT, slug
 
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.commit:
         os.environ[COMMIT] = args.commit
     about = gpu_provenance(device)
-    out = (args.out or RESULTS / card_slug(about["gpu"])).resolve()
+    out = (args.out or RESULTS / slug(about["gpu"]["name"])).resolve()
     with ended_like_an_interrupt():
         return _run(args, out, about, is_dry=device.type == "cpu")
 
