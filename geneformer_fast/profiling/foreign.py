@@ -77,7 +77,7 @@ def count_foreign(model: nn.Module, call: Callable[[], Any]) -> tuple[Figure, st
         Missing, ``"unknown"`` and why; or the number, ``"counted"`` and how.
     """
     with ForeignCounter(model) as counter:
-        counter.look_at(call())
+        call()
     return counter.result()
 
 
@@ -128,10 +128,6 @@ class ForeignCounter:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def look_at(self, result: Any) -> None:
-        """What the step came to: memory in it that nothing was seen to write was written by something unseen."""
-        self._memory.check(tree_leaves(result), "the result")
-
     def result(self) -> tuple[Figure, str, str]:
         """Operations, basis and note, as :func:`count_foreign` returns them."""
         if not self._n_calls:
@@ -168,8 +164,9 @@ class ForeignCounter:
         if threading.get_ident() != self._thread:
             self.doubts.append("the model ran in another thread than the loop")
 
-    def _leave_model(self, *_: Any) -> None:
+    def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
+        self._memory.check(tree_leaves(output), "who called the model")
 
     def _is_in_model(self) -> bool:
         """Within the model's forward pass, or in a backward pass."""
