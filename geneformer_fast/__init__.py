@@ -29,6 +29,9 @@ _HOME = {
     "finetune_cells": "geneformer_fast.finetuning.cells",
     "finetune_genes": "geneformer_fast.finetuning.genes",
     "predict": "geneformer_fast.finetuning.predict",
+    "profile": "geneformer_fast.profiling.run",
+    "ProfilerCallback": "geneformer_fast.profiling.callback",
+    "Report": "geneformer_fast.profiling.report",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from geneformer_fast.finetuning.cells import finetune_cells
     from geneformer_fast.finetuning.genes import finetune_genes
     from geneformer_fast.finetuning.predict import predict
+    from geneformer_fast.profiling.callback import ProfilerCallback
+    from geneformer_fast.profiling.report import Report
+    from geneformer_fast.profiling.run import profile
     from geneformer_fast.quantization.quantize import quantize
     from geneformer_fast.ragged import Ragged
     from geneformer_fast.tokenization.arrow import open_tokens

@@ -31,5 +31,9 @@ class TrainingError(GeneformerFastError):
     """Training cannot go on: the loss is not finite."""
 
 
+class ProfileError(GeneformerFastError):
+    """A run is profiled in a way that gives no figures: nothing was measured, it still goes on, or it is over."""
+
+
 class ArgumentError(GeneformerFastError, TypeError):
     """A public function was given an argument of another kind than it takes; names the argument and both kinds."""

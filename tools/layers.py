@@ -61,7 +61,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 # Libraries that may appear only below these names.
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
-    "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf"),
+    "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf", f"{FAST}.profiling.callback"),
     "datasets": (f"{FAST}.drop_in",),
     "anndata": (
         *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),

@@ -81,6 +81,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as .json; the options below change it")
     for option, (_, kind, metavar, text) in _RECIPE.items():
         parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=text)
+    parser.add_argument(
+        "--profile", nargs="?", const=True, default=False, metavar="PLACE",
+        help="report how fast the first model is trained: a .json, an .html or a folder (default: profile/ in DIR)",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier fine-tuning left in DIR")
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         "freeze_layers": args.freeze, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
-        "tell": None if args.quiet else print,
+        "tell": None if args.quiet else print, "profile": args.profile,
     }  # fmt: skip
     done = _finetune(args, options)
     if not args.quiet:

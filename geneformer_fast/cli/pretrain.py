@@ -67,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, as JSON"
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PLACE",
+        help="report how fast it trains: a .json, an .html or a folder (default: profile/ in --out)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -98,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         on_step=lambda record: last.__setitem__(slice(None), [record]),
         on_eval=evaluations.append,
         tell=print if is_first and not args.quiet else None,
+        profile=args.profile,
         **changes_of(args),
     )
     if is_first:

@@ -19,7 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Sharding, pruning, counters and collectors of outputs: their hooks look at no shape, so packed tensors do for them.
 # Hooks of PEFT are not among them: they hand out one adapter for each row of a padded batch.
-_MACHINERY = ("torch.", "transformers.", "accelerate.")
+_MACHINERY = ("torch.", "transformers.", "accelerate.", "geneformer_fast.profiling.")
 # Observers of quantization do look: at the largest value there is, padding included.
 _OBSERVERS = ("torch.ao.",)
 

@@ -61,6 +61,7 @@ def finetune_cells(
     resume: bool = False,
     overwrite: bool = False,
     tell: Callable[[str], None] | None = None,
+    profile: str | os.PathLike[str] | bool = False,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of cells.
 
@@ -108,6 +109,9 @@ def finetune_cells(
     tell
         Called, before the first step, with what is in every part of every split, such as ``print``; ``splits.json``
         holds the same.
+    profile
+        Where a report of how fast the first model is trained goes (:func:`geneformer_fast.profile`): a ``.json``, an
+        ``.html``, or a folder for both; True: ``profile/`` in ``out``.
 
     Returns
     -------
@@ -158,7 +162,7 @@ def finetune_cells(
         }  # fmt: skip
         origin = origin_of(model, identity, losses)
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
-            engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+            engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
             return engine.run(splits, final, "cells", tell)
 
 

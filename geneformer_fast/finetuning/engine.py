@@ -35,6 +35,7 @@ from geneformer_fast.finetuning.search import Report, Search, check_search, sear
 from geneformer_fast.finetuning.splits import Split, told
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.loop import Objective, fit
+from geneformer_fast.training.profiled import FOLDER
 from geneformer_fast.training.recipe import Recipe
 
 
@@ -135,6 +136,8 @@ class Engine:
         What the model's card says of where it comes from.
     vocabulary
         A ``vocabulary.json`` to put beside the model.
+    profile
+        Where a report of the first training goes, as for :func:`geneformer_fast.training.loop.fit`.
     """
 
     def __init__(
@@ -145,9 +148,11 @@ class Engine:
         folder: OutFolder,
         origin: Mapping[str, Any],
         vocabulary: Path | None,
+        profile: str | os.PathLike[str] | bool = False,
     ) -> None:
         self.work, self.base, self.choices, self.folder = work, base, choices, folder
         self.origin, self.vocabulary = origin, vocabulary
+        self._profile = profile
 
     def run(
         self, splits: Sequence[Split], final: Split | None, of: str, tell: Callable[[str], None] | None = None
@@ -234,9 +239,13 @@ class Engine:
         encoder = with_head(self.base, self.work.kind, n_classes, seed=recipe.seed)
         freeze(encoder, layers, embeddings=self.choices.freeze_embeddings)
         objective, factor = self.work.objective(split)
+        asked: str | os.PathLike[str] | bool = False
+        if report is None:  # no trial of a search
+            asked, self._profile = self._profile, False
         history = fit(
             encoder, self.work.tokens, objective, recipe, out=out, resume=True, on_eval=report,
-            begins_with=self.folder.begins_with, **self.work.training(split),
+            begins_with=self.folder.begins_with, profile=self.folder.path / FOLDER if asked is True else asked,
+            **self.work.training(split),
         )  # fmt: skip
         scale_classifier(encoder, factor)
         return encoder, history.best

@@ -64,6 +64,7 @@ def finetune_genes(
     resume: bool = False,
     overwrite: bool = False,
     tell: Callable[[str], None] | None = None,
+    profile: str | os.PathLike[str] | bool = False,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of genes, as their context in cells shows them.
 
@@ -97,7 +98,7 @@ def finetune_genes(
         Whether genes that the vocabulary does not know, or no cell expresses, may be left out.
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.GENES`.
-    search, is_final, device, resume, overwrite, tell
+    search, is_final, device, resume, overwrite, tell, profile
         As in :func:`finetune_cells`.
 
     Returns
@@ -145,7 +146,7 @@ def finetune_genes(
         }  # fmt: skip
         origin = origin_of(model, identity, {TASK: loss})
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
-            engine = Engine(work, base, choices, place, origin, vocabulary_file(model))
+            engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
             return engine.run(splits, final, "genes", tell)
 
 

@@ -33,6 +33,7 @@ from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning.search import STORAGE
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.identity import check_same
+from geneformer_fast.training.profiled import FOLDER as PROFILE
 from geneformer_fast.training.run_folder import RESUME, check_is_no_file, has_content, remove_unfinished
 
 ASKED, SPLITS, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
@@ -158,7 +159,7 @@ class OutFolder:
         return folder
 
     def _clear(self) -> None:
-        for name in (FOLDS, FINAL):
+        for name in (FOLDS, FINAL, PROFILE):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for pattern in (SPLITS, SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
             for file in self.path.glob(pattern):

@@ -192,12 +192,16 @@ class Tokens:
         ``n_real / n_positions``.
     batches
         [cells, real tokens, positions] of the batches; of very many, a regular selection.
+    n_real_squares, n_position_squares
+        Sums of the squared lengths of cells, and of what they were padded to: what attention costs. 0 where unknown.
     """
 
     n_real: int
     n_positions: int
     useful_share: Figure
     batches: list[list[int]]
+    n_real_squares: int = 0
+    n_position_squares: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.files.schema import build, read_json
@@ -25,6 +25,9 @@ from geneformer_fast.profiling.figures import (
     Timing,
     Tokens,
 )
+
+if TYPE_CHECKING:
+    import pandas
 
 #: Of ``report.json``. It grows when a field changes its meaning; new fields do not change it.
 SCHEMA_VERSION = 1
@@ -94,6 +97,42 @@ class Report:
                 f"{SCHEMA_VERSION}); read it with that version"
             )
         return build(cls, value, where, InputError)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Every figure in a row of its own, this report's and those of the engines it is compared with.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``engine``; ``section`` and ``name`` of the figure, as in ``report.json`` (``"flops.mfu"``,
+            ``"cells.lengths.p90"``, ``"operations.varlen_attention.time_ms"``); ``value``, NaN where there is none;
+            ``unit``; ``text``, of figures that are words; ``reason``, why a value is missing.
+
+        Raises
+        ------
+        UnsupportedError
+            pandas is not installed.
+        """
+        from geneformer_fast.profiling.frame import frame_of
+
+        return frame_of(self)
+
+    def to_html(self) -> str:
+        """The report as one page that asks for nothing from anywhere (:func:`geneformer_fast.profiling.html.page`).
+
+        Raises
+        ------
+        UnsupportedError
+            What draws it is not installed.
+        """
+        from geneformer_fast.profiling.html import page
+
+        return page(self)
+
+    def __str__(self) -> str:
+        from geneformer_fast.profiling.text import table
+
+        return table(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``report.json``.

@@ -55,6 +55,8 @@ class Engine:
 
     Attributes
     ----------
+    step
+        What is called with a batch: model and loss, wrapped.
     optimizer, scaler
         To save and restore.
     """
@@ -69,7 +71,7 @@ class Engine:
             raise UnsupportedError(f"{self.device.type} has no autocast: use precision 'float32'")
         if self.device.type == "cpu" and ranks.is_first:
             warn_if_emulated(self.dtype)
-        self._step = distributed.wrapped(model, loss, recipe.parallel, ranks)
+        self.step = distributed.wrapped(model, loss, recipe.parallel, ranks)
         self.optimizer = make_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -93,8 +95,8 @@ class Engine:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for piece, batch in batches:
             batch = self._moved(batch)
-            with distributed.accumulating(self._step, piece.index + 1 == piece.n_pieces), self.autocast():
-                loss, weight = self._step(batch)
+            with distributed.accumulating(self.step, piece.index + 1 == piece.n_pieces), self.autocast():
+                loss, weight = self.step(batch)
                 if piece.is_filler:
                     loss, weight = loss * 0.0, torch.zeros((), device=self.device)
                 # The number of tokens is known before the weights are: it keeps sums small enough for float16

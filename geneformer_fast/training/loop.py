@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -20,9 +21,7 @@ from geneformer_fast.data.batches import BatchPlan, Piece, Sampler, evaluation_p
 from geneformer_fast.data.loader import load_pieces
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
-from geneformer_fast.profiling.ceilings import product_ceiling
-from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.work import training_flops
+from geneformer_fast.profiling.run import Run
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training import distributed
 from geneformer_fast.training.cells import check_lengths, checked_cells
@@ -39,8 +38,10 @@ from geneformer_fast.training.history import History, LoopState, StepRecord, met
 from geneformer_fast.training.identity import identity_of_run
 from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
 from geneformer_fast.training.objective import Objective
+from geneformer_fast.training.profiled import Asked, place_of, profiled, rows_of_head
 from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import RunFolder, writing_alone
+from geneformer_fast.training.utilisation import Utilisation
 
 SAVE_EVERY = 1000  # where a recipe leaves it open, so that an epoch of days does not hang on one process
 
@@ -60,6 +61,7 @@ def fit(
     on_step: Callable[[StepRecord], None] | None = None,
     on_eval: Callable[[dict[str, float]], None] | None = None,
     begins_with: str | None = None,
+    profile: Run | str | os.PathLike[str] | bool | None = None,
 ) -> History:
     """Train a model in place.
 
@@ -93,6 +95,10 @@ def fit(
     begins_with
         What stands for the weights that the model has now when a run is continued: one that began with other weights is
         refused. None takes their fingerprint.
+    profile
+        Where a report of how fast it trains goes (:func:`geneformer_fast.profile`): a ``.json``, an ``.html``, or a
+        folder for both; True: ``profile/`` in ``out``. Evaluations and checkpoints are left out. Or a run that is open
+        already, which is told of every step.
 
     Returns
     -------
@@ -106,13 +112,15 @@ def fit(
     OutputError
         ``out`` holds another run, or the same one and ``resume`` is False; another process trains into it; or a file
         cannot be written (a full disk): what is there stays whole, and ``resume`` goes on.
+    ProfileError
+        ``profile`` is a run that is not open.
     TrainingError
         The loss is not finite. The last checkpoint stays.
     UnsupportedError
-        The recipe cannot run here, or nothing of the model learns.
+        The recipe cannot run here, nothing of the model learns, or ``profile`` is True and ``out`` None.
     """
     run = _Run(model, tokens, objective, recipe, train_cells, eval_cells, eval_tokens, sampler)
-    run.on_step, run.on_eval = on_step, on_eval
+    run.on_step, run.on_eval, run.profile = on_step, on_eval, profile
     place = None if out is None else Path(out)
     with writing_alone(place, run.ranks, next(model.parameters()).device), ExitStack() as stack:
         run.open(place, resume, stack, begins_with)
@@ -136,6 +144,9 @@ class _Run:
 
     on_step: Callable[[StepRecord], None] | None = None
     on_eval: Callable[[dict[str, float]], None] | None = None
+    profile: Asked = None
+    _measured: Run | None = None
+    _shares: Utilisation | None = None
 
     def __init__(
         self,
@@ -196,6 +207,7 @@ class _Run:
     def open(self, out: Path | None, resume: bool, stack: ExitStack, begins_with: str | None) -> None:
         """Make or find the run's folder, wrap the model, and go to the last checkpoint."""
         recipe, ranks = self.recipe, self.ranks
+        place_of(self.profile, out)  # refused before anything is made
         if out is not None:
             identity = identity_of_run(
                 self.model, recipe, self.tokens, self.eval_tokens, self.train_cells, self.eval_cells, begins_with
@@ -235,8 +247,17 @@ class _Run:
             is_pinned=device.type == "cuda",
         )
         self.model.train()
+        if self.ranks.is_first and any(log.is_active for log in self.logs):
+            self._shares = Utilisation(
+                self.model, device, self.engine.dtype, is_recomputing=recipe.is_recomputing
+            )  # which measures, and so comes before the first step
+        measuring = profiled(
+            self.profile, self.engine.step, out=None if self.folder is None else self.folder.path, recipe=recipe,
+            ranks=self.ranks, name=type(self.model).__name__, dtype=str(self.engine.dtype).removeprefix("torch."),
+            cells=f"{len(self.train_cells):,} cells of {self.tokens.path}",
+        )  # fmt: skip
         self._begin = self._start = time.perf_counter()
-        with closing(batches):
+        with closing(batches), measuring as self._measured:
             while (position := self._position()) < self.n_steps and not self.history.is_stopped_early:
                 pieces = self._one_step(batches, self.recipe.learning_rate * self.schedule(position))
                 self._after_step(pieces[-1])
@@ -259,11 +280,12 @@ class _Run:
 
     def _one_step(self, batches: Iterator[tuple[Piece, Any]], learning_rate: float) -> list[Piece]:
         """Compute and apply one step."""
-        engine, pieces = self.engine, []
+        engine, pieces, rows = self.engine, [], list[int | None]()
 
         def own() -> Iterator[tuple[Piece, Any]]:
             for piece, batch in batches:
                 pieces.append(piece)
+                rows.append(rows_of_head(batch))
                 yield piece, batch
                 if piece.index + 1 == piece.n_pieces:
                     return
@@ -279,7 +301,16 @@ class _Run:
         self.step += 1
         if engine.device.type == "cpu":
             self._settle()
+        if self._measured is not None:
+            known = [n for n in rows if n is not None]
+            self._measured.step(head_rows=sum(known) if len(known) == len(rows) else None)
         return pieces
+
+    def _unmeasured(self) -> contextlib.AbstractContextManager[None]:
+        """What is no training is no part of its report."""
+        if self._measured is None or not self._measured.is_running:
+            return contextlib.nullcontext()
+        return self._measured.paused()
 
     def _numbers(self, pending: _Pending) -> tuple[float, float, float]:
         """(loss, weight, norm of the gradient) of a step; an error if they are not finite."""
@@ -320,23 +351,17 @@ class _Run:
                 record.step % self.recipe.log_every == 0 or record.step == self.n_steps
             ):
                 values = asdict(record) | {"tokens_per_s": record.n_tokens / record.seconds}
-                values["mfu"] = self._utilisation(pending, record)
+                values |= self._utilisation(pending, record)
                 for log in self.logs:
                     log.step(values)
             if self.on_step is not None:
                 self.on_step(record)
 
-    def _utilisation(self, pending: _Pending, record: StepRecord) -> float | None:
-        """MFU of this device in one step; None where the work is not known."""
+    def _utilisation(self, pending: _Pending, record: StepRecord) -> dict[str, float | None]:
+        """MFU and HFU of this device in one step."""
+        assert self._shares is not None
         lengths = self.plan.lengths[np.concatenate([piece.cells for piece in pending.pieces])]
-        n_rows = record.weight / self.ranks.world_size
-        flops = training_flops(self.model, int(lengths.sum()), int((lengths**2).sum()), n_rows)
-        begin = time.perf_counter()
-        ceiling = product_ceiling(self.engine.device, str(self.engine.dtype).removeprefix("torch."))
-        self._begin += time.perf_counter() - begin  # measured once, which is no part of the next step
-        if isinstance(flops, Missing) or isinstance(ceiling, Missing):
-            return None
-        return flops / record.seconds / (ceiling * 1e12)
+        return self._shares.of(lengths, record.weight / self.ranks.world_size, record.seconds)
 
     def _after_step(self, piece: Piece) -> None:
         """Evaluate and save where it is time to."""
@@ -394,7 +419,7 @@ class _Run:
         )
         self.model.eval()
         try:
-            with closing(batches), torch.no_grad(), self.engine.autocast():
+            with self._unmeasured(), closing(batches), torch.no_grad(), self.engine.autocast():
                 return self.objective.metrics(self.model, (batch.to(self.engine.device) for _, batch in batches))
         finally:
             self.engine.reshard()
@@ -408,9 +433,11 @@ class _Run:
             "seconds": self._seconds(),
             "scaler": self.engine.scaler.state_dict(),
         }
-        save_checkpoint(
-            folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks, keep=self.recipe.keep
-        )
+        with self._unmeasured():
+            save_checkpoint(
+                folder.checkpoints, self.step, self.model, self.engine.optimizer, state, self.ranks,
+                keep=self.recipe.keep,
+            )  # fmt: skip
         self._saved_step = self.step
         if self.ranks.is_first:
             folder.forget_all_but(self.history.best)

@@ -56,6 +56,7 @@ def pretrain(
     on_step: Callable[[StepRecord], None] | None = None,
     on_eval: Callable[[dict[str, float]], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    profile: str | os.PathLike[str] | bool = False,
     **changes: Any,
 ) -> Path:
     """Train an encoder to name masked genes.
@@ -93,6 +94,9 @@ def pretrain(
         As in :func:`fit`.
     tell
         Called, before the first step, with how many cells are trained and validated on; such as ``print``.
+    profile
+        Where a report of how fast it trains goes: a ``.json``, an ``.html``, or a folder for both; True: ``profile/``
+        in ``out``.
     **changes
         Fields of the recipe to change, such as ``epochs=1`` or ``batch_cells=64``.
 
@@ -138,6 +142,7 @@ def pretrain(
                 on_step=on_step,
                 on_eval=on_eval,
                 begins_with=begins_with,
+                profile=profile,
             )
             vocabulary = _vocabulary_file(identity, init, config)
             return _save_final(model, Path(out), vocabulary, ranks)

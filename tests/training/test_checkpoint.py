@@ -39,7 +39,7 @@ LONG = dataclasses.replace(SHORT, epochs=10, save_every=4, eval_every=6, keep=2,
 def log(run: Path) -> list[dict]:
     """Lines of a log without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "mfu")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "mfu", "hfu")} for line in lines]
 
 
 def start(ground: Ground, folder: Path, dies_at: int = 0) -> BaseProcess:

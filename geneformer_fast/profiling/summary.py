@@ -1,0 +1,171 @@
+"""From what was measured to a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from geneformer_fast.profiling.ceilings import measure_ceilings
+from geneformer_fast.profiling.counting import Counting
+from geneformer_fast.profiling.figures import (
+    Ceilings,
+    Figure,
+    Flops,
+    Missing,
+    Spread,
+    Subject,
+    Timing,
+    divided,
+)
+from geneformer_fast.profiling.findings import findings
+from geneformer_fast.profiling.hooks import Hooks
+from geneformer_fast.profiling.machine import provenance
+from geneformer_fast.profiling.meters import Meters
+from geneformer_fast.profiling.operations import with_needs
+from geneformer_fast.profiling.phases import Options
+from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.steps import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, StepClock
+from geneformer_fast.profiling.subject import Profiled, settings_with
+from geneformer_fast.profiling.tally import Tally
+
+# What the profiler tells of a step that marks cannot: it is taken out of the parts that were marked.
+_WATCHED = ("copies", "communication", "host_gaps")
+# Ceilings that findings compare with, beside the one of the run.
+_OTHERS = ("float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that a run knows when its loop is over."""
+
+    about: Profiled
+    device: torch.device
+    options: Options
+    dtype: str | None
+    clock: StepClock
+    tally: Tally
+    counting: Counting
+    meters: Meters
+    hooks: Hooks
+    first_step_s: float
+
+
+def report_of(measured: Measured) -> Report:
+    """The report."""
+    clock, tally, meters = measured.clock, measured.tally, measured.meters
+    ceilings = _ceilings(measured)
+    cells = tally.cells(clock.wall_s)
+    needs = measured.counting.needs(meters.watched_passes, measured.dtype)
+    report = Report(
+        subject=_subject(measured),
+        machine=provenance(),
+        ceilings=ceilings,
+        time=_timing(measured),
+        cells=cells,
+        tokens=tally.tokens(),
+        flops=_flops(measured, ceilings),
+        memory=meters.memory,
+        energy=meters.energy,
+        operations=with_needs(meters.seen.operations, needs, ceilings, measured.dtype),
+        blocks=meters.seen.blocks,
+        series=meters.series,
+    )
+    return replace(report, findings=findings(report))
+
+
+def _subject(measured: Measured) -> Subject:
+    about, options = measured.about, measured.options
+    is_training = options.mode == "loop" and measured.hooks.n_updates > 0
+    settings = settings_with(options.settings, about, measured.device)
+    if is_training:
+        settings = {"training": True, **settings}
+    return Subject(
+        options.mode, options.name or about.name, options.engine or about.engine, about.n_parameters, about.geometry,
+        measured.dtype, str(measured.device), options.tokens or "what the loop gave the model", settings,
+    )  # fmt: skip
+
+
+def _ceilings(measured: Measured) -> Ceilings:
+    """Of the dtype of the run, and of those that findings compare it with."""
+    if not measured.options.has_ceilings:
+        return Ceilings({}, Missing("not measured: ceilings is off"))
+    names = dict.fromkeys([*([] if measured.dtype is None else [measured.dtype]), *_OTHERS])
+    return measure_ceilings(measured.device, list(names))
+
+
+def _timing(measured: Measured) -> Timing:
+    clock = measured.clock
+    first: Figure = measured.first_step_s
+    if first != first:
+        first = Missing("there was no warm-up")
+    return Timing(
+        clock.n_steps,
+        measured.options.n_warmup,
+        clock.wall_s,
+        measured.meters.cpu_s,
+        first,
+        Spread.of([1e3 * seconds for seconds in clock.step_s.values]),
+        _parts(measured),
+    )
+
+
+def _parts(measured: Measured) -> dict[str, Figure]:
+    """Where the window's time went: by marks, and what the profiler saw within them."""
+    clock, hooks = measured.clock, measured.hooks
+    parts: dict[str, Figure] = dict(clock.parts)
+    why = ""
+    if not hooks.n_calls:
+        why = "no model was given" if measured.about.model is None else "the model's forward pass was never called"
+    elif hooks.is_overlapping:
+        why = "forward passes ran in several threads at once"
+    if why:
+        parts = {name: Missing(why) for name in (DATA, FORWARD, BACKWARD, OPTIMIZER, OTHER)}
+    watched = _watched_parts(measured)
+    taken = sum(value for value in watched.values() if not isinstance(value, Missing))
+    marked = {name: value for name, value in parts.items() if name != DATA and not isinstance(value, Missing)}
+    left = sum(marked.values())
+    if left and taken:
+        # Copies and gaps lie within what was marked; nobody knows in which part of it.
+        share = max(0.0, 1.0 - taken / left)
+        parts |= {name: value * share for name, value in marked.items()}
+        if taken > left:
+            watched = {n: v if isinstance(v, Missing) else v * left / taken for n, v in watched.items()}
+    return {**parts, **watched}
+
+
+def _watched_parts(measured: Measured) -> dict[str, Figure]:
+    """Copies, communication and gaps of the window, in proportion to the steps that were watched."""
+    seen, clock = measured.meters.seen, measured.clock
+    found: dict[str, Figure] = {}
+    for name in _WATCHED:
+        value = seen.parts.get(name, Missing(measured.meters.why_unwatched))
+        if not isinstance(value, Missing) and name == "host_gaps":
+            # The profiler counts the wait for data as a gap.
+            per_step = clock.parts[DATA] / clock.n_steps
+            value = max(0.0, value - per_step)
+        found[name] = value if isinstance(value, Missing) else value * clock.n_steps
+    return found
+
+
+def _flops(measured: Measured, ceilings: Ceilings) -> Flops:
+    counting, wall_s = measured.counting, measured.clock.wall_s
+    (model, hardware, basis, note), dtype = counting.figures(), measured.dtype
+
+    def used(amount: Figure, ceiling: Figure) -> Figure:
+        rate = divided(amount, wall_s, "the window")
+        return divided(divided(rate, 1e12), ceiling, "the ceiling")
+
+    reached, promised = ceilings.product(dtype), ceilings.promised(dtype)
+    return Flops(
+        model,
+        hardware,
+        divided(model, measured.tally.n_cells, "the number of cells"),
+        used(model, reached),
+        used(hardware, reached),
+        used(model, promised),
+        used(hardware, promised),
+        dtype,
+        basis,
+        note,
+    )

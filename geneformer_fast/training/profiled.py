@@ -1,0 +1,117 @@
+"""The report of a training run, as ``profile=`` of :func:`geneformer_fast.training.loop.fit` asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geneformer_fast.errors import OutputError, ProfileError, UnsupportedError
+from geneformer_fast.profiling.run import Run, profile
+from geneformer_fast.training.distributed import Ranks
+from geneformer_fast.training.recipe import Recipe
+
+#: A label that asks for nothing.
+IGNORED = -100
+#: Name of the folder, in that of the run, that a report goes to where nobody names another place.
+FOLDER = "profile"
+Asked = Run | str | os.PathLike[str] | bool | None
+
+
+def place_of(asked: Asked, out: Path | None) -> Path | None:
+    """Where the report goes; None where it is not asked for.
+
+    Raises
+    ------
+    UnsupportedError
+        No place is named, and the run has no folder.
+    """
+    if asked is None or asked is False or isinstance(asked, Run):
+        return None
+    if not isinstance(asked, bool):
+        return Path(asked)
+    if out is None:
+        raise UnsupportedError("profile=True writes into the folder of the run, and there is none: name a place for it")
+    return out / FOLDER
+
+
+@contextlib.contextmanager
+def profiled(
+    asked: Asked, step: nn.Module, *, out: Path | None, recipe: Recipe, ranks: Ranks, name: str, dtype: str, cells: str
+) -> Iterator[Run | None]:
+    """Measure the steps of a training run.
+
+    A training that is too short to be measured, or whose report cannot be written, ends as it would have, with a
+    warning.
+
+    Parameters
+    ----------
+    asked
+        A place, True for one in ``out``, a run of one's own, or nothing.
+    step
+        What is called with a batch, and gives its loss.
+    out
+        Folder of the run.
+    recipe, ranks
+        Of the run; every process measures its own part, and the first one writes.
+    name, dtype, cells
+        Of the model and of the data.
+
+    Yields
+    ------
+    Run or None
+        To be told of every step.
+
+    Raises
+    ------
+    ProfileError
+        A run of one's own is not open.
+    """
+    if isinstance(asked, Run) and not asked.is_running:
+        raise ProfileError("the run that is to profile the training is not open: train within its with-block")
+    place = place_of(asked, out)
+    if place is None:
+        yield asked if isinstance(asked, Run) else None
+        return
+    run = profile(
+        step, name=name, mode="train", dtype=dtype, tokens=cells, out=place if ranks.is_first else None,
+        settings=_settings(recipe, ranks),
+    )  # fmt: skip
+    run.__enter__()
+    try:
+        yield run
+    except BaseException:
+        run.__exit__(*sys.exc_info())
+        raise
+    try:
+        run.__exit__(None, None, None)
+    except (ProfileError, OutputError) as error:
+        warnings.warn(f"there is no report of the training: {error}", stacklevel=3)
+
+
+def _settings(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """What of a recipe decides how fast it is."""
+    found: dict[str, Any] = {
+        "token_budget": recipe.token_budget, "batch_cells": recipe.batch_cells, "batch_tokens": recipe.batch_tokens,
+        "workers": recipe.workers,
+    }  # fmt: skip
+    if ranks.world_size > 1:
+        found |= {"processes": ranks.world_size, "parallel": recipe.parallel}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rows_of_head(batch: Any) -> int | None:
+    """Rows that the head will be asked for, of a batch on the host; None where it reads cells as wholes."""
+    rows = getattr(batch, "rows", None)
+    if isinstance(rows, torch.Tensor):
+        return len(rows)
+    targets = getattr(batch, "targets", None)
+    is_of_tokens = isinstance(targets, torch.Tensor) and targets.ndim == 1
+    return int((targets != IGNORED).sum()) if is_of_tokens else None

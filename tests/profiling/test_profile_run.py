@@ -1,0 +1,401 @@
+"""What a run reports is what an independent count of the same loop gives; wrong use is refused by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import encoder as toy_encoder
+
+import geneformer_fast
+from geneformer_fast import Encoder, EncoderConfig, Ragged
+from geneformer_fast.errors import ProfileError
+from geneformer_fast.profiling import steps
+from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.phases import FIRST_STEPS
+from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.run import Run, profile
+from geneformer_fast.profiling.work import encoder_flops, head_flops
+
+CONFIG = EncoderConfig(n_layers=2, width=32, n_heads=2, ff_width=48, vocab_size=97, max_len=64)
+QUICK: dict[str, Any] = {"energy": False, "ceilings": False}
+#: Steps of a loop that leave two for the window after those that are watched.
+N_STEPS = 3 + FIRST_STEPS + 1 + 3 + 2
+
+
+def batches(n: int = N_STEPS, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 40, rng.integers(2, 6)).tolist() for _ in range(n)]
+
+
+def packed(lengths: list[int]) -> Ragged:
+    return Ragged.from_lengths(torch.arange(sum(lengths)) % CONFIG.vocab_size, lengths)
+
+
+def measured_of(lengths: list[Any], n_warmup: int = 3, n_active: int = 2) -> list[Any]:
+    """The steps of the window, of a loop without an end."""
+    after = n_warmup + FIRST_STEPS
+    watched = 1 + (n_active + 1 if n_active else 0)
+    return [*lengths[n_warmup:after], *lengths[after + watched :]]
+
+
+def figure(value: Any) -> float:
+    assert not isinstance(value, Missing), value
+    return float(value)
+
+
+def test_embedding_with_an_encoder_is_measured_as_it_was_computed() -> None:
+    encoder, given = Encoder(CONFIG).eval(), batches()
+    with profile(encoder, **QUICK) as run:
+        for lengths in given:
+            with torch.inference_mode():
+                encoder(packed(lengths))
+            run.step()
+    report = run.report
+    window = measured_of(given)
+    flat = np.concatenate(window)
+    assert (report.time.n_steps, report.time.n_warmup) == (len(window), 3)
+    assert (report.cells.n, report.tokens.n_real, report.tokens.n_positions) == (len(flat), flat.sum(), flat.sum())
+    assert report.tokens.useful_share == 1
+    assert report.tokens.batches == [[len(each), sum(each), sum(each)] for each in window]
+    assert report.flops.model == report.flops.hardware == encoder_flops(CONFIG, flat.sum(), (flat**2).sum())
+    assert report.flops.basis == "formula"
+    assert figure(report.cells.per_s) == pytest.approx(len(flat) / report.time.wall_s)
+    assert isinstance(report.flops.mfu, Missing)
+    subject = report.subject
+    assert (subject.engine, subject.model, subject.dtype, subject.device) == (
+        "geneformer_fast", "Encoder", "float32", "cpu",
+    )  # fmt: skip
+    assert subject.geometry == CONFIG.to_dict()
+    assert subject.n_parameters == sum(p.numel() for p in encoder.parameters())
+
+
+class ToldTime:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+class Timed(nn.Module):
+    """Takes two seconds forward and three backward."""
+
+    def __init__(self, clock: ToldTime) -> None:
+        super().__init__()
+        self.weight, self.clock = nn.Parameter(torch.ones(1)), clock
+
+    def pass_by(self, seconds: float) -> None:
+        self.clock.seconds += seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.pass_by(2)
+        product = self.weight * x
+        if product.requires_grad:
+            product.register_hook(lambda _: self.pass_by(3))
+        return product.sum()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ToldTime:
+    told = ToldTime()
+    monkeypatch.setattr(steps, "time", told)
+    return told
+
+
+def test_every_second_of_a_training_is_in_its_part(clock: ToldTime) -> None:
+    model = Timed(clock)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with profile(model, n_warmup=1, n_steps=4, n_active=0, **QUICK) as run:
+        for _ in range(7):
+            model.pass_by(1)  # the batch is waited for
+            optimizer.zero_grad()
+            model(torch.ones(3)).backward()
+            optimizer.step(lambda: model.pass_by(4))
+            model.pass_by(5)
+            run.step(n_cells=3)
+    spent = run.report.time
+    parts = {"data": 4, "forward": 8, "backward": 12, "optimizer": 16, "other": 20}
+    assert {name: spent.parts[name] for name in parts} == parts
+    assert spent.wall_s == 60
+    assert spent.step_ms.p10 == spent.step_ms.p50 == spent.step_ms.p90 == 15_000
+    assert run.report.cells.per_s == 12 / 60
+    for name in ("copies", "host_gaps"):
+        assert isinstance(spent.parts[name], Missing)
+
+
+def test_what_an_evaluation_takes_is_left_out(clock: ToldTime) -> None:
+    model, given = Timed(clock), range(1, 10)
+    with profile(model, n_warmup=1, n_steps=8, n_active=0, **QUICK) as run, torch.no_grad():
+        for n_cells in given:
+            model(torch.ones(1))
+            run.step(n_cells=n_cells)
+            with run.paused():
+                model.pass_by(100)
+                model(torch.ones(1))
+    assert run.report.time.wall_s == 16
+    assert run.report.time.parts["forward"] == 16
+    assert run.report.cells.n == sum(given[1:])
+
+
+def test_wall_time_is_what_a_plain_loop_says() -> None:
+    """Of the best of a few tries: other programs may come between two looks at the clock."""
+    close = []
+    for _ in range(3):
+        with profile(None, n_warmup=1, n_steps=5, n_active=0, **QUICK) as run:
+            run.step(n_cells=1)
+            begin = time.perf_counter()
+            for _ in range(5):
+                time.sleep(0.04)
+                stop = time.perf_counter()
+                run.step(n_cells=1)
+        close.append(abs(run.report.time.wall_s / (stop - begin) - 1))
+        if close[-1] < 0.05:
+            return
+    pytest.fail(f"measured times differ by {min(close):.0%} from a plain clock's")
+
+
+def training(model: Encoder, given: list[list[int]], run: Run) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for lengths in given:
+        tokens = packed(lengths)
+        rows = torch.arange(0, tokens.n_tokens, 5)
+        optimizer.zero_grad()
+        model.mlm_loss(model(tokens), rows, tokens.values[rows]).backward()
+        optimizer.step()
+        run.step(head_rows=len(rows))
+
+
+@pytest.mark.parametrize("is_recomputing", [False, True])
+def test_training_is_three_times_the_forward_pass_with_the_rows_that_were_asked_for(is_recomputing: bool) -> None:
+    model, given = Encoder(CONFIG, "mlm").train(), batches()
+    model.is_recomputing = is_recomputing
+    with profile(model, **QUICK) as run:
+        training(model, given, run)
+    window = measured_of(given)
+    flat = np.concatenate(window)
+    blocks = encoder_flops(CONFIG, flat.sum(), (flat**2).sum())
+    rows = sum(len(range(0, sum(each), 5)) for each in window)
+    assert run.report.flops.model == 3 * (blocks + head_flops(CONFIG, rows))
+    assert run.report.flops.hardware == 3 * (blocks + head_flops(CONFIG, rows)) + is_recomputing * blocks
+    assert run.report.subject.settings["training"] is True
+    assert run.report.subject.settings.get("recomputing", False) is is_recomputing
+    for part in ("forward", "backward", "optimizer"):
+        assert figure(run.report.time.parts[part]) > 0
+
+
+def test_rows_of_a_head_that_nobody_told_leave_its_work_unknown() -> None:
+    model = Encoder(CONFIG, "mlm").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with profile(model, n_warmup=0, n_steps=1, n_active=0, **QUICK) as run:
+        tokens = packed([5, 6])
+        model.mlm_loss(model(tokens), torch.tensor([1]), torch.tensor([3])).backward()
+        optimizer.step()
+        run.step()
+    assert "head_rows" in str(run.report.flops.model)
+    assert run.report.flops.basis == "unknown"
+
+
+def test_blocks_that_are_not_computed_are_not_counted() -> None:
+    encoder = Encoder(CONFIG).eval()
+    with profile(encoder, n_warmup=0, n_steps=1, n_active=0, n_layers=1, **QUICK) as run, torch.inference_mode():
+        encoder(packed([7, 9]), layer="penultimate")
+        run.step()
+    assert run.report.flops.model == encoder_flops(CONFIG, 16, 49 + 81, 1)
+
+
+def test_a_linear_network_of_torch_is_counted_as_torch_counts_it() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    with profile(model, **QUICK) as run:
+        for _ in range(N_STEPS + 1):
+            with torch.no_grad():
+                model(torch.ones(7, 20))
+            run.step(n_cells=7)
+    flops = run.report.flops
+    assert (flops.basis, run.report.subject.engine) == ("counted", "torch")
+    assert flops.model == flops.hardware == run.report.time.n_steps * 2 * 7 * (20 * 30 + 30 * 5)
+    assert "nobody said how long" in str(run.report.tokens.useful_share)
+
+
+def test_batches_of_several_shapes_of_a_foreign_model_are_not_guessed() -> None:
+    model = nn.Linear(20, 30)
+    with profile(model, **QUICK) as run:
+        for index in range(N_STEPS + 1):
+            model(torch.ones(7 + index % 2, 20))
+            run.step(n_cells=7)
+    assert "several shapes" in str(run.report.flops.model)
+    assert run.report.flops.basis == "unknown"
+
+
+def test_cells_of_what_is_paused_are_left_out() -> None:
+    encoder, given = Encoder(CONFIG).eval(), batches(9)
+    with profile(encoder, n_warmup=1, n_steps=8, n_active=0, **QUICK) as run, torch.inference_mode():
+        for lengths in given:
+            encoder(packed(lengths))
+            run.step()
+            with run.paused():
+                encoder(packed([60, 60]))
+    assert run.report.tokens.n_real == sum(map(sum, given[1:]))
+
+
+def test_what_is_written_is_the_report(tmp_path: Path) -> None:
+    encoder = Encoder(CONFIG).eval()
+    with profile(encoder, n_warmup=0, n_steps=2, n_active=1, out=tmp_path / "made" / "here", **QUICK) as run:
+        for lengths in batches(6):
+            with torch.inference_mode():
+                encoder(packed(lengths))
+            run.step()
+    assert Report.load(tmp_path / "made" / "here" / "report.json") == run.report
+    assert "<html" in (tmp_path / "made" / "here" / "report.html").read_text()
+    assert run.report.operations
+    assert run.is_complete
+
+
+@pytest.fixture
+def encoder() -> Iterator[Encoder]:
+    yield Encoder(CONFIG).eval()
+    assert Run._current is None, "a run was left open"
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_nothing_stays_in_a_model_whatever_happens(encoder: Encoder) -> None:
+    run = profile(encoder, **QUICK)
+
+    def loop() -> None:
+        with run:
+            encoder(packed([3]))
+            run.step()
+            raise RuntimeError("of the loop")
+
+    with pytest.raises(RuntimeError, match="of the loop"):
+        loop()
+    assert hooks_of(encoder) == 0
+    with pytest.raises(ProfileError, match=r"ended with an error \(RuntimeError\)"):
+        run.report  # noqa: B018
+    with profile(encoder, n_warmup=0, n_active=0, **QUICK) as run:
+        encoder(packed([3]))
+        run.step()
+    assert hooks_of(encoder) == 0
+    assert run.report.cells.n == 1
+
+
+def test_runs_are_read_when_they_are_over_and_not_twice(encoder: Encoder) -> None:
+    run = profile(encoder, n_warmup=0, n_active=0, **QUICK)
+    with pytest.raises(ProfileError, match="has not begun"):
+        run.report  # noqa: B018
+    with pytest.raises(ProfileError, match="within the with-block"):
+        run.step(n_cells=1)
+    with run:
+        with pytest.raises(ProfileError, match="still goes on"):
+            run.report  # noqa: B018
+        encoder(packed([3]))
+        run.step()
+    with pytest.raises(ProfileError, match="within the with-block"):
+        run.step(n_cells=1)
+    with pytest.raises(ProfileError, match="measured once"), run:
+        pass
+    with pytest.raises(ProfileError, match="within the with-block"), run.paused():
+        pass
+
+
+def test_runs_cannot_be_nested(encoder: Encoder) -> None:
+    with profile(encoder, n_warmup=0, n_active=0, **QUICK) as outer:
+        inner = profile(encoder, **QUICK)
+        with pytest.raises(ProfileError, match="cannot be nested"), inner:
+            pass
+        encoder(packed([3]))
+        outer.step()
+    assert outer.report.cells.n == 1
+    with inner:  # it was refused, and may begin now
+        pass
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "said"), [(0, "no step was made"), (2, "all 2 steps were warm-up")], ids=["none", "warm-up"]
+)
+def test_too_few_steps_are_said_to_be(n_steps: int, said: str, encoder: Encoder, tmp_path: Path) -> None:
+    with profile(encoder, **QUICK) as run:
+        for _ in range(n_steps):
+            encoder(packed([3]))
+            run.step()
+    with pytest.raises(ProfileError, match=said):
+        run.report  # noqa: B018
+    with pytest.raises(ProfileError, match="no step was made"), profile(encoder, out=tmp_path / "report", **QUICK):
+        pass
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_warmup": -1}, "n_warmup must be at least 0"),
+        ({"n_steps": 0}, "n_steps must be at least 1"),
+        ({"n_active": -2}, "n_active must be at least 0"),
+        ({"mode": "fly"}, "mode must be one of"),
+        ({"device": "meta"}, "the model is on cpu, and device says meta"),
+    ],
+)
+def test_wrong_options_are_refused(options: Any, said: str, encoder: Encoder) -> None:
+    with pytest.raises(ProfileError, match=said):
+        profile(encoder, **options)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ProfileError, match="on the meta device"):
+        profile(Encoder(CONFIG).to("meta"))
+
+
+def test_steps_that_say_nothing_are_refused_and_the_run_goes_on() -> None:
+    with profile(None, n_warmup=0, n_active=0, **QUICK) as run:
+        with pytest.raises(ProfileError, match="nobody says what cells this step had"):
+            run.step()
+        with pytest.raises(ProfileError, match="NaN"):
+            run.step(lengths=[float("nan")])
+        run.step(attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert run.report.tokens.useful_share == 0.5
+    assert "no model was given" in str(run.report.time.parts["forward"])
+    assert "no model was given" in str(run.report.flops.model)
+
+
+def test_the_first_names_of_the_package_are_these() -> None:
+    assert geneformer_fast.profile is profile
+    assert geneformer_fast.Report is Report
+
+
+def test_forward_passes_in_several_threads_have_no_time_of_their_own() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    barrier = Barrier(2, timeout=30)
+
+    class Meeting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            barrier.wait()
+            return x
+
+    model = Meeting()
+    with profile(model, n_warmup=0, n_steps=1, n_active=0, **QUICK) as run, ThreadPoolExecutor(2) as pool:
+        list(pool.map(model, [torch.ones(1)] * 2))
+        run.step(n_cells=2)
+    assert "several threads" in str(run.report.time.parts["forward"])
+    assert run.report.time.wall_s > 0
+
+
+def test_precision_is_that_of_the_first_pass() -> None:
+    encoder = toy_encoder().train()
+    with profile(encoder, n_warmup=0, n_steps=1, n_active=0, **QUICK) as run:
+        with torch.autocast("cpu", torch.bfloat16):
+            encoder(Ragged.from_cells([[2, 3, 4]]))
+        run.step()
+    assert run.report.subject.dtype == "bfloat16"
