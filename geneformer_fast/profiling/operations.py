@@ -322,9 +322,9 @@ def with_needs(
     ceilings
         Of this machine.
     dtype
-        Of products, for operations whose name does not say it (``int8_linear`` does).
+        Of products, for operations whose need and name do not say it (``int8_linear`` does).
     """
-    return [_with_need(row, needs.get(row.name), ceilings, _dtype_of(row.name, dtype)) for row in operations]
+    return [_with_need(row, needs.get(row.name), ceilings, dtype) for row in operations]
 
 
 def _dtype_of(name: str, dtype: str | None) -> str | None:
@@ -334,7 +334,8 @@ def _dtype_of(name: str, dtype: str | None) -> str | None:
 def _with_need(row: Operation, need: Needed | None, ceilings: Ceilings, dtype: str | None) -> Operation:
     if need is None:
         return row
-    bound = _roof_ms(need, ceilings, dtype)
+    # Attention of an int8 model multiplies floats.
+    bound = _roof_ms(need, ceilings, getattr(need, "dtype", None) or _dtype_of(row.name, dtype))
     if not isinstance(bound, Missing):
         bound = bound / row.time_ms if row.time_ms else Missing("it took no time that could be measured")
     return replace(row, flops=need.flops, n_bytes=need.n_bytes, roof_share=bound)

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from geneformer_fast import Encoder, EncoderConfig, quantize
 from geneformer_fast.finetuning.models import freeze
 from geneformer_fast.profiling.anatomy import anatomy, anatomy_of
-from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.figures import Ceilings, Missing, Operation
 from geneformer_fast.profiling.needs import Need, joined_in
+from geneformer_fast.profiling.operations import with_needs
 from geneformer_fast.profiling.work import Batch, count, count_of, encoder_flops, head_flops, training_flops
 
 N, C, H, F, V = 2, 32, 2, 48, 50
@@ -277,6 +278,17 @@ def test_of_a_dtype_that_is_not_known_operations_have_no_needs() -> None:
     found = count(CONFIG, [Batch(LENGTHS)], dtype="float4")
     assert found.operations == {}
     assert found.model == encoder_flops(CONFIG, 11, 59)
+
+
+def test_each_product_is_held_against_the_ceiling_of_its_own_dtype() -> None:
+    needs = count(CONFIG, [Batch(LENGTHS)], dtype="int8", compute_dtype="bfloat16").operations
+    rows = [
+        Operation(name, N, 1.0, 0.5, *[Missing("not yet")] * 3) for name in ("varlen_attention", "int8_feed_forward")
+    ]
+    ceilings = Ceilings({"int8": 4e-6, "bfloat16": 1e-6}, 1e9)
+    attention, half = with_needs(rows, needs, ceilings, "int8")
+    assert attention.roof_share == pytest.approx(needs["varlen_attention"].flops / 1e6 * 1e3)
+    assert half.roof_share == pytest.approx(needs["int8_feed_forward"].flops / 4e6 * 1e3)
 
 
 @pytest.mark.parametrize("is_recomputing", [False, True])
