@@ -92,7 +92,8 @@ def finetune_cells(
         ``"none"``, ``"over"`` or ``"under"``, of the training cells only; most cells per class and epoch.
     freeze_layers, freeze_embeddings
         Blocks from the bottom that stay as they are, and whether the embeddings do. Only with the embeddings frozen too
-        are activations of frozen blocks not kept. Of a quantized model nothing learns but the classifier.
+        are activations of frozen blocks not kept. Of a quantized model nothing learns but the classifier, which a
+        warning says.
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.CELLS`.
     search

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,12 @@ def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[S
     InputError
         A training set lacks a class.
     UnsupportedError
-        An evaluation set that something chooses by is empty; there are fewer layers than are to be frozen.
+        An evaluation set that something chooses by is empty; there are fewer layers than are to be frozen, or none of
+        them would learn while it is searched how many do.
     """
     space = None if choices.search is None else choices.search.space.freeze_layers
+    if base.quantization is not None:
+        _say_what_learns(base, choices, is_searched=space is not None)
     for n_layers in (choices.freeze_layers, *(space or ())):
         if not 0 <= n_layers <= base.config.n_layers:
             raise UnsupportedError(f"cannot freeze {n_layers} layers: the model has {base.config.n_layers}")
@@ -117,6 +121,24 @@ def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[S
                         f"{name} needs evaluation cells to choose by, and there are none in some split; give an "
                         "eval_share above 0, or take no group column where no group can be spared"
                     )
+
+
+def _say_what_learns(base: Encoder, choices: Choices, *, is_searched: bool) -> None:
+    """Warn that nothing of a quantized model learns, unless that is asked for anyway."""
+    assert base.quantization is not None
+    scheme = base.quantization.scheme
+    if is_searched:
+        raise UnsupportedError(
+            f"freeze_layers cannot be searched: the model is quantized ({scheme}), and nothing of it learns but the "
+            "classifier on top; leave freeze_layers out of the space, or search with the model before it was quantized"
+        )
+    if choices.freeze_layers < base.config.n_layers or not choices.freeze_embeddings:
+        warnings.warn(
+            f"the model is quantized ({scheme}), and eight bits do not learn: only the classifier on top is trained, as "
+            f"with freeze_layers={base.config.n_layers} and freeze_embeddings=True; to train the encoder too, take the "
+            "model before it was quantized, and quantize what comes out",
+            stacklevel=5,
+        )
 
 
 class Engine:
