@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints import quantized
-from geneformer_fast.checkpoints.mapping import Entry, bert_entries, to_ours, to_theirs
+from geneformer_fast.checkpoints.mapping import BERT_BIAS, Entry, bert_entries, to_ours, to_theirs
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.stored import stored_tensors
+from geneformer_fast.checkpoints.tied import DECODER_BIAS, DECODER_WEIGHT, bias_in, sort_leftovers
 from geneformer_fast.checkpoints.weights import (
     ADAPTER,
     CONFIG,
@@ -50,7 +51,6 @@ OWN_KEY = "geneformer_fast"
 #: What safetensors files of transformers say in their header.
 METADATA = {"format": "pt"}
 _LAYER = re.compile(r"(?:bert\.)?encoder\.layer\.(\d{1,6})\.")
-DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
 
 @dataclass
@@ -68,9 +68,12 @@ class Source:
     dtypes
         Dtype of every tensor in the files.
     extras
-        Buffers that are not parameters (``position_ids``), kept as they were.
+        What nothing computes with, kept as it was: buffers (``position_ids``), and the bias beside a decoder that has
+        another one.
     aliases
         Tied tensors that the files spell out (the decoder's weight and bias).
+    bias
+        The tensor that is added to the logits of masked genes.
     """
 
     architecture: str
@@ -79,6 +82,7 @@ class Source:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    bias: str = BERT_BIAS
 
 
 def load(
@@ -128,7 +132,10 @@ def _load_quantized(
 
 
 def opened(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> tuple[Encoder, list[Entry]]:
-    """An encoder without numbers, its source noted, and the table of its tensors, whose names and shapes count only."""
+    """An encoder without numbers, its source noted, and the table of its tensors.
+
+    Names and shapes of tensors count, and of two biases whether they are the same.
+    """
     config = config_from_settings(settings, folder / CONFIG)
     check_layers(tensors, config.n_layers, _LAYER, folder)
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
@@ -138,8 +145,10 @@ def opened(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor], folder
         head = None
     n_classes = n_classes_of(tensors, "classifier.weight", folder)
     encoder = skeleton(config, head, n_classes=n_classes)
-    encoder.source = Source(architecture, settings, prefix, {name: tensor.dtype for name, tensor in tensors.items()})
-    return encoder, bert_entries(config, head, prefix)
+    bias = bias_in(tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    encoder.source = Source(architecture, settings, prefix, dtypes, bias=bias)
+    return encoder, bert_entries(config, head, prefix, bias=bias)
 
 
 def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -151,7 +160,8 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
 def as_saved(encoder: Encoder) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config.json and the tensors of an encoder's folder; shapes and dtypes of one without numbers."""
     source = encoder.source or _fresh_source(encoder)
-    state, table = encoder.state_dict(), bert_entries(encoder.config, head_name(encoder), source.prefix)
+    state, head = encoder.state_dict(), head_name(encoder)
+    table = bert_entries(encoder.config, head, source.prefix, bias=source.bias)
     settings = settings_from_encoder(encoder, source)
     if quantization_of(encoder) is None:
         tensors = to_theirs(state, table)
@@ -310,39 +320,6 @@ def _architecture(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     return "BertModel"
 
 
-def sort_leftovers(
-    tensors: Mapping[str, torch.Tensor],
-    used: set[str],
-    encoder: Encoder,
-    folder: Path,
-    read: Callable[[str], torch.Tensor],
-) -> None:
-    """Keep known buffers and tied copies for saving; refuse tensors that would be lost."""
-    aliases, source = [], encoder.source
-    table = f"{source.prefix}embeddings.word_embeddings.weight"
-    tied_to = {
-        DECODER_WEIGHT: table,
-        f"{DECODER_WEIGHT}_scale": f"{table}_scale",
-        DECODER_BIAS: "cls.predictions.bias",
-    }
-    for name in sorted(set(tensors) - used):
-        if tied_to.get(name) in tensors:
-            if not torch.equal(read(name), read(tied_to[name])):
-                raise CheckpointError(
-                    f"{folder}: {name!r} differs from {tied_to[name]!r} although config.json ties them; "
-                    "set tie_word_embeddings to false there if the decoder has weights of its own"
-                )
-            aliases.append(name)
-        elif name.endswith("embeddings.position_ids") or name.endswith("embeddings.token_type_ids"):
-            source.extras[name] = read(name)
-        else:
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} of shape {list(tensors[name].shape)} has no place in a "
-                f"{source.architecture} of {encoder.config.n_layers} layers"
-            )
-    source.aliases = tuple(aliases)
-
-
 def head_name(encoder: Encoder) -> str | None:
     """Name of an encoder's head, as :class:`Encoder` takes it."""
     names = {MLMHead: "mlm", CellClassifier: "cells", GeneClassifier: "genes", Pooler: "pooler"}
@@ -363,7 +340,9 @@ def _fresh_source(encoder: Encoder) -> Source:
         raise CheckpointError("BERT cannot express this encoder: it is post-norm over tokens with relu or gelu")
     head = head_name(encoder)
     architecture = next((name for name, kind in ARCHITECTURES.items() if kind == head), "BertModel")
-    return Source(architecture, {}, "" if architecture == "BertModel" else "bert.")
+    # Without the second name transformers 5 would add zeros to the logits of a decoder that is not tied.
+    aliases = (DECODER_BIAS,) if head == "mlm" and not encoder.config.tied_decoder else ()
+    return Source(architecture, {}, "" if architecture == "BertModel" else "bert.", aliases=aliases)
 
 
 def _as_stored(tensor: torch.Tensor, stored: torch.dtype | None) -> torch.Tensor:

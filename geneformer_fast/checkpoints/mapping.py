@@ -13,6 +13,9 @@ import torch
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError
 
+#: The bias of a decoder in BERT, where that has none of its own beside it.
+BERT_BIAS = "cls.predictions.bias"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,10 +63,13 @@ def _affine(ours: str, *theirs: str, n_heads: int = 0) -> list[Entry]:
     return [Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), n_heads) for kind in ("weight", "bias")]
 
 
-def bert_entries(config: EncoderConfig, head: str | None, prefix: str = "bert.") -> list[Entry]:
+def bert_entries(
+    config: EncoderConfig, head: str | None, prefix: str = "bert.", *, bias: str = BERT_BIAS
+) -> list[Entry]:
     """The table for transformers' BertModel (``prefix=""``) and BertFor... (``"bert."``) checkpoints.
 
-    The tied decoder is not part of it: it is another name of the token table.
+    The tied decoder is not part of it: it is another name of the token table. ``bias`` is the tensor that is added to
+    logits.
     """
     embeddings = f"{prefix}embeddings."
     table = [
@@ -84,7 +90,7 @@ def bert_entries(config: EncoderConfig, head: str | None, prefix: str = "bert.")
     if head == "mlm":
         table += _affine("head.dense", "cls.predictions.transform.dense")
         table += _affine("head.norm", "cls.predictions.transform.LayerNorm")
-        table.append(Entry("head.bias", ("cls.predictions.bias",)))
+        table.append(Entry("head.bias", (bias,)))
         if not config.tied_decoder:
             table.append(Entry("head.decoder.weight", ("cls.predictions.decoder.weight",)))
     elif head == "pooler":

@@ -134,9 +134,9 @@ def _say_what_learns(base: Encoder, choices: Choices, *, is_searched: bool) -> N
         )
     if choices.freeze_layers < base.config.n_layers or not choices.freeze_embeddings:
         warnings.warn(
-            f"the model is quantized ({scheme}), and eight bits do not learn: only the classifier on top is trained, as "
-            f"with freeze_layers={base.config.n_layers} and freeze_embeddings=True; to train the encoder too, take the "
-            "model before it was quantized, and quantize what comes out",
+            f"the model is quantized ({scheme}), and eight bits do not learn: only the classifier on top is trained, "
+            f"as with freeze_layers={base.config.n_layers} and freeze_embeddings=True; to train the encoder too, take "
+            "the model before it was quantized, and quantize what comes out",
             stacklevel=5,
         )
 

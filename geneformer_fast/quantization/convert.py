@@ -17,6 +17,7 @@ from geneformer_fast.checkpoints import hf, native, quantized
 from geneformer_fast.checkpoints.mapping import to_ours
 from geneformer_fast.checkpoints.quantized import SCALE, SMOOTH, TIED_DECODER, WEIGHT, beside
 from geneformer_fast.checkpoints.stored import Stored, stored_tensors
+from geneformer_fast.checkpoints.tied import sort_leftovers
 from geneformer_fast.checkpoints.weights import (
     CONFIG,
     WEIGHTS,
@@ -240,7 +241,7 @@ class Conversion:
         refuse_float64(self.encoder, folder)
         if self._home is hf:
             used = {name for entry in self._table for name in entry.theirs}
-            hf.sort_leftovers(stored, used, self.encoder, folder, stored.read)
+            sort_leftovers(stored, used, self.encoder, folder, stored.read)
         self.before = self.after = bytes_of(self.encoder)
         # Energy of each layer's weight, and of what rounding leaves out of it.
         self._energy: dict[str, torch.Tensor] = {}

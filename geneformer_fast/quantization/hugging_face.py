@@ -13,6 +13,7 @@ from torch import nn
 from geneformer_fast.checkpoints import hf
 from geneformer_fast.checkpoints.mapping import Entry, to_ours
 from geneformer_fast.checkpoints.quantized import KEY, SMOOTH, TIED_DECODER, WEIGHT, is_tied, quantization_config
+from geneformer_fast.checkpoints.tied import sort_leftovers
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import EightBits, QuantizedEmbedding, QuantizedLinear, WideCopy, check_compute_dtype
@@ -145,6 +146,9 @@ def encoder_of(model: nn.Module) -> tuple[Encoder, list[Entry]]:
     encoder, table = hf.opened({**settings, "architectures": [kind]}, tensors, where)
     shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
     encoder.load_state_dict(to_ours(tensors, table, shapes, source=kind), assign=True)
+    sort_leftovers(tensors, {name for entry in table for name in entry.theirs}, encoder, where, tensors.__getitem__)
+    if encoder.config.tied_decoder:
+        encoder.source.aliases = ()  # one of two names is enough in a folder
     return encoder.train(model.training).cast(encoder.dtype), table
 
 
@@ -173,6 +177,8 @@ def quantized_theirs(
             for module, own in _parts(layer, entry):
                 before: Any = model.get_submodule(module)
                 own.compute_dtype = before.weight.dtype
+                if own.bias is None and before.bias is not None:  # of a decoder: ours is beside it
+                    own.bias = _fixed(before.bias.detach().float().clone())
                 made[id(before)] = own.train(before.training)
     table_made = made.get(id(_table(model)))
     if is_tied(ours) and table_made is not None:
