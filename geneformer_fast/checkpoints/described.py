@@ -140,6 +140,14 @@ def kinds_in(settings: Mapping[str, Any], where: Path) -> Kinds:
     return kinds
 
 
+def schemes_in(settings: Mapping[str, Any]) -> dict[str, str] | None:
+    """Target to scheme, as config.json says it; None where it says nothing in the convention of compressed-tensors."""
+    said = settings.get(KEY)
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+        return None
+    return dict(kinds_in(settings, Path(KEY)).targets)
+
+
 def _scheme_of(group: Mapping[str, Any], default: str | None, where: str) -> str | None:
     """The scheme of a group; None where its weights are as they were."""
     if group.get("output_activations"):

@@ -102,7 +102,7 @@ def load(
     check_floats(tensors, folder)
     encoder, table = opened(settings, tensors, folder)
     if is_verifying(verify):
-        warn_of_changes(folder, encoder.config)
+        warn_of_changes(folder, encoder.config, settings)
     shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
     state = to_ours(tensors, table, shapes, source=str(folder))
     sort_leftovers(tensors, {name for entry in table for name in entry.theirs}, encoder, folder, tensors.__getitem__)
@@ -124,8 +124,10 @@ def _load_quantized(
         tensors, kinds = quantized.in_our_terms(stored, settings, folder)
         encoder, table = opened(settings, tensors, folder)
         if is_verifying(verify):
-            warn_of_changes(folder, encoder.config)
+            warn_of_changes(folder, encoder.config, settings)
         used = quantized.fill(encoder, table, tensors, kinds, folder)
+        if is_verifying(verify):
+            quantized.warn_of_report(folder, encoder)
         sort_leftovers(tensors, used, encoder, folder, tensors.read)
     encoder.to(device).cast(matmul_dtype(dtype, device) or torch.float32)
     return encoder.eval()

@@ -96,7 +96,7 @@ def load_native(
     check_floats(tensors, folder)
     encoder, _ = opened(settings, tensors, folder)
     if is_verifying(verify):
-        warn_of_changes(folder, encoder.config)
+        warn_of_changes(folder, encoder.config, settings)
     encoder.load_state_dict(tensors, assign=True)
     stored = tensors["blocks.0.qkv.weight"].dtype
     encoder.to(device).cast(matmul_dtype(dtype, device) or stored)
@@ -115,8 +115,10 @@ def _load_quantized(
         tensors, kinds = quantized.in_our_terms(stored, settings, folder)
         encoder, table = opened(settings, tensors, folder, is_quantized=True)
         if is_verifying(verify):
-            warn_of_changes(folder, encoder.config)
+            warn_of_changes(folder, encoder.config, settings)
         used = quantized.fill(encoder, table, tensors, kinds, folder)
+        if is_verifying(verify):
+            quantized.warn_of_report(folder, encoder)
         if unknown := sorted(set(tensors) - used):
             raise CheckpointError(f"{folder}: tensor {unknown[0]!r} has no place in this model")
     encoder.to(device).cast(matmul_dtype(dtype, device) or torch.float32)

@@ -6,6 +6,7 @@ where what it reads is multiplied beforehand. Their names are those of the check
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from geneformer_fast.checkpoints import described, torchao
 from geneformer_fast.checkpoints.described import KEY, Kinds, config_of, kinds_in, refuse_others
 from geneformer_fast.checkpoints.mapping import Entry, to_ours
 from geneformer_fast.checkpoints.stored import Stored
-from geneformer_fast.checkpoints.weights import CONFIG
+from geneformer_fast.checkpoints.weights import CONFIG, has_schemes_beside
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError
 from geneformer_fast.heads import MLMHead
 from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.build import hollow, layers_of
 from geneformer_fast.quantization.choices import Choice
+from geneformer_fast.quantization.report import REPORT, Report
 
 WEIGHT, SCALE, SMOOTH = "weight", "weight_scale", "smooth"
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
@@ -108,6 +110,31 @@ def fill(encoder: Encoder, table: Iterable[Entry], stored: Stored, kinds: Kinds,
         used |= set(entry.theirs)
     encoder.load_state_dict(state, assign=True)
     return used & set(stored)
+
+
+def warn_of_report(folder: Path, encoder: Encoder) -> None:
+    """Warn where ``quantization.json`` says something else of a folder's layers than ``config.json``.
+
+    Only where nothing about them is noted beside the checksums: that is the later word, as models are saved over
+    others. A report that cannot be read is none: it decides no numbers.
+    """
+    if has_schemes_beside(folder):
+        return
+    try:
+        report = Report.read(folder)
+    except CheckpointError:
+        return
+    layers = {} if encoder.quantization is None else encoder.quantization.layers
+    known = layers_of(encoder)
+    for layer in report.layers:
+        now = layers.get(layer.name, "half")
+        if layer.name in known and layer.kind != now:
+            warnings.warn(
+                f"{folder / CONFIG} says that {layer.name} is {now}, but it was made {layer.kind} ({REPORT}). If that "
+                f"is not meant, restore {CONFIG}; else remove {REPORT}",
+                stacklevel=5,
+            )
+            return
 
 
 def _choice(entry: Entry, kind: str, stored: Stored, kinds: Kinds, folder: Path) -> Choice:

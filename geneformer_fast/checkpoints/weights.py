@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from geneformer_fast.checkpoints.described import schemes_in
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError, OutputError
 from geneformer_fast.files import schema
@@ -42,6 +43,7 @@ _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or se
 _MOST_INFLATED = 64
 # How the line of SHA256SUMS begins that notes the configuration.
 _NOTED = "# config.json: "
+_SCHEMES = "schemes"
 _HARMLESS = ("dropout", "attention_dropout", "pad_id", "init_std", "vocabulary", "vocabulary_fingerprint")
 # What else lies in a folder without weights, and what to do.
 _OTHERS = (
@@ -135,13 +137,18 @@ def write_model(
                 write_tensors(
                     weights, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, metadata
                 )
-            write_around(config, said, weights, described, sums)
+            write_around(config, settings, weights, described, sums, said=said)
     return folder
 
 
-def write_around(config: EncoderConfig, said: str, weights: Path, described: Path, sums: Path) -> None:
-    """Write config.json and the checksum of weights that are there, under whatever names for now."""
-    noted = json.dumps(_deciding(config), sort_keys=True)
+def write_around(
+    config: EncoderConfig, settings: Mapping[str, Any], weights: Path, described: Path, sums: Path, *, said: str
+) -> None:
+    """Write config.json and the checksum of weights that are there, under whatever names for now.
+
+    ``said`` is what :func:`settings_text` makes of the settings.
+    """
+    noted = json.dumps(_deciding(config, settings), sort_keys=True)
     sums.write_text(f"{_NOTED}{noted}\n{sums_text({WEIGHTS: weights})}", encoding="utf-8")
     described.write_text(f"{said}\n", encoding="utf-8")
 
@@ -160,20 +167,26 @@ def settings_text(settings: Mapping[str, Any], folder: Path) -> str:
         raise CheckpointError(f"{folder / CONFIG} cannot say what the model's settings hold ({reason})") from None
 
 
-def warn_of_changes(folder: Path, config: EncoderConfig) -> None:
+def warn_of_changes(folder: Path, config: EncoderConfig, settings: Mapping[str, Any]) -> None:
     """Warn where ``config.json`` says something else of the model than when its weights were saved.
 
     That may be meant, so it is no error; but a digit that changed there changes all numbers without a word.
+
+    Parameters
+    ----------
+    folder
+        Of the model.
+    config, settings
+        What its config.json says of the encoder, and all it says.
     """
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        noted = json.loads(next(line for line in lines if line.startswith(_NOTED)).removeprefix(_NOTED))
-    except (OSError, ValueError, StopIteration, RecursionError):
-        return
-    now = _deciding(config)
-    changed = [name for name in now if isinstance(noted, dict) and name in noted and noted[name] != now[name]]
+    noted, now = noted_beside(folder), _deciding(config, settings)
+    changed = {name: (noted[name], now[name]) for name in now if name in noted and noted[name] != now[name]}
+    if _SCHEMES in changed:
+        then, here = (value if isinstance(value, dict) else {} for value in changed.pop(_SCHEMES))
+        targets = [target for target in sorted({*then, *here}) if then.get(target) != here.get(target)]
+        changed |= {f"weights of {target}": (then.get(target), here.get(target)) for target in targets}
     if changed:
-        said = ", ".join(f"{name} {noted[name]!r} then, {now[name]!r} now" for name in changed)
+        said = ", ".join(f"{name} {then!r} then, {here!r} now" for name, (then, here) in changed.items())
         warnings.warn(
             f"{folder / CONFIG} was changed after the weights beside it were saved: {said}. If that is not meant, "
             f"restore it; else remove {SUMS}",
@@ -181,9 +194,26 @@ def warn_of_changes(folder: Path, config: EncoderConfig) -> None:
         )
 
 
-def _deciding(config: EncoderConfig) -> dict[str, Any]:
-    """What of a configuration decides the numbers that a model computes."""
-    return {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
+def noted_beside(folder: Path) -> dict[str, Any]:
+    """What was noted beside the checksums of a folder; nothing where there is no such note."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        noted = json.loads(next(line for line in lines if line.startswith(_NOTED)).removeprefix(_NOTED))
+    except (OSError, ValueError, StopIteration, RecursionError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def has_schemes_beside(folder: Path) -> bool:
+    """Whether it was noted to what the weights of a folder are rounded."""
+    return _SCHEMES in noted_beside(folder)
+
+
+def _deciding(config: EncoderConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration, and of how weights are rounded, decides the numbers that a model computes."""
+    schemes = schemes_in(settings)
+    found = {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
+    return found if schemes is None else {**found, _SCHEMES: schemes}
 
 
 def check_layers(tensors: Mapping[str, torch.Tensor], n_layers: int, layer: re.Pattern[str], folder: Path) -> None:

@@ -98,11 +98,12 @@ def quantize_folder(
     with stored_tensors(folder, verify=verify) as stored, alone_in(out, folder, overwrite=overwrite):
         conversion = Conversion(folder, settings, stored)
         if is_verifying(verify):
-            warn_of_changes(folder, conversion.encoder.config)
+            warn_of_changes(folder, conversion.encoder.config, settings)
         chosen = all_choices(conversion.encoder, scheme, choices, keep_embeddings=keep_embeddings)
         with whole_folder(out) as made:
-            said = settings_text(conversion.write(made / WEIGHTS, chosen), out)
-            write_around(conversion.encoder.config, said, made / WEIGHTS, made / CONFIG, made / SUMS)
+            written = conversion.write(made / WEIGHTS, chosen)
+            said = settings_text(written, out)
+            write_around(conversion.encoder.config, written, made / WEIGHTS, made / CONFIG, made / SUMS, said=said)
             for path in _others(folder):
                 shutil.copyfile(path, made / path.name)
             shown = conversion.of_weights(chosen) if calibration is None else chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,54 @@ def test_a_configuration_that_changed_is_told(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**said, "layer_norm_eps": 1e-3}))
     with pytest.warns(UserWarning, match="was changed after the weights beside it were saved: eps"):
         load(folder)
+
+
+def edited(folder: Path) -> None:
+    """config.json says that rows of activations are not rounded, as anybody may write."""
+    said = json.loads((folder / "config.json").read_text())
+    for group in groups(said).values():
+        group["input_activations"] = None
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def warnings_of_loading(folder: Path, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert load(folder, **options).quantization.scheme == "int8-weights"
+    return [str(each.message) for each in said]
+
+
+@pytest.mark.parametrize("family", ["bert", "bionemo"])
+def test_another_scheme_than_weights_were_made_for_is_told(family: str, tmp_path: Path) -> None:
+    """By what is noted beside the checksums, else by the report; where there is neither, config.json stands."""
+    pre = EncoderConfig.preset("bionemo-10m", n_layers=2, width=32, n_heads=2, ff_width=48, vocab_size=40)
+    encoder = Encoder(CONFIG if family == "bert" else pre, "mlm")
+    save(encoder, tmp_path / "plain")
+    for folder in (quantize(tmp_path / "plain", tmp_path / "a"), quantize(encoder, tmp_path / "b")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load(folder).quantization.scheme == "int8"
+        edited(folder)
+        (said,) = warnings_of_loading(folder)
+        assert "config.json was changed after the weights beside it were saved: weights of Linear 'int8' then" in said
+        assert "'int8-weights' now" in said
+        assert not warnings_of_loading(folder, verify=False)
+        (folder / "SHA256SUMS").unlink()
+        (said,) = warnings_of_loading(folder)
+        assert "config.json says that blocks.0.qkv is int8-weights, but it was made int8 (quantization.json)" in said
+        assert not warnings_of_loading(folder, verify=False)
+        report = folder / "quantization.json"
+        report.write_text(report.read_text().replace("geneformer-fast quantization", "somebody's"))
+        assert not warnings_of_loading(folder)
+        report.unlink()
+        assert not warnings_of_loading(folder)
+
+
+def test_a_report_of_the_model_before_is_not_held_against_one_that_was_saved_over_it(tmp_path: Path) -> None:
+    encoder = Encoder(CONFIG, "mlm")
+    folder = quantize(encoder, tmp_path / "model")
+    save(quantize(encoder, scheme="int8-weights"), folder, overwrite=True)
+    assert not warnings_of_loading(folder)
 
 
 def test_our_own_layout_says_the_same(tmp_path: Path) -> None:
