@@ -26,6 +26,7 @@ from geneformer_fast.quantization.build import quantized
 from geneformer_fast.quantization.calibrate import as_anywhere, calibrate
 from geneformer_fast.quantization.check import check, compared
 from geneformer_fast.quantization.choices import SCHEMES
+from geneformer_fast.quantization.convert import dtypes_of
 from geneformer_fast.quantization.quantize import quantize
 from geneformer_fast.quantization.report import Report
 
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows[f"{name}, {scheme}"] = {
                 "plain": compared(said, questions.ask(as_anywhere(plain))).to_dict(),
                 "calibrated": compared(said, questions.ask(as_anywhere(made))).to_dict(),
-                "report": Report.of(scheme, found.choices, *sizes, found).to_dict(),
+                "report": Report.of(scheme, found.choices, *sizes, found, dtypes=dtypes_of(made)).to_dict(),
             }
             _say(f"{name}, {scheme}", rows[f"{name}, {scheme}"])
     if args.no_classifier:

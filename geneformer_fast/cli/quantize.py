@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TOKENS",
-        help="token folder to measure each layer on: one that loses too much is smoothed, or stays in half precision",
+        help="token folder to measure each layer on: one that loses too much is smoothed, or stays in floating point",
     )
     parser.add_argument("--bar", type=float, metavar="DB", help="with --calibrate: least signal over noise of a layer")
     parser.add_argument(

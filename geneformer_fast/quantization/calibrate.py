@@ -82,9 +82,9 @@ def calibrate(
     """Measure on cells which layers a scheme may have, and how.
 
     A layer whose product keeps ``bar`` dB of signal over noise is quantized as it is. One that does not is smoothed,
-    and where that does not help either stays in half precision. Where the layer before takes the factors into its
+    and where that does not help either stays in floating point. Where the layer before takes the factors into its
     weights, smoothing is free, and taken wherever it gains 3 dB. Then cells are embedded: as long as one of them is
-    turned too far, the layers that lose most stay in half precision too.
+    turned too far, the layers that lose most stay in floating point too.
 
     Parameters
     ----------
@@ -199,8 +199,8 @@ def _held(
 ) -> tuple[dict[str, Choice], float]:
     """Choices under which no cell's embedding is turned too far, and the least cosine that is left.
 
-    The layers that lose most become half, the fewest that are enough. How many is searched by doubling and halving,
-    since each answer costs a pass over the cells.
+    The layers that lose most stay as they were, the fewest that are enough. How many is searched by doubling and
+    halving, since each answer costs a pass over the cells.
     """
     order = sorted((name for name, choice in choices.items() if choice.is_quantized), key=lambda n: _sqnr(choices[n]))
     exact = cells.embeddings(encoder)

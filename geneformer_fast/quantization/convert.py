@@ -33,7 +33,7 @@ from geneformer_fast.files.locks import file_lock
 from geneformer_fast.files.streaming import TensorWriter, pieces
 from geneformer_fast.files.writing import followed, is_leftover, whole_folder
 from geneformer_fast.layers import EightBits
-from geneformer_fast.quantization.build import all_choices, hollow, quantized_weight, row_factors
+from geneformer_fast.quantization.build import all_choices, hollow, layers_of, quantized_weight, row_factors
 from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.report import REPORT, Report
 
@@ -107,7 +107,8 @@ def quantize_folder(
             for path in _others(folder):
                 shutil.copyfile(path, made / path.name)
             shown = conversion.of_weights(chosen) if calibration is None else chosen
-            report = Report.of(scheme, shown, conversion.before, conversion.after, calibration)
+            sizes, dtypes = (conversion.before, conversion.after), dtypes_of(conversion.encoder)
+            report = Report.of(scheme, shown, *sizes, calibration, dtypes=dtypes)
             report.save(made)
     return report
 
@@ -324,3 +325,12 @@ class Conversion:
 def bytes_of(encoder: Encoder) -> dict[str, int]:
     """Of every tensor, by its name."""
     return {name: tensor.numel() * tensor.itemsize for name, tensor in encoder.state_dict().items()}
+
+
+def dtypes_of(encoder: Encoder) -> dict[str, str]:
+    """Of the weights of layers in floating point, by the names of the layers."""
+    return {
+        name: str(layer.weight.dtype).removeprefix("torch.")
+        for name, layer in layers_of(encoder).items()
+        if not isinstance(layer, EightBits)
+    }

@@ -25,6 +25,7 @@ from geneformer_fast.quantization.convert import (
     alone_in,
     bytes_of,
     check_out,
+    dtypes_of,
     quantize_folder,
     refuse_float64,
     refuse_quantized,
@@ -154,7 +155,8 @@ def quantize(
         return made
     with alone_in(out, None, overwrite=overwrite), whole_folder(out) as unfinished:
         save(ours, unfinished)
-        Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration).save(unfinished)
+        report = Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration, dtypes=dtypes_of(ours))
+        report.save(unfinished)
     return out
 
 

@@ -35,7 +35,7 @@ class Layer:
     name
         Such as ``"blocks.0.qkv"``.
     kind
-        What it is now: a scheme, or ``"half"``.
+        What it is now: a scheme, or ``"half"`` where it stayed in floating point.
     is_smoothed
         Whether its rows are scaled, column by column, at run time or by the layer before.
     sqnr_db
@@ -44,6 +44,8 @@ class Layer:
         Of its tensors.
     reason
         Why.
+    dtype
+        Of the weight that stayed in floating point, such as ``"float32"``; None of one of eight bits.
     """
 
     name: str
@@ -53,6 +55,13 @@ class Layer:
     bytes_before: schema.whole(0)  # type: ignore[valid-type]
     bytes_after: schema.whole(0)  # type: ignore[valid-type]
     reason: str
+    dtype: str | None = None
+
+    @property
+    def choice(self) -> str:
+        """What became of it, in words."""
+        kind = (self.dtype or "floating point") if self.kind == "half" else self.kind
+        return f"{kind}, smoothed" if self.is_smoothed else kind
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,10 @@ class Report:
         before: Mapping[str, int],
         after: Mapping[str, int],
         calibration: Calibration | None = None,
+        *,
+        dtypes: Mapping[str, str],
     ) -> Report:
-        """From choices and the sizes of tensors.
+        """From choices, and the sizes and dtypes of tensors.
 
         Parameters
         ----------
@@ -119,6 +130,8 @@ class Report:
             Bytes of every tensor, by the names that an encoder gives them: those of a layer begin with its name.
         calibration
             What was measured.
+        dtypes
+            Of weights that stayed in floating point, by the names of their layers.
         """
         sizes_before, sizes_after = (_by_layer(sizes, choices) for sizes in (before, after))
         layers = [
@@ -130,6 +143,7 @@ class Report:
                 sizes_before.get(name, 0),
                 sizes_after.get(name, 0),
                 choice.reason,
+                None if choice.is_quantized else dtypes[name],
             )
             for name, choice in choices.items()
         ]
@@ -191,9 +205,10 @@ class Report:
         """The table that is printed."""
         rows = [("layer", "before", "after", "SQNR", "choice", "reason")]
         for layer in self.layers:
-            kind = f"{layer.kind}, smoothed" if layer.is_smoothed else layer.kind
             sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f} dB"
-            rows.append((layer.name, _size(layer.bytes_before), _size(layer.bytes_after), sqnr, kind, layer.reason))
+            rows.append(
+                (layer.name, _size(layer.bytes_before), _size(layer.bytes_after), sqnr, layer.choice, layer.reason)
+            )
         rows.append((REST, _size(self.rest_before), _size(self.rest_after), "", "", ""))
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         rows.append(("in all", _size(self.bytes_before), _size(self.bytes_after), "", f"{share:.3f} of before", ""))
@@ -203,7 +218,7 @@ class Report:
         measured = self.measured
         if measured is None:
             return [
-                "nothing was measured: --calibrate TOKENS does that, and keeps layers in half precision that lose much"
+                "nothing was measured: --calibrate TOKENS does that, and leaves layers as they are that would lose much"
             ]
         return [
             f"measured on {measured.n_cells:,} cells ({measured.n_tokens:,} tokens); bar of a layer {measured.bar_db:g}"
@@ -233,8 +248,8 @@ def _by_layer(sizes: Mapping[str, int], choices: Mapping[str, Choice]) -> dict[s
 
 
 def _fields_of(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a class has: later versions may write more."""
-    return {field.name: entry[field.name] for field in dataclasses.fields(kind)}
+    """Fields that a class has: later versions may write more, and earlier ones wrote fewer."""
+    return {field.name: entry[field.name] for field in dataclasses.fields(kind) if field.name in entry}
 
 
 def _finite(value: float | None) -> float | None:

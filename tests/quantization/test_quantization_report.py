@@ -38,7 +38,7 @@ class Measuring:
 
 
 def report(calibration: Any = Measuring) -> Report:
-    return Report.of("int8", CHOICES, BEFORE, AFTER, calibration)
+    return Report.of("int8", CHOICES, BEFORE, AFTER, calibration, dtypes={"blocks.0.up": "bfloat16"})
 
 
 def test_bytes_of_tensors_are_those_of_their_layers() -> None:
@@ -70,6 +70,9 @@ def test_the_table_lists_every_layer_with_its_numbers_and_reason() -> None:
         assert line.startswith(name)
         assert choice.reason in line
     assert "38.0 dB  int8, smoothed" in lines[2]
+    # What a layer is in that stayed as it was; nothing says that this is half of something.
+    assert "9.0 dB  bfloat16 " in lines[3]
+    assert "half" not in report().as_text()
     assert "0.294 of before" in lines[-2]
     assert "256 cells (1,234,567 tokens)" in lines[-1]
     assert "0.999810" in lines[-1]
@@ -119,6 +122,14 @@ def test_a_report_that_is_no_json_or_absent_is_refused(tmp_path: Path, text: str
         (tmp_path / REPORT).write_text(text)
     with pytest.raises(CheckpointError, match=r"quantization\.json"):
         Report.read(tmp_path)
+
+
+def test_a_report_of_an_earlier_version_names_no_dtype(tmp_path: Path) -> None:
+    content = report().to_dict()
+    for layer in content["layers"]:
+        del layer["dtype"]
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    assert "9.0 dB  floating point " in Report.read(tmp_path).as_text()
 
 
 def test_fields_of_later_versions_are_left_aside(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toys
+from safetensors.torch import load_file
 
 from geneformer_fast import cli, embed, load, quantize, save, tokenize
 from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedError
+from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.report import Report
 
 
@@ -48,6 +50,20 @@ def test_a_folder_an_encoder_and_the_command(tmp_path: Path, model: Path, capsys
     command = ["quantize", str(model), "--out", str(tmp_path / "c"), "--scheme", "fp8", "--keep-embeddings"]
     assert cli.main([*command, "--overwrite"]) == 0
     assert load(tmp_path / "c").quantization.scheme == "fp8"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_that_is_kept_is_said_to_be_in_the_dtype_that_is_stored(dtype: str, tmp_path: Path) -> None:
+    save(toys.encoder().cast(dtype), tmp_path / "model")
+    choices = {"blocks.1.up": Choice("half", reason="for a test")}
+    for out in (
+        quantize(tmp_path / "model", tmp_path / "of folder", choices=choices),
+        quantize(load(tmp_path / "model"), tmp_path / "of encoder", choices=choices),
+    ):
+        said = {layer.name: layer.dtype for layer in Report.read(out).layers}
+        assert {name: each for name, each in said.items() if each is not None} == {"blocks.1.up": dtype}
+        stored = load_file(out / "model.safetensors")["encoder.layer.1.intermediate.dense.weight"]
+        assert str(stored.dtype) == f"torch.{dtype}"
 
 
 def test_measured_on_cells(tmp_path: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
