@@ -12,7 +12,7 @@ from torch import nn
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import InputError, VocabularyError
-from geneformer_fast.layers import QuantizedEmbedding
+from geneformer_fast.layers import QuantizedEmbedding, wants_rows
 from geneformer_fast.ragged import Ragged
 
 
@@ -31,12 +31,20 @@ class RankTokens(nn.Module):
         self.token_type = nn.Embedding(config.n_token_types, config.width) if config.n_token_types else None
 
     def forward(
-        self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
+        self,
+        tokens: Ragged,
+        norm: nn.LayerNorm | None,
+        dropout_p: float,
+        out_dtype: torch.dtype,
+        reader: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
+        """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``.
+
+        ``reader`` is the layer that multiplies what comes out, if that is known.
+        """
         self.check(tokens)
         if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
-            if self._is_by_rows(tokens, norm, dropout_p):
+            if wants_rows(reader) and self._is_by_rows(tokens, norm, dropout_p):
                 return self._by_rows(tokens, norm, out_dtype)
             # Order of addition as in BertEmbeddings: token + type, then + position.
             hidden = self.token(tokens.values)  # new, so that it may be added to in place
@@ -59,7 +67,8 @@ class RankTokens(nn.Module):
     def _is_by_rows(self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float) -> bool:
         """Whether one loop computes it, each row while it is near: both tables of int8, on a CPU, nothing learning.
 
-        What looks at a table by hooks sees it.
+        What looks at a table by hooks sees it. Asked only where a loop multiplies what comes out: for this one alone
+        numba would take 110 MB, and a millisecond or two of a batch is what it saves.
         """
         token, position = self.token, self.position
         if dropout_p or tokens.values.device.type != "cpu" or torch.compiler.is_compiling():
@@ -134,9 +143,17 @@ class SoftBins(nn.Module):
         self.position: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.max_len, config.width)
 
     def forward(
-        self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
+        self,
+        tokens: Ragged,
+        norm: nn.LayerNorm | None,
+        dropout_p: float,
+        out_dtype: torch.dtype,
+        reader: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] values -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``."""
+        """[T] values -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``.
+
+        ``reader`` is the layer that multiplies what comes out, for which nothing is different here.
+        """
         self.check(tokens)
         values = tokens.values.to(self.linear1.weight.dtype)[:, None]
         scores = F.leaky_relu(self.linear1(values), 0.1)

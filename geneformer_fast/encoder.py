@@ -278,7 +278,7 @@ class Encoder(nn.Module):
         is_float32 = config.norm == "post" and wants_rows(first.qkv)  # which the layer rounds itself
         x: torch.Tensor | Rows
         out_dtype = torch.float32 if is_float32 else work_dtype
-        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, out_dtype)
+        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, out_dtype, first.qkv)
         if config.norm == "pre":
             _, x = add_norm(stream, None, first.attention_norm, "pre", work_dtype, reader=first.qkv)
         return stream, x

@@ -14,14 +14,14 @@ from geneformer_fast.errors import VocabularyError
 LENGTHS = (7, 1, 0, 40, 0, 19)
 
 
-def encoder_of(width: int = 48, **changes: object) -> Encoder:
+def encoder_of(width: int = 48, scheme: str = "int8", **changes: object) -> Encoder:
     torch.manual_seed(3)
     config = EncoderConfig(vocab_size=60, width=width, n_layers=1, n_heads=2, ff_width=32, max_len=40, **changes)
     encoder = Encoder(config)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2 + 0.1)
-    return quantize(encoder).eval()
+    return quantize(encoder, scheme=scheme).eval()
 
 
 def cells_of(dtype: torch.dtype = torch.int64, lengths: tuple[int, ...] = LENGTHS) -> Ragged:
@@ -30,10 +30,11 @@ def cells_of(dtype: torch.dtype = torch.int64, lengths: tuple[int, ...] = LENGTH
 
 
 def looked_up(encoder: Encoder, tokens: Ragged, dtype: torch.dtype = torch.float32, *, by_rows: bool = True) -> tuple:
-    embeddings, norm = encoder.embeddings, encoder.embedding_norm
+    embeddings, norm, reader = encoder.embeddings, encoder.embedding_norm, encoder.blocks[0].qkv
+    reader.mode = "dynamic"
     with torch.no_grad():
         assert embeddings._is_by_rows(tokens, norm, 0.0) == by_rows
-        return embeddings(tokens, norm, 0.0, dtype)
+        return embeddings(tokens, norm, 0.0, dtype, reader)
 
 
 def in_float64(encoder: Encoder, tokens: Ragged) -> torch.Tensor:
@@ -110,6 +111,21 @@ def test_what_is_left_to_torch() -> None:
     with embeddings.token.register_forward_hook(lambda module, inputs, output: seen.append(output)):
         looked_up(encoder, tokens, by_rows=False)
     assert len(seen) == 1
+
+
+def test_numba_is_not_loaded_for_the_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 110 MB. Of layers that multiply no integers the first one says so to the tables before it."""
+    looked: list[bool] = []
+    monkeypatch.setattr(RankTokens, "_is_by_rows", lambda *_: looked.append(True) or False)
+    for scheme, mode, is_asked in (
+        ("int8", "dynamic", True), ("int8", "weight_only", False), ("int8-weights", None, False), ("fp8", None, False),
+    ):  # fmt: skip
+        encoder = encoder_of(scheme=scheme)
+        encoder.blocks[0].qkv.mode = mode
+        looked.clear()
+        with torch.no_grad():
+            encoder(cells_of())
+        assert looked == [True] * is_asked, (scheme, mode)
 
 
 @pytest.mark.parametrize("wrong", [-1, 60])
