@@ -120,10 +120,9 @@ class EightBits(nn.Module):
     def widened(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Some rows of :attr:`weight` in a dtype; scaled before they are narrowed, for float16's sake."""
         weight_q, weight_scale = self.weight_q[rows], self.row_scale[rows]
-        if self.smooth is None and weight_q.dtype == torch.int8:
+        if self.smooth is None:
             return widened_weight(weight_q, weight_scale, dtype)
-        wide = weight_q.float() * weight_scale[:, None]
-        return (wide if self.smooth is None else wide * self.smooth).to(dtype)
+        return (widened_weight(weight_q, weight_scale, torch.float32) * self.smooth).to(dtype)
 
     def decoded(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """[R, K] -> ``linear(x, weight, bias)`` [R, N] in the dtype of ``x``, without widening all of the weight.

@@ -173,9 +173,48 @@ def check_seed(name: str, seed: Any, device: torch.device) -> None:
         raise ValueError(f"{name} must be one number, not the shape {[*seed.shape]}")
 
 
-def check_row_scales(name: str, scale: Any, x: torch.Tensor, *, has_groups: bool = True) -> None:
+def check_rows(name: str, x: Any) -> None:
+    """Rows of floats [..., K]."""
+    check_tensor(name, x, FLOATS)
+    if x.ndim == 0:
+        raise ValueError(f"{name} must be rows, not a single number")
+
+
+def check_smooth(name: str, smooth: Any, x: torch.Tensor) -> None:
+    """None, or what rows ``x`` [..., K] are multiplied by, column by column: [K]."""
+    check_optional(name, smooth, FLOATS, device=x.device)
+    if smooth is not None and smooth.shape != x.shape[-1:]:
+        raise ValueError(f"{name} {[*smooth.shape]} must be [{x.shape[-1]}]")
+
+
+def check_matrix(name: str, weight: Any) -> None:
+    """A weight of floats [N, K]."""
+    check_tensor(name, weight, FLOATS)
+    if weight.ndim != 2:
+        raise ValueError(f"{name} must be [N, K], not {[*weight.shape]}")
+
+
+def check_channels(name: str, x: torch.Tensor | None, n_channels: int) -> None:
+    """A tensor [N], one number per output channel, or None."""
+    if x is not None and x.shape != (n_channels,):
+        raise ValueError(f"{name} {[*x.shape]} must be [{n_channels}]")
+
+
+def check_linear(
+    x: torch.Tensor, weight_q: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Shapes of a linear layer with weights of eight bits: x [..., K], [N, K], [N], and [N] or None."""
+    if weight_q.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight_q.shape[1]:
+        raise ValueError(f"x {[*x.shape]} and weight_q {[*weight_q.shape]} do not fit: [..., K] and [N, K] are needed")
+    check_channels("weight_scale", weight_scale, weight_q.shape[0])
+    check_channels("bias", bias, weight_q.shape[0])
+
+
+def check_row_scales(
+    name: str, scale: Any, x: torch.Tensor, out_dtype: torch.dtype | None, *, has_groups: bool = True
+) -> None:
     """The float32 scales of int8 rows ``x`` [..., K]: [...], or with ``has_groups`` [..., ceil(K / 128)]; of floats
-    None."""
+    None. Such rows say nothing of the dtype of a result, either."""
     if scale is None:
         if x.dtype == torch.int8:
             raise ValueError(f"{name} must be given where x is int8")
@@ -187,3 +226,5 @@ def check_row_scales(name: str, scale: Any, x: torch.Tensor, *, has_groups: bool
     if scale.shape not in shapes:
         wanted = " or ".join(str([*shape]) for shape in shapes)
         raise ValueError(f"{name} {[*scale.shape]} must be {wanted} for x {[*x.shape]}")
+    if out_dtype is None:
+        raise ValueError("out_dtype must be said where x is int8")

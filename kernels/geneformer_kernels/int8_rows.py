@@ -28,14 +28,26 @@ def quantize_rows(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[
     x = x.float()
     if smooth is not None:
         x = x * smooth.float()
+    inverse, scale = row_factors(x, 127.0)
+    q = torch.round(x * inverse[..., None])
+    return torch.nan_to_num(q).to(torch.int8), scale
+
+
+def row_factors(x: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows [..., K] of float32 are multiplied by, so that their largest magnitude becomes ``most``, and back.
+
+    Returns
+    -------
+    inverse, scale
+        [...] float32: 0 and 1 of a row of zeros, 0 and NaN of one with NaN or infinity.
+    """
     largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     is_zero, is_finite = largest < TINY, largest.isfinite()
     # Tensors by tensors: torch divides by and into numbers through a reciprocal, which rounds once more.
-    most = torch.full_like(largest, 127.0)
-    inverse = torch.where(is_zero | ~is_finite, 0.0, most / torch.where(is_zero, 1.0, largest))
-    scale = torch.where(is_zero, 1.0, torch.where(is_finite, largest / most, torch.nan))
-    q = torch.round(x * inverse[..., None])
-    return torch.nan_to_num(q).to(torch.int8), scale
+    wanted = torch.full_like(largest, most)
+    inverse = torch.where(is_zero | ~is_finite, 0.0, wanted / torch.where(is_zero, 1.0, largest))
+    scale = torch.where(is_zero, 1.0, torch.where(is_finite, largest / wanted, torch.nan))
+    return inverse, scale
 
 
 def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +87,16 @@ def padded(x: torch.Tensor, n_rows: int, width: int) -> torch.Tensor:
     if x.shape == (n_rows, width):
         return x
     return F.pad(x, (0, width - x.shape[1], 0, n_rows - x.shape[0]))
+
+
+def in_whole_steps(x: torch.Tensor, step: int) -> torch.Tensor:
+    """Zeros behind the columns up to a width that kernels take, a multiple of ``step``."""
+    return padded(x, x.shape[0], x.shape[1] + -x.shape[1] % step)
+
+
+def rounded(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_rows` of floats; int8 rows come with their ``scale`` and stay what they are."""
+    return quantize_rows(x) if scale is None else (x, scale)
 
 
 def scaled_product(
@@ -118,25 +140,35 @@ def activate_backward(d_out: torch.Tensor, x: torch.Tensor, activation: str | No
 
 def finish(
     product: torch.Tensor,
-    weight_scale: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The channel's scale, bias and activation on float32 products."""
-    out = product * weight_scale.to(product.dtype)
+    """The channel's scale, if it is not in the product yet, bias and activation on float32 products."""
+    out = product if weight_scale is None else product * weight_scale.to(product.dtype)
     if bias is not None:
         out = out + bias.to(out.dtype)
     return activate(out, activation).to(out_dtype)
 
 
+def widened_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``activation(x @ weight.T + bias)`` of a weight that was widened to the dtype of ``x``."""
+    product = x @ weight.T
+    product = product if product.dtype == torch.float64 else product.float()
+    return finish(product, None, bias, activation, out_dtype)
+
+
 def widened_weight(weight_q: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What an int8 weight stands for, in ``dtype``; scaled before it is narrowed, as sums of unscaled products leave
-    float16's range."""
-    if weight_q.device.type == "cpu":
+    """What a weight of int8 or float8 stands for, in ``dtype``; scaled before it is narrowed, as sums of unscaled
+    products leave float16's range."""
+    if weight_q.device.type == "cpu" and weight_q.dtype == torch.int8:
         # Imported late: numba is needed on this branch only.
         from geneformer_kernels.cpu.widened_rows import is_for_loops, widened_rows
 
         if is_for_loops(weight_q, dtype):
             return widened_rows(weight_q, weight_scale, dtype)
+    weight_q = weight_q.float() if weight_q.is_floating_point() else weight_q  # float8 multiplies nothing
     return (weight_q * weight_scale[:, None]).to(dtype)

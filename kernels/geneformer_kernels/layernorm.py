@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from geneformer_kernels.arguments import (
     FLOATS,
@@ -55,3 +56,13 @@ def check_norm(
     check_probability("dropout_p", dropout_p)
     check_out_dtype("out_dtype", out_dtype)
     check_seed("seed", seed, x.device)
+
+
+def added_and_normalised(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and the LayerNorm of it, by torch's passes: both float32, or float64 of float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # The sum of a half and a float32 is float32: no copy of the half is made.
+    total = x.to(wide) if residual is None else residual.to(wide) + x
+    return total, F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)

@@ -9,7 +9,7 @@ from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, c
 from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
-from geneformer_kernels.layernorm import check_norm
+from geneformer_kernels.layernorm import added_and_normalised, check_norm
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import (
@@ -245,11 +245,7 @@ def feed_forward_layernorm(
         from geneformer_kernels.cpu.norm_rows import add_layer_norm
 
         return add_layer_norm(total, residual, weight, bias, eps, norm)
-    # The sum of a half and a float32 is float32: no copy of the half is made.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = dropout(total, dropout_p)
-    total = total.to(wide) if residual is None else residual.to(wide) + total
-    normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    total, normed = added_and_normalised(dropout(total, dropout_p), residual, weight, bias, eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
 
 

@@ -7,8 +7,19 @@ from typing import Any
 import torch
 
 from geneformer_kernels import int8_rows
-from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, check_out_dtype, check_tensor
+from geneformer_kernels.arguments import (
+    FLOATS,
+    check_choice,
+    check_linear,
+    check_matrix,
+    check_optional,
+    check_out_dtype,
+    check_rows,
+    check_smooth,
+    check_tensor,
+)
 from geneformer_kernels.dispatch import Impl
+from geneformer_kernels.int8_rows import widened_weight
 from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, constant_for_compiler, plainly_on
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.fp8_linear import reference
@@ -34,9 +45,8 @@ def fp8_linear_fwd(
             return reference.fp8_linear(x, weight_q, weight_scale, bias, activation, is_dynamic, out_dtype)
         if is_dynamic and x.numel():
             return int8_rows.activate(_scaled_product(x, weight_q, weight_scale, bias, out_dtype), activation)
-        product = x @ _widened(weight_q, weight_scale, x.dtype).T
-        product = product if product.dtype == torch.float64 else product.float()
-        return int8_rows.finish(product, torch.ones_like(weight_scale), bias, activation, out_dtype)
+        weight = widened_weight(weight_q, weight_scale, x.dtype)
+        return int8_rows.widened_linear(x, weight, bias, activation, out_dtype)
 
 
 @fp8_linear_fwd.register_fake
@@ -64,11 +74,6 @@ def _scaled_product(
     )
 
 
-def _widened(weight_q: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # Scaled before it is narrowed: sums of unscaled products leave float16's range.
-    return (weight_q.float() * weight_scale[:, None]).to(dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight_q, weight_scale, bias, ctx.activation, ctx.is_dynamic, ctx.out_dtype, ctx.impl = inputs
     # The input is needed only to compute again what went into the activation.
@@ -88,7 +93,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
     dx = d_bias = None
     if ctx.needs_input_grad[0]:
         with plainly_on(d_pre):
-            dx = d_pre.to(ctx.x_dtype) @ _widened(weight_q, weight_scale, ctx.x_dtype)
+            dx = d_pre.to(ctx.x_dtype) @ widened_weight(weight_q, weight_scale, ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         d_bias = d_pre.sum(0).to(bias.dtype)
     return dx, None, None, d_bias, None, None, None, None
@@ -122,12 +127,8 @@ def quantize_rows_fp8(x: torch.Tensor, *, smooth: torch.Tensor | None = None) ->
     ----------
     Micikevicius et al., "FP8 formats for deep learning", arXiv:2209.05433.
     """
-    check_tensor("x", x, FLOATS)
-    if x.ndim == 0:
-        raise ValueError("x must be rows, not a single number")
-    check_optional("smooth", smooth, FLOATS, device=x.device)
-    if smooth is not None and smooth.shape != x.shape[-1:]:
-        raise ValueError(f"smooth {[*smooth.shape]} must be [{x.shape[-1]}]")
+    check_rows("x", x)
+    check_smooth("smooth", smooth, x)
     return reference.quantize_rows_fp8(x.detach().contiguous(), None if smooth is None else smooth.detach())
 
 
@@ -139,9 +140,7 @@ def quantize_weight_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     TypeError, ValueError
         The weight is no matrix of floats, or holds NaN or infinity.
     """
-    check_tensor("weight", weight, FLOATS)
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be [N, K], not {[*weight.shape]}")
+    check_matrix("weight", weight)
     q, scale = reference.quantize_rows_fp8(weight.detach().contiguous())
     if not scale.isfinite().all():
         raise ValueError("weight holds NaN or infinity, which no scale brings into float8")
@@ -204,11 +203,7 @@ def fp8_linear(
     check_optional("bias", bias, FLOATS, device=x.device)
     check_choice("activation", activation, ACTIVATIONS, may_be_none=True)
     check_out_dtype("out_dtype", out_dtype)
-    if weight_q.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight_q.shape[1]:
-        raise ValueError(f"x {[*x.shape]} and weight_q {[*weight_q.shape]} do not fit: [..., K] and [N, K] are needed")
-    for name, each in (("weight_scale", weight_scale), ("bias", bias)):
-        if each is not None and each.shape != weight_q.shape[:1]:
-            raise ValueError(f"{name} {[*each.shape]} must be [{weight_q.shape[0]}]")
+    check_linear(x, weight_q, weight_scale, bias)
     out_dtype, (n_columns, width) = out_dtype or x.dtype, weight_q.shape
     chosen = choose_for("fp8_linear", x, impl, shape={"width": width, "n_columns": n_columns})
     rounds = _is_dynamic(width, n_columns, DTYPE_NAMES[out_dtype], x.device.type, x.device.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from geneformer_kernels.int8_rows import TINY, finish
+from geneformer_kernels.int8_rows import finish, row_factors
 
 #: The largest number of float8_e4m3fn.
 LARGEST = 448.0
@@ -19,12 +19,7 @@ def quantize_rows_fp8(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tu
     x = x.float()
     if smooth is not None:
         x = x * smooth.float()
-    largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
-    is_zero, is_finite = largest < TINY, largest.isfinite()
-    # Tensors by tensors: torch divides by and into numbers through a reciprocal, which rounds once more.
-    most = torch.full_like(largest, LARGEST)
-    inverse = torch.where(is_zero | ~is_finite, 0.0, most / torch.where(is_zero, 1.0, largest))
-    scale = torch.where(is_zero, 1.0, torch.where(is_finite, largest / most, torch.nan))
+    inverse, scale = row_factors(x, LARGEST)
     return torch.nan_to_num(x * inverse[..., None]).to(torch.float8_e4m3fn), scale
 
 

@@ -9,6 +9,7 @@ import torch
 from geneformer_kernels import int8_rows
 from geneformer_kernels.arguments import (
     FLOATS,
+    check_channels,
     check_choice,
     check_optional,
     check_out_dtype,
@@ -16,7 +17,7 @@ from geneformer_kernels.arguments import (
     check_tensor,
 )
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.int8_rows import padded, widened_weight
+from geneformer_kernels.int8_rows import in_whole_steps, widened_weight
 from geneformer_kernels.launch import MAX_DYNAMIC_WIDTH, SCALE_GROUP
 from geneformer_kernels.on_device import choose_for, launching_on, plainly_on
 from geneformer_kernels.operators import operator
@@ -77,8 +78,7 @@ def _by_torch(
     at_once = max(1, HIDDEN_AT_ONCE.get(x.device.type, 1 << 22) // max(1, up_q.shape[0]))
     for first in range(0, x.shape[0], at_once):
         here = slice(first, first + at_once)
-        rows = x[here]
-        q, scale = int8_rows.quantize_rows(rows) if x_scale is None else (rows, x_scale[here])
+        q, scale = int8_rows.rounded(x[here], None if x_scale is None else x_scale[here])
         hidden = int8_rows.scaled_product(q, scale, up_q, is_fast=True)
         hidden = int8_rows.finish(hidden, up_scale, up_bias, activation, torch.float32)
         product = int8_rows.scaled_product(*int8_rows.quantize_rows(hidden), down_q, is_fast=True)
@@ -104,8 +104,8 @@ def _by_kernels(
     )
 
     # The fast way in are rows that the LayerNorm before has rounded; floats take torch's passes.
-    q, scale = int8_rows.quantize_rows(x) if x_scale is None else (x, x_scale)
-    q, up_q, down_q = (_in_whole_steps(each.contiguous()) for each in (q, up_q, down_q))
+    q, scale = int8_rows.rounded(x, x_scale)
+    q, up_q, down_q = (in_whole_steps(each.contiguous(), WIDTH_STEP) for each in (q, up_q, down_q))
     (n_rows, width), ff_width = q.shape, up_scale.shape[0] // (2 if activation == "swiglu" else 1)
     n_columns, n_groups = down_q.shape[0], down_q.shape[1] // SCALE_GROUP
     hidden = torch.empty((n_rows, down_q.shape[1]), dtype=torch.int8, device=x.device)
@@ -152,11 +152,6 @@ def _by_kernels(
     return out
 
 
-def _in_whole_steps(x: torch.Tensor) -> torch.Tensor:
-    """Zeros, which add nothing to a product, up to a width that the kernels take."""
-    return padded(x, x.shape[0], x.shape[1] + -x.shape[1] % WIDTH_STEP)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, x_scale, up_q, up_scale, up_bias, down_q, down_scale, down_bias, ctx.activation, _, _ = inputs
     ctx.save_for_backward(x, x_scale, up_q, up_scale, up_bias, down_q, down_scale)
@@ -172,7 +167,7 @@ def _backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
         d_down_bias = d_out.sum(0).to(ctx.down_dtype)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
         with plainly_on(d_out):
-            q, scale = int8_rows.quantize_rows(x) if x_scale is None else (x, x_scale)
+            q, scale = int8_rows.rounded(x, x_scale)
             product = int8_rows.scaled_product(q, scale, up_q, is_fast=True)
             pre = int8_rows.finish(product, up_scale, up_bias, None, torch.float32)
             d_hidden = d_out @ widened_weight(down_q, down_scale, torch.float32)
@@ -285,15 +280,11 @@ def _check(
         )
     for name, scale, size in (("up_scale", up_scale, hidden_width), ("down_scale", down_scale, down_q.shape[0])):
         check_tensor(name, scale, (torch.float32,), device=x.device)
-        if scale.shape != (size,):
-            raise ValueError(f"{name} {[*scale.shape]} must be [{size}]")
+        check_channels(name, scale, size)
     for name, bias, size in (("up_bias", up_bias, hidden_width), ("down_bias", down_bias, down_q.shape[0])):
         check_optional(name, bias, FLOATS, device=x.device)
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name} {[*bias.shape]} must be [{size}]")
-    check_row_scales("x_scale", x_scale, x, has_groups=False)
-    if x.dtype == torch.int8 and out_dtype is None:
-        raise ValueError("out_dtype must be said where x is int8")
+        check_channels(name, bias, size)
+    check_row_scales("x_scale", x_scale, x, out_dtype, has_groups=False)
     widest = max(x.shape[-1], down_q.shape[1])
     if widest > MAX_DYNAMIC_WIDTH:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from geneformer_kernels.int8_rows import finish, quantize_groups, quantize_rows, scaled_product
+from geneformer_kernels.int8_rows import finish, quantize_groups, quantize_rows, rounded, scaled_product
 
 
 def int8_feed_forward(
@@ -25,7 +25,7 @@ def int8_feed_forward(
 
     Hidden units have one scale per row, with ``has_groups`` one per row and 128 columns.
     """
-    q, scale = quantize_rows(x) if x_scale is None else (x, x_scale)
+    q, scale = rounded(x, x_scale)
     hidden = finish(scaled_product(q, scale, up_q), up_scale, up_bias, activation, torch.float32)
     q, scale = quantize_groups(hidden) if has_groups else quantize_rows(hidden)
     return finish(scaled_product(q, scale, down_q), down_scale, down_bias, None, out_dtype)

@@ -8,7 +8,7 @@ import torch
 
 from geneformer_kernels import int8_rows
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.int8_rows import padded, widened_weight
+from geneformer_kernels.int8_rows import in_whole_steps, widened_weight
 from geneformer_kernels.launch import precision_of
 from geneformer_kernels.on_device import DTYPE_NAMES, launching_on, plainly_on
 from geneformer_kernels.operators import operator
@@ -100,11 +100,9 @@ def int8_linear_fwd(
         if mode == "dynamic":
             q, row_scale = (x, x_scale) if x_scale is not None else quantize_rows_op(x, None, quantizer)
             product = int8_rows.scaled_product(q, row_scale, weight_q, is_fast=True)
-        else:
-            product = x @ widened_weight(weight_q, weight_scale, x.dtype).T
-            product = product if product.dtype == torch.float64 else product.float()
-            weight_scale = torch.ones_like(weight_scale)
-        return int8_rows.finish(product, weight_scale, bias, activation, out_dtype)
+            return int8_rows.finish(product, weight_scale, bias, activation, out_dtype)
+        weight = widened_weight(weight_q, weight_scale, x.dtype)
+        return int8_rows.widened_linear(x, weight, bias, activation, out_dtype)
 
 
 @int8_linear_fwd.register_fake
@@ -123,7 +121,7 @@ def _launch_dynamic(
 ) -> None:
     from geneformer_kernels.ops.int8_linear.kernel import int8_linear_dynamic_kernel
 
-    q, weight_q = _in_whole_steps(q.contiguous()), _in_whole_steps(weight_q)
+    q, weight_q = in_whole_steps(q.contiguous(), WIDTH_STEP), in_whole_steps(weight_q, WIDTH_STEP)
     (n_rows, width), n_columns = q.shape, weight_q.shape[0]
     planned = dynamic_plan(DTYPE_NAMES[out.dtype], n_rows, n_columns, activation, target_of(q.device))
     with launching_on(q):
@@ -156,7 +154,7 @@ def _launch_weight_only(
 ) -> None:
     from geneformer_kernels.ops.int8_linear.kernel import int8_linear_weight_only_kernel
 
-    x, weight_q = _in_whole_steps(x), _in_whole_steps(weight_q)
+    x, weight_q = in_whole_steps(x, WIDTH_STEP), in_whole_steps(weight_q, WIDTH_STEP)
     (n_rows, width), n_columns, dtype = x.shape, weight_q.shape[0], DTYPE_NAMES[x.dtype]
     planned = weight_only_plan(dtype, n_rows, n_columns, activation)
     with launching_on(x):
@@ -176,11 +174,6 @@ def _launch_weight_only(
             BLOCK_K=planned.block_k,
             **planned.launch.options,
         )
-
-
-def _in_whole_steps(x: torch.Tensor) -> torch.Tensor:
-    """Zeros, which add nothing to a product, up to a width that the kernels take."""
-    return padded(x, x.shape[0], x.shape[1] + -x.shape[1] % WIDTH_STEP)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

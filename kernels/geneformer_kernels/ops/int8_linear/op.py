@@ -9,9 +9,13 @@ from geneformer_kernels.arguments import (
     FLOATS,
     check_choice,
     check_device,
+    check_linear,
+    check_matrix,
     check_optional,
     check_out_dtype,
     check_row_scales,
+    check_rows,
+    check_smooth,
     check_tensor,
     check_whole,
 )
@@ -60,12 +64,8 @@ def quantize_rows(
     Dettmers et al., "LLM.int8()", arXiv:2208.07339 (row by row, largest magnitude); Xiao et al., "SmoothQuant",
     arXiv:2211.10438 (``smooth``).
     """
-    check_tensor("x", x, FLOATS)
-    if x.ndim == 0:
-        raise ValueError("x must be rows, not a single number")
-    check_optional("smooth", smooth, FLOATS, device=x.device)
-    if smooth is not None and smooth.shape != x.shape[-1:]:
-        raise ValueError(f"smooth {[*smooth.shape]} must be [{x.shape[-1]}]")
+    check_rows("x", x)
+    check_smooth("smooth", smooth, x)
     chosen = choose_for("quantize_rows", x, impl)
     rows = x.detach().reshape(-1, x.shape[-1]) if x.ndim != 2 else x.detach()
     q, scale = quantize_rows_op(rows, None if smooth is None else smooth.detach(), chosen)
@@ -80,9 +80,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     TypeError, ValueError
         The weight is no matrix of floats, or holds NaN or infinity.
     """
-    check_tensor("weight", weight, FLOATS)
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be [N, K], not {[*weight.shape]}")
+    check_matrix("weight", weight)
     q, scale = int8_rows.quantize_rows(weight.detach())
     if not scale.isfinite().all():
         raise ValueError("weight holds NaN or infinity, which no int8 stands for")
@@ -223,17 +221,10 @@ def _check_linear(
     check_choice("activation", activation, ACTIVATIONS, may_be_none=True)
     check_choice("mode", mode, MODES, may_be_none=True)
     check_out_dtype("out_dtype", out_dtype)
-    if weight_q.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight_q.shape[1]:
-        raise ValueError(f"x {[*x.shape]} and weight_q {[*weight_q.shape]} do not fit: [..., K] and [N, K] are needed")
-    for name, each in (("weight_scale", weight_scale), ("bias", bias)):
-        if each is not None and each.shape != weight_q.shape[:1]:
-            raise ValueError(f"{name} {[*each.shape]} must be [{weight_q.shape[0]}]")
-    check_row_scales("x_scale", x_scale, x)
-    if x.dtype == torch.int8:
-        if out_dtype is None:
-            raise ValueError("out_dtype must be said where x is int8")
-        if mode == "weight_only":
-            raise ValueError('mode must be "dynamic" or None where x is int8, not "weight_only"')
+    check_linear(x, weight_q, weight_scale, bias)
+    check_row_scales("x_scale", x_scale, x, out_dtype)
+    if x.dtype == torch.int8 and mode == "weight_only":
+        raise ValueError('mode must be "dynamic" or None where x is int8, not "weight_only"')
     if weight_q.shape[1] > MAX_DYNAMIC_WIDTH and (mode == "dynamic" or x.dtype == torch.int8):
         raise ValueError(
             f"{weight_q.shape[1]:,} products of int8 may add up to more than int32 holds: "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from geneformer_kernels import int8_rows
-from geneformer_kernels.arguments import FLOATS, check_optional
+from geneformer_kernels.arguments import check_smooth
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.launch import too_wide
-from geneformer_kernels.layernorm import check_norm
+from geneformer_kernels.layernorm import added_and_normalised, check_norm
 from geneformer_kernels.on_device import choose_for, launching_on, needs_gradient, plainly_on, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
@@ -41,7 +40,8 @@ def residual_layernorm_int8_op(
             norm = "post" if is_post else "pre"
             stream, q, scale = reference.residual_layernorm_int8(x, residual, weight, bias, eps, norm, smooth)
         else:
-            stream, q, scale = _by_torch(x, residual, weight, bias, smooth, eps, is_post)
+            total, normed = added_and_normalised(x, residual, weight, bias, eps)
+            stream, (q, scale) = normed if is_post else total, int8_rows.quantize_rows(normed, smooth)
     # What goes on may be x itself, which an operator must not return.
     return stream.clone() if stream is x else stream, q, scale
 
@@ -94,22 +94,6 @@ def _by_kernel(
                 **int8_launch(chosen).options,
             )
     return stream, q, scale
-
-
-def _by_torch(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    smooth: torch.Tensor | None,
-    eps: float,
-    is_post: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # The sum of a half and a float32 is float32: no copy of the half is made.
-    total = x.to(wide) if residual is None else residual.to(wide) + x
-    normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    return normed if is_post else total, *int8_rows.quantize_rows(normed, smooth)
 
 
 @ranged("residual_layernorm_int8")
@@ -168,9 +152,7 @@ def residual_layernorm_int8(
     Ba et al., "Layer normalization", arXiv:1607.06450; Xiao et al., "SmoothQuant", arXiv:2211.10438.
     """
     check_norm(x, residual, weight, bias, eps=eps, norm=norm, dropout_p=0.0, out_dtype=None, seed=None)
-    check_optional("smooth", smooth, FLOATS, device=x.device)
-    if smooth is not None and smooth.shape != x.shape[-1:]:
-        raise ValueError(f"smooth {[*smooth.shape]} must be [{x.shape[-1]}]")
+    check_smooth("smooth", smooth, x)
     if needs_gradient(x, residual, weight, bias):
         raise RuntimeError("residual_layernorm_int8 has no gradient: use residual_layernorm, or torch.no_grad()")
     width = weight.shape[0]

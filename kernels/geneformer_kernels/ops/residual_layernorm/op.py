@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout, keep_scale
 from geneformer_kernels.launch import too_wide
-from geneformer_kernels.layernorm import check_norm
+from geneformer_kernels.layernorm import added_and_normalised, check_norm
 from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
@@ -303,9 +302,7 @@ def residual_layernorm(
         from geneformer_kernels.cpu.norm_rows import add_layer_norm
 
         return add_layer_norm(x, residual, weight, bias, eps, norm)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.to(wide) if residual is None else residual.to(wide) + x
-    normed = F.layer_norm(total, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    total, normed = added_and_normalised(x, residual, weight, bias, eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
 
 
