@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,25 +199,49 @@ def _held(
 ) -> tuple[dict[str, Choice], float]:
     """Choices under which no cell's embedding is turned too far, and the least cosine that is left.
 
-    The layers that lose most stay as they were, the fewest that are enough. How many is searched by doubling and
-    halving, since each answer costs a pass over the cells.
+    First the layers stay as they were that turn embeddings too far by themselves, however much signal their products
+    keep: one weight far beyond the rest makes a product large, and rounding small beside it. Then, where all others
+    together are still too much, those that lose most, the fewest that are enough.
     """
     order = sorted((name for name, choice in choices.items() if choice.is_quantized), key=lambda n: _sqnr(choices[n]))
     exact = cells.embeddings(encoder)
-    found: dict[int, tuple[dict[str, Choice], float]] = {}
+    found: dict[frozenset[str], float] = {}
 
-    def holds(n_half: int) -> bool:
-        made = {**choices, **{name: _given_up(choices[name], least_cosine) for name in order[:n_half]}}
-        found[n_half] = made, _least_cosine(exact, cells.embeddings(as_anywhere(quantized(encoder, made))))
-        return found[n_half][1] >= least_cosine
+    def held(names: Iterable[str]) -> dict[str, Choice]:
+        """Choices with nothing but these layers quantized."""
+        kept = set(names)
+        return {n: c if n in kept or not c.is_quantized else _given_up(c, least_cosine) for n, c in choices.items()}
 
+    def holds(names: Sequence[str]) -> bool:
+        if (key := frozenset(names)) not in found:
+            made = as_anywhere(quantized(encoder, held(names)))
+            found[key] = _least_cosine(exact, cells.embeddings(made))
+        return found[key] >= least_cosine
+
+    if not holds(order):
+        alone = set(_alone(order, holds))
+        order = [name for name in order if name not in alone]
+        order = order[_fewest(len(order), lambda n_left_out: holds(order[n_left_out:])) :]
+    return held(order), found[frozenset(order)]
+
+
+def _alone(names: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Of layers that do not hold together those that do not by themselves; by halving, as they are few."""
+    if len(names) <= 1:
+        return list(names)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    return [name for half in halves if not holds(half) for name in _alone(half, holds)]
+
+
+def _fewest(n: int, is_enough: Callable[[int], bool]) -> int:
+    """The smallest number up to ``n`` that is enough, by doubling and halving, since each answer costs a pass."""
     low, high = 0, 0
-    while not holds(high) and high < len(order):
-        low, high = high + 1, min(max(1, 2 * high), len(order))
+    while not is_enough(high) and high < n:
+        low, high = high + 1, min(max(1, 2 * high), n)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return found[high]
+        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+    return high
 
 
 def as_anywhere(encoder: Encoder) -> Encoder:

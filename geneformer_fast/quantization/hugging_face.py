@@ -78,8 +78,9 @@ class InParameters(EightBits):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K] of eight bits, as it is stored."""
-        return Stored.of(cast(nn.Parameter, self._parameters["weight"]))
+        """[N, K] of eight bits, as it is stored; of FSDP's shards it is the shard, which FSDP looks for here."""
+        parameter = cast(nn.Parameter, self._parameters["weight"])
+        return Stored.of(parameter) if type(parameter) is nn.Parameter else parameter
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
