@@ -12,7 +12,7 @@ from torch import nn
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import InputError, VocabularyError
-from geneformer_fast.layers import QuantizedEmbedding, wants_rows
+from geneformer_fast.layers import QuantizedEmbedding, QuantizedLinear
 from geneformer_fast.ragged import Ragged
 
 
@@ -44,7 +44,7 @@ class RankTokens(nn.Module):
         """
         self.check(tokens)
         if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
-            if wants_rows(reader) and self._is_by_rows(tokens, norm, dropout_p):
+            if _is_made_by_loops(reader) and self._is_by_rows(tokens, norm, dropout_p):
                 return self._by_rows(tokens, norm, out_dtype)
             # Order of addition as in BertEmbeddings: token + type, then + position.
             hidden = self.token(tokens.values)  # new, so that it may be added to in place
@@ -67,8 +67,7 @@ class RankTokens(nn.Module):
     def _is_by_rows(self, tokens: Ragged, norm: nn.LayerNorm | None, dropout_p: float) -> bool:
         """Whether one loop computes it, each row while it is near: both tables of int8, on a CPU, nothing learning.
 
-        What looks at a table by hooks sees it. Asked only where a loop multiplies what comes out: for this one alone
-        numba would take 110 MB, and a millisecond or two of a batch is what it saves.
+        What looks at a table by hooks sees it.
         """
         token, position = self.token, self.position
         if dropout_p or tokens.values.device.type != "cpu" or torch.compiler.is_compiling():
@@ -171,6 +170,14 @@ class SoftBins(nn.Module):
             raise InputError(f"this model reads values, [T] floating point, not {kind}")
         if is_looked_into(tokens.values) and not tokens.values.isfinite().all():
             raise InputError("a value is NaN or infinite; this model reads finite values")
+
+
+def _is_made_by_loops(reader: nn.Module | None) -> bool:
+    """Whether loops multiply or widen the weight of a layer: where numba, of 110 MB, is there anyway.
+
+    Float8 has none, and a millisecond or two of a batch is all that the loop for tables saves.
+    """
+    return isinstance(reader, QuantizedLinear) and reader.weight_q.dtype == torch.int8
 
 
 def _finished(

@@ -415,7 +415,7 @@ def test_the_process_stays_below_the_smallest_budget_and_loads_what_it_needs(
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    # Compiled loops multiply integers; nothing else needs numba (which loads scipy), and nothing torch's compiler.
+    # Compiled loops are of integers; nothing else needs numba (which loads scipy), and nothing torch's compiler.
     assert set(said["loaded"]) <= ({"numba", "scipy"} if scheme == "int8" else set())
     assert said["is_clean"]
     assert 200 * MB < said["peak"] <= size_in_bytes(said["smallest"])
