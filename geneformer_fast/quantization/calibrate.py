@@ -206,11 +206,15 @@ def _held(
     order = sorted((name for name, choice in choices.items() if choice.is_quantized), key=lambda n: _sqnr(choices[n]))
     exact = cells.embeddings(encoder)
     found: dict[frozenset[str], float] = {}
+    alone: set[str] = set()
 
     def held(names: Iterable[str]) -> dict[str, Choice]:
         """Choices with nothing but these layers quantized."""
         kept = set(names)
-        return {n: c if n in kept or not c.is_quantized else _given_up(c, least_cosine) for n, c in choices.items()}
+        return {
+            name: choice if name in kept or not choice.is_quantized else _given_up(choice, least_cosine, name in alone)
+            for name, choice in choices.items()
+        }
 
     def holds(names: Sequence[str]) -> bool:
         if (key := frozenset(names)) not in found:
@@ -219,7 +223,7 @@ def _held(
         return found[key] >= least_cosine
 
     if not holds(order):
-        alone = set(_alone(order, holds))
+        alone |= set(_alone(order, holds))
         order = [name for name in order if name not in alone]
         order = order[_fewest(len(order), lambda n_left_out: holds(order[n_left_out:])) :]
     return held(order), found[frozenset(order)]
@@ -259,8 +263,10 @@ def _sqnr(choice: Choice) -> float:
     return math.inf if choice.sqnr_db is None else choice.sqnr_db
 
 
-def _given_up(choice: Choice, least_cosine: float) -> Choice:
-    return Choice("half", None, choice.sqnr_db, f"given up: the embeddings' cosine fell below {least_cosine:g}")
+def _given_up(choice: Choice, least_cosine: float, is_alone: bool) -> Choice:
+    by_itself = " by it alone" if is_alone else ""
+    reason = f"given up: the embeddings' cosine fell below {least_cosine:g}{by_itself}"
+    return Choice("half", None, choice.sqnr_db, reason)
 
 
 def _least_cosine(exact: torch.Tensor, changed: torch.Tensor) -> float:

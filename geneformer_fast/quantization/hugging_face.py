@@ -178,7 +178,8 @@ def quantized_theirs(
             for module, own in _parts(layer, entry):
                 before: Any = model.get_submodule(module)
                 own.compute_dtype = before.weight.dtype
-                if own.bias is None and before.bias is not None:  # of a decoder: ours is beside it
+                # Of a decoder: ours has its bias beside it.
+                if isinstance(own, TheirLinear) and own.bias is None and before.bias is not None:
                     own.bias = _fixed(before.bias.detach().float().clone())
                 made[id(before)] = own.train(before.training)
     table_made = made.get(id(_table(model)))

@@ -213,6 +213,31 @@ def test_layers_that_lose_most_are_given_up_and_no_more_than_are_needed() -> Non
     assert cosine_of(made, one_less, packed) < least
 
 
+@pytest.mark.parametrize(
+    ("layer", "row", "given_up"),
+    [
+        ("qkv", 3, {"qkv"}),  # scores of attention that are wrong by whole numbers
+        ("up", 40, {"up", "down"}),  # the hidden unit, and the rows that it is in
+        ("down", 3, {"down"}),
+        ("out", 3, set()),
+    ],
+)
+def test_one_weight_far_beyond_the_rest_costs_the_layers_it_spoils_and_no_other(
+    layer: str, row: int, given_up: set[str]
+) -> None:
+    """Its product is large and keeps its signal, so that by signal over noise its layer would be the last to go."""
+    made = model()
+    with torch.no_grad():
+        made.blocks[0].get_submodule(layer).weight[row, 5] = 1e4
+    found = calibrate(made, batches())
+    assert found.cosine >= 0.9995
+    kept = {name for name, choice in found.choices.items() if "given up" in choice.reason}
+    assert {f"blocks.0.{name}" for name in given_up} <= kept
+    # Of what an outlier reads the error is multiplied by it, too.
+    assert kept <= {f"blocks.0.{name}" for name in given_up} | {"embeddings.position"}
+    assert all("by it alone" in found.choices[name].reason for name in kept)
+
+
 def test_a_model_in_half_precision_is_measured_in_float32() -> None:
     made = model("pre")
     expected = calibrate(made, batches(), least_cosine=0.5)
