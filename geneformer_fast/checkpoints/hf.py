@@ -162,8 +162,7 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
 def as_saved(encoder: Encoder) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config.json and the tensors of an encoder's folder; shapes and dtypes of one without numbers."""
     source = encoder.source or _fresh_source(encoder)
-    state, head = encoder.state_dict(), head_name(encoder)
-    table = bert_entries(encoder.config, head, source.prefix, bias=source.bias)
+    state, table = encoder.state_dict(), table_of(encoder)
     settings = settings_from_encoder(encoder, source)
     if quantization_of(encoder) is None:
         tensors = to_theirs(state, table)
@@ -178,6 +177,12 @@ def as_saved(encoder: Encoder) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         tensors[DECODER_BIAS] = state["head.bias"]
     tensors = {name: _as_stored(tensor, source.dtypes.get(name)) for name, tensor in tensors.items()}
     return settings, {**tensors, **source.extras}
+
+
+def table_of(encoder: Encoder) -> list[Entry]:
+    """Which of an encoder's parameters is which tensor of its folder."""
+    source = encoder.source or _fresh_source(encoder)
+    return bert_entries(encoder.config, head_name(encoder), source.prefix, bias=source.bias)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

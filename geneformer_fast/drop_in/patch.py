@@ -195,8 +195,8 @@ def accelerate(model: nn.Module, *, training_logits: bool = True, padding: str =
     transformers has loaded with the package compressed-tensors. That package widens all weights in the first forward
     pass; accelerate a model before it is called, and its linear layers and tables compute on what was loaded, until
     ``undo()``. The weights do not learn; adapters and heads on top of them do. PEFT cannot merge adapters into them:
-    put these on the model before it was quantized and merge them there. DDP leaves them alone; FSDP
-    (``fully_shard``) shards them too, unless it is told not to (``ignored_params``: all that has no ``requires_grad``).
+    put these on the model before it was quantized and merge them there. FSDP has to be told to leave them
+    alone (``ignored_params``: all that has no ``requires_grad``), and is refused otherwise; DDP does so by itself.
 
     Accelerating an accelerated model again changes ``training_logits`` and ``padding`` and nothing else.
 

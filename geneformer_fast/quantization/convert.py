@@ -328,9 +328,12 @@ def bytes_of(encoder: Encoder) -> dict[str, int]:
 
 
 def dtypes_of(encoder: Encoder) -> dict[str, str]:
-    """Of the weights of layers in floating point, by the names of the layers."""
+    """Of the weights of layers in floating point, by the names of the layers, as they are in the encoder's folder."""
+    home = hf if hf.is_bert(encoder) else native
+    _, tensors = home.as_saved(encoder)
+    stored = {entry.ours.removesuffix(f".{WEIGHT}"): entry.theirs[0] for entry in home.table_of(encoder)}
     return {
-        name: str(layer.weight.dtype).removeprefix("torch.")
+        name: str(tensors[stored[name]].dtype).removeprefix("torch.")
         for name, layer in layers_of(encoder).items()
         if not isinstance(layer, EightBits)
     }

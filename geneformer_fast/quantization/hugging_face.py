@@ -70,17 +70,22 @@ class InParameters(EightBits):
         self.register_buffer("smooth", torch.empty(width, dtype=torch.float32) if has_smooth else None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Weights are tied this way, by transformers."""
+        """Weights are tied this way, by transformers, and shared out among processes, by FSDP."""
         value = value.origin if isinstance(value, Stored) else value
+        if isinstance(value, nn.Parameter) and hasattr(value, "placements"):
+            raise UnsupportedError(
+                "FSDP cannot shard layers of eight bits, whose memory compiled loops read; tell it to leave alone what "
+                "does not learn: fully_shard(..., ignored_params={p for p in model.parameters() if not "
+                "p.requires_grad})"
+            )
         if name == "weight" and (not isinstance(value, nn.Parameter) or value.dtype != self.weight_q.dtype):
             raise UnsupportedError(_ANOTHER)
         super().__setattr__(name, value)
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K] of eight bits, as it is stored; of FSDP's shards it is the shard, which FSDP looks for here."""
-        parameter = cast(nn.Parameter, self._parameters["weight"])
-        return Stored.of(parameter) if type(parameter) is nn.Parameter else parameter
+        """[N, K] of eight bits, as it is stored."""
+        return Stored.of(cast(nn.Parameter, self._parameters["weight"]))
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
