@@ -88,6 +88,38 @@ def test_few_cells_have_fewer_neighbours_and_equal_cells_no_trouble() -> None:
     assert neighbours_shared(torch.ones(5, 3), torch.ones(5, 3)) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("common", "noise", "is_held", "is_told"),
+    [
+        (4.0, 0.0005, True, True),  # a model that was hardly trained: as little is lost as in bfloat16
+        (4.0, 0.0030, False, True),  # more is lost
+        (0.0, 0.0005, False, False),  # cells that differ as much and have nothing in common
+        (0.0, 0.00001, True, False),
+    ],
+)
+def test_neighbours_are_asked_for_as_far_as_cells_can_be_told_apart(
+    common: float, noise: float, is_held: bool, is_told: bool
+) -> None:
+    """The quickstart's model was seen to share 0.83 of neighbours in int8, and 0.74 once rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    exact = common * rng.normal(size=64) / 8 + 0.004 * rng.normal(size=(400, 64))
+    said = [
+        answers.Answers(x.astype(np.float32), None, None, None, 1, "float32", None)
+        for x in (exact, exact + noise * rng.normal(size=exact.shape))
+    ]
+    found = checking.compared(*said)
+    measure = by_name(found)["15 nearest neighbours shared"]
+    assert (measure.is_held, bool(measure.note)) == (is_held, is_told)
+    rounded = neighbours_shared(
+        *(torch.from_numpy(exact).to(dtype).double() for dtype in (torch.float32, torch.bfloat16))
+    )
+    least = rounded if is_told else 0.95
+    assert measure.bound == f">= {least:.3g}"
+    assert measure.is_held == (measure.quantized >= least)
+    assert (measure.quantized < 0.95) == (is_told or not is_held)
+    assert (f"to bfloat16 leaves {rounded:.3g}" in found.as_text()) == is_told
+
+
 def test_a_model_beside_itself_holds_everything(tokens: Path) -> None:
     made = with_genes()
     found = check(made, made, tokens, progress=False)
