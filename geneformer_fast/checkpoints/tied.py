@@ -21,7 +21,7 @@ def bias_in(tensors: Mapping[str, torch.Tensor]) -> str:
 
     From transformers 5 on both are saved of a decoder that is not tied, and the other one takes no part.
     """
-    read = tensors.read if isinstance(tensors, Stored) else tensors.__getitem__
+    read: Callable[[str], torch.Tensor] = tensors.read if isinstance(tensors, Stored) else tensors.__getitem__
     if DECODER_BIAS not in tensors:
         return BERT_BIAS
     is_same = BERT_BIAS in tensors and torch.equal(read(BERT_BIAS), read(DECODER_BIAS))
