@@ -65,6 +65,7 @@ class Seen:
 def opened(browser: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> Iterator[tuple[Any, Seen]]:
     """A file in a window of its own, and what it does. Nothing but the file itself is ever fetched."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(180_000)  # on a busy machine
     try:
         page = context.new_page()
         seen = Seen(page)

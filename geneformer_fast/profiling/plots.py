@@ -9,7 +9,7 @@ from typing import Any
 
 from geneformer_fast.profiling.figures import Setting
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import COLORS, NARROW, WIDE, Plot
+from geneformer_fast.profiling.svg import COLORS, NARROW, ON_COLOR, WIDE, Plot
 from geneformer_fast.profiling.units import digits, unit_of, visible, words, written
 
 #: Bars of batches on the wide plot; more batches than bars are joined.
@@ -23,8 +23,8 @@ KIND_COLORS = {
     **{"weights": "blue", "gradients": "sky", "optimizer": "green", "activations": "orange", "logits": "purple"},
     **{"workspace": "yellow", "other": "grey"},
 }
-# On these, text is dark whatever the page: they are light on both.
-_LIGHT = ("sky", "yellow", "orange", "purple", "grey")
+# Text on pieces: all colours but these are light, whatever the page.
+_INK = {"blue": COLORS["paper"], "line": COLORS["ink"]}
 
 
 def number(value: Any) -> float | None:
@@ -126,11 +126,9 @@ def _stacks(plot: Plot, rows: list[tuple[str, list[Piece]]], xlabel: str) -> Non
             title = f"{piece.name}: {digits(piece.value)} {unit}, {written(piece.value / total, 'share')}"
             plot.mark(patch, f"{name}: {title}" if name else title)
             if piece.value / longest > (0.026 if plot.is_narrow else 0.011) * (len(piece.name) + 2):
-                is_light = piece.color in _LIGHT
-                ink = "#111417" if is_light else COLORS["ink"] if piece.color == "line" else COLORS["paper"]
                 axes.annotate(
-                    piece.name, (left + piece.value / 2, row), ha="center", va="center_baseline", color=ink,
-                    fontsize=11,
+                    piece.name, (left + piece.value / 2, row), ha="center", va="center_baseline",
+                    color=_INK.get(piece.color, ON_COLOR), fontsize=11,
                 )  # fmt: skip
             left += piece.value
         if name:

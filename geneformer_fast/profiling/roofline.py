@@ -9,7 +9,7 @@ from typing import Any
 from geneformer_fast.profiling.figures import Operation
 from geneformer_fast.profiling.plots import both_widths, number
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import COLORS, Plot
+from geneformer_fast.profiling.svg import COLORS, ON_COLOR, Plot
 from geneformer_fast.profiling.units import digits, visible, written
 
 #: Operations with a number on the roofline, the longest first.
@@ -134,7 +134,7 @@ def _points(plot: Plot, axes: Any, shown: list[Point]) -> None:
         pad = 0.3 if (point.number or 0) < 10 else 0.12
         badge = axes.annotate(
             str(point.number), (point.intensity, point.tflops), offset, textcoords="offset points", ha="center",
-            va="center_baseline", color="#111417" if color == "orange" else COLORS["paper"], fontsize=10,
+            va="center_baseline", color=ON_COLOR if color == "orange" else COLORS["paper"], fontsize=10,
             fontweight="bold", zorder=5,
             bbox={"boxstyle": f"circle,pad={pad}", "fc": COLORS[color], "ec": COLORS["paper"]},
             arrowprops={"arrowstyle": "-", "color": COLORS["muted"], "lw": 0.8, "shrinkA": 0, "shrinkB": 0},

@@ -28,6 +28,8 @@ COLORS = {
     "purple": "#cc79a7",
     "grey": "#9aa3ad",
 }
+#: Text on those colours.
+ON_COLOR = "#111417"
 #: Pixels across: beside a screen's or sheet's margins, and on a phone.
 WIDE, NARROW = 720, 320
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -19,22 +20,28 @@ _UNITS = {
 _SHORT = {"joules": "J", "watts": "W", "flops": "op", "kwh": "kWh"}
 
 
+# What may stand behind the unit: of cells_per_s_now, sm_mhz_at_most, length_p50.
+_BEHIND = re.compile(r"_(now|before|at_most|at_least|mean|p\d\d)$")
+
+
 def unit_of(name: str) -> str:
     """The unit that a name ends with: ``"s"`` of ``"wall_s"``, ``"J/cell"`` of ``"joules_per_cell"``; else ``""``."""
-    words = name.lower().split("_")
-    if "per" in words[1:-1]:
-        at = len(words) - 1 - words[::-1].index("per")
-        above, below = words[at - 1], " ".join(words[at + 1 :])
+    parts = _BEHIND.sub("", name.lower()).split("_")
+    if "per" in parts[1:-1]:
+        at = len(parts) - 1 - parts[::-1].index("per")
+        above, below = parts[at - 1], " ".join(parts[at + 1 :])
         return f"{_SHORT.get(above, above)}/{_SHORT.get(below, below)}"
-    return _UNITS.get(words[-1], "")
+    return _UNITS.get(parts[-1], "")
 
 
 def words(name: str) -> str:
     """A name for people: ``"host gaps"`` of ``"host_gaps"``, ``"power"`` of ``"power_watts"``, all of it to be seen."""
-    parts = visible(name).removeprefix("n_").split("_")
+    text = visible(name).removeprefix("n_")
+    behind = _BEHIND.search(text)
+    parts = _BEHIND.sub("", text).split("_")
     if len(parts) > 1 and "per" not in parts and parts[-1].lower() in _UNITS and unit_of(name) != "share":
         parts = parts[:-1]
-    return " ".join(parts)
+    return " ".join([*parts, *(behind[1].split("_") if behind else [])])
 
 
 def digits(value: float) -> str:
