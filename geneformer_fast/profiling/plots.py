@@ -265,7 +265,7 @@ def _runs(read: list[tuple[float, float | None]]) -> list[list[tuple[float, floa
 
 def best_setting(sweep: Sequence[Setting]) -> Setting | None:
     """The fastest of those that ran."""
-    ran = [each for each in sweep if number(each.cells_per_s) is not None]
+    ran = [each for each in sweep if each.token_budget > 0 and number(each.cells_per_s) is not None]
     return max(ran, key=lambda each: number(each.cells_per_s) or 0.0, default=None)
 
 

@@ -71,7 +71,7 @@ def roofline(report: Report) -> str | None:
         axes.set(xscale="log", yscale="log", xlim=_decades(x), ylim=_decades(y + tops), xlabel="operations per byte")
         axes.set_title("T operations per second", color=COLORS["muted"])
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: digits(value))
+            axis.set_major_formatter(lambda value, _: digits(value) if 1e-4 <= value < 1e6 else f"{value:.0e}")
             axis.set_minor_formatter("")
         axes.grid(True)
         _roofs(plot, axes, products, copies, visible(str(dtype)))
@@ -93,19 +93,21 @@ def _roofs(plot: Plot, axes: Any, products: float | None, copies: float | None, 
     left, right = axes.get_xlim()
     ridge = 1e3 * products / copies if products and copies else left if products else right
     ridge = min(max(ridge, left), right)
+    sight = axes.transData.transform([(ridge, products or axes.get_ylim()[1])])[0][0] - axes.bbox.x0
     if products:
         axes.plot([ridge, right], [products, products], color=COLORS["ink"], lw=1.4)
         text = f"{written(products, 'T op/s')}" if plot.is_narrow else f"{dtype} products {written(products, 'T op/s')}"
-        is_far = ridge > left * 10
+        is_far = sight > (90 if plot.is_narrow else 200)
         where: dict[str, Any] = {"ha": "right", "va": "center"} if is_far else {"ha": "left", "va": "bottom"}
         _words(plot, axes, text, (ridge, products), (-8, 0) if is_far else (2, 4), **where)
     if copies:
         axes.plot([left, ridge], [left * copies / 1e3, ridge * copies / 1e3], color=COLORS["ink"], lw=1.4)
         x = max(left, 1e3 * axes.get_ylim()[0] / copies) * 1.4
         (x0, y0), (x1, y1) = axes.transData.transform([(x, x * copies / 1e3), (2 * x, 2 * x * copies / 1e3)])
-        angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
-        where = {"ha": "left", "va": "bottom", "rotation": angle, "rotation_mode": "anchor"}
-        _words(plot, axes, f"copies {written(copies, 'GB/s')}", (x, x * copies / 1e3), (-4, 4), **where)
+        where = {"rotation": math.degrees(math.atan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor"}
+        if axes.bbox.x0 + sight - x0 > 110:
+            at = (x, x * copies / 1e3)
+            _words(plot, axes, f"copies {written(copies, 'GB/s')}", at, (-4, 4), ha="left", va="bottom", **where)
 
 
 def _datasheet(plot: Plot, axes: Any, promised: float | None) -> None:

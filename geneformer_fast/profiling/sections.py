@@ -63,8 +63,7 @@ def lead_of(report: Report) -> list[str]:
     subject, date = report.subject, report.machine.get("date")
     doing = f"{_DOING.get(subject.mode, subject.mode)} with {subject.engine}"
     doing += f" in {subject.dtype} on {device_name(report)}" if subject.dtype else f" on {device_name(report)}"
-    cells = subject.cells[:1].upper() + subject.cells[1:]
-    return [doing, " · ".join(filter(None, (cells, str(date) if date else "")))]
+    return [doing, " · ".join(filter(None, (subject.cells, str(date) if date else "")))]
 
 
 def finding_of(finding: Finding) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _stack_rows(parts: Mapping[str, Any], colors: Mapping[str, str], total: floa
          "share": written(each.value / whole, "share")}
         for each in drawn
     ]  # fmt: skip
-    reasons = [f"{words(name)} is {value}" for name, value in parts.items() if isinstance(value, Missing)]
+    reasons = [f"{words(name)}: {value}" for name, value in parts.items() if isinstance(value, Missing)]
     return {"rows": rows if parts else [], "reasons": "; ".join(reasons)}
 
 

@@ -110,6 +110,8 @@ def test_a_page_is_whole_holds_nothing_that_runs_and_asks_for_nothing(make: Any)
     referred = {each for _, attributes in read.elements if (each := attributes.get("href")) and each != "data:,"}
     assert referred <= {f"#{each}" for each in ids}
     assert "default-src 'none'" in str(read.all("meta"))
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert '<g class="mark"><title>' in svg
 
 
 def test_findings_come_first_each_with_what_it_rests_on(rich: Read) -> None:
