@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from geneformer_fast.profiling.bert import Shape, shape_of
-from geneformer_fast.profiling.figures import Figure, Missing, times
+from geneformer_fast.profiling.figures import Figure, Missing, Operation, times
 from geneformer_fast.profiling.foreign import FORMULA, UNKNOWN, ForeignCounter
 from geneformer_fast.profiling.inputs import Seen, on_host
-from geneformer_fast.profiling.needs import Need
+from geneformer_fast.profiling.needs import Need, joined_in
 from geneformer_fast.profiling.subject import Profiled
 from geneformer_fast.profiling.work import Batch, Count, count_of
 
@@ -48,7 +48,7 @@ class Counting:
         self._result: tuple[Figure, str, str] | None = None
         self._shapes: set[object] = set()
         self._counted: object = None
-        self._n_steps = 0
+        self._n_steps, self._has_padding = 0, False
 
     @property
     def wants_a_step(self) -> bool:
@@ -58,6 +58,7 @@ class Counting:
     def add(self, passes: Sequence[Seen]) -> None:
         """Count some forward passes, whose lengths are on the host."""
         if isinstance(self.shape, Missing):
+            self._has_padding |= any(map(_is_padded, passes))
             return
         found = self.count(passes, None)
         if isinstance(found, Missing):
@@ -101,8 +102,8 @@ class Counting:
         hardware = times(flops, float(self._n_steps))
         return self._without_padding(hardware), hardware, basis, note
 
-    def count(self, passes: Sequence[Seen], dtype: str | None) -> Count | Missing:
-        """Operations of some passes, alone."""
+    def count(self, passes: Sequence[Seen], dtype: str | None, joined: str | None = None) -> Count | Missing:
+        """Operations of some passes, alone; ``joined``: the loop that did what several operations do."""
         if isinstance(self.shape, Missing):
             return self.shape
         batches = []
@@ -115,19 +116,23 @@ class Counting:
         found = count_of(
             self.shape.anatomy, batches, is_training=self._is_training(), is_recomputing=self.shape.is_recomputing,
             dtype=dtype, compute_dtype=None if encoder is None else str(encoder.dtype).removeprefix("torch."),
+            joined=joined,
         )  # fmt: skip
         if all(each.is_rectangle_known for each in passes):
             return found
         return Count(found.model, Missing("nobody said what the cells were padded to"), {})
 
-    def needs(self, passes: Sequence[Seen], dtype: str | None) -> dict[str, Need]:
-        """What each operation of some passes needs; nothing where that is not known."""
-        found = self.count(passes, dtype) if passes else Missing("no step was watched")
+    def needs(self, passes: Sequence[Seen], dtype: str | None, operations: Sequence[Operation]) -> dict[str, Need]:
+        """What each operation of some passes needs, of those that ran; nothing where that is not known."""
+        calls = {each.name: each.calls for each in operations}
+        found = self.count(passes, dtype, joined_in(calls)) if passes else Missing("no step was watched")
         return {} if isinstance(found, Missing) else found.operations
 
     def _without_padding(self, hardware: Figure) -> Figure:
         """Of a foreign model: the same, where nothing is known to have been computed for nothing."""
-        if self._about.is_recomputing:
+        if self._has_padding:
+            return Missing("some positions were padding, and what the others take is not known")
+        if self._about.is_recomputing and self._is_training():
             return Missing("blocks were computed twice, and what once takes is not known")
         return hardware
 
@@ -147,6 +152,11 @@ class Counting:
                 return Missing(_UNTOLD_ROWS)
             return shape.batch(seen.lengths, padded_to=seen.padded_to, head_rows=told, asked_rows=told)
         return shape.batch(seen.lengths, padded_to=seen.padded_to, asked_rows=told)
+
+
+def _is_padded(seen: Seen) -> bool:
+    """Whether more was computed than there are tokens."""
+    return seen.padded_to is not None and seen.lengths is not None and bool((seen.lengths < seen.padded_to).any())
 
 
 def _plus(first: Figure, second: Figure) -> Figure:

@@ -183,9 +183,10 @@ def cpu_seconds() -> float:
 def no_memory(why: str) -> Memory:
     """No figure of memory, and why."""
     missing = Missing(why)
-    return Memory(dict.fromkeys(KINDS, missing), *[missing] * 4, at_peak=[])
+    return Memory(dict.fromkeys(KINDS, missing), missing, missing, missing, missing, [])
 
 
 def no_energy(why: str) -> Energy:
     """No figure of energy, and why."""
-    return Energy("", *[Missing(why)] * 7, state={})
+    missing = Missing(why)
+    return Energy("", missing, missing, missing, missing, missing, missing, missing, {})

@@ -162,7 +162,7 @@ def _has_packed_forward(module: nn.Module) -> bool:
 def _config_of(model: nn.Module) -> EncoderConfig | None:
     """Geometry of a Hugging Face BERT; None of everything else."""
     for module in model.modules():
-        settings = getattr(module, "config", None)
+        settings: Any = getattr(module, "config", None)
         if getattr(settings, "model_type", None) != "bert" or not hasattr(settings, "to_dict"):
             continue
         try:

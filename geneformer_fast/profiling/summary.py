@@ -56,7 +56,7 @@ def report_of(measured: Measured) -> Report:
     clock, tally, meters = measured.clock, measured.tally, measured.meters
     ceilings = _ceilings(measured)
     cells = tally.cells(clock.wall_s)
-    needs = measured.counting.needs(meters.watched_passes, measured.dtype)
+    needs = measured.counting.needs(meters.watched_passes, measured.dtype, meters.seen.operations)
     report = Report(
         subject=_subject(measured),
         machine=provenance(),

@@ -113,5 +113,6 @@ def rows_of_head(batch: Any) -> int | None:
     if isinstance(rows, torch.Tensor):
         return len(rows)
     targets = getattr(batch, "targets", None)
-    is_of_tokens = isinstance(targets, torch.Tensor) and targets.ndim == 1
-    return int((targets != IGNORED).sum()) if is_of_tokens else None
+    if not isinstance(targets, torch.Tensor) or targets.ndim != 1:
+        return None
+    return int((targets != IGNORED).sum())

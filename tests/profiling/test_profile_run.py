@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,25 @@ def test_every_second_of_a_training_is_in_its_part(clock: ToldTime) -> None:
     assert run.report.cells.per_s == 12 / 60
     for name in ("copies", "host_gaps"):
         assert isinstance(spent.parts[name], Missing)
+
+
+def test_padding_of_a_foreign_model_is_no_work_of_the_model() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(9, 8), nn.Linear(8, 4)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.table(input_ids)) * attention_mask[..., None]
+
+    model, mask = Foreign(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    with profile(model, n_warmup=0, n_steps=2, n_active=0, **QUICK) as run, torch.no_grad():
+        for _ in range(4):
+            model(input_ids=torch.ones(2, 3, dtype=torch.int64), attention_mask=mask)
+            run.step()
+    assert run.report.flops.hardware == 2 * 2 * 6 * 8 * 4
+    assert "padding" in str(run.report.flops.model)
+    assert run.report.tokens.useful_share == 4 / 6
 
 
 def test_what_an_evaluation_takes_is_left_out(clock: ToldTime) -> None:
@@ -390,6 +410,66 @@ def test_forward_passes_in_several_threads_have_no_time_of_their_own() -> None:
         run.step(n_cells=2)
     assert "several threads" in str(run.report.time.parts["forward"])
     assert run.report.time.wall_s > 0
+
+
+def test_an_accelerated_bert_stays_packed_while_it_is_measured() -> None:
+    """Whichever module is the outermost: hooks of the profiler are no reason to pad again."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    geneformer_fast.accelerate(model)
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5]])).long()
+    ids = torch.ones(3, 12, dtype=torch.int64)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        with profile(model, n_warmup=0, n_steps=2, n_active=1, **QUICK) as run:
+            for _ in range(5):
+                found = model(ids, attention_mask=mask).last_hidden_state
+                assert torch.equal(found, expected)
+                run.step()
+    assert "varlen_attention" in [each.name for each in run.report.operations]
+    assert run.report.tokens.n_positions == run.report.tokens.n_real == 2 * 20
+    assert run.report.flops.model == encoder_flops(
+        EncoderConfig(2, 32, 2, 48, vocab_size=60, max_len=16), 2 * 20, 2 * (9 + 144 + 25)
+    )
+
+
+def test_operations_know_what_they_need_and_memory_adds_up() -> None:
+    encoder, given = Encoder(CONFIG).eval(), batches(12)
+    with profile(encoder, n_warmup=1, n_steps=3, energy=False) as run, torch.inference_mode():
+        for lengths in given:
+            encoder(packed(lengths))
+            run.step()
+    report = run.report
+    rows = {each.name: each for each in report.operations}
+    # The profiler starts in the step after that of memory, and watches the two that follow.
+    watched = np.concatenate(given[6:8])
+    assert rows["varlen_attention"].flops == 2 * 4 * 32 * (watched**2).sum()
+    assert rows["varlen_attention"].calls == 2 * 2
+    assert figure(rows["varlen_attention"].roof_share) > 0
+    memory = report.memory
+    assert sum(figure(each) for each in memory.parts.values()) == pytest.approx(figure(memory.peak_bytes))
+    weights = sum(p.nbytes for p in encoder.parameters())
+    assert figure(memory.parts["weights"]) == pytest.approx(weights, rel=0.05)
+    assert 0 < figure(report.flops.mfu) < 2
+    assert len(report.blocks) == 2
+
+
+def test_energy_is_read_or_missing_with_its_reason() -> None:
+    with profile(None, n_warmup=0, n_steps=2, n_active=0, ceilings=False) as run:
+        for _ in range(3):
+            time.sleep(0.15)
+            run.step(n_cells=1)
+    energy = run.report.energy
+    assert isinstance(energy.joules, Missing)  # no window of two seconds, and on most machines no counter
+    assert energy.joules.not_available
+    assert figure(energy.window_s) == pytest.approx(0.3, abs=0.2)
+    assert run.report.series.time_s
+    assert figure(run.report.time.cpu_s) >= 0
 
 
 def test_precision_is_that_of_the_first_pass() -> None:
