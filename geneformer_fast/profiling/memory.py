@@ -13,7 +13,7 @@ from torch.autograd import profiler as autograd_profiler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geneformer_fast.profiling.alive import Change, Known, Moment, Peak, peak_of
-from geneformer_fast.profiling.events import MEMORY, Sorted, read_events, sorted_out
+from geneformer_fast.profiling.events import MEMORY, Sorted, read_events, sorted_out, start_quietly
 from geneformer_fast.profiling.figures import KINDS, Alive, Figure, Memory, Missing, divided
 from geneformer_fast.profiling.resident import ResidentPeak
 
@@ -79,7 +79,7 @@ class MemoryWatch:
         else:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-            self._profiler.start()
+            start_quietly(self._profiler)
         self._resident.start()
         return self
 

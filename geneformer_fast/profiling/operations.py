@@ -8,15 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import profiler as autograd_profiler
 
 from geneformer_fast.files.writing import whole_file
-from geneformer_fast.profiling.events import Sorted, parts_of_device, parts_of_host, read_events, sorted_out, totals
+from geneformer_fast.profiling.events import (
+    Sorted,
+    parts_of_device,
+    parts_of_host,
+    read_events,
+    sorted_out,
+    start_quietly,
+    totals,
+)
 from geneformer_fast.profiling.figures import Ceilings, Figure, Missing, Operation
+from geneformer_fast.profiling.needs import Need
 
 #: Events of which a trace is written: 4 million take about 100 MB when compressed.
 MOST_EVENTS = 2_000_000
@@ -25,15 +34,6 @@ MOST_TRACE_BYTES = 100_000_000
 _LEAST_SHARE = 0.001
 _REST = "everything else"
 _UNCOUNTED = Missing("nothing is counted for it")
-
-
-class Needed(Protocol):
-    """What an operation needs at least (:class:`geneformer_fast.profiling.work.Need`)."""
-
-    @property
-    def flops(self) -> Figure: ...
-    @property
-    def n_bytes(self) -> Figure: ...
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class OperationWatch:
             on_trace_ready=lambda _: None,  # read in the end, not within a step
             experimental_config=self._all_threads(),
         )
-        self._profiler.start()
+        start_quietly(self._profiler)
 
     def _all_threads(self) -> Any:
         from torch._C._profiler import _ExperimentalConfig
@@ -309,7 +309,7 @@ def _parts(found: Sorted, wall: int, *, is_card: bool) -> dict[str, Figure]:
 
 
 def with_needs(
-    operations: Sequence[Operation], needs: Mapping[str, Needed], ceilings: Ceilings, dtype: str | None
+    operations: Sequence[Operation], needs: Mapping[str, Need], ceilings: Ceilings, dtype: str | None = None
 ) -> list[Operation]:
     """The same rows with what each operation needs, and its place under its roofline.
 
@@ -322,39 +322,29 @@ def with_needs(
     ceilings
         Of this machine.
     dtype
-        Of products, for operations whose need and name do not say it (``int8_linear`` does).
+        Of products, for needs that do not say it.
     """
     return [_with_need(row, needs.get(row.name), ceilings, dtype) for row in operations]
 
 
-def _dtype_of(name: str, dtype: str | None) -> str | None:
-    return next((each for each in ("int8", "fp8") if name.startswith(each)), dtype)
-
-
-def _with_need(row: Operation, need: Needed | None, ceilings: Ceilings, dtype: str | None) -> Operation:
+def _with_need(row: Operation, need: Need | None, ceilings: Ceilings, dtype: str | None) -> Operation:
     if need is None:
         return row
-    # Attention of an int8 model multiplies floats.
-    bound = _roof_ms(need, ceilings, getattr(need, "dtype", None) or _dtype_of(row.name, dtype))
-    if not isinstance(bound, Missing):
-        bound = bound / row.time_ms if row.time_ms else Missing("it took no time that could be measured")
-    return replace(row, flops=need.flops, n_bytes=need.n_bytes, roof_share=bound)
+    least = _least_ms(need, ceilings, need.dtype or dtype)
+    if not isinstance(least, Missing):
+        least = least / row.time_ms if row.time_ms else Missing("it took no time that could be measured")
+    return replace(row, flops=need.flops, n_bytes=need.n_bytes, roof_share=least)
 
 
-def _roof_ms(need: Needed, ceilings: Ceilings, dtype: str | None) -> Figure:
-    """The least time that the ceilings allow."""
-    times: list[float] = []
-    for amount, ceiling in (
-        (need.flops, ceilings.product(dtype) if need.flops else 1.0),
-        (need.n_bytes, ceilings.copy_gbps if need.n_bytes else 1.0),
-    ):
-        for each in (amount, ceiling):
-            if isinstance(each, Missing):
-                return each
-        assert not isinstance(amount, Missing)
-        assert not isinstance(ceiling, Missing)
-        if ceiling <= 0:
-            return Missing("a ceiling of 0 was measured")
-        times.append(amount / ceiling)
-    flops_per, bytes_per = times
-    return max(flops_per / 1e12, bytes_per / 1e9) * 1e3
+def _least_ms(need: Need, ceilings: Ceilings, dtype: str | None) -> Figure:
+    """The time that the ceilings allow. What multiplies nothing, or moves nothing, is not held against that one."""
+    longest = 0.0
+    for amount, ceiling in ((need.flops / 1e12, ceilings.product(dtype)), (need.n_bytes / 1e9, ceilings.copy_gbps)):
+        if not amount:
+            continue
+        if isinstance(ceiling, Missing):
+            return ceiling
+        if not ceiling > 0:
+            return Missing(f"a ceiling of {ceiling:g} was measured")
+        longest = max(longest, amount / ceiling)
+    return longest * 1e3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from torch.profiler import profile
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged, quantize
 from geneformer_fast.profiling import operations
+from geneformer_fast.profiling.events import start_quietly
 from geneformer_fast.profiling.figures import Ceilings, Missing, Operation
+from geneformer_fast.profiling.needs import Need
 from geneformer_fast.profiling.operations import OperationWatch, Watched, with_needs
 
 LENGTHS = (5, 1, 17, 9)
@@ -312,6 +315,22 @@ def test_a_loop_that_ends_early(n_steps: int, n_wait: int, n_watched: int, said:
     assert not profiler._is_profiler_enabled
 
 
+def test_torchs_library_is_silent_and_its_variable_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    class Profiler:
+        def start(self) -> None:
+            seen.append(os.environ.get("KINETO_LOG_LEVEL"))
+
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    start_quietly(Profiler())
+    assert "KINETO_LOG_LEVEL" not in os.environ
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "1")
+    start_quietly(Profiler())
+    assert seen == ["6", "1"]
+    assert os.environ["KINETO_LOG_LEVEL"] == "1"
+
+
 def test_a_loop_that_fails_leaves_no_profiler_on() -> None:
     steps = iter([1, 1, 1, 0])
     with pytest.raises(ZeroDivisionError):
@@ -333,26 +352,20 @@ def test_numbers_of_steps_that_make_no_sense() -> None:
             OperationWatch("cpu", **wrong)
 
 
-class Need:
-    def __init__(self, flops: Any, n_bytes: Any) -> None:
-        self.flops, self.n_bytes = flops, n_bytes
-
-
 def test_the_place_under_the_roofline() -> None:
     """By hand: 1e9 operations at 2e12 per second take 0.5 ms, 1e8 bytes at 50e9 per second 2 ms."""
     why = Missing("not counted")
-    unknown = Missing("nobody knows")
-    rows = [Operation(name, 1, 4.0, 0.5, why, why, why) for name in ("linear", "int8_linear", "aten::add", "head")]
+    rows = [Operation(name, 1, 4.0, 0.5, why, why, why) for name in ("linear", "int8_linear", "aten::add")]
     ceilings = Ceilings({"float32": 2.0, "int8": Missing("no int8 here")}, 50.0)
-    needs = {"linear": Need(1e9, 1e8), "int8_linear": Need(1e9, 1e8), "head": Need(unknown, 1e8)}
+    needs = {"linear": Need(1e9, 1e8), "int8_linear": Need(1e9, 1e8, "int8")}
     found = {row.name: row for row in with_needs(rows, needs, ceilings, "float32")}
     assert found["linear"].roof_share == pytest.approx(0.5)
     assert (found["linear"].flops, found["linear"].n_bytes) == (1e9, 1e8)
     assert found["int8_linear"].roof_share == Missing("no int8 here")
     assert found["aten::add"] == rows[2]
-    assert found["head"].roof_share == unknown
-    compute = with_needs(rows, {"linear": Need(8e9, 1e8)}, ceilings, "float32")[0]
+    compute = with_needs(rows, {"linear": Need(8e9, 1e8, "float32")}, ceilings)[0]
     assert compute.roof_share == pytest.approx(1.0)
-    # What multiplies nothing needs no ceiling of products.
-    idle = with_needs(rows, {"int8_linear": Need(0.0, 1e8)}, ceilings, "float32")[1]
-    assert idle.roof_share == pytest.approx(0.5)
+    # What multiplies nothing needs no ceiling of products; one of 0 is none.
+    assert with_needs(rows, {"int8_linear": Need(0.0, 1e8)}, ceilings)[1].roof_share == pytest.approx(0.5)
+    nothing = Ceilings({"float32": 0.0}, 50.0)
+    assert with_needs(rows, needs, nothing, "float32")[0].roof_share == Missing("a ceiling of 0 was measured")
