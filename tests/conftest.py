@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+# Workers share the cores. Threads of numpy's products that wait for the next one take time from the other workers; the
+# number is read when numpy is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import quick_interpreter
@@ -28,6 +35,8 @@ if find_spec("hypothesis") is not None:
 ROOT = Path(__file__).resolve().parent.parent
 #: Test files at a time when the whole default suite is asked for: some of them hold gigabytes.
 MOST_WORKERS = 4
+#: Folders whose tests one worker runs.
+TOGETHER = ("tests/finetuning", "tests/drop_in")
 # A mark, or in the folders that have them one of the fixtures that bring it.
 _MARK = re.compile(r"mark\.gpu\b")
 _FIXTURES = re.compile(r"^def test_\w+\([^)]*\b(device|card|place)\b", re.MULTILINE)
@@ -50,6 +59,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.maxworkerrestart = "0"  # a test that ends its worker would end eight more
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files at a time, and those of a folder where what is trained or loaded once serves them all."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((each for each in TOGETHER if nodeid.startswith(f"{each}/")), super()._split_scope(nodeid))
+
+    return Together(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, instead of each of them using all."""
     if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
@@ -57,8 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Whoever interprets kernels has loaded Triton by now."""
+    """Whoever interprets kernels has loaded Triton by now; and libraries and tests, which stay, are no garbage."""
     quick_interpreter.install()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -166,14 +166,16 @@ def test_dry_runs_never_reach_the_results(tmp_path: Path) -> None:
     assert gpu_suite.parse(["--device", "cpu", "--tiny", "--out", str(tmp_path)]).minutes < 10
 
 
-def test_the_command_is_resumable_and_survives_a_case_that_is_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
-    command += ["--archive", str(tmp_path / "all.tar.gz")]
-    for said in ("1 measured", "1 were there, 0 measured"):
-        done = subprocess.run(
-            [*command, "--only", "ceilings"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-        )
-        assert said in done.stdout
+def test_the_command_is_resumable_and_survives_a_case_that_is_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out"), "--only", "ceilings"]
+    options += ["--archive", str(tmp_path / "all.tar.gz")]
+    command = [sys.executable, "-m", "bench", "gpu", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert "1 measured" in done.stdout
+    assert gpu_suite.main(options) == 0
+    assert "1 were there, 0 measured" in capsys.readouterr().out
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
         assert {"out/ceilings.json", "out/logs/ceilings.log"} <= set(tar.getnames())
     result = json.loads((tmp_path / "out" / "ceilings.json").read_text())

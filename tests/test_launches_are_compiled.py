@@ -174,9 +174,21 @@ def test_varlen_attention(card: str, head_dim: int, launches, kernels, on_card) 
         assert_in_table("varlen_attention", CARDS[card], launches, kernels)
 
 
-@pytest.mark.parametrize("card", HAS_PRODUCTS)
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("sizes", [(128, 320), (256, 512), (256, 500), (512, 512), (784, 96), (769, 101)], ids=str)
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
+FF_SIZES = [(128, 320), (256, 512), (256, 500), (512, 512), (784, 96), (769, 101)]
+
+
+# Sizes with each activation and with each card; all three together are slow tests.
+@pytest.mark.parametrize(
+    ("sizes", "activation", "card"),
+    [
+        pytest.param(*case, marks=() if (i + j + k) % 4 == 0 else pytest.mark.slow, id="-".join(map(str, case)))
+        for (i, sizes), (j, activation), (k, card) in itertools.product(
+            enumerate(FF_SIZES), enumerate(ACTIVATIONS), enumerate(HAS_PRODUCTS)
+        )
+        for case in [(sizes, activation, card)]
+    ],
+)
 def test_feed_forward(card: str, activation: str, sizes: tuple[int, int], launches, kernels, on_card) -> None:
     width, ff_width = sizes
     for target, dtype in itertools.product(both_tiles(card), DTYPES):

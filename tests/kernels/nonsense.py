@@ -84,13 +84,10 @@ class Case:
     #: What the message may name in the argument's place.
     also: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def values(self) -> list[tuple[str, str, Any]]:
-        """(argument, what is wrong with it, value)."""
-        return [
-            (name, what, value)
-            for name, wrong in self.bad.items()
-            for what, value in (wrong if isinstance(wrong, dict) else wrong(self.good[name])).items()
-        ]
+    def wrong(self, name: str) -> dict[str, Any]:
+        """What is wrong with an argument -> the value."""
+        wrong = self.bad[name]
+        return wrong if isinstance(wrong, dict) else wrong(self.good[name])
 
 
 def counts() -> dict[str, Any]:

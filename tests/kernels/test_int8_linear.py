@@ -274,9 +274,15 @@ def test_gradient_of_a_half_keeps_its_dtype(device: str) -> None:
 # The house of torch
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("n_rows", [3, 40])
-def test_compiles_without_a_graph_break(device: str, impl: str, n_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("n_rows", "impl"),
+    [
+        (3, "triton"),
+        (40, "torch"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "torch"), (40, "triton"))),
+    ],
+)
+def test_compiles_without_a_graph_break(device: str, n_rows: int, impl: str) -> None:
     x, weight_q, weight_scale, bias = inputs((n_rows, 33, 7), torch.float32, device)
 
     def step(x):

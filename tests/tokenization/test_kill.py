@@ -85,7 +85,9 @@ def _killed_at_step(step, corpus, out, **options):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_before_every_single_step(corpus, tmp_path):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_killed_before_every_single_step(corpus, tmp_path, every):
+    """Before every fifth where that is no slow test: shards and their records are not written in five changes each."""
     _tokenize(corpus, tmp_path / "whole")
     finished = folder_bytes(tmp_path / "whole")
     assert sum(name.endswith(".arrow") for name in finished) >= 3
@@ -96,13 +98,13 @@ def test_killed_before_every_single_step(corpus, tmp_path):
         _says_what_it_is(out, finished)
         if not is_killed:
             break
-        if step % 3 == 0 and out.exists():  # killed again while resuming
+        if step % (3 * every) == 0 and out.exists():  # killed again while resuming
             _killed_at_step(step // 3, corpus, out, resume=True, workers=1)
             _says_what_it_is(out, finished)
         _tokenize(corpus, out, resume=True, workers=1 + step % 3)
         assert folder_bytes(out) == finished, f"killed before step {step}"
         shutil.rmtree(out)
-        step += 1
+        step += every
     assert step > 30, "the steps were not seen"
 
 

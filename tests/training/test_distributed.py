@@ -28,6 +28,8 @@ PRE_NORM = dict(norm="pre", activation="gelu_tanh", head_activation="gelu", embe
 @pytest.fixture(scope="module")
 def runs(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one process, ``one`` and ``one-pre-norm``, and beside them those of two."""
+    import torch.distributed.fsdp  # noqa: F401 - once, before the two processes are forked off
+
     out = runs_of_one(ground, tmp_path_factory.mktemp("runs"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
