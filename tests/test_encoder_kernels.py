@@ -129,7 +129,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["post-norm", pytest.param("pre-norm", marks=pytest.mark.slow)])
 def test_nothing_is_waited_for_between_tokens_and_hidden_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph captures; ``tests/gpu`` captures one. In training neither, up to the gradients."""
     encoder, tokens = model(kind).train(), batch(9, 1, 30)

@@ -140,7 +140,11 @@ def test_autocast_keeps_float32_parameters_and_stream(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_training"), [("post-norm", True), ("post-norm", False), ("pre-norm", True), ("swiglu", False)]
+    ("kind", "is_training"),
+    [
+        *(("post-norm", False), ("pre-norm", True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("post-norm", True), ("swiglu", False))),
+    ],
 )
 def test_compiles_without_a_graph_break(kind: str, is_training: bool) -> None:
     """One layer, for the compiler takes its time for each, and each is like the first."""

@@ -117,7 +117,14 @@ def test_hold_out_saves_the_model_it_tested(home, tmp_path):
     assert made.scores["folds"][0]["best"]["macro_f1"] > 0.9
 
 
-@pytest.mark.parametrize("loss", ["weighted", "class-balanced", "focal", "bce", "dice", "ldam:s=10", "logit-adjusted"])
+# Values and gradients of all of them are those of test_losses.py; of those with weights per class one is trained here.
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *("class-balanced", "focal", "bce", "ldam:s=10"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("weighted", "dice", "logit-adjusted")),
+    ],
+)
 def test_every_loss_trains(home, tmp_path, loss):
     made = gf.finetune_cells(
         home / "tokens", home / "model", "kind", tmp_path / "out", test_share=0.3, loss=loss,

@@ -194,9 +194,11 @@ def by_rate(recipe, freeze_layers, report):
     [
         (Space(), Space(learning_rate=(1e-6, 1e-5)), "learning_rate", True),
         (Space(), Space(weight_decay=(0.0, 0.1)), "weight_decay", False),
-        (Space(), Space(schedule=("linear",)), "schedule", True),
-        (Space(freeze_layers=(0, 4)), Space(freeze_layers=(0, 1)), "freeze_layers", False),
-        (Space(freeze_layers=(0, 4)), Space(), "freeze_layers", False),
+        pytest.param(Space(), Space(schedule=("linear",)), "schedule", True, marks=pytest.mark.slow),
+        pytest.param(
+            Space(freeze_layers=(0, 4)), Space(freeze_layers=(0, 1)), "freeze_layers", False, marks=pytest.mark.slow
+        ),
+        pytest.param(Space(freeze_layers=(0, 4)), Space(), "freeze_layers", False, marks=pytest.mark.slow),
         (Space(freeze_layers=(0, 4)), Space(), "freeze_layers", True),
     ],
 )

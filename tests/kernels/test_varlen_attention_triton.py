@@ -480,7 +480,7 @@ def test_operators(device: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_compiled_without_a_break(device: str, dropout_p: float) -> None:
     qkv, d_out, cu_seqlens = inputs(torch.float32, 16, [3, 2], device, n_heads=1)
     seed = torch.tensor([9], device=device) if dropout_p else None

@@ -115,7 +115,7 @@ def test_killed_while_overwriting(corpus, tmp_path):
     old = folder_bytes(tmp_path / "old")
     _tokenize(corpus, tmp_path / "new")
     new = folder_bytes(tmp_path / "new")
-    for step in range(0, 40, 3):
+    for step in range(0, 40, 5):
         out = tmp_path / f"over{step}"
         shutil.copytree(tmp_path / "old", out)
         _killed_at_step(step, corpus, out, overwrite=True)

@@ -109,9 +109,16 @@ class Touches:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("consolidated", [True, False])
-@pytest.mark.parametrize("key", ["obs/_index", "obs/label/codes", "X/indptr"])
-@pytest.mark.parametrize("role", ["filters", "compressor"])
+# Each array, role and kind of metadata with each other one; all three together are slow tests.
+@pytest.mark.parametrize(
+    ("role", "key", "consolidated"),
+    [
+        pytest.param(role, key, consolidated, marks=() if (i + j + consolidated) % 2 else pytest.mark.slow)
+        for i, role in enumerate(("filters", "compressor"))
+        for j, key in enumerate(("obs/_index", "obs/label/codes", "X/indptr"))
+        for consolidated in (True, False)
+    ],
+)
 def test_a_codec_that_executes_what_it_reads_is_never_run(tmp_path, monkeypatch, key, role, consolidated):
     monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
     path = store(tmp_path, 2)
