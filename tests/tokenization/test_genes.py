@@ -133,6 +133,12 @@ def test_next_to_nothing_matches(ids, message):
     assert "cells.h5ad" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def official(shared_dir):
+    """The official dictionaries by preset, which take half a second to read."""
+    return {preset: Vocabulary.from_folder(shared_dir / "data" / "dicts", preset=preset) for preset in ("v1", "v2")}
+
+
 def official_targets(ids, vocabulary):
     usable = {key: gene for key, gene in vocabulary.aliases.items() if gene in vocabulary.token_ids}
     return [usable.get(identifier.upper()) for identifier in ids]
@@ -143,8 +149,8 @@ def official_targets(ids, vocabulary):
     "file",
     ["pbmc3k/pbmc3k", "pbmc3k/pbmc3k_symbols_int32", "pbmc_facs/pbmc_facs_test100", "oligo184_float/oligo184_float"],
 )
-def test_same_columns_as_the_official_rule(shared_dir, preset, file):
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset=preset)
+def test_same_columns_as_the_official_rule(shared_dir, official, preset, file):
+    vocabulary = official[preset]
     with h5py.File(shared_dir / "data" / f"{file}.h5ad") as opened:
         ids = opened["var/ensembl_id"].asstr()[:]
     expected = official_targets(ids, vocabulary)
@@ -155,8 +161,8 @@ def test_same_columns_as_the_official_rule(shared_dir, preset, file):
     assert mapped(ids, vocabulary)[0] == expected
 
 
-def test_versioned_ids_of_a_real_file(shared_dir):
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+def test_versioned_ids_of_a_real_file(shared_dir, official):
+    vocabulary = official["v2"]
     path = shared_dir / "data" / "panglao_versioned" / "SRA617020_SRS2566664.h5ad"
     with (
         open_source(path, allow_float=True) as by_column,
@@ -170,9 +176,9 @@ def test_versioned_ids_of_a_real_file(shared_dir):
 
 
 @pytest.mark.parametrize("spelled", ["nan", "NaN", "NA", "Na", " NA ", "NAT", b"NA"])
-def test_words_for_missing_ids_are_no_genes(shared_dir, spelled):
+def test_words_for_missing_ids_are_no_genes(official, spelled):
     """V2 knows NAN, NA and NAT as old symbols, and a quarter of a column would become one gene."""
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    vocabulary = official["v2"]
     ids = [*list(vocabulary.token_ids)[:525], *[spelled] * 175]
     targets, gene_map = mapped(ids, vocabulary)
     assert targets == [*ids[:525], *[None] * 175]
@@ -206,8 +212,8 @@ def test_a_single_symbol_that_is_spelled_like_a_missing_value(others, n_nan, exp
     assert gene_map.report.missing == (0 if expected else n_nan)
 
 
-def test_ensembl_ids_of_which_most_match_nothing(shared_dir):
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+def test_ensembl_ids_of_which_most_match_nothing(official):
+    vocabulary = official["v2"]
     genes = list(vocabulary.token_ids)[:1000]
     strange = [f"gene:{gene}/x" for gene in genes]
     for n_strange in (600, 900, 1000):
@@ -223,9 +229,9 @@ def test_ensembl_ids_of_which_most_match_nothing(shared_dir):
     assert map_genes([*strange[:400], *genes[400:]], vocabulary, source_name="cells.h5ad").report.matched == 600
 
 
-def test_names_that_are_old_symbols_by_chance_are_next_to_nothing(shared_dir):
+def test_names_that_are_old_symbols_by_chance_are_next_to_nothing(official):
     """V2's mapping knows 13 of g0 to g699."""
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    vocabulary = official["v2"]
     names = [f"g{i}" for i in range(700)]
     with pytest.raises(InputError, match=r"13 of 700 gene ids match.* pass --allow-few-genes"):
         map_genes(names, vocabulary, source_name="cells.h5ad")
@@ -234,19 +240,19 @@ def test_names_that_are_old_symbols_by_chance_are_next_to_nothing(shared_dir):
     assert map_genes(panel, vocabulary, source_name="cells.h5ad").report.matched == 40
 
 
-def test_ids_that_the_mapping_knows_or_a_whole_annotation_are_no_few_genes(shared_dir):
+def test_ids_that_the_mapping_knows_or_a_whole_annotation_are_no_few_genes(official):
     """Most genes of an annotation have no token: what V2's mapping knows, and files with all genes of V1, go on."""
-    v2 = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+    v2 = official["v2"]
     without_token = [alias for alias, gene in v2.aliases.items() if gene not in v2.token_ids and alias[:4] == "ENSG"]
     ids = [*list(v2.token_ids)[:500], *without_token[:2000]]
     assert map_genes(ids, v2, source_name="cells.h5ad").report.known_without_token == 2000
-    v1 = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v1")
+    v1 = official["v1"]
     ids = [*list(v1.token_ids)[: len(v1.token_ids) * 3 // 4], *(f"ENSG{i:011d}" for i in range(40_000))]
     assert 2 * map_genes(ids, v1, source_name="cells.h5ad").report.matched < len(ids)
 
 
-def test_sixty_thousand_columns_take_no_time(shared_dir):
-    vocabulary = Vocabulary.from_folder(shared_dir / "data" / "dicts", preset="v2")
+def test_sixty_thousand_columns_take_no_time(official):
+    vocabulary = official["v2"]
     ids = [f"{key}.1" if i % 2 else key for i, key in enumerate(list(vocabulary.aliases)[:60_000])]
     best = min(_timed(ids, vocabulary) for _ in range(3))
     assert best < 1.5, f"mapping 60,000 columns took {best:.2f} s"

@@ -243,7 +243,7 @@ def test_folders_of_other_things_are_refused(ground: Ground, tmp_path: Path) -> 
 
 
 def test_time_ends_training(ground: Ground, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(SHORT, steps=100_000, max_seconds=2.5, save_every=10**6)
+    recipe = dataclasses.replace(SHORT, steps=100_000, max_seconds=1.2, save_every=10**6)
     history = ground.fit(ground.model(), recipe, eval_cells=ground.eval_cells, out=tmp_path / "run")
     assert 0 < len(history.steps) < 100_000
     # The rate has fallen with the time, though hardly any of the steps are done.
