@@ -51,6 +51,11 @@ class Counting:
         self._n_steps, self._has_padding = 0, False
 
     @property
+    def is_packed(self) -> bool:
+        """Whether padding is left out of what is computed, as far as anybody knows before."""
+        return self._about.is_packed if isinstance(self.shape, Missing) else self.shape.is_packed
+
+    @property
     def wants_a_step(self) -> bool:
         """Whether a step of its own is needed, to count it operator by operator."""
         return isinstance(self.shape, Missing) and self._about.model is not None

@@ -245,7 +245,7 @@ def throttling(report: Report) -> Finding | None:
     }  # fmt: skip
     said = ", ".join(f"{name} {written(value)}" for name, value in clocks.items())
     return Finding(
-        "throttling", f"the card's clocks were held down ({reasons}){f' at {said}' if said else ''}: better cooling or "
+        "throttling", f"clocks were held down ({reasons}){f' at {said}' if said else ''}: better cooling or "
         "a higher power limit makes it faster, and figures taken like this differ from day to day",
         clocks,
     )  # fmt: skip

@@ -156,7 +156,7 @@ class Run:
         self._clock = StepClock(stamps_of(device))
         self._tally = Tally(self._counting.add)
         self._meters = Meters(about.model, optimizer, device, options)
-        self._reader = None if about.model is None else CallReader(about.model, is_packed=about.is_packed)
+        self._reader = None if about.model is None else CallReader(about.model, is_packed=self._counting.is_packed)
         self._phases = phases(options, has_count=self._counting.wants_a_step)
         self._phase, self._size, self._left = Phase.WARMUP, 0, 0
         self._passes: list[Seen] = []
@@ -263,7 +263,7 @@ class Run:
                 + (", and not for what is paused" if self._is_paused else "")
             )
         passes = passes_of_step(
-            self._passes, lengths, attention_mask, n_cells, head_rows, is_packed=self._about.is_packed,
+            self._passes, lengths, attention_mask, n_cells, head_rows, is_packed=self._counting.is_packed,
             unread=self._unread,
         )  # fmt: skip
         self._passes = []

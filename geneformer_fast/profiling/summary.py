@@ -16,6 +16,7 @@ from geneformer_fast.profiling.figures import (
     Spread,
     Subject,
     Timing,
+    Tokens,
     divided,
 )
 from geneformer_fast.profiling.findings import findings
@@ -56,6 +57,7 @@ def report_of(measured: Measured) -> Report:
     clock, tally, meters = measured.clock, measured.tally, measured.meters
     ceilings = _ceilings(measured)
     cells = tally.cells(clock.wall_s)
+    why_padded = _why_padded(measured)
     needs = measured.counting.needs(meters.watched_passes, measured.dtype, meters.seen.operations)
     report = Report(
         subject=_subject(measured),
@@ -63,8 +65,8 @@ def report_of(measured: Measured) -> Report:
         ceilings=ceilings,
         time=_timing(measured),
         cells=cells,
-        tokens=tally.tokens(),
-        flops=_flops(measured, ceilings),
+        tokens=tally.tokens() if not why_padded else _unknown_positions(tally, why_padded),
+        flops=_flops(measured, ceilings, why_padded),
         memory=meters.memory,
         energy=meters.energy,
         operations=with_needs(meters.seen.operations, needs, ceilings, measured.dtype),
@@ -148,7 +150,20 @@ def _watched_parts(measured: Measured) -> dict[str, Figure]:
     return found
 
 
-def _flops(measured: Measured, ceilings: Ceilings) -> Flops:
+def _why_padded(measured: Measured) -> str:
+    """Why nobody knows how much padding was computed: an accelerated model may have run its stock forward pass."""
+    operations = measured.meters.seen.operations
+    is_checked = measured.about.is_accelerated and measured.counting.is_packed and operations
+    if is_checked and not any(each.name.startswith("varlen_attention") for each in operations):
+        return "the accelerated model ran its stock forward pass (a warning says why), padding included"
+    return ""
+
+
+def _unknown_positions(tally: Tally, why: str) -> Tokens:
+    return replace(tally.tokens(), useful_share=Missing(why), batches=[])
+
+
+def _flops(measured: Measured, ceilings: Ceilings, why_padded: str) -> Flops:
     counting, wall_s = measured.counting, measured.clock.wall_s
     (model, hardware, basis, note), dtype = counting.figures(), measured.dtype
 
@@ -156,6 +171,8 @@ def _flops(measured: Measured, ceilings: Ceilings) -> Flops:
         rate = divided(amount, wall_s, "the window")
         return divided(divided(rate, 1e12), ceiling, "the ceiling")
 
+    if why_padded:
+        hardware = Missing(why_padded)
     reached, promised = ceilings.product(dtype), ceilings.promised(dtype)
     return Flops(
         model,

@@ -412,14 +412,18 @@ def test_forward_passes_in_several_threads_have_no_time_of_their_own() -> None:
     assert run.report.time.wall_s > 0
 
 
-def test_an_accelerated_bert_stays_packed_while_it_is_measured() -> None:
-    """Whichever module is the outermost: hooks of the profiler are no reason to pad again."""
+def bert() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=16,
     )  # fmt: skip
-    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    return transformers.BertModel(config, add_pooling_layer=False).eval()
+
+
+def test_an_accelerated_bert_stays_packed_while_it_is_measured() -> None:
+    """Whichever module is the outermost: hooks of the profiler are no reason to pad again."""
+    model = bert()
     geneformer_fast.accelerate(model)
     mask = (torch.arange(12) < torch.tensor([[3], [12], [5]])).long()
     ids = torch.ones(3, 12, dtype=torch.int64)
@@ -436,6 +440,34 @@ def test_an_accelerated_bert_stays_packed_while_it_is_measured() -> None:
     assert run.report.flops.model == encoder_flops(
         EncoderConfig(2, 32, 2, 48, vocab_size=60, max_len=16), 2 * 20, 2 * (9 + 144 + 25)
     )
+
+
+def test_an_accelerated_bert_that_pads_again_is_found_out() -> None:
+    model = bert()
+    geneformer_fast.accelerate(model)
+    model.encoder.layer[0].register_forward_hook(lambda *_: None)  # which is shown nothing but padded batches
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5]])).long()
+    with profile(model, n_warmup=0, n_steps=2, n_active=1, **QUICK) as run, torch.no_grad():
+        for _ in range(5):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(torch.ones(3, 12, dtype=torch.int64), attention_mask=mask)
+            run.step()
+    for value in (run.report.flops.hardware, run.report.tokens.useful_share):
+        assert "ran its stock forward pass" in str(value)
+    assert run.report.flops.model == encoder_flops(
+        EncoderConfig(2, 32, 2, 48, vocab_size=60, max_len=16), 2 * 20, 2 * (9 + 144 + 25)
+    )
+
+
+def test_an_accelerated_bert_that_was_told_to_pad_computes_its_rectangles() -> None:
+    model = bert()
+    geneformer_fast.accelerate(model, padding="stock")
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5]])).long()
+    with profile(model, n_warmup=0, n_steps=1, n_active=0, **QUICK) as run, torch.no_grad():
+        model(torch.ones(3, 12, dtype=torch.int64), attention_mask=mask)
+        run.step()
+    assert run.report.tokens.useful_share == 20 / 36
 
 
 def test_operations_know_what_they_need_and_memory_adds_up() -> None:
