@@ -245,9 +245,16 @@ def test_int8_feed_forward(card: str, sizes: tuple[int, int, int], launches, ker
         assert_in_table("int8_feed_forward", CARDS[card], launches, kernels)
 
 
-@pytest.mark.parametrize("card", HAS_PRODUCTS)
-@pytest.mark.parametrize("width", [250, 256, 511, 512, 768, 769])
-@pytest.mark.parametrize("n_vocab", [1003, 1024])
+# Each size with two of the cards; with all of them it is a slow test.
+@pytest.mark.parametrize(
+    ("n_vocab", "width", "card"),
+    [
+        pytest.param(n_vocab, width, card, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+        for i, n_vocab in enumerate((1003, 1024))
+        for j, width in enumerate((250, 256, 511, 512, 768, 769))
+        for k, card in enumerate(HAS_PRODUCTS)
+    ],
+)
 def test_mlm_cross_entropy(card: str, width: int, n_vocab: int, launches, kernels, on_card, monkeypatch) -> None:
     monkeypatch.setattr(mlm_plan, "MIN_WORKSPACE_BYTES", 1)  # several chunks, of which the last begins at any entry
     for target, dtype in itertools.product(both_tiles(card), DTYPES):
