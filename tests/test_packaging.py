@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Files that modules read.
+READ = (".html", ".css", ".json")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -58,6 +60,11 @@ def test_the_wheel_holds_every_module_of_both_packages_and_nothing_else(wheel):
     assert {name for name in shipped if name.endswith((".py", "py.typed"))} == expected
     assert {name.partition("/")[0] for name in shipped} == {"geneformer_fast", "geneformer_kernels"}
     assert {"geneformer_fast/py.typed", "geneformer_kernels/py.typed"} <= shipped
+    read = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "geneformer_fast").rglob("*.*") if path.suffix in READ
+    }
+    assert "geneformer_fast/profiling/page.html" in read
+    assert read <= shipped
 
 
 def test_the_wheel_says_who_it_is(wheel, metadata):

@@ -16,6 +16,9 @@ from geneformer_fast.profiling.report import Report
 
 pytestmark = pytest.mark.skipif(bool(browsers.missing()), reason=browsers.missing() or "a browser is here")
 
+#: One page is a matter of seconds; the others take as long again.
+REPORTS = [rich_report, *(pytest.param(make, marks=pytest.mark.slow) for make in (hostile_report, bare_report))]
+
 # Of each plot that is seen: what it is called, its marks (title, box), its texts (content, box), and its own box.
 _PLOTS = """() => {
   const box = element => { const {left, top, right, bottom} = element.getBoundingClientRect();
@@ -71,7 +74,7 @@ def file_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], 
     return write
 
 
-@pytest.mark.parametrize("make", [rich_report, hostile_report, bare_report], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", REPORTS, ids=lambda make: make.__name__)
 def test_nothing_is_fetched_nothing_runs_and_nothing_is_complained_about(make: Any, browser: Any, file_of: Any) -> None:
     path = file_of(make)
     with browsers.opened(browser, path) as (page, seen):
@@ -132,7 +135,7 @@ def _is_covered(one: dict[str, float], other: dict[str, float]) -> bool:
     return across > 1 and down > 4
 
 
-@pytest.mark.parametrize("make", [rich_report, hostile_report, bare_report], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", REPORTS, ids=lambda make: make.__name__)
 def test_nothing_is_wider_than_the_window(make: Any, browser: Any, file_of: Any) -> None:
     with browsers.opened(browser, file_of(make), width=360) as (page, _):
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
