@@ -136,6 +136,7 @@ def measure(subjects: Sequence[Subject], work: Path, *, rounds: int = ROUNDS) ->
                     if isinstance(said, str):
                         failed[subject.program] = said
                         break
+                    print(f"  {subject.program}, {kind}: {sum(said.values()):.1f} s", flush=True)
                     for stage, seconds in said.items():
                         stages = found[subject.program].setdefault(stage, {"cold": [], "warm": []})
                         stages[kind].append(seconds)
