@@ -11,11 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Workers share the cores. Threads of numpy's products that wait for the next one take time from the other workers; the
-# number is read when numpy is loaded.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import pytest
 import quick_interpreter
 import torch
@@ -57,6 +52,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
         option.dist = "loadfile"
         option.maxworkerrestart = "0"  # a test that ends its worker would end eight more
+        # Threads of numpy that wait for its next product take time from other workers. Read when numpy is loaded, by
+        # some plugin, before a worker comes here.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // option.numprocesses)))
 
 
 @pytest.hookimpl(optionalhook=True)
