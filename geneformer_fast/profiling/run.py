@@ -336,6 +336,7 @@ class Run:
     def _enter(self, phase: Phase) -> None:
         self._left = self._size
         if phase is Phase.WINDOW:
+            self._clock.wait()  # what a card still has to do is no part of the energy either
             self._meters.window_begins()
             self._clock.begin()
         elif phase is Phase.MEMORY:

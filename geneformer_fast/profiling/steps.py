@@ -185,12 +185,16 @@ class StepClock:
         ProfileError
             Something is negative or no number.
         """
-        for name, seconds in {"all steps": self.wall_s, **self.parts}.items():
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ProfileError(
-                    f"the clock gave {seconds} s for {name}, so that no rate can be told; measure again, on a machine "
-                    "whose clock is not set meanwhile"
-                )
+        if not _is_time(self.wall_s):
+            raise ProfileError(
+                f"the clock gave {self.wall_s} s for all steps, so that no rate can be told; measure again, on a "
+                "machine whose clock is not set meanwhile"
+            )
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the device came by the marks as they were made: those in several streams it need not."""
+        return all(map(_is_time, self.parts.values()))
 
     def _settle(self, marks: list[tuple[str, Any]], end: Any) -> None:
         """Add up one step that the device is through with."""
@@ -199,3 +203,7 @@ class StepClock:
         seconds = self._stamps.between(marks[0][1], end)
         self.wall_s += seconds
         self.step_s.add(seconds)
+
+
+def _is_time(seconds: float) -> bool:
+    return math.isfinite(seconds) and seconds >= 0

@@ -121,6 +121,8 @@ def _parts(measured: Measured) -> dict[str, Figure]:
         why = "no model was given" if measured.about.model is None else "the model's forward pass was never called"
     elif hooks.is_overlapping:
         why = "forward passes ran in several threads at once"
+    elif not clock.is_in_order:
+        why = "the device came by the parts of steps in another order (several streams?)"
     if why:
         parts = {name: Missing(why) for name in (DATA, FORWARD, BACKWARD, OPTIMIZER, OTHER)}
     watched = _watched_parts(measured)

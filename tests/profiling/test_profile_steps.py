@@ -91,6 +91,18 @@ def test_a_clock_that_was_set_meanwhile_is_refused(last: float) -> None:
         clock.check()
 
 
+def test_marks_that_come_by_in_another_order_are_no_parts() -> None:
+    clock = StepClock(ToldStamps([0, 5, 3, 9]))
+    clock.begin()
+    clock.mark(FORWARD)
+    clock.mark(BACKWARD)
+    clock.end_step()
+    clock.close()
+    clock.check()
+    assert clock.wall_s == 9
+    assert not clock.is_in_order
+
+
 def test_few_values_are_all_kept_and_of_many_a_regular_part() -> None:
     few, many = Selection[int](8), Selection[int](8)
     for value in range(8):
