@@ -255,6 +255,23 @@ def test_batches_of_several_shapes_of_a_foreign_model_are_not_guessed() -> None:
     assert run.report.flops.basis == "unknown"
 
 
+def test_every_operation_of_eight_bits_has_its_need() -> None:
+    """All after attention is one loop where a CPU multiplies int8."""
+    config = EncoderConfig(n_layers=2, width=64, n_heads=2, ff_width=128, vocab_size=97, max_len=64)
+    encoder = geneformer_fast.quantize(Encoder(config).eval())
+    with profile(encoder, **QUICK) as run:
+        for lengths in [[20, 30]] * N_STEPS:
+            with torch.inference_mode():
+                encoder(packed(lengths))
+            run.step()
+    rows = {row.name: row for row in run.report.operations}
+    known = [figure(row.flops) for row in rows.values() if not isinstance(row.flops, Missing)]
+    n_active = 2
+    assert sum(known) == n_active * encoder_flops(config, 50, 20**2 + 30**2)
+    for name in ("after_attention", "int8_linear", "int8_feed_forward", "linear", "feed_forward", "varlen_attention"):
+        assert name not in rows or figure(rows[name].flops) > 0
+
+
 def test_cells_of_what_is_paused_are_left_out() -> None:
     encoder, given = Encoder(CONFIG).eval(), batches(9)
     with profile(encoder, n_warmup=1, n_steps=8, n_active=0, **QUICK) as run, torch.inference_mode():
