@@ -11,10 +11,11 @@ from geneformer_fast.profiling.bert import Shape, shape_of
 from geneformer_fast.profiling.figures import Figure, Missing, Operation, times
 from geneformer_fast.profiling.foreign import FORMULA, UNKNOWN, ForeignCounter
 from geneformer_fast.profiling.inputs import Seen, on_host
-from geneformer_fast.profiling.needs import Need, joined_in
-from geneformer_fast.profiling.subject import Profiled
+from geneformer_fast.profiling.needs import BACKWARD, Need, joined_in
+from geneformer_fast.profiling.subject import STOCK, Profiled
 from geneformer_fast.profiling.work import Batch, Count, count_of
 
+_ATTENTION = "varlen_attention"
 _UNTOLD_ROWS = "nobody said how many rows the head computed: run.step(head_rows=...) tells it"
 
 
@@ -131,7 +132,9 @@ class Counting:
         """What each operation of some passes needs, of those that ran; nothing where that is not known."""
         calls = {each.name: each.calls for each in operations}
         found = self.count(passes, dtype, joined_in(calls)) if passes else Missing("no step was watched")
-        return {} if isinstance(found, Missing) else found.operations
+        if isinstance(found, Missing):
+            return {}
+        return _by_torch(found.operations) if self._about.engine == STOCK else found.operations
 
     def _without_padding(self, hardware: Figure) -> Figure:
         """Of a foreign model: the same, where nothing is known to have been computed for nothing."""
@@ -157,6 +160,22 @@ class Counting:
                 return Missing(_UNTOLD_ROWS)
             return shape.batch(seen.lengths, padded_to=seen.padded_to, head_rows=told, asked_rows=told)
         return shape.batch(seen.lengths, padded_to=seen.padded_to, asked_rows=told)
+
+
+def _by_torch(needs: dict[str, Need]) -> dict[str, Need]:
+    """Needs by the names of torch's operators, as a stock model calls them: attention, and all other products."""
+    found: dict[str, Need] = {}
+    for suffix in ("", BACKWARD):
+        of_products = [n for name, n in needs.items() if n.flops and name.endswith(BACKWARD) == bool(suffix)]
+        attention = needs.get(_ATTENTION + suffix)
+        linear = [each for each in of_products if each is not attention]
+        if linear:
+            whole = Need(sum(n.flops for n in linear), sum(n.n_bytes for n in linear), linear[0].dtype)
+            found["aten::linear" + suffix] = whole
+        if attention is not None:
+            for name in ("aten::scaled_dot_product_attention", "aten::matmul"):
+                found[name + suffix] = attention
+    return found
 
 
 def _is_padded(seen: Seen) -> bool:

@@ -48,7 +48,7 @@ def _headline(report: Report, width: int) -> str:
     ]
     if subject.settings:
         lines.append("settings: " + ", ".join(f"{words(k)} {written(v)}" for k, v in subject.settings.items()))
-    return "\n".join(part for line in lines for part in textwrap.wrap(visible(line), width, subsequent_indent="  "))
+    return "\n".join(part for line in lines for part in _folded(line, width, subsequent_indent="  "))
 
 
 def _figures(reports: Sequence[Report], width: int) -> str:
@@ -164,14 +164,20 @@ def _findings(found: Sequence[Finding], width: int) -> str:
     for number, each in enumerate(found, 1):
         gain = "" if each.gain is None else f" (expected {each.gain:.2g}x)"
         mark = f"{number}. " if each.name != "nothing" else "- "
-        text = visible(each.text[:1].upper() + each.text[1:]) + gain
-        lines += textwrap.wrap(text, width, initial_indent=mark, subsequent_indent=" " * len(mark))
+        text = each.text[:1].upper() + each.text[1:] + gain
+        lines += _folded(text, width, initial_indent=mark, subsequent_indent=" " * len(mark))
     return "\n".join(lines)
+
+
+def _folded(text: str, room: int, **options: str) -> list[str]:
+    """Lines of a text; a number and its percent sign stay together."""
+    lines = textwrap.wrap(visible(text).replace(" %", "\N{NO-BREAK SPACE}%"), room, **options)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def _wrapped(label: str, values: Sequence[str], room: int) -> Iterator[str]:
     """A row of as many lines as its longest value needs."""
-    cells = [textwrap.wrap(visible(value), room - 2) or [""] for value in values]
+    cells = [_folded(value, room - 2) or [""] for value in values]
     for line in range(max(map(len, cells))):
         shown = "".join(f"{cell[line] if line < len(cell) else '':<{room}}" for cell in cells)
         yield f"{label if line == 0 else '':<{_LABEL}}{shown}".rstrip()

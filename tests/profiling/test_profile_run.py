@@ -459,6 +459,23 @@ def test_an_accelerated_bert_stays_packed_while_it_is_measured() -> None:
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_products_of_a_stock_bert_are_those_that_torch_names(attention: str) -> None:
+    model = bert()
+    model.set_attn_implementation(attention)
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5]])).long()
+    with profile(model, n_warmup=0, n_steps=1, n_active=1, **QUICK) as run, torch.no_grad():
+        for _ in range(4):
+            model(torch.ones(3, 12, dtype=torch.int64), attention_mask=mask)
+            run.step()
+    rows = {each.name: each.flops for each in run.report.operations}
+    products = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert rows["aten::linear"] == 2 * 36 * products
+    name = "aten::scaled_dot_product_attention" if attention == "sdpa" else "aten::matmul"
+    assert rows[name] == 2 * 4 * 32 * 3 * 144
+    assert run.report.flops.hardware == figure(rows["aten::linear"]) + figure(rows[name])
+
+
 def test_an_accelerated_bert_that_pads_again_is_found_out() -> None:
     model = bert()
     geneformer_fast.accelerate(model)
