@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
     (f"{FAST}.finetuning", f"{FAST}.quantization.check", f"{FAST}.quantization.answers"),
-    (f"{FAST}.profiling.scenarios", f"{FAST}.profiling.compare", f"{FAST}.profiling.sweep"),
+    tuple(f"{FAST}.profiling.{name}" for name in ("scenarios", "compare", "sweep", "predict")),
     tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in")),
     (f"{FAST}.profiling",),
     (f"{FAST}.plot",),
@@ -61,11 +61,13 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 # Libraries that may appear only below these names.
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
-    "transformers": (f"{FAST}.drop_in", f"{FAST}.checkpoints.hf", f"{FAST}.profiling.callback"),
+    "transformers": (
+        *(f"{FAST}.drop_in", f"{FAST}.checkpoints.hf", f"{FAST}.profiling.callback", f"{FAST}.profiling.compare"),
+    ),
     "datasets": (f"{FAST}.drop_in",),
     "anndata": (
         *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
-        *(f"{FAST}.cli.embed", f"{FAST}.quickstart"),
+        *(f"{FAST}.cli.embed", f"{FAST}.quickstart", f"{FAST}.profiling.scenarios.counts"),
     ),
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),

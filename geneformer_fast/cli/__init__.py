@@ -29,12 +29,13 @@ COMMANDS = {
     "finetune": "geneformer_fast.cli.finetune",
     "predict": "geneformer_fast.cli.predict",
     "quantize": "geneformer_fast.cli.quantize",
+    "profile": "geneformer_fast.cli.profile",
     "doctor": "geneformer_fast.cli.doctor",
     "quickstart": "geneformer_fast.cli.quickstart",
 }
 
 # Commands that read what carries checksums: tokens, models, vocabularies.
-_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize")
+_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize", "profile")
 
 EXIT_ERROR = 2
 EXIT_BROKEN_PIPE = 141

@@ -163,12 +163,13 @@ def token_bytes(encoder: Encoder) -> int:
     return (wide + x) * width + max(attention, feed_forward, norm) + rows + _ID_BYTES
 
 
-def batch_bytes(encoder: Encoder) -> int:
+def batch_bytes(encoder: Encoder, device: torch.device | None = None) -> int:
     """Bytes that a batch takes on the CPU however small it is: weights laid out anew for a product, buffers of it.
 
-    Up to three times the largest weight in float32 were seen (float32 by MKL, V2-104M: 25 MB, a weight has 9).
+    Up to three times the largest weight in float32 were seen (float32 by MKL, V2-104M: 25 MB, a weight has 9). Without
+    ``device`` it is asked for where the encoder is.
     """
-    if encoder.device.type != "cpu":
+    if (device or encoder.device).type != "cpu":
         return _KEPT_BYTES
     config = encoder.config
     columns = max(3 * config.width, config.ff_width * (2 if config.activation == "swiglu" else 1))

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +129,14 @@ class EncodingRun:
         self.stream(writer)
         return writer.array
 
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(cells, their [B, C] embeddings) of one batch after another, as :meth:`stream` computes them.
+
+        With ``workers`` set to 0 they are computed by the thread that asks for them, one at a time.
+        """
+        for (first, _), part, embeddings in self._results(self._pooled):
+            yield first + part, embeddings
+
     def stream(self, writer: RowWriter) -> None:
         """Embed cells window by window and hand them on in order."""
         for numbers, results in itertools.groupby(self._results(self._pooled), key=lambda result: result[0]):
@@ -173,11 +181,16 @@ class EncodingRun:
                 tokens = tokens.to(self.encoder.device)
                 return window, part, finish(self.encoder(tokens, layer=self.layer), tokens)
 
+        def results_of(workers: int) -> Generator[tuple[tuple[int, int], np.ndarray, Result]]:
+            if workers:
+                return ordered_map(work, self._batches(), workers=workers)
+            return (work(batch) for batch in self._batches())
+
         disable = None if self.progress is None else not self.progress
         with (
             cores_as_workers(self.encoder.device, self.workers, is_keeping=self.memory is None) as workers,
             tqdm(total=len(self.cells.lengths), desc="embedding", unit="cell", disable=disable) as bar,
-            contextlib.closing(ordered_map(work, self._batches(), workers=workers)) as results,
+            contextlib.closing(results_of(workers)) as results,
         ):
             for window, part, result in results:
                 yield window, part, result
@@ -228,7 +241,7 @@ def scheme_of(encoder: Encoder) -> str:
 
 @contextlib.contextmanager
 def cores_as_workers(device: torch.device, most: int = MOST_WORKERS, *, is_keeping: bool = True) -> Iterator[int]:
-    """How many batches to encode at the same time: at most ``most``.
+    """How many batches to encode at the same time: at most ``most``; 0 for none beside the calling thread.
 
     On a CPU each core takes a batch of its own, with torch held to one thread meanwhile, which saves the cores from
     waiting for each other after every small operation; where there are fewer batches than cores, they share them. A GPU
@@ -240,8 +253,8 @@ def cores_as_workers(device: torch.device, most: int = MOST_WORKERS, *, is_keepi
         if is_keeping:
             keep_freed_memory()
         keep_few_products()
-    if device.type != "cpu" or workers == 1:
-        yield 1
+    if device.type != "cpu" or workers <= 1:
+        yield min(1, workers)
         return
     torch.set_num_threads(n_threads // workers)
     try:

@@ -1,0 +1,230 @@
+"""``geneformer-fast profile``: how fast it is here, how far from the limit, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.figures import Setting
+    from geneformer_fast.profiling.report import Report
+    from geneformer_fast.profiling.scenarios.request import Request
+
+NAME = "profile"
+HELP = "measure speed, memory and energy of embedding, training or tokenizing, and say what to change"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--mode", choices=("embed", "train", "tokenize"), default="embed", help="(default: embed)")
+    what.add_argument(
+        "--model",
+        metavar="FOLDER|PRESET",
+        help="checkpoint folder, or a preset such as geneformer-v1-10m, which gets random weights",
+    )
+    what.add_argument("--tokens", metavar="FOLDER", help="token folder, from geneformer-fast tokenize")
+    what.add_argument(
+        "--lengths",
+        metavar="real|uniform:LOW-HIGH|N",
+        help="made-up cells instead: as long as real blood cells, evenly from LOW to HIGH tokens, or of N tokens each",
+    )
+    what.add_argument(
+        "--cells", type=int, metavar="N", help="how many cells to take (default: as many as the time allows)"
+    )
+    what.add_argument("--counts", metavar="INPUT", help="with --mode tokenize: counts (default: made-up ones)")
+    what.add_argument("--dictionary", metavar="FOLDER", help="with --counts: folder with the gene dictionaries")
+    what.add_argument("--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several")
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument("--dtype", metavar="NAME", help="auto (the fastest here), float32, bfloat16 or float16")
+    how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: all cores)")
+    how.add_argument("--batch-tokens", type=int, metavar="N", help="most tokens that are computed at once")
+    how.add_argument("--layer", metavar="last|penultimate|N", help="where embedding stops (default: penultimate)")
+    how.add_argument("--recompute", action="store_true", help="with --mode train: keep less, compute blocks twice")
+    how.add_argument("--compare", choices=("stock",), help="stock: transformers beside ours on the same cells")
+    how.add_argument("--sweep", action="store_true", help="find the best token budget, and what memory it leaves")
+    how.add_argument("--seconds", type=float, metavar="S", help="how long to measure (default: about 10 s)")
+    how.add_argument("--steps", type=int, metavar="N", help="how many steps to measure, instead of seconds")
+    answer = parser.add_argument_group("what comes out")
+    answer.add_argument("--out", metavar="DIR", help="folder to write: report.json, report.html and traces")
+    answer.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
+    answer.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else")
+    answer.add_argument("--quiet", action="store_true", help="print nothing (with --out)")
+    before = parser.add_argument_group("without measuring")
+    before.add_argument(
+        "--predict", action="store_true", help="say what --cells N would take on --card NAME, from measurements there"
+    )
+    before.add_argument("--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200'")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from geneformer_fast.errors import UnsupportedError
+    from geneformer_fast.profiling.scenarios.request import Request
+
+    fields = Request.__dataclass_fields__
+    request = Request(**{name: value for name, value in vars(args).items() if name in fields})
+    request.check()
+    if args.quiet and (args.out is None or args.json):
+        raise UnsupportedError("--quiet prints nothing, so that nothing would come out: pass --out, and not --json")
+    if request.predict:
+        return _predict(request, is_json=args.json)
+    if request.out is None:
+        report = _measured(request, None, tell=_teller(args))
+    else:
+        report = _written(request, Path(request.out), tell=_teller(args))
+    _show(report, request, is_json=args.json, is_quiet=args.quiet)
+    return 0
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What is there after Ctrl-C."""
+    return "nothing was measured" if args.out is None else f"{args.out} is not written; run the same command again"
+
+
+def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
+    """Everything that was asked for; traces go into a folder."""
+    from dataclasses import replace
+
+    from geneformer_fast.profiling.compare import check_comparable, compared
+    from geneformer_fast.profiling.findings import findings
+    from geneformer_fast.profiling.scenarios import Tokenizing, opened
+    from geneformer_fast.profiling.sweep import best_of, sweep
+
+    with opened(request) as scenario:
+        if isinstance(scenario, Tokenizing):
+            tell(f"tokenizing {scenario.what}")
+            return scenario.report()
+        if request.compare is not None:
+            check_comparable(scenario.encoder)
+        settings: list[Setting] = []
+        if request.sweep:
+            tell(f"trying token budgets on {scenario.cells.what}")
+            settings = sweep(scenario, tell=lambda setting: tell(_line_of(setting)))
+            scenario = scenario.with_budget(best_of(settings).token_budget)
+        tell(f"measuring {scenario.name} on {scenario.cells.what}")
+        report = scenario.report(None if place is None else place / "trace.json.gz")
+        if settings:
+            report = replace(report, sweep=settings)
+            report = replace(report, findings=findings(report))
+        if request.compare is not None:
+            tell("measuring transformers on the same cells")
+            report = compared(scenario, report, None if place is None else place / "trace.transformers.json.gz")
+    return report
+
+
+def _written(request: Request, out: Path, *, tell: Any) -> Report:
+    """The report, in a folder that is there whole or not at all."""
+    from geneformer_fast.files.locks import file_lock
+    from geneformer_fast.files.writing import whole_folder
+
+    check_place(out, is_replacing=request.overwrite)
+    _check_page()
+    with file_lock(out):
+        check_place(out, is_replacing=request.overwrite)
+        with whole_folder(out) as place:
+            report = _measured(request, place, tell=tell)
+            report.save(place / "report.json")
+            (place / "report.html").write_text(report.to_html(), encoding="utf-8")
+    return report
+
+
+def check_place(out: Path, *, is_replacing: bool) -> None:
+    """Refuse a folder that may not be written, before anything is measured.
+
+    Raises
+    ------
+    OutputError
+        Something is there and may not be replaced, or is more than a report.
+    """
+    from geneformer_fast.errors import OutputError
+
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder")
+    there = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in there if not (name in ("report.json", "report.html") or name.startswith("trace."))]
+    if foreign:
+        raise OutputError(f"{out} holds {foreign[0]}, which is no part of a report; name a folder of its own")
+    if there and not is_replacing:
+        raise OutputError(f"{out} exists already; choose another name or pass --overwrite")
+
+
+def _check_page() -> None:
+    """Refuse to measure what could not be drawn afterwards.
+
+    Raises
+    ------
+    UnsupportedError
+        A library is not installed.
+    """
+    from importlib.util import find_spec
+
+    from geneformer_fast.errors import UnsupportedError
+
+    absent = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if absent:
+        raise UnsupportedError(
+            f"--out writes a page, which needs {absent[0]}, and that is not installed: pip install "
+            "'geneformer-fast[profile]', or leave --out away (--json for machines)"
+        )
+
+
+def _predict(request: Request, *, is_json: bool) -> int:
+    """Say what many cells would take."""
+    import contextlib
+    import json
+
+    from geneformer_fast.profiling.lengths import Lengths
+    from geneformer_fast.profiling.predict import cells_like, predict
+    from geneformer_fast.profiling.scenarios.cells import check_readable
+    from geneformer_fast.profiling.scenarios.models import geometry_of
+    from geneformer_fast.tokenization.arrow import open_tokens
+
+    model = request.model or "geneformer-v1-10m"
+    config = geometry_of(model)
+    assert request.card is not None
+    assert request.cells is not None
+    if request.tokens is None:
+        cells = cells_like(request.cells, Lengths.parsed(request.lengths or "real"), config)
+    else:
+        with contextlib.closing(open_tokens(request.tokens)) as folder:
+            check_readable(folder, config)
+            cells = cells_like(request.cells, folder.lengths(), config, f"as in {folder.path.name}")
+    found = predict(
+        request.card, cells, model, config, mode=request.mode, layer=request.layer or "penultimate",
+        dtype=request.dtype, threads=request.threads, batch_tokens=request.batch_tokens,
+    )  # fmt: skip
+    print(json.dumps(found.to_dict(), indent=1) if is_json else found.as_text())
+    return 0
+
+
+def _show(report: Report, request: Request, *, is_json: bool, is_quiet: bool) -> None:
+    import json
+
+    from geneformer_fast.profiling.text import table
+
+    if is_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    elif not is_quiet:
+        print(table(report))
+        if request.out is not None:
+            print(f"{Path(request.out) / 'report.html'} shows all of it, report.json beside it is for machines")
+
+
+def _teller(args: argparse.Namespace) -> Any:
+    """Says on standard error what is going on, where somebody looks."""
+    is_shown = not args.quiet and not args.json and sys.stderr.isatty()
+    return (lambda line: print(line, file=sys.stderr)) if is_shown else (lambda line: None)
+
+
+def _line_of(setting: Setting) -> str:
+    from geneformer_fast.profiling.figures import Missing
+
+    rate = setting.cells_per_s
+    said = str(rate) if isinstance(rate, Missing) else f"{rate:,.3g} cells/s"
+    return f"  {setting.token_budget:>9,} tokens: {said}"
