@@ -1,9 +1,10 @@
 """Time as a function of work, fitted to measurements of one card or machine, with its error on what it has not seen.
 
 The work of a measurement is known: operations, numbers that pass through memory (tokens x blocks x width), and, where a
-host launches kernels, blocks x batches. Time is ``max(a operations + b numbers, c launches)``, or less of it: which
-form serves best is decided by leaving out each problem (a model on some cells) in turn and predicting it from the
-others. The largest of these errors is the error that is stated.
+host launches kernels, blocks x batches. Time is ``max(a operations + b numbers, c launches)``, with as many of these
+terms as the measurements determine when any problem (a model on some cells) is left out. The error that is stated is
+the largest over all problems, each left out in turn and predicted from the others. No form is chosen for its error:
+with few problems that would make it look small.
 """
 
 from __future__ import annotations
@@ -60,16 +61,13 @@ class Sample:
     is_device_alone: bool = False
 
 
-# Terms of the forms, in the order in which they are preferred where errors are equal.
+# Terms of the forms, the richest first.
 _FORMS: tuple[tuple[str, ...], ...] = (
-    ("flops",),
+    ("flops", "numbers", "launches"),
     ("flops", "numbers"),
     ("flops", "launches"),
-    ("flops", "numbers", "launches"),
-    ("numbers",),
+    ("flops",),
 )
-# A form of more terms has to be better than one of fewer by this much of an error.
-_CLEARLY = 0.01
 
 
 @dataclass(frozen=True)
@@ -154,13 +152,11 @@ def fit(samples: Sequence[Sample]) -> Fit:
         At least one.
     """
     problems = sorted({sample.problem for sample in samples})
-    best: tuple[float, tuple[str, ...]] | None = None
     for form in _FORMS:
         error = _error_left_out(samples, problems, form)
-        if error is not None and (best is None or error < best[0] - _CLEARLY):
-            best = error, form
-    form = ("flops",) if best is None else best[1]
-    return Fit(_coefficients(samples, form), None if best is None else best[0], len(problems))
+        if error is not None:
+            return Fit(_coefficients(samples, form), error, len(problems))
+    return Fit(_coefficients(samples, ("flops",)), None, len(problems))
 
 
 def _error_left_out(samples: Sequence[Sample], problems: Sequence[str], form: tuple[str, ...]) -> float | None:

@@ -122,7 +122,7 @@ class Lengths:
             return np.random.default_rng(seed).permutation(lengths).astype(np.int64)
         if self.high > max_len:
             raise UnsupportedError(
-                f"lengths (--lengths) of up to {self.high:,} are more than the {max_len:,} {what}; take at most {max_len}"
+                f"lengths (--lengths) of up to {self.high:,} are more than the {max_len:,} {what}; take no more"
             )
         return np.array(uniform_lengths(n_cells, self.low, self.high, seed=seed), dtype=np.int64)
 
