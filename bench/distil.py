@@ -61,7 +61,7 @@ def sums_of_real_cells(results: Path) -> dict[str, int]:
     FileNotFoundError
         It is not there.
     """
-    from bench.embed_candidates import real_cells
+    from bench.cpu.embed_candidates import real_cells
 
     sums = {}
     for path in sorted(results.glob("*/*.json")):

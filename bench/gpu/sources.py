@@ -29,7 +29,7 @@ _OTHER_PARTS = {
 # Makes, compares and times candidates.
 _PROCEDURE = (
     *("bench/gpu/card.py", "bench/gpu/impls.py", "bench/gpu/measure.py", "bench/gpu/models.py", "bench/gpu/timer.py"),
-    *("bench/gpu/workload.py", "bench/gpu/providers/*.py", "bench/lengths.py"),
+    *("bench/gpu/workload.py", "bench/gpu/providers/*.py", "geneformer_fast/profiling/lengths.py"),
     *("geneformer_fast/profiling/clock.py", "geneformer_fast/profiling/ceilings.py"),
 )
 #: What tests on a card import, by folder; a change anywhere in them repeats all.

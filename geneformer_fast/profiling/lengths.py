@@ -45,7 +45,8 @@ def real_lengths(n_cells: int, *, mean: float, max_len: int = 4096, seed: int = 
         The mean lies outside.
     """
     blood, deep = (np.minimum(lengths, max_len) for lengths in (BLOOD, DEEP))
-    share = (mean - blood.mean()) / (deep.mean() - blood.mean())
+    # Where all are cut to the same, there is nothing to mix.
+    share = 0.0 if mean == blood.mean() else (mean - blood.mean()) / (deep.mean() - blood.mean())
     if not 0 <= share <= 1:
         raise ValueError(f"a mean of {mean} is not between {blood.mean():.0f} and {deep.mean():.0f}")
     n_deep = round(share * n_cells)
