@@ -23,7 +23,7 @@ from geneformer_fast.profiling.run import profile
 from geneformer_fast.profiling.scenarios import Training
 from geneformer_fast.profiling.scenarios.passes import N_ACTIVE
 from geneformer_fast.profiling.scenarios.request import SECONDS
-from geneformer_fast.profiling.scenarios.train import N_WARMUP
+from geneformer_fast.profiling.scenarios.train import N_WARMUP, STEPS_AFTER
 from geneformer_fast.ragged import Ragged
 
 _IGNORED = -100
@@ -86,8 +86,10 @@ class StockTraining:
             n_warmup=N_WARMUP, n_steps=n_steps, n_active=N_ACTIVE, trace=trace, tokens=self.ours.cells.what,
             settings=settings,
         ) as run:  # fmt: skip
-            for told in self.steps(N_WARMUP + n_steps + 2 + N_ACTIVE):
+            for told in self.steps(N_WARMUP + n_steps + STEPS_AFTER):
                 run.step(**told)
+                if run.is_complete:
+                    break
         return run.report
 
     def cells_per_s(self) -> float:

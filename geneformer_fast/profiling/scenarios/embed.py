@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.extract.encoding import TOKEN_BUDGET, WINDOW_CELLS, EncodingRun, token_batches
+from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, WINDOW_CELLS, EncodingRun, token_batches
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.scenarios.cells import ProfileCells, to_embed
 from geneformer_fast.profiling.scenarios.passes import measured, tried
@@ -82,8 +83,12 @@ class Embedding:
         """What was chosen, for the report."""
         return {
             "token_budget": self.token_budget, "layer": str(self.layer), "blocks_computed": self.n_layers,
-            "pool": self.pool,
+            "pool": self.pool, "batches_at_once": self._at_once(),
         }  # fmt: skip
+
+    def _at_once(self) -> int:
+        """Batches that are computed at the same time, but for those that are watched: one each."""
+        return min(torch.get_num_threads(), MOST_WORKERS) if self.encoder.device.type == "cpu" else 1
 
     def report(self, trace: Path | None = None) -> Report:
         """Measure it."""

@@ -18,8 +18,6 @@ from geneformer_fast.profiling.scenarios.cells import ProfileCells, evenly
 
 #: Steps that torch's profiler watches.
 N_ACTIVE = 2
-# After the window: one for memory, one of the profiler's own warm-up, and those that are watched.
-_STEPS_AFTER = 2 + N_ACTIVE
 # A trial goes over so many batches, twice: what compiles, and what tells how fast it is.
 _TRIAL_BATCHES = 2
 
@@ -143,12 +141,10 @@ def measured(
                 left -= 1
                 if not left:
                     break
-        left = _STEPS_AFTER
-        while left:
+        while not run.is_complete:
             for told in passing.steps(trial.chosen, is_alone=True):
                 run.step(**told)
-                left -= 1
-                if not left:
+                if run.is_complete:
                     break
     report = run.report
     return dataclasses.replace(report, time=dataclasses.replace(report.time, first_step_s=trial.first_step_s))

@@ -78,7 +78,7 @@ class Tokenizing:
             name="counts to tokens", mode=self.mode, engine="geneformer_fast", n_warmup=0, n_steps=n_steps, n_active=0,
             trace=trace, tokens=self.what, settings=self.settings(), ceilings=False,
         ) as run:  # fmt: skip
-            for _ in range(n_steps + 1):  # the last one is for memory
+            while not run.is_complete:
                 run.step(**self.once())
         report = run.report
         return dataclasses.replace(

@@ -15,11 +15,11 @@ import numpy as np
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.run import profile
+from geneformer_fast.profiling.run import Run, profile
 from geneformer_fast.profiling.scenarios.cells import ProfileCells
 from geneformer_fast.profiling.scenarios.passes import N_ACTIVE
 from geneformer_fast.profiling.scenarios.request import SECONDS, TRAIN, Request
-from geneformer_fast.training.history import History, StepRecord
+from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
 from geneformer_fast.training.recipe import RECIPES, Recipe
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 N_WARMUP = 2
 # A trial is so many steps after those.
 _TRIAL_STEPS = 2
-# After the window: one for memory, one of the profiler's own warm-up, those that are watched, and one more, because on
-# a card a step is told when the next has begun.
-_STEPS_AFTER = 3 + N_ACTIVE
+#: After the window: more than are needed for memory and for those that are watched.
+STEPS_AFTER = 20 + N_ACTIVE
 
 
 class Training:
@@ -87,17 +86,18 @@ class Training:
             }
         )  # fmt: skip
 
-    def train(self, n_steps: int, *, run: Any = None, on_step: Callable[[StepRecord], None] | None = None) -> History:
-        """So many steps."""
-        return fit(
-            self.encoder,
-            cast("TokenFolder", self.cells),  # which is read as one
-            self.objective,
-            self.chosen_recipe(n_steps),
-            train_cells=self.train_cells,
-            profile=run,
-            on_step=on_step,
-        )
+    def train(self, n_steps: int, *, run: Run | None = None, on_step: Callable[[StepRecord], None]) -> None:
+        """So many steps, or fewer where ``on_step`` raises :class:`Enough`."""
+        with contextlib.suppress(Enough):
+            fit(
+                self.encoder,
+                cast("TokenFolder", self.cells),  # which is read as one
+                self.objective,
+                self.chosen_recipe(n_steps),
+                train_cells=self.train_cells,
+                on_step=on_step,
+                **({} if run is None else {"profile": run}),
+            )
 
     def settings(self) -> dict[str, Any]:
         """What was chosen, for the report."""
@@ -119,7 +119,12 @@ class Training:
             self.encoder, name=self.name, mode=self.mode, n_warmup=N_WARMUP, n_steps=n_steps, n_active=N_ACTIVE,
             trace=trace, tokens=self.cells.what, settings=self.settings(),
         ) as run:  # fmt: skip
-            self.train(N_WARMUP + n_steps + _STEPS_AFTER, run=run)
+
+            def look(step: StepRecord) -> None:
+                if run.is_complete:
+                    raise Enough
+
+            self.train(N_WARMUP + n_steps + STEPS_AFTER, run=run, on_step=look)
         report = run.report
         if first_s is None:
             return report
@@ -137,12 +142,11 @@ class Training:
         def look(step: StepRecord) -> None:
             steps.append(step)
             if len(steps) >= N_WARMUP and step.seconds > most_s:
-                raise _Enough
+                raise Enough
 
-        with contextlib.suppress(_Enough):
-            self.train(N_WARMUP + _TRIAL_STEPS, on_step=look)
+        self.train(N_WARMUP + _TRIAL_STEPS, on_step=look)
         return steps
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends training."""
