@@ -24,10 +24,10 @@ VALUES = {
 
 # What each kind of request follows, besides what it needs itself.
 FOLLOWS = {
-    "embed": (EMBED, {"lengths", "cells", "dtype", "device", "threads", "batch_tokens", "layer", "compare", "sweep",
-                      "steps", "seconds", "out", "model"}),
-    "train": (TRAIN, {"lengths", "cells", "dtype", "device", "threads", "batch_tokens", "recompute", "compare", "sweep",
-                      "steps", "seconds", "out", "model"}),
+    "embed": (EMBED, {"tokens", "lengths", "cells", "dtype", "device", "threads", "batch_tokens", "layer", "compare",
+                      "sweep", "steps", "seconds", "out", "model"}),
+    "train": (TRAIN, {"tokens", "lengths", "cells", "dtype", "device", "threads", "batch_tokens", "recompute",
+                      "compare", "sweep", "steps", "seconds", "out", "model"}),
     "made-up counts": (TOKENIZE, {"lengths", "cells", "threads", "steps", "seconds", "out"}),
     "counts": (COUNTS, {"counts", "dictionary", "preset", "threads", "steps", "seconds", "out"}),
     "predict": (PREDICT, {"model", "tokens", "lengths", "cells", "dtype", "threads", "batch_tokens", "layer", "card",
@@ -39,14 +39,16 @@ FOLLOWS = {
 @pytest.mark.parametrize("option", VALUES)
 def test_every_option_is_followed_or_refused_by_name(kind, option):
     asked, follows = FOLLOWS[kind]
-    request = Request(**{**asked, option: VALUES[option]})
+    without = {"lengths": None} if option == "tokens" else {}  # one or the other
+    request = Request(**{**asked, **without, option: VALUES[option]})
     if option in follows or asked.get(option) == VALUES[option]:
         request.check()
     else:
         with pytest.raises(UnsupportedError) as error:
             request.check()
-        named = {"predict": ("--card", "--cells")}.get(option, (f"--{option.replace('_', '-')}",))
-        assert str(error.value).startswith(named), str(error.value)
+        # Of what cannot stand alone, what is missing beside it is named.
+        beside = {"predict": ("--card", "--cells", "--counts"), "counts": ("--dictionary",)}.get(option, ())
+        assert str(error.value).startswith((f"--{option.replace('_', '-')} ", *beside)), str(error.value)
 
 
 def test_every_option_is_looked_at_here():
