@@ -176,14 +176,14 @@ class Timing:
 class Cells:
     """Cells of the measured window; ``per_s`` and ``tokens_per_s`` count real cells and real tokens only.
 
-    ``read_bytes_per_s``: bytes of the input files, as they lie on the disk, per second.
+    ``read_gbps``: 10**9 bytes of the input files, as they lie on the disk, per second.
     """
 
     n: int
     per_s: Figure
     tokens_per_s: Figure
     lengths: Spread | None
-    read_bytes_per_s: Figure = Missing("no files of counts were read")
+    read_gbps: Figure = Missing("no files of counts were read")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ _FIGURES = (
      "Real tokens of the window over its wall time; padding is not counted."),
     ("cells.lengths", "Length of cells", "tokens",
      "Real tokens per cell: median, and 10th to 90th percentile."),
+    ("cells.read_gbps", "Read from files", "GB/s",
+     "Bytes of the files of counts, as they lie on the disk, over the wall time of the window."),
     ("time.n_steps", "Steps", "",
      "Measured steps: batches where cells are embedded, steps of the optimizer in training."),
     ("time.n_warmup", "Warm-up steps", "",

@@ -129,7 +129,7 @@ def test_tokenizing_is_measured_on_made_up_counts():
     assert report.time.n_steps == 2
     assert report.tokens.n_real > 60
     assert isinstance(report.tokens.useful_share, Missing)
-    assert report.cells.read_bytes_per_s == pytest.approx(2 * scenario.n_bytes / report.time.wall_s)
+    assert report.cells.read_gbps == pytest.approx(2e-9 * scenario.n_bytes / report.time.wall_s)
     assert isinstance(report.flops.mfu, Missing)
     assert report.subject.settings["workers"] == 1
 

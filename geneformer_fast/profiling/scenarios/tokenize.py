@@ -86,7 +86,7 @@ class Tokenizing:
             time=dataclasses.replace(report.time, first_step_s=first_s),
             tokens=dataclasses.replace(report.tokens, n_positions=report.tokens.n_real, useful_share=_NO_POSITIONS),
             cells=dataclasses.replace(
-                report.cells, read_bytes_per_s=divided(self.n_bytes * n_steps, report.time.wall_s, "the window")
+                report.cells, read_gbps=divided(self.n_bytes * n_steps / 1e9, report.time.wall_s, "the window")
             ),
         )
 
