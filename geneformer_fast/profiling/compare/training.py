@@ -72,7 +72,7 @@ class StockTraining:
                 batches = [batch for _, batch in group]
                 self._step(batches)
                 yield {
-                    "lengths": np.concatenate([np.diff(batch.tokens.cu_seqlens.numpy()) for batch in batches]),
+                    "lengths": np.concatenate([_longest_first(batch) for batch in batches]),
                     "head_rows": sum(len(batch.rows) for batch in batches),
                 }
 
@@ -156,3 +156,8 @@ class StockTraining:
 
 def _place_of(pair: tuple[Piece, Any]) -> tuple[int, int]:
     return pair[0].epoch, pair[0].step
+
+
+def _longest_first(batch: MaskedBatch) -> np.ndarray:
+    """[B] lengths in the order in which cells are computed."""
+    return -np.sort(-np.diff(batch.tokens.cu_seqlens.numpy()))
