@@ -103,7 +103,7 @@ class Training:
         """What was chosen, for the report."""
         recipe = self.chosen_recipe(1)
         return {
-            "token_budget": self.token_budget, "step_tokens": recipe.batch_tokens, "recipe_clip": recipe.clip,
+            "token_budget": self.token_budget, "step_tokens": recipe.batch_tokens, "clip": recipe.clip,
             "recomputing": recipe.is_recomputing, "workers": recipe.workers, "masked_share": recipe.masking.share,
             "cells": len(self.train_cells),
         }  # fmt: skip
