@@ -92,7 +92,7 @@ def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
     from geneformer_fast.profiling.compare import check_comparable, compared
     from geneformer_fast.profiling.findings import findings
     from geneformer_fast.profiling.scenarios import Tokenizing, opened
-    from geneformer_fast.profiling.sweep import best_of, sweep
+    from geneformer_fast.profiling.sweep import best_of, finding_of, sweep
 
     with opened(request) as scenario:
         if isinstance(scenario, Tokenizing):
@@ -101,18 +101,21 @@ def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
         if request.compare is not None:
             check_comparable(scenario.encoder)
         settings: list[Setting] = []
+        usual = scenario.token_budget
         if request.sweep:
             tell(f"trying token budgets on {scenario.cells.what}")
             settings = sweep(scenario, tell=lambda setting: tell(_line_of(setting)))
             scenario = scenario.with_budget(best_of(settings).token_budget)
         tell(f"measuring {scenario.name} on {scenario.cells.what}")
         report = scenario.report(None if place is None else place / "trace.json.gz")
-        if settings:
-            report = replace(report, sweep=settings)
-            report = replace(report, findings=findings(report))
+        report = replace(report, sweep=settings)
         if request.compare is not None:
             tell("measuring transformers on the same cells")
             report = compared(scenario, report, None if place is None else place / "trace.transformers.json.gz")
+        elif settings:
+            report = replace(report, findings=findings(report))
+        if settings and (faster := finding_of(settings, usual)) is not None:
+            report = replace(report, findings=[faster, *report.findings])
     return report
 
 

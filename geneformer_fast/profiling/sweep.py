@@ -13,7 +13,7 @@ import torch
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.memory import ProcessMemory
-from geneformer_fast.profiling.figures import Figure, Missing, Setting
+from geneformer_fast.profiling.figures import Figure, Finding, Missing, Setting
 
 #: The smallest budget that is tried, and the largest: a batch of so many tokens fills any card.
 LEAST, MOST = 1024, 2**22
@@ -146,6 +146,26 @@ def sweep(
 def best_of(settings: list[Setting]) -> Setting:
     """The one that is marked."""
     return next(each for each in settings if each.note.startswith(BEST))
+
+
+def finding_of(settings: list[Setting], default: int) -> Finding | None:
+    """That the best setting, which was measured, is faster than the usual one; None where it is not, or the same."""
+    best = best_of(settings)
+    usual = next((each.cells_per_s for each in settings if each.token_budget == default), None)
+    if best.token_budget == default or usual is None or isinstance(usual, Missing):
+        return None
+    assert not isinstance(best.cells_per_s, Missing)
+    gain = best.cells_per_s / usual
+    if gain < _GAIN:
+        return None
+    free = "" if isinstance(best.free_bytes, Missing) else f", and leave {best.free_bytes / 1e9:.1f} GB of memory free"
+    return Finding(
+        "batch",
+        f"batches of {best.token_budget:,} tokens, which were measured here, are {gain:.2f} times as fast as the usual "
+        f"ones of {default:,}{free}: set the token budget to {best.token_budget}",
+        {"token_budget": float(best.token_budget), "cells_per_s": best.cells_per_s, "usual_cells_per_s": usual},
+        gain,
+    )
 
 
 def _budgets(least: int, n_tokens: int) -> Iterator[int]:

@@ -10,7 +10,7 @@ import torch
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.sweep import ProcessWatch, best_of, sweep
+from geneformer_fast.profiling.sweep import ProcessWatch, best_of, finding_of, sweep
 
 GB = 1e9
 
@@ -96,6 +96,16 @@ def test_budgets_end_where_all_cells_are_in_one_batch():
 def test_where_not_even_the_smallest_fits_it_is_an_error():
     with pytest.raises(UnsupportedError, match=r"batches of 1,024 tokens do not fit"):
         swept({1024: None})
+
+
+def test_that_another_budget_is_faster_than_the_usual_one_is_a_finding():
+    found = swept({1024: 10.0, 2048: 20.0, 4096: 25.0, 8192: 24.0}, peaks={4096: 3 * GB})
+    told = finding_of(found, 1024)
+    assert told.gain == pytest.approx(2.5)
+    assert told.numbers == {"token_budget": 4096.0, "cells_per_s": 25.0, "usual_cells_per_s": 10.0}
+    assert "2.50 times as fast as the usual ones of 1,024, and leave 7.0 GB" in told.text
+    assert finding_of(found, 4096) is None
+    assert finding_of(found, 512) is None
 
 
 def test_each_setting_is_told_as_it_comes():
