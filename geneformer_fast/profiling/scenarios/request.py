@@ -159,7 +159,7 @@ _NEEDED: tuple[Rule, ...] = (
     (
         "tokens",
         lambda r: r.mode != TOKENIZE and r.lengths is None and not r.predict,
-        "say which cells: --tokens FOLDER (from geneformer-fast tokenize), or --lengths real, uniform:300-2048 or a "
-        "number of tokens for made-up ones",
+        "say which cells: --lengths real, uniform:300-2048 or a number of tokens for made-up ones, or --tokens FOLDER, "
+        "which geneformer-fast tokenize makes",
     ),
 )
