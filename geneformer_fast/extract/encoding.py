@@ -129,7 +129,7 @@ class EncodingRun:
         self.stream(writer)
         return writer.array
 
-    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """(cells, their [B, C] embeddings) of one batch after another, as :meth:`stream` computes them.
 
         With ``workers`` set to 0 they are computed by the thread that asks for them, one at a time.

@@ -44,7 +44,7 @@ class StockEmbedding:
         self.device, self.dtype = ours.encoder.device, ours.encoder.dtype
         with quiet():
             # Not with dtype=, which transformers before 4.56 calls torch_dtype.
-            model = BertModel.from_pretrained(folder, attn_implementation="sdpa", add_pooling_layer=False)
+            model: Any = BertModel.from_pretrained(folder, attn_implementation="sdpa", add_pooling_layer=False)
         self.model: Any = model.to(device=self.device, dtype=self.dtype).eval()
         self.special = sorted(self.cells.identity["special"].values())
 

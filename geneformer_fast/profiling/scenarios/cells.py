@@ -24,11 +24,19 @@ MADE_UP_CELLS = 4096
 _N_DRAWN, _STRIDE = 1_048_573, 40_961
 
 
-class ProfileCells(Protocol):
-    """Cells to profile on, read as those of a token folder (``fit`` takes them for one)."""
+class HasLengths(Protocol):
+    """Cells whose lengths are known."""
 
     #: Where they come from, for messages.
     path: Any
+
+    def lengths(self) -> np.ndarray:
+        """[n_cells] int64, tokens per cell."""
+
+
+class ProfileCells(HasLengths, Protocol):
+    """Cells to profile on, read as those of a token folder (``fit`` takes them for one)."""
+
     #: Of their vocabulary: ``special`` and what else is known.
     identity: Mapping[str, Any]
     #: Where they come from, for the report.
@@ -37,9 +45,6 @@ class ProfileCells(Protocol):
     @property
     def n_cells(self) -> int:
         """How many there are."""
-
-    def lengths(self) -> np.ndarray:
-        """[n_cells] int64, tokens per cell."""
 
     def read(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Packed tokens of some cells, and where each begins and ends."""
@@ -180,7 +185,7 @@ def open_profile_cells(
         yield found
 
 
-def check_readable(cells: ProfileCells, config: EncoderConfig) -> None:
+def check_readable(cells: HasLengths, config: EncoderConfig) -> None:
     """Refuse cells that are none, or longer than a model has positions, before anything is computed.
 
     Raises

@@ -96,7 +96,7 @@ class Training:
                 self.chosen_recipe(n_steps),
                 train_cells=self.train_cells,
                 on_step=on_step,
-                **({} if run is None else {"profile": run}),
+                profile=run,
             )
 
     def settings(self) -> dict[str, Any]:
