@@ -48,7 +48,7 @@ def _headline(report: Report, width: int) -> str:
     ]
     if subject.settings:
         lines.append("settings: " + ", ".join(f"{words(k)} {written(v)}" for k, v in subject.settings.items()))
-    return "\n".join(part for line in lines for part in _folded(line, width, subsequent_indent="  "))
+    return "\n".join(part for line in lines for part in _folded(line, width, others="  "))
 
 
 def _figures(reports: Sequence[Report], width: int) -> str:
@@ -165,13 +165,15 @@ def _findings(found: Sequence[Finding], width: int) -> str:
         gain = "" if each.gain is None else f" (expected {each.gain:.2g}x)"
         mark = f"{number}. " if each.name != "nothing" else "- "
         text = each.text[:1].upper() + each.text[1:] + gain
-        lines += _folded(text, width, initial_indent=mark, subsequent_indent=" " * len(mark))
+        lines += _folded(text, width, first=mark, others=" " * len(mark))
     return "\n".join(lines)
 
 
-def _folded(text: str, room: int, **options: str) -> list[str]:
+def _folded(text: str, room: int, *, first: str = "", others: str = "") -> list[str]:
     """Lines of a text; a number and its percent sign stay together."""
-    lines = textwrap.wrap(visible(text).replace(" %", "\N{NO-BREAK SPACE}%"), room, **options)
+    lines = textwrap.wrap(
+        visible(text).replace(" %", "\N{NO-BREAK SPACE}%"), room, initial_indent=first, subsequent_indent=others
+    )
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
