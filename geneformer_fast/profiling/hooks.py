@@ -36,6 +36,8 @@ class Hooks:
 
     Attributes
     ----------
+    optimizer
+        The one that stepped last, or that was given; None before any did.
     n_calls, n_updates
         Forward passes and steps of optimizers so far.
     is_overlapping
@@ -46,6 +48,7 @@ class Hooks:
         self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None, mark: Mark, called: Called
     ) -> None:
         self._mark, self._called = mark, called
+        self.optimizer = optimizer
         self.n_calls = self.n_updates = 0
         self.is_overlapping = False
         self._depth: dict[int, int] = {}
@@ -86,7 +89,8 @@ class Hooks:
             self._depth.pop(thread, None)
             self._mark(BACKWARD if torch.is_grad_enabled() and _has_gradient(output) else OTHER)
 
-    def _update_begins(self, *_: Any) -> None:
+    def _update_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.optimizer = optimizer
         self._mark(OPTIMIZER)
 
     def _update_ends(self, *_: Any) -> None:

@@ -100,9 +100,9 @@ class Meters:
         if window_s > self._longest_s:
             self.energy, self.series, self._longest_s = energy, series, window_s
 
-    def memory_begins(self) -> None:
-        """The next step's memory is looked at."""
-        self._blocks = MemoryWatch(self._model, self._optimizer, self._device)
+    def memory_begins(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """The next step's memory is looked at, with the state of an optimizer that stepped where none was given."""
+        self._blocks = MemoryWatch(self._model, self._optimizer or optimizer, self._device)
         self._blocks.__enter__()
 
     def memory_ends(self, *, is_whole: bool) -> None:

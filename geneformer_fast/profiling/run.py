@@ -340,7 +340,7 @@ class Run:
             self._meters.window_begins()
             self._clock.begin()
         elif phase is Phase.MEMORY:
-            self._meters.memory_begins()
+            self._meters.memory_begins(None if self._hooks is None else self._hooks.optimizer)
         elif phase is Phase.WATCH:
             self._meters.watch_begins()
         elif phase is Phase.COUNT:

@@ -113,6 +113,9 @@ def test_training_is_counted_with_the_rows_of_its_head(place):
     assert report.subject.settings["step_tokens"] <= 300
     assert max(positions for _, _, positions in report.tokens.batches) <= 300
     assert report.tokens.useful_share == 1.0
+    # AdamW's two moments of every parameter, though nobody named the optimizer.
+    n_parameters = sum(parameter.numel() for parameter in scenario.encoder.parameters())
+    assert report.memory.parts["optimizer"] == pytest.approx(8 * n_parameters, rel=0.05)
     # Three forward passes and the head: with no more rows than 15 % of the tokens, give or take.
     least = 3 * encoder_flops(config, report.tokens.n_real, 0)
     most = (
