@@ -65,7 +65,7 @@ def test_only_known_programs_are_shown():
 def test_the_commands_the_program_has_are_shown():
     from geneformer_fast.cli import COMMANDS as known
 
-    assert {shlex.split(line)[1] for line in COMMANDS} == set(known) - {"quickstart", "profile"}
+    assert {shlex.split(line)[1] for line in COMMANDS} == set(known) - {"quickstart"}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
