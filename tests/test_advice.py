@@ -40,6 +40,10 @@ ONLY_FOR = {
     ("finetuning/names.py", "--key"): ("predict",),
 }
 OF_THE_PROGRAM = {"--version", "--help"}
+#: Arguments of other programs that a module starts; no user reads them.
+OF_OTHERS = {
+    "profiling/machine.py": {"--id", "--query-gpu", "--format", "--porcelain", "--untracked-files", "--short"},
+}
 _OPTION = re.compile(r"(?:\b(?P<command>[a-z]+) )?(?P<option>--[a-z][a-z-]*)")
 _PROGRAM = re.compile(r"geneformer-fast ([a-z]+)")
 #: An option and its argument in Python: ``--max-len 512 (max_len=512)``, ``gene_column= (--gene-column)``.
@@ -76,6 +80,8 @@ def advised(patterns=(_OPTION,)):
         name = path.relative_to(PACKAGE).as_posix()
         for line, text in texts(path):
             for found in (found for pattern in patterns for found in pattern.finditer(text)):
+                if found["option"] in OF_OTHERS.get(name, ()):
+                    continue
                 before = _PROGRAM.findall(text[: found.start()].rpartition("\n")[2])
                 named = [
                     *before[-1:],
