@@ -26,10 +26,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         op: (f"tests/kernels/test_{op}*.py",)
         for op in (
             *("rank_genes", "varlen_attention", "residual_layernorm", "embed_tokens", "feed_forward"),
-            *("mlm_cross_entropy", "int8_linear", "int8_feed_forward", "fp8_linear"),
+            *("mlm_cross_entropy", "int8_feed_forward", "fp8_linear"),
         )
     },
-    "wrapped": ("tests/gpu/test_wrapped*.py",),
+    "int8_linear": ("tests/kernels/test_int8_linear*.py", "tests/kernels/test_quantize_rows*.py"),
+    "wrapped": ("tests/gpu/test_wrapped*.py", "tests/profiling/test_profile_on_card*.py"),
     "sanitizer": ("tests/gpu/test_sanitizer*.py",),
 }
 #: Groups that take minutes (every dtype of counts compiles five sorts): they run when a case that rests on them is due.

@@ -185,9 +185,9 @@ def test_there_is_a_case_for_every_rule() -> None:
     assert len({name for name, *_ in CASES.values()}) == len(RULES)
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-def test_a_report_that_is_fine_says_so(device: str) -> None:
-    (finding,) = findings(fine(device))
+@pytest.mark.parametrize("place", ["cuda:0", "cpu"])
+def test_a_report_that_is_fine_says_so(place: str) -> None:
+    (finding,) = findings(fine(place))
     assert finding.name == "nothing"
     assert finding.gain is None
     assert "MFU 50 %" in finding.text
