@@ -191,7 +191,7 @@ def embedding(
     from bench.lengths import BLOOD, real_lengths
     from bench.token_folders import token_folder
     from geneformer_fast import embed, load
-    from geneformer_fast.profiling.work import encoder_flops
+    from geneformer_fast.profiling.flops.work import encoder_flops
 
     encoder = load(model, device=device).eval()
     config = encoder.config

@@ -1,6 +1,7 @@
 """What ``geneformer-fast profile --predict`` knows, distilled from ``bench/results``: ``python -m bench.distil``.
 
-Taken are whole encoders of this project, embedding and training; the package's ``profiling/measured.json`` is written.
+Taken are whole encoders of this project, embedding and training; what is written is
+``geneformer_fast/profiling/prediction/measured.json``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 
 from geneformer_fast.config import PRESETS
 from geneformer_fast.extract.encoding import TOKEN_BUDGET
-from geneformer_fast.profiling.measurements import FILE, Machine, Measured, Measurement
-from geneformer_fast.profiling.work import encoder_flops, head_flops
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
+from geneformer_fast.profiling.prediction.measurements import FILE, Machine, Measured, Measurement
 from geneformer_fast.training.recipe import Recipe
 
 RESULTS = Path(__file__).resolve().parent / "results"

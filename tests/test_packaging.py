@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_module_of_both_packages_and_nothing_else(wheel):
     read = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "geneformer_fast").rglob("*.*") if path.suffix in READ
     }
-    assert "geneformer_fast/profiling/page.html" in read
+    assert "geneformer_fast/profiling/page/page.html" in read
     assert read <= shipped
 
 

@@ -21,7 +21,7 @@ from bench.cpu.embed_case import SideBySide, default_attention, ratios, tuned_ba
 from bench.machine import save_result
 from geneformer_fast import EncoderConfig
 from geneformer_fast.profiling.clock import percentiles
-from geneformer_fast.profiling.work import encoder_flops
+from geneformer_fast.profiling.flops.work import encoder_flops
 
 pytestmark = pytest.mark.bench
 

@@ -183,7 +183,7 @@ def _predict(request: Request, *, is_json: bool) -> int:
     import json
 
     from geneformer_fast.profiling.lengths import Lengths
-    from geneformer_fast.profiling.predict import cells_like, predict
+    from geneformer_fast.profiling.prediction.predict import cells_like, predict
     from geneformer_fast.profiling.scenarios.cells import check_readable
     from geneformer_fast.profiling.scenarios.models import geometry_of
     from geneformer_fast.tokenization.arrow import open_tokens

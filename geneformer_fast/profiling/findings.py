@@ -325,7 +325,7 @@ def _padded_work(report: Report) -> float:
         return rows
     from geneformer_fast.config import EncoderConfig
     from geneformer_fast.errors import GeneformerFastError
-    from geneformer_fast.profiling.work import encoder_flops
+    from geneformer_fast.profiling.flops.work import encoder_flops
 
     try:
         config = EncoderConfig.from_dict(geometry)

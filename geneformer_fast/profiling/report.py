@@ -118,14 +118,14 @@ class Report:
         return frame_of(self)
 
     def to_html(self) -> str:
-        """The report as one page that asks for nothing from anywhere (:func:`geneformer_fast.profiling.html.page`).
+        """The report as one page that asks for nothing from anywhere.
 
         Raises
         ------
         UnsupportedError
             What draws it is not installed.
         """
-        from geneformer_fast.profiling.html import page
+        from geneformer_fast.profiling.page.html import page
 
         return page(self)
 

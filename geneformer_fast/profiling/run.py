@@ -16,17 +16,17 @@ from torch import nn
 from geneformer_fast.arguments import checked
 from geneformer_fast.config import usable_device
 from geneformer_fast.errors import ProfileError
-from geneformer_fast.profiling.counting import Counting
-from geneformer_fast.profiling.hooks import Hooks
-from geneformer_fast.profiling.inputs import CallReader, Seen, passes_of_step, shapes_of
-from geneformer_fast.profiling.meters import Meters
-from geneformer_fast.profiling.phases import MODES, Options, Phase, phases
+from geneformer_fast.profiling.loop.counting import Counting
+from geneformer_fast.profiling.loop.hooks import Hooks
+from geneformer_fast.profiling.loop.inputs import CallReader, Seen, passes_of_step, shapes_of
+from geneformer_fast.profiling.loop.meters import Meters
+from geneformer_fast.profiling.loop.phases import MODES, Options, Phase, phases
+from geneformer_fast.profiling.loop.steps import StepClock, stamps_of
+from geneformer_fast.profiling.loop.subject import Profiled, device_of, profiled
+from geneformer_fast.profiling.loop.summary import Measured, report_of
+from geneformer_fast.profiling.loop.tally import Tally
+from geneformer_fast.profiling.loop.writing import check_place, write_report
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.steps import StepClock, stamps_of
-from geneformer_fast.profiling.subject import Profiled, device_of, profiled
-from geneformer_fast.profiling.summary import Measured, report_of
-from geneformer_fast.profiling.tally import Tally
-from geneformer_fast.profiling.writing import check_place, write_report
 
 
 @checked

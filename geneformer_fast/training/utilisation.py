@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from geneformer_fast.profiling.anatomy import Anatomy, anatomy_of
 from geneformer_fast.profiling.ceilings import product_ceiling
 from geneformer_fast.profiling.figures import Figure, Missing, divided
-from geneformer_fast.profiling.work import Batch, count_of, encoder_in
+from geneformer_fast.profiling.flops.anatomy import Anatomy, anatomy_of
+from geneformer_fast.profiling.flops.work import Batch, count_of, encoder_in
 
 
 class Utilisation:

@@ -10,8 +10,8 @@ from typed_cells import SHORT, SHORT_GENES, gene_classes
 
 import geneformer_fast as gf
 from geneformer_fast.cli import main
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.work import encoder_flops, head_flops
 
 TWO_EPOCHS = dataclasses.replace(SHORT, epochs=2)
 

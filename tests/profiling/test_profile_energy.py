@@ -13,12 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from geneformer_fast.profiling import cards, counters, energy
-from geneformer_fast.profiling.cards import Card, find_card, in_words
-from geneformer_fast.profiling.counters import CardCounter, CardPower, Rapl, ZeusCounter, find_card_counter, find_rapl
-from geneformer_fast.profiling.energy import Meter, energy_meter
 from geneformer_fast.profiling.figures import Energy, Missing
-from geneformer_fast.profiling.sampling import Sampler
+from geneformer_fast.profiling.meters import cards, counters, energy
+from geneformer_fast.profiling.meters.cards import Card, find_card, in_words
+from geneformer_fast.profiling.meters.counters import (
+    CardCounter,
+    CardPower,
+    Rapl,
+    ZeusCounter,
+    find_card_counter,
+    find_rapl,
+)
+from geneformer_fast.profiling.meters.energy import Meter, energy_meter
+from geneformer_fast.profiling.meters.sampling import Sampler
 
 UUID = "d7f3a5c1-0000-1111-2222-333344445555"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from geneformer_fast.profiling.events import (
+from geneformer_fast.profiling.meters.events import (
     Event,
     Place,
     Sorted,

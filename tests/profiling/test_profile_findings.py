@@ -27,8 +27,8 @@ from geneformer_fast.profiling.figures import (
     Tokens,
 )
 from geneformer_fast.profiling.findings import RULES, findings
+from geneformer_fast.profiling.flops.work import encoder_flops
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.work import encoder_flops
 
 CONFIG = EncoderConfig.preset("geneformer-v1-10m")
 NONE = Missing("made up")

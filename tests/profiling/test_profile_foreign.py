@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import geneformer_fast as gf
-from geneformer_fast.profiling import foreign
-from geneformer_fast.profiling.bert import Shape, shape_of
 from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.foreign import COUNTED, UNKNOWN, ForeignCounter, count_foreign, may_multiply
-from geneformer_fast.profiling.work import count_of, encoder_flops
+from geneformer_fast.profiling.flops import foreign
+from geneformer_fast.profiling.flops.bert import Shape, shape_of
+from geneformer_fast.profiling.flops.foreign import COUNTED, UNKNOWN, ForeignCounter, count_foreign, may_multiply
+from geneformer_fast.profiling.flops.work import count_of, encoder_flops
 
 N, C, H, WIDE, V, L = 2, 32, 2, 48, 50, 8
 LENGTHS = np.array([3, 7, 1])

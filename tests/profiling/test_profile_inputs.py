@@ -12,8 +12,8 @@ from torch import nn
 from geneformer_fast import Ragged
 from geneformer_fast.data.masking import MaskedBatch
 from geneformer_fast.errors import ProfileError
-from geneformer_fast.profiling.inputs import CallReader, Seen, passes_of_step, told_lengths, told_mask
-from geneformer_fast.profiling.tally import Tally
+from geneformer_fast.profiling.loop.inputs import CallReader, Seen, passes_of_step, told_lengths, told_mask
+from geneformer_fast.profiling.loop.tally import Tally
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
 

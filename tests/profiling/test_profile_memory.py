@@ -15,12 +15,12 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.profiler import profile
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged
-from geneformer_fast.profiling import memory as memories
-from geneformer_fast.profiling.alive import Change, Known, Moment, Peak, peak_of
-from geneformer_fast.profiling.events import MEMORY, Place
 from geneformer_fast.profiling.figures import KINDS, Alive, Memory, Missing
-from geneformer_fast.profiling.memory import MemoryWatch
-from geneformer_fast.profiling.resident import ResidentPeak, resident
+from geneformer_fast.profiling.meters import memory as memories
+from geneformer_fast.profiling.meters.alive import Change, Known, Moment, Peak, peak_of
+from geneformer_fast.profiling.meters.events import MEMORY, Place
+from geneformer_fast.profiling.meters.memory import MemoryWatch
+from geneformer_fast.profiling.meters.resident import ResidentPeak, resident
 
 MIB = 1 << 20
 LINEAR, FEED, HEAD = Place("linear", 1, 0, "forward"), Place("feed_forward", 2, 0, "forward"), Place("head", 3)
@@ -226,7 +226,7 @@ def test_the_process_against_the_system() -> None:
 
 def test_where_the_peak_cannot_be_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new record tells; without one somebody has to look."""
-    monkeypatch.setattr("geneformer_fast.profiling.resident._INTERVAL_S", 0.001)
+    monkeypatch.setattr("geneformer_fast.profiling.meters.resident._INTERVAL_S", 0.001)
     (tmp_path / "clear_refs").mkdir()  # nothing that can be written
     status = tmp_path / "status"
     status.write_text("VmHWM:\t 900 kB\nVmRSS:\t 500 kB\n")

@@ -23,12 +23,12 @@ from sample_reports import (
 )
 
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.profiling import html, plots, roofline
 from geneformer_fast.profiling.figures import KINDS, PARTS, Missing
-from geneformer_fast.profiling.html import page
 from geneformer_fast.profiling.listing import entries
+from geneformer_fast.profiling.page import html, plots, roofline
+from geneformer_fast.profiling.page.html import page
+from geneformer_fast.profiling.page.svg import COLORS
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import COLORS
 from geneformer_fast.profiling.units import visible
 
 _VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -11,7 +11,7 @@ import browsers
 import pytest
 from sample_reports import bare_report, hostile_report, rich_report
 
-from geneformer_fast.profiling.html import page as page_of
+from geneformer_fast.profiling.page.html import page as page_of
 from geneformer_fast.profiling.report import Report
 
 pytestmark = pytest.mark.skipif(bool(browsers.missing()), reason=browsers.missing() or "a browser is here")

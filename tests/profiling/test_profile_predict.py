@@ -11,12 +11,12 @@ import pytest
 
 from geneformer_fast.config import PRESETS
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.profiling import measurements
 from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.fitted import GOOD_ENOUGH, MemorySample, Sample, Work, fit, fit_memory
 from geneformer_fast.profiling.lengths import Lengths
-from geneformer_fast.profiling.measurements import Machine, Measured, machine_named, measured
-from geneformer_fast.profiling.predict import Cells, cells_like, predict
+from geneformer_fast.profiling.prediction import measurements
+from geneformer_fast.profiling.prediction.fitted import GOOD_ENOUGH, MemorySample, Sample, Work, fit, fit_memory
+from geneformer_fast.profiling.prediction.measurements import Machine, Measured, machine_named, measured
+from geneformer_fast.profiling.prediction.predict import Cells, cells_like, predict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 V1, V2 = "geneformer-v1-10m", "geneformer-v2-104m"

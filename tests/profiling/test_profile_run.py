@@ -17,12 +17,12 @@ from toys import encoder as toy_encoder
 import geneformer_fast
 from geneformer_fast import Encoder, EncoderConfig, Ragged
 from geneformer_fast.errors import ProfileError
-from geneformer_fast.profiling import steps
 from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.phases import FIRST_STEPS
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
+from geneformer_fast.profiling.loop import steps
+from geneformer_fast.profiling.loop.phases import FIRST_STEPS
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.run import Run, profile
-from geneformer_fast.profiling.work import encoder_flops, head_flops
 
 CONFIG = EncoderConfig(n_layers=2, width=32, n_heads=2, ff_width=48, vocab_size=97, max_len=64)
 QUICK: dict[str, Any] = {"energy": False, "ceilings": False}

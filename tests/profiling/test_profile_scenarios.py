@@ -13,12 +13,12 @@ from geneformer_fast import Encoder, EncoderConfig, open_tokens, quantize, save,
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.scenarios import Request, opened, threads
 from geneformer_fast.profiling.scenarios.cells import MadeUpCells, evenly, to_embed
 from geneformer_fast.profiling.scenarios.counts import N_GENES, made_up_vocabulary, write_made_up_counts
 from geneformer_fast.profiling.scenarios.models import is_folder, model_to_embed, model_to_train
-from geneformer_fast.profiling.work import encoder_flops, head_flops
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from geneformer_fast.errors import ProfileError
-from geneformer_fast.profiling.steps import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, Selection, StepClock
+from geneformer_fast.profiling.loop.steps import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, Selection, StepClock
 
 
 class ToldStamps:

@@ -20,9 +20,9 @@ from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import MaskedBatch
 from geneformer_fast.errors import ProfileError, UnsupportedError
 from geneformer_fast.finetuning.objectives import LabelledCells
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.run import profile
-from geneformer_fast.profiling.work import encoder_flops, head_flops
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.training.history import History

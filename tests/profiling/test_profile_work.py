@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from geneformer_fast import Encoder, EncoderConfig, quantize
 from geneformer_fast.finetuning.models import freeze
-from geneformer_fast.profiling.anatomy import anatomy, anatomy_of
 from geneformer_fast.profiling.figures import Ceilings, Missing, Operation
-from geneformer_fast.profiling.needs import Need, joined_in
-from geneformer_fast.profiling.operations import with_needs
-from geneformer_fast.profiling.work import Batch, count, count_of, encoder_flops, head_flops, training_flops
+from geneformer_fast.profiling.flops.anatomy import anatomy, anatomy_of
+from geneformer_fast.profiling.flops.needs import Need, joined_in
+from geneformer_fast.profiling.flops.work import Batch, count, count_of, encoder_flops, head_flops, training_flops
+from geneformer_fast.profiling.meters.operations import with_needs
 
 N, C, H, F, V = 2, 32, 2, 48, 50
 CONFIG = EncoderConfig(n_layers=N, width=C, n_heads=H, ff_width=F, vocab_size=V, max_len=16, tied_decoder=False)

@@ -8,8 +8,8 @@ import numpy as np
 
 from geneformer_fast.errors import ProfileError
 from geneformer_fast.profiling.figures import Cells, Figure, Missing, Spread, Tokens, divided
-from geneformer_fast.profiling.inputs import Seen, on_host
-from geneformer_fast.profiling.steps import Selection
+from geneformer_fast.profiling.loop.inputs import Seen, on_host
+from geneformer_fast.profiling.loop.steps import Selection
 
 # So many batches are kept until they are counted: their lengths may lie on a card, which is waited for once for all.
 AT_ONCE = 1000

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from geneformer_fast.errors import ProfileError
-from geneformer_fast.profiling.subject import unwrapped
+from geneformer_fast.profiling.loop.subject import unwrapped
 from geneformer_fast.ragged import Ragged
 
 Lengths = np.ndarray | torch.Tensor

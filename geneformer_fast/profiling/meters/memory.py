@@ -12,10 +12,10 @@ from torch import nn
 from torch.autograd import profiler as autograd_profiler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from geneformer_fast.profiling.alive import Change, Known, Moment, Peak, peak_of
-from geneformer_fast.profiling.events import MEMORY, Sorted, read_events, sorted_out, start_quietly
 from geneformer_fast.profiling.figures import KINDS, Alive, Figure, Memory, Missing, divided
-from geneformer_fast.profiling.resident import ResidentPeak
+from geneformer_fast.profiling.meters.alive import Change, Known, Moment, Peak, peak_of
+from geneformer_fast.profiling.meters.events import MEMORY, Sorted, read_events, sorted_out, start_quietly
+from geneformer_fast.profiling.meters.resident import ResidentPeak
 
 #: Rows of what was alive; the rest of it is one more.
 MOST_ALIVE = 20

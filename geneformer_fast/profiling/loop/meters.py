@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.autograd import profiler as autograd_profiler
 
-from geneformer_fast.profiling.energy import Meter, energy_meter
 from geneformer_fast.profiling.figures import KINDS, Energy, Figure, Memory, Missing, Series
-from geneformer_fast.profiling.inputs import Seen
-from geneformer_fast.profiling.memory import MemoryWatch
-from geneformer_fast.profiling.operations import OperationWatch, Watched
-from geneformer_fast.profiling.phases import WATCH_WARMUP, Options
-from geneformer_fast.profiling.steps import DATA, OTHER
+from geneformer_fast.profiling.loop.inputs import Seen
+from geneformer_fast.profiling.loop.phases import WATCH_WARMUP, Options
+from geneformer_fast.profiling.loop.steps import DATA, OTHER
+from geneformer_fast.profiling.meters.energy import Meter, energy_meter
+from geneformer_fast.profiling.meters.memory import MemoryWatch
+from geneformer_fast.profiling.meters.operations import OperationWatch, Watched
 
 
 class Meters:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from geneformer_fast.profiling.steps import BACKWARD, FORWARD, OPTIMIZER, OTHER
+from geneformer_fast.profiling.loop.steps import BACKWARD, FORWARD, OPTIMIZER, OTHER
 
 Mark = Callable[[str], None]
 Called = Callable[[tuple[Any, ...], dict[str, Any]], None]

@@ -15,7 +15,9 @@ from torch import nn
 from torch.autograd import profiler as autograd_profiler
 
 from geneformer_fast.files.writing import whole_file
-from geneformer_fast.profiling.events import (
+from geneformer_fast.profiling.figures import Ceilings, Figure, Missing, Operation
+from geneformer_fast.profiling.flops.needs import Need
+from geneformer_fast.profiling.meters.events import (
     Sorted,
     parts_of_device,
     parts_of_host,
@@ -24,8 +26,6 @@ from geneformer_fast.profiling.events import (
     start_quietly,
     totals,
 )
-from geneformer_fast.profiling.figures import Ceilings, Figure, Missing, Operation
-from geneformer_fast.profiling.needs import Need
 
 #: Events of which a trace is written: 4 million take about 100 MB when compressed.
 MOST_EVENTS = 2_000_000

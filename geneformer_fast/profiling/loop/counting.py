@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from geneformer_fast.profiling.bert import Shape, shape_of
 from geneformer_fast.profiling.figures import Figure, Missing, Operation, times
-from geneformer_fast.profiling.foreign import FORMULA, UNKNOWN, ForeignCounter
-from geneformer_fast.profiling.inputs import Seen, on_host
-from geneformer_fast.profiling.needs import BACKWARD, Need, joined_in
-from geneformer_fast.profiling.subject import STOCK, Profiled
-from geneformer_fast.profiling.work import Batch, Count, count_of
+from geneformer_fast.profiling.flops.bert import Shape, shape_of
+from geneformer_fast.profiling.flops.foreign import FORMULA, UNKNOWN, ForeignCounter
+from geneformer_fast.profiling.flops.needs import BACKWARD, Need, joined_in
+from geneformer_fast.profiling.flops.work import Batch, Count, count_of
+from geneformer_fast.profiling.loop.inputs import Seen, on_host
+from geneformer_fast.profiling.loop.subject import STOCK, Profiled
 
 _ATTENTION = "varlen_attention"
 _UNTOLD_ROWS = "nobody said how many rows the head computed: run.step(head_rows=...) tells it"

@@ -25,10 +25,10 @@ from torch import nn
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.profiling.anatomy import Anatomy, anatomy, anatomy_of
 from geneformer_fast.profiling.figures import Figure, Missing
-from geneformer_fast.profiling.needs import SIZES, Need, needs
-from geneformer_fast.profiling.products import Rows, operations_of, products
+from geneformer_fast.profiling.flops.anatomy import Anatomy, anatomy, anatomy_of
+from geneformer_fast.profiling.flops.needs import SIZES, Need, needs
+from geneformer_fast.profiling.flops.products import Rows, operations_of, products
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Count:
     Attributes
     ----------
     model, hardware
-        See :mod:`geneformer_fast.profiling.work`.
+        See :mod:`geneformer_fast.profiling.flops.work`.
     operations
         What each operation that was computed needs, by its name in ``geneformer_kernels`` (with ``" backward"`` behind
         it in a backward pass), ``"embeddings"`` and ``"head"``; none where nothing is known of the dtype.
@@ -165,7 +165,7 @@ def count_of(
     """As :func:`count`, with what of the encoder learns.
 
     ``joined`` is the operation that did the work of several in the passes that were watched
-    (:func:`geneformer_fast.profiling.needs.joined_in`).
+    (:func:`geneformer_fast.profiling.flops.needs.joined_in`).
     """
     real, computed, n_passes = Rows(), Rows(), 0
     for batch in batches:

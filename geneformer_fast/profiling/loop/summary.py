@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from geneformer_fast.profiling.ceilings import measure_ceilings
-from geneformer_fast.profiling.counting import Counting
 from geneformer_fast.profiling.figures import (
     Ceilings,
     Figure,
@@ -20,15 +19,16 @@ from geneformer_fast.profiling.figures import (
     divided,
 )
 from geneformer_fast.profiling.findings import findings
-from geneformer_fast.profiling.hooks import Hooks
+from geneformer_fast.profiling.loop.counting import Counting
+from geneformer_fast.profiling.loop.hooks import Hooks
+from geneformer_fast.profiling.loop.meters import Meters
+from geneformer_fast.profiling.loop.phases import Options
+from geneformer_fast.profiling.loop.steps import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, StepClock
+from geneformer_fast.profiling.loop.subject import Profiled, settings_with
+from geneformer_fast.profiling.loop.tally import Tally
 from geneformer_fast.profiling.machine import provenance
-from geneformer_fast.profiling.meters import Meters
-from geneformer_fast.profiling.operations import with_needs
-from geneformer_fast.profiling.phases import Options
+from geneformer_fast.profiling.meters.operations import with_needs
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.steps import BACKWARD, DATA, FORWARD, OPTIMIZER, OTHER, StepClock
-from geneformer_fast.profiling.subject import Profiled, settings_with
-from geneformer_fast.profiling.tally import Tally
 
 # What the profiler tells of a step that marks cannot: it is taken out of the parts that were marked.
 _WATCHED = ("copies", "communication", "host_gaps")

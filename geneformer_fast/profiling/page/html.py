@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import Any
 
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.profiling import sections
 from geneformer_fast.profiling.figures import Missing
 from geneformer_fast.profiling.listing import Entry, entries
+from geneformer_fast.profiling.page import sections
+from geneformer_fast.profiling.page.svg import style
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import style
 from geneformer_fast.profiling.units import visible
 
 # Between a number and its unit, where no line may end.

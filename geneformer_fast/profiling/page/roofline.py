@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from geneformer_fast.profiling.figures import Operation
-from geneformer_fast.profiling.plots import both_widths, number
+from geneformer_fast.profiling.page.plots import both_widths, number
+from geneformer_fast.profiling.page.svg import COLORS, ON_COLOR, Plot
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import COLORS, ON_COLOR, Plot
 from geneformer_fast.profiling.units import digits, visible, written
 
 #: Operations with a number on the roofline, the longest first.

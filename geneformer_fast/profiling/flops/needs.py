@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from geneformer_fast.profiling.anatomy import Anatomy, Layer
-from geneformer_fast.profiling.products import Product, Rows, products
+from geneformer_fast.profiling.flops.anatomy import Anatomy, Layer
+from geneformer_fast.profiling.flops.products import Product, Rows, products
 
 #: Bytes of a number, by dtype.
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}

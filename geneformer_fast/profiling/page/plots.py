@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from geneformer_fast.profiling.figures import Setting
+from geneformer_fast.profiling.page.svg import COLORS, NARROW, ON_COLOR, WIDE, Plot
 from geneformer_fast.profiling.report import Report
-from geneformer_fast.profiling.svg import COLORS, NARROW, ON_COLOR, WIDE, Plot
 from geneformer_fast.profiling.units import digits, unit_of, visible, words, written
 
 #: Bars of batches on the wide plot; more batches than bars are joined.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from geneformer_fast.profiling.events import Event, Place
 from geneformer_fast.profiling.figures import Alive
+from geneformer_fast.profiling.meters.events import Event, Place
 
 # Operations whose results are logits, or as large: the head, and losses over what it gives.
 _LOGITS = frozenset(

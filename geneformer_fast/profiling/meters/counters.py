@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from geneformer_fast.profiling.cards import Card
 from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.meters.cards import Card
 
 _POWERCAP = Path("/sys/class/powercap")
 

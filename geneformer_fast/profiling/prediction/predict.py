@@ -18,10 +18,10 @@ from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.budget import batch_bytes, token_bytes
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET
 from geneformer_fast.profiling.figures import Figure, Missing, divided
-from geneformer_fast.profiling.fitted import GOOD_ENOUGH, MemorySample, Sample, Work, fit, fit_memory
+from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.lengths import Lengths
-from geneformer_fast.profiling.measurements import Machine, Measurement, machine_named
-from geneformer_fast.profiling.work import encoder_flops, head_flops
+from geneformer_fast.profiling.prediction.fitted import GOOD_ENOUGH, MemorySample, Sample, Work, fit, fit_memory
+from geneformer_fast.profiling.prediction.measurements import Machine, Measurement, machine_named
 
 #: Of the JSON that :meth:`Prediction.to_dict` gives.
 SCHEMA_VERSION = 1

@@ -11,7 +11,8 @@ from torch import nn
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.profiling.anatomy import (
+from geneformer_fast.profiling.figures import Missing
+from geneformer_fast.profiling.flops.anatomy import (
     Anatomy,
     BlockParts,
     HeadParts,
@@ -21,8 +22,7 @@ from geneformer_fast.profiling.anatomy import (
     layer_of,
     learns,
 )
-from geneformer_fast.profiling.figures import Missing
-from geneformer_fast.profiling.work import Batch, encoder_in
+from geneformer_fast.profiling.flops.work import Batch, encoder_in
 
 _MODELS = {"BertForMaskedLM": "mlm", "BertForSequenceClassification": "cells", "BertForTokenClassification": "genes"}
 _ATTENTIONS = ("BertSelfAttention", "BertSdpaSelfAttention", "BertFlashAttention2")

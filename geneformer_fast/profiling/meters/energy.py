@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from geneformer_fast.profiling.cards import Card, find_card, in_words, reading
-from geneformer_fast.profiling.counters import Counter, CounterError, find_card_counter, find_rapl
 from geneformer_fast.profiling.figures import Energy, Figure, Missing, Series, divided, times
-from geneformer_fast.profiling.resident import resident
-from geneformer_fast.profiling.sampling import Sampler
+from geneformer_fast.profiling.meters.cards import Card, find_card, in_words, reading
+from geneformer_fast.profiling.meters.counters import Counter, CounterError, find_card_counter, find_rapl
+from geneformer_fast.profiling.meters.resident import resident
+from geneformer_fast.profiling.meters.sampling import Sampler
 
 #: Counters are renewed every 20 to 100 ms, power every second: a shorter window says little.
 LEAST_WINDOW_S = 2.0

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from geneformer_fast.profiling import plots, roofline
 from geneformer_fast.profiling.figures import Finding, Missing
-from geneformer_fast.profiling.plots import number
+from geneformer_fast.profiling.page import plots, roofline
+from geneformer_fast.profiling.page.plots import number
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import digits, unit_of, words, written
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from geneformer_fast.profiling.anatomy import Anatomy, Layer
+from geneformer_fast.profiling.flops.anatomy import Anatomy, Layer
 
 
 @dataclass(frozen=True)

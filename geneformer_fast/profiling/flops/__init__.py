@@ -1,0 +1,1 @@
+"""Operations that a model needs, and that were computed."""

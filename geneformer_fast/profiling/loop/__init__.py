@@ -1,0 +1,1 @@
+"""What a loop that is measured tells of itself, step by step."""

@@ -1,0 +1,1 @@
+"""Instruments: time per operation, memory, energy."""

@@ -1,0 +1,1 @@
+"""What a job would take, by a model fitted to committed measurements."""
