@@ -284,6 +284,19 @@ class Run:
             self._next_phase()
         self._shapes = []
 
+    def follow(self, module: nn.Module) -> None:
+        """Take the forward passes of another module for the model's: of one around it that computes the loss too.
+
+        Raises
+        ------
+        ProfileError
+            The run is not open.
+        """
+        if self._hooks is None or not self._is_running:
+            raise ProfileError("follow() is for within the with-block of its run")
+        self._hooks.remove()
+        self._hooks = Hooks(module, self._optimizer, self._mark, self._called)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out what runs in here, between two steps: an evaluation, or the saving of a checkpoint."""

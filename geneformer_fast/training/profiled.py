@@ -74,8 +74,10 @@ def profiled(
     ProfileError
         A run of one's own is not open.
     """
-    if isinstance(asked, Run) and not asked.is_running:
-        raise ProfileError("the run that is to profile the training is not open: train within its with-block")
+    if isinstance(asked, Run):
+        if not asked.is_running:
+            raise ProfileError("the run that is to profile the training is not open: train within its with-block")
+        asked.follow(step)  # the head and its loss are part of the forward pass
     place = place_of(asked, out)
     if place is None:
         yield asked if isinstance(asked, Run) else None

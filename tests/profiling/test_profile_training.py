@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,25 @@ def test_an_open_run_is_told_of_every_step(tokens: TokenFolder) -> None:
     assert run.report.flops.basis == "formula"
     with pytest.raises(ProfileError, match="is not open"):
         trained(model, tokens, profile=run)
+
+
+class _Slow(MaskedGenes):
+    """A loss that takes its time."""
+
+    def loss(self, model: nn.Module, batch: MaskedBatch) -> Any:
+        time.sleep(0.02)
+        return super().loss(model, batch)
+
+
+def test_the_loss_is_part_of_the_forward_pass(tokens: TokenFolder) -> None:
+    model = model_of(tokens)
+    objective = _Slow(TokenKinds.of(identity_of(tokens, model.config), model.config), RECIPE.masking)
+    with profile(model, mode="train", n_active=0, energy=False, ceilings=False) as run:
+        fit(model, tokens, objective, RECIPE, train_cells=np.arange(30), profile=run)
+    parts, n_steps = run.report.time.parts, run.report.time.n_steps
+    assert parts["forward"] > 0.02 * n_steps
+    with pytest.raises(ProfileError, match="within the with-block"):
+        run.follow(model)
 
 
 def test_a_training_that_is_too_short_ends_with_a_warning(tokens: TokenFolder, tmp_path: Path) -> None:
