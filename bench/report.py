@@ -69,6 +69,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_quantized(result) for result in of_case("quantized_")]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),
+        ("quantize_real", _accuracy),
         *(("verify_", _verifying), ("finetune_", _finetuning), ("cost_", _costs), ("first_call_", _first_calls)),
     )
     for prefix, table in tables:
@@ -242,6 +243,40 @@ def _peaks(results: Sequence[Result]) -> str:
     )
     header = ("", "weights", "peak memory", "smallest budget", "peak memory within it", "goal")
     return _block(title, header, rows, results)
+
+
+#: Measure of ``quantize_real`` -> what its column is called; macro-F1 is shown beside that of float32.
+_MEASURES = {
+    "cosine of embeddings, least": "cosine of embeddings, least",
+    "15 nearest neighbours shared": "15 nearest neighbours shared",
+    "20 likeliest genes shared": "20 likeliest genes shared",
+    "macro-F1": "macro-F1 (float32)",
+}
+
+
+def _accuracy(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        for name, ways in result["rows"].items():
+            for way in ("plain", "calibrated"):
+                found = ways.get(way, {}).get("measures", ())
+                cells = {column: "" for column in _MEASURES.values()}
+                for measure in found:
+                    end = measure["name"].rpartition(": ")[2]  # "subpop: macro-F1"
+                    if end in _MEASURES:
+                        exact = f" ({measure['exact']:.4f})" if end == "macro-F1" else ""
+                        digits = 5 if end.startswith("cosine") else 4 if exact else 3
+                        cells[_MEASURES[end]] = f"{measure['quantized']:.{digits}f}{exact}"
+                if found:
+                    rows.append((f"{name}, {way}", *cells.values()))
+    training, asked = results[0]["training"], results[0]["asked"]
+    steps = f"trained for {training['n_steps']:,} steps" if "n_steps" in training else training["note"]
+    title = (
+        f"What eight bits change on real cells: an encoder of Geneformer V1-10M's shape, {steps}, against itself in "
+        f"float32, {asked['cells']:,} cells; with three columns 60 times as large, as trained models have them; and a "
+        "classifier of sorted cells made of it."
+    )
+    return _block(title, ("", *_MEASURES.values()), rows, results)
 
 
 def _verifying(results: Sequence[Result]) -> str:

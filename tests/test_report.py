@@ -66,6 +66,22 @@ VERIFY = {
 }  # fmt: skip
 
 
+def measure(name: str, quantized: float) -> dict:
+    return {"name": name, "exact": 1.0 if "F1" not in name else 0.81234, "quantized": quantized}
+
+
+ACCURACY = {
+    "case": "quantize_real", "provenance": PROVENANCE, "asked": {"cells": 1234}, "training": {"n_steps": 4321},
+    "rows": {
+        "trained, int8": {
+            "plain": {"measures": [measure("cosine of embeddings, least", 0.999871), measure("model, MB", 10.0)]},
+            "calibrated": {"measures": [measure("15 nearest neighbours shared", 0.9871)]},
+        },
+        "classifier, int8": {"plain": {"measures": [measure("type: macro-F1", 0.80987)]}},
+    },
+}  # fmt: skip
+
+
 def score_row(macro_f1: float, rare: float) -> dict:
     found = {key: {"mean": macro_f1, "sd": 0.0123, "folds": []} for key in ("macro_f1", "accuracy", "roc_auc")}
     by_class = {"f1_by_class": {"T": 0.9, "B": 0.8, "DC": rare}, "n_by_class": {"T": 700, "B": 250, "DC": 50}}
@@ -94,7 +110,7 @@ FINETUNE = {
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "imaginary-9000-4-cores"
     folder.mkdir(parents=True)
-    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, VERIFY, FINETUNE):
+    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, VERIFY, ACCURACY, FINETUNE):
         (folder / f"{result['case']}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
@@ -124,6 +140,10 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     assert rows["pbmc_facs, Geneformer V1"] == ["82", "99", "60"]
     assert rows["`geneformer-fast tokenize`"] == ["1,000,000", "516 MB", "1,000 MB", "27"]
     assert rows["opening a folder"] == ["288 MB", "0.05 s", "0.23 s", "4.50"]
+    assert rows["trained, int8, plain"] == ["0.99987", "", "", ""]
+    assert rows["trained, int8, calibrated"] == ["", "0.987", "", ""]
+    assert rows["classifier, int8, plain"] == ["", "", "", "0.8099 (0.8123)"]
+    assert "trained for 4,321 steps" in text
     by_way = {row[1]: [row[0], *row[2:]] for row in rows_of(text) if len(row) == 6}
     assert by_way["PCA + logistic regression"] == [
         "blood, type, 1,000 cells", "**0.912 ± 0.012**", "0.912 ± 0.012", "0.912 ± 0.012", "0.500"
