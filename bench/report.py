@@ -260,7 +260,7 @@ def _accuracy(results: Sequence[Result]) -> str:
         for name, ways in result["rows"].items():
             for way in ("plain", "calibrated"):
                 found = ways.get(way, {}).get("measures", ())
-                cells = {column: "" for column in _MEASURES.values()}
+                cells = dict.fromkeys(_MEASURES.values(), "")
                 for measure in found:
                     end = measure["name"].rpartition(": ")[2]  # "subpop: macro-F1"
                     if end in _MEASURES:

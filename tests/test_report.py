@@ -165,7 +165,7 @@ def test_tables_are_well_formed(results: Path) -> None:
         widths = {len(row) for row in rows_of(block)}
         assert len(widths) <= 1, f"rows of different width:\n{block}"
     heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
-    assert len(heads) == 7
+    assert len(heads) == 8
 
 
 def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
