@@ -128,7 +128,8 @@ class Ceilings:
 
     def product(self, dtype: str | None) -> Figure:
         """T operations/s of one dtype."""
-        return self.products.get(dtype or "", Missing(f"no ceiling of products in {dtype} was measured"))
+        absent = f"no ceiling of products{f' in {dtype}' if dtype else ''} was measured"
+        return self.products.get(dtype or "", Missing(absent))
 
     def promised(self, dtype: str | None) -> Figure:
         """The same by the datasheet."""

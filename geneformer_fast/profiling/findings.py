@@ -259,11 +259,16 @@ def threads(report: Report) -> Finding | None:
     used = cpu_s / wall_s if wall_s else 0.0
     if n_cores < 2 or not 0 < used < _IDLE_CORES * n_cores:
         return None
-    n_threads = report.subject.settings.get("threads")
-    told = f" (torch has {n_threads} thread{'s' * (n_threads != 1)})" if isinstance(n_threads, int) else ""
+    is_tokenizing = report.subject.mode == "tokenize"  # by workers: what torch has is of no account
+    n_threads = report.subject.settings.get("workers" if is_tokenizing else "threads")
+    what = "worker" if is_tokenizing else "torch thread"
+    told, how = "", f"--threads {n_cores}" + ("" if is_tokenizing else f" (torch.set_num_threads({n_cores}))")
+    if isinstance(n_threads, int):
+        told = f" with {n_threads} {what}{'s' * (n_threads != 1)}"
+        if n_threads >= n_cores:
+            how = "there are enough of them, so look for other programs on the machine, and for waiting on the disk"
     return Finding(
-        "threads", f"{written(used)} of {n_cores} cores worked{told}: torch.set_num_threads({n_cores}), or --threads "
-        f"{n_cores}, and a processor that others do not use",
+        "threads", f"{written(used)} of {n_cores} cores worked{told}: {how}",
         {"cores_used": used, "n_cores": float(n_cores)},
     )  # fmt: skip
 

@@ -57,7 +57,8 @@ def _figures(reports: Sequence[Report], width: int) -> str:
     rows: list[Row] = [(label, [dict(column)[label] for column in columns]) for label in labels]
     if len(reports) > 1:
         rows.insert(0, ("", [report.subject.engine for report in reports]))
-        rows.append(("times as fast", ["", *(_ratio(reports[0], other) for other in reports[1:])]))
+        turns = next((each.numbers.get("ratio") for each in reports[0].findings if each.name == "stock"), None)
+        rows.append(("times as fast", ["", *(_ratio(reports[0], other, turns) for other in reports[1:])]))
     room = max(20, (width - _LABEL) // len(reports))
     return "\n".join(line for label, values in rows for line in _wrapped(label, values, room))
 
@@ -71,13 +72,15 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "step", f"{written(time.step_ms, 'ms')}, {time.n_steps:,} steps in {written(time.wall_s, 's')}"
     yield "first step", written(time.first_step_s, "s")
     useful = written(tokens.useful_share, "share")
-    known = isinstance(tokens.useful_share, float)
+    known = not isinstance(tokens.useful_share, Missing)
     yield "useful tokens", f"{useful} of {tokens.n_positions:,} computed positions" if known else useful
     yield "MFU, HFU", _both(flops.mfu, flops.hfu)
     ceiling = report.ceilings.product(flops.ceiling_dtype)
-    yield "  of", f"{written(ceiling, 'T op/s')} in {flops.ceiling_dtype}, measured here"
+    known = not isinstance(ceiling, Missing)
+    yield "  of", written(ceiling, "T op/s") + (f" in {flops.ceiling_dtype}, measured here" if known else "")
     yield "  of the datasheet", _both(flops.mfu_of_datasheet, flops.hfu_of_datasheet)
-    yield "operations", f"{written(flops.per_cell, 'op')} per cell, {flops.basis}: {flops.note}"
+    known = not isinstance(flops.per_cell, Missing)
+    yield "operations", written(flops.per_cell, "op") + (f" per cell, {flops.basis}: {flops.note}" if known else "")
     yield "time", _shares(time.parts, PARTS, time.wall_s)
     yield "processor time", written(time.cpu_s, "s")
     yield "memory at the peak", written(report.memory.peak_bytes, "bytes")
@@ -120,7 +123,10 @@ def _sizes(parts: dict[str, Figure]) -> str:
     return ", ".join(f"{words(name)} {written(value, 'bytes')}" for name, value in known.items() if value)
 
 
-def _ratio(first: Report, other: Report) -> str:
+def _ratio(first: Report, other: Report, turns: float | None) -> str:
+    """In turns where both ran in turns: rates of two windows differ by what else the machine did, too."""
+    if turns is not None and other.subject.engine == "transformers":
+        return f"{first.subject.engine} {turns:.2f}x, in turns"
     ratio = divided(first.cells.per_s, other.cells.per_s, "the other's rate")
     return "" if isinstance(ratio, Missing) else f"{first.subject.engine} {ratio:.2f}x"
 

@@ -150,6 +150,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, float], str, float | None]
         "threads", {"device": "cpu", "time": {"cpu_s": 10.0}}, {"cores_used": 1, "n_cores": 4}, "1 of 4 cores worked",
         None,
     ),
+    "threads, as many as cores": (
+        "threads", {"device": "cpu", "time": {"cpu_s": 10.0}}, {"cores_used": 1, "n_cores": 4},
+        "1 of 4 cores worked with 4 torch threads: there are enough of them", None,
+    ),
+    "too few threads": (
+        "threads", {"subject": {"device": "cpu", "settings": {"threads": 1}}, "time": {"cpu_s": 10.0}},
+        {"cores_used": 1}, "with 1 torch thread: --threads 4 (torch.set_num_threads(4))", None,
+    ),
+    "too few workers": (
+        "threads",
+        {
+            "subject": {"mode": "tokenize", "device": "cpu", "settings": {"threads": 4, "workers": 2}},
+            "time": {"cpu_s": 10.0},
+        },
+        {"cores_used": 1}, "1 of 4 cores worked with 2 workers: --threads 4", None,
+    ),
     "attention": (
         "attention", {"operations": [operation("varlen_attention", 0.5), operation("attention_softmax backward", 0.1)]},
         {"attention_share": 0.6, "length_p50": 500}, "60 % of the time, in cells of 500 tokens", None,

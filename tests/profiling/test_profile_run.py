@@ -16,7 +16,7 @@ from toys import encoder as toy_encoder
 
 import geneformer_fast
 from geneformer_fast import Encoder, EncoderConfig, Ragged
-from geneformer_fast.errors import ProfileError
+from geneformer_fast.errors import OutputError, ProfileError
 from geneformer_fast.profiling.figures import Missing
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.loop import steps
@@ -545,3 +545,12 @@ def test_precision_is_that_of_the_first_pass() -> None:
             encoder(Ragged.from_cells([[2, 3, 4]]))
         run.step()
     assert run.report.subject.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["report.json", "report"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, name):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        profile(torch.nn.Linear(2, 2), out=tmp_path / "taken" / name)
+    assert profile(torch.nn.Linear(2, 2), out=tmp_path / "not" / "there" / name) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

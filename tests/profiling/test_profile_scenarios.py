@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from toys import vocabulary
 
 from geneformer_fast import Encoder, EncoderConfig, open_tokens, quantize, save, tokenize
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.extract.encoding import EncodingRun
+from geneformer_fast.extract.encoding import EncodingRun, token_batches
 from geneformer_fast.profiling.figures import Missing
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.lengths import Lengths
@@ -19,6 +21,7 @@ from geneformer_fast.profiling.scenarios import Request, opened, threads
 from geneformer_fast.profiling.scenarios.cells import MadeUpCells, evenly, to_embed
 from geneformer_fast.profiling.scenarios.counts import N_GENES, made_up_vocabulary, write_made_up_counts
 from geneformer_fast.profiling.scenarios.models import is_folder, model_to_embed, model_to_train
+from geneformer_fast.profiling.scenarios.passes import chosen_cells
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,22 @@ def test_embedding_is_measured_on_whole_passes_and_counted_exactly(place):
     assert subject.model == str(place / "model")
     assert subject.settings["token_budget"] == 200
     assert subject.settings["blocks_computed"] == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+def test_so_many_steps_are_a_whole_pass_so_that_short_cells_are_among_them(steps):
+    class Batches:
+        token_budget = 4096
+        cells = SimpleNamespace(lengths=lambda: np.random.default_rng(0).integers(300, 2049, 500))
+
+        def n_steps(self, chosen):
+            return len(list(token_batches(self.cells.lengths()[chosen], self.token_budget)))
+
+    passing = Batches()
+    chosen, n_steps = chosen_cells(passing, None, 500, steps=steps, seconds=10.0)
+    assert n_steps == steps == passing.n_steps(chosen)
+    few, _ = chosen_cells(passing, None, 3, steps=steps, seconds=10.0)
+    assert len(few) <= 3
 
 
 def test_so_many_steps_are_measured_as_were_asked_for(place):

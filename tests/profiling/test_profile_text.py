@@ -41,6 +41,23 @@ def test_engines_stand_side_by_side() -> None:
     assert "geneformer_fast 2.00x" in said
 
 
+def test_how_many_times_as_fast_is_told_as_it_was_in_turns_where_both_took_turns() -> None:
+    report = sample_report()
+    turns = Finding("stock", "on these cells this project is 6.50 times as fast", {"ratio": 6.5})
+    row = next(line for line in table(replace(report, findings=[turns])).splitlines() if line.startswith("times as"))
+    assert row.split(None, 3)[-1] == "geneformer_fast 6.50x, in turns"
+
+
+def test_what_is_missing_is_told_without_the_words_around_it() -> None:
+    report = sample_report()
+    none = Missing("no model was given")
+    flops = replace(report.flops, mfu=none, hfu=none, per_cell=none, ceiling_dtype=None, basis="unknown")
+    said = table(replace(report, flops=flops, compared=[])).splitlines()
+    rows = {line[:22].strip(): line[22:] for line in said}
+    assert rows["operations"] == "not available (no model was given)"
+    assert rows["of"] == "not available (no ceiling of products was measured)"
+
+
 @pytest.mark.parametrize("width", [60, 100, 160])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     report = sample_report()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.files.writing import system_errors, whole_file
+from geneformer_fast.files.writing import reason_of, system_errors, whole_file
 from geneformer_fast.profiling.report import Report
 
 JSON, PAGE = "report.json", "report.html"
@@ -25,7 +26,7 @@ def check_place(out: Path) -> None:
     Raises
     ------
     OutputError
-        A file is where a folder should be, or the other way round.
+        A file is where a folder should be, or the other way round; nothing can be written there.
     UnsupportedError
         A page is asked for, and what draws it is not installed.
     """
@@ -35,6 +36,13 @@ def check_place(out: Path) -> None:
             raise OutputError(f"{path} is a folder: name a file for the report, or a folder without a suffix")
     if len(paths) > 1 and out.is_file():
         raise OutputError(f"{out} is a file: name a folder for the report, or a file that ends in .json or .html")
+    folder = paths[0].parent
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {reason_of(error)}") from error
     absent = [name for name in _DRAWS if find_spec(name) is None]
     if absent and any(path.suffix.lower() != ".json" for path in paths):
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import time
@@ -98,15 +99,27 @@ def chosen_cells(
         As many as there are, or as somebody asks for.
     steps, seconds
         How long is to be measured; ``steps`` None: about so many seconds, in whole passes.
+
+    Notes
+    -----
+    A pass that is broken off leaves its shortest cells out, and looks slower than it is.
     """
     lengths = passing.cells.lengths()
     if steps is not None:
-        wanted = steps * passing.token_budget / max(1.0, float(lengths.mean()))
-        return evenly(lengths, min(n_cells, max(1, math.ceil(wanted)))), steps
+        return _of_steps(passing, lengths, n_cells, steps), steps
     wanted = trial.cells_per_s * seconds
     chosen = evenly(lengths, min(n_cells, max(len(trial.chosen), math.ceil(wanted))))
     n_passes = max(1, round(wanted / len(chosen)))
     return chosen, n_passes * passing.n_steps(chosen)
+
+
+def _of_steps(passing: Passing, lengths: np.ndarray, n_cells: int, steps: int) -> np.ndarray:
+    """As many cells as a pass of so many steps has room for; all, where they are fewer."""
+    wanted = steps * passing.token_budget / max(1.0, float(lengths.mean()))
+    most = min(n_cells, len(lengths), max(steps, math.ceil(wanted)))
+    rooms = range(1, most + 1)
+    n_fitting = bisect.bisect_right(rooms, steps, key=lambda n: passing.n_steps(evenly(lengths, n)))
+    return evenly(lengths, max(1, n_fitting))
 
 
 def measured(
