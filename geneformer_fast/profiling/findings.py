@@ -17,7 +17,7 @@ from geneformer_fast.profiling.units import written
 Rule = Callable[[Report], Finding | None]
 
 # Above which share of its whole something is worth a word.
-PADDING, WAITING, GAPS, LOGITS, IDLE, ATTENTION, MEMORY_BOUND = 0.1, 0.1, 0.1, 0.25, 0.5, 0.4, 0.3
+PADDING, WAITING, GAPS, LOGITS, IDLE, ATTENTION, MEMORY_BOUND, UNASKED = 0.1, 0.1, 0.1, 0.25, 0.5, 0.4, 0.3, 0.2
 #: Below which share of the memory of a card, at the peak, it counts as unused.
 UNUSED = 0.4
 #: What a change has to gain before it is named.
@@ -190,6 +190,24 @@ def logits(report: Report) -> Finding | None:
     )
 
 
+def unasked(report: Report) -> Finding | None:
+    """Rows of a head that nobody asked for: what was computed beyond the need, padding and recomputation aside."""
+    model, hardware = report.flops.model, report.flops.hardware
+    if not _is_known(model) or not _is_known(hardware) or not model or not report.tokens.n_real:
+        return None
+    ratio = hardware / model / _padded_work(report)
+    if report.subject.settings.get("recomputing") or ratio < 1 / (1 - UNASKED):
+        return None
+    how = "compute the head for the rows that are asked for only"
+    if report.subject.engine == "transformers":
+        how += ", as geneformer_fast.accelerate(model) does for a loss of masked genes"
+    share = 1 - 1 / ratio
+    return Finding(
+        "unasked", f"{_percent(share)} of the operations, padding aside, were for rows of the head that nobody asked "
+        f"for: {how}", {"unasked_share": share, "work_ratio": ratio}, _told(_whole(report, ratio)),
+    )  # fmt: skip
+
+
 def recomputation(report: Report) -> Finding | None:
     """Blocks computed twice, with memory to spare."""
     if not report.subject.settings.get("recomputing"):
@@ -306,8 +324,8 @@ def engine(report: Report) -> Finding | None:
 
 
 RULES: tuple[Rule, ...] = (
-    padding, data, gaps, copies, batch, small_batches, dtype, eight_bits, logits, recomputation, memory, idle_power,
-    throttling, threads, attention, engine,
+    padding, data, gaps, copies, batch, small_batches, dtype, eight_bits, logits, unasked, recomputation, memory,
+    idle_power, throttling, threads, attention, engine,
 )  # fmt: skip
 
 

@@ -130,6 +130,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, float], str, float | None]
         "logits", {"memory": used(weights=60e9, logits=40e9), "subject": {**STOCK, "mode": "train"}}, {},
         "never writes those that only the loss needs", None,
     ),
+    "rows nobody asked for": (
+        "unasked", {"flops": {"hardware": 3e15}, "subject": STOCK}, {"unasked_share": 2 / 3, "work_ratio": 3},
+        "accelerate(model)", 3.0,
+    ),
     "recomputation": (
         "recomputation",
         {
