@@ -99,6 +99,10 @@ def test_poison_and_zeros(device: str, impl: str) -> None:
     layers[2] = None
     out = int8_feed_forward(x, *layers, activation="relu", impl=impl)
     assert torch.equal(out[3], layers[-1])  # hidden units of a row of zeros are zeros too
+    x[1:3] = 1
+    layers[1] = layers[1] * 1e38 * 30  # hidden units that overflow, of rows that are finite
+    out = int8_feed_forward(x, *layers, activation="relu", impl=impl)
+    assert out.isnan().all(1).tolist() == [True, True, True, False, True, True]
 
 
 def test_layout_of_inputs(device: str) -> None:
