@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,44 +102,6 @@ def test_a_graph_is_warmed_up_captured_and_replayed(cuda: list[str], monkeypatch
     monkeypatch.setattr(torch.cuda, "graph", capture)
     as_graph(lambda: steps.append("run"), CARD)()
     assert steps == ["wait", "run", "run", "run", "wait", "begin", "run", "end", "replay"]
-
-
-def nvml(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    class NVMLError(Exception):
-        pass
-
-    module = ModuleType("pynvml")
-    values: dict[str, object] = {
-        "NVMLError": NVMLError, "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0,
-        "nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "nvmlDeviceGetClockInfo": lambda handle, kind: 1980 if kind == 1 else 3201,
-        "nvmlDeviceGetMaxClockInfo": lambda handle, kind: 1980,
-        "nvmlDeviceGetPowerUsage": lambda handle: 654_321, "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
-        "nvmlDeviceGetTemperature": lambda handle, kind: 55,
-        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [1],
-    }  # fmt: skip
-    for name, value in (values | changes).items():
-        setattr(module, name, value)
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-
-
-def test_the_state_of_a_card_is_read_as_far_as_the_driver_tells(
-    cuda: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    nvml(monkeypatch)
-    found = machine.state(CARD)
-    assert (found["sm_mhz"], found["memory_mhz"], found["power_w"], found["celsius"]) == (1980, 3201, 654.3, 55)
-    assert "nvmlDeviceGetCurrentClocksThrottleReasons" in found["throttle_reasons"]  # this driver has no such call
-    assert machine.state(CPU) == {}
-    # Without the library, by the program; without that, nothing.
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\necho "1980 MHz, 3201 MHz, 100.00 W, 700.00 W, 41"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert machine.state(CARD)["clocks.mem"] == "3201 MHz"
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert machine.state(CARD) == {}
 
 
 def test_a_card_is_named(cuda: list[str]) -> None:

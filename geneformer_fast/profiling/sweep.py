@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.extract.memory import ProcessMemory
 from geneformer_fast.profiling.figures import Figure, Finding, Missing, Setting
+from geneformer_fast.profiling.meters.resident import ResidentPeak, resident
 
 #: The smallest budget that is tried, and the largest: a batch of so many tokens fills any card.
 LEAST, MOST = 1024, 2**22
@@ -56,23 +54,23 @@ class ProcessWatch:
     """Resident memory of this process."""
 
     def __init__(self) -> None:
-        self._memory = ProcessMemory()
+        self._resident = ResidentPeak()
 
     def reset(self) -> None:
-        """Let the system count the peak anew, where it allows that."""
+        """Count the peak anew."""
         gc.collect()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc_pid_clear_refs(5))
+        self._resident.start()
 
     def peak(self) -> Figure:
-        """VmHWM."""
-        return float(self._memory.peak())
+        """The most that was resident; ends the watch."""
+        self._resident.stop()
+        return self._resident.peak()
 
     def total(self) -> int:
         """What is available by /proc/meminfo, with what this process has."""
         import psutil
 
-        return int(psutil.virtual_memory().available) + self._memory.used()
+        return int(psutil.virtual_memory().available) + resident()
 
 
 class CardWatch:
