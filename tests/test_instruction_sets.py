@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,13 @@ def environment(level: str, n_threads: int) -> dict[str, str]:
 
 
 def with_witness() -> list[str]:
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if "Witness(" in path.read_text(encoding="utf-8")]
+    """Test files that ask a witness, by themselves or through a file of inputs that they share."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
+    asking = {path for path, text in texts.items() if "Witness(" in text}
+    shared = "|".join(path.stem for path in asking if not path.name.startswith("test_"))
+    through = re.compile(rf"^from ({shared}) import", re.MULTILINE)
+    found = asking | {path for path, text in texts.items() if through.search(text)}
+    return [str(path.relative_to(ROOT)) for path in sorted(found) if path.name.startswith("test_")]
 
 
 @pytest.mark.slow
@@ -90,6 +96,7 @@ def test_a_process_is_held_to_a_level(level: str) -> None:
 def test_files_with_a_witness_are_found() -> None:
     files = with_witness()
     assert "tests/kernels/test_varlen_attention_triton.py" in files
+    assert "tests/kernels/test_varlen_attention_dropout.py" in files
     assert "tests/drop_in/test_drop_in_step.py" in files
     assert all((ROOT / name).exists() for name in OTHERS)
 

@@ -19,8 +19,8 @@ KERNELS = "tests/kernels"
 SUBSET = {
     f"{KERNELS}/test_varlen_attention_triton.py::test_no_tokens[cpu]": (False, False),
     f"{KERNELS}/test_feed_forward_triton.py::test_no_row_and_one_row[cpu-(1, 70, 51)]": (False, False),
-    f"{KERNELS}/test_feed_forward_triton.py::test_composed[cpu-post-triton]": (False, False),
-    f"{KERNELS}/test_feed_forward_triton.py::test_composed[cpu-post-torch]": (True, True),
+    f"{KERNELS}/test_feed_forward_layernorm_triton.py::test_composed[cpu-post-triton]": (False, False),
+    f"{KERNELS}/test_feed_forward_layernorm_triton.py::test_composed[cpu-post-torch]": (True, True),
     f"{KERNELS}/test_feed_forward.py::test_forward[cpu-True-dtype1-relu-torch]": (True, True),
     f"{KERNELS}/test_feed_forward.py::test_forward[cpu-True-dtype2-relu-torch]": (False, True),
     f"{KERNELS}/test_quantize_rows.py::test_ties_go_to_even[cpu-triton]": (True, True),

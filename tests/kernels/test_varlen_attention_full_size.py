@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from attention_inputs import assert_right, expected_keep, inputs, run
 from geneformer_kernels import varlen_attention_qkv
-from test_varlen_attention_triton import assert_right, expected_keep, inputs, run
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
+from attention_inputs import DTYPES, LENGTHS, assert_right, by_reference, check_dtype, cumulative, inputs, run, tiles
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
-from geneformer_kernels.dispatch import choose, use_impl
-from geneformer_kernels.launch import Launch
-from geneformer_kernels.ops.varlen_attention import launches, reference
-from geneformer_kernels.ops.varlen_attention.plan import (
-    AttentionPlan,
-    TilePlan,
-    kernel_cases,
-    plan,
-    torch_plan,
-)
-from geneformer_kernels.target import CARDS, Target
-from tolerance import Witness, assert_as_good_as
-
-LENGTHS = [5, 0, 1, 70, 33]
-DTYPES = [torch.float16, torch.float32, torch.bfloat16]
-
-
-def cumulative(lengths: list[int], device: str = "cpu") -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def inputs(dtype: torch.dtype, head_dim: int, lengths: list[int], device: str, n_heads: int = 2, seed: int = 0):
-    """A fused projection and a gradient, with means away from zero (which hide no missing mask)."""
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator) + 0.5
-    d_out = torch.randn(sum(lengths), n_heads, head_dim, generator=generator) + 0.25
-    return qkv.to(device, dtype), d_out.to(device, dtype), cumulative(lengths, device)
-
-
-def tiles(block_d: int, fwd: tuple[int, int], dq: tuple[int, int], dkdv: tuple[int, int]) -> AttentionPlan:
-    return AttentionPlan(block_d, *(TilePlan(*block, Launch()) for block in (fwd, dq, dkdv)))
+from geneformer_kernels.ops.varlen_attention import launches
+from geneformer_kernels.ops.varlen_attention.plan import AttentionPlan
 
 
 @pytest.fixture
@@ -51,57 +21,6 @@ def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if device == "cpu":
         monkeypatch.setattr(launches, "plan_for", plan_for)
-
-
-def check_dtype(device: str, dtype: torch.dtype) -> None:
-    if device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies bfloat16 wrongly")
-
-
-def by_reference(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
-    """(out, gradient of qkv) by autograd through the reference, in the dtype of qkv."""
-    qkv = qkv.detach().clone().requires_grad_()
-    q, k, v = qkv.unbind(1)
-    out = torch.zeros_like(q) + reference.varlen_attention(q, k, v, cu_seqlens, scale, keep=keep, dropout_p=dropout_p)
-    return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
-
-
-def by_formula(qkv, d_out, cu_seqlens, scale, keep=None, dropout_p=0.0):
-    """Gradient of qkv as FlashAttention writes it (Dao et al., arXiv:2205.14135, appendix B), in the dtype of qkv.
-
-    A row's sum of weights times their gradients is there ``sum(d_out * out)``. Short rows lose digits to the difference
-    of the two, which autograd of the reference does not: in a cell of one token its gradients are exactly 0.
-    """
-    d_qkv = torch.zeros_like(qkv)
-    for i_cell, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        q, k, v = qkv[start:stop].permute(1, 2, 0, 3)
-        d_cell = d_out[start:stop].transpose(0, 1)
-        kept = 1.0 if keep is None else (keep[i_cell] / (1 - dropout_p)).to(qkv.dtype)
-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, -1)
-        out = (weights * kept) @ v
-        d_scores = weights * (d_cell @ v.transpose(1, 2) * kept - (d_cell * out).sum(-1, keepdim=True)) * scale
-        gradients = d_scores @ k, d_scores.transpose(1, 2) @ q, (weights * kept).transpose(1, 2) @ d_cell
-        d_qkv[start:stop] = torch.stack(gradients).permute(2, 0, 1, 3)
-    return d_qkv
-
-
-def assert_right(out, d_qkv, qkv, d_out, cu_seqlens, scale, **dropout) -> None:
-    """Outputs and gradients are as good as plain torch in their own dtype: gradients as the worse of two ways."""
-    exact = by_reference(qkv.double(), d_out.double(), cu_seqlens, scale, **dropout)
-    witness = Witness(by_reference, qkv, d_out, cu_seqlens, scale, **dropout)
-    other = Witness(by_formula, qkv, d_out, cu_seqlens, scale, **dropout)
-    # On a card products of float32 take three passes of TF32, which are nearly as good as scalar ones.
-    factor = 6.0 if qkv.is_cuda and qkv.dtype == torch.float32 else 2.0
-    assert_as_good_as(out, witness[0], exact[0], factor=factor)
-    for i in range(3):
-        assert_as_good_as(d_qkv[:, i], [witness[1][:, i], other[:, i]], exact[1][:, i], factor=factor)
-
-
-def run(qkv, d_out, cu_seqlens, **arguments):
-    """(out, gradient of qkv) by the Triton kernels."""
-    qkv = qkv.detach().requires_grad_()
-    out = varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton", **arguments)
-    return out.detach(), torch.autograd.grad(out, qkv, d_out)[0]
 
 
 @pytest.mark.usefixtures("small_tiles", "poisoned")
@@ -323,115 +242,6 @@ def test_tokens_without_cells_are_refused(device: str, monkeypatch: pytest.Monke
         varlen_attention_qkv(qkv, cu_seqlens=cumulative([], device), impl="triton")
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [3] * 20, [0, 100, 0, 100, 1], [16, 32, 17, 15], [7]])
-def test_list_of_tiles(device: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longest cells first, ties in order, every tile once; more cells, and more tiles, than one block holds."""
-    monkeypatch.setattr(launches, "BLOCK_CELLS", 4)
-    found = launches.varlen_attention_tiles(cumulative(lengths, device), sum(lengths), 16).cpu()
-    starts = [0, *itertools.accumulate(lengths)]
-    expected = [
-        [starts[i], lengths[i], row]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for row in range(0, lengths[i], 16)
-    ]
-    n_tiles = int(found[0, 0])
-    assert n_tiles < len(found)
-    assert found[1 : 1 + n_tiles, :3].tolist() == expected
-
-
-@pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("bounds", [[0, 50, 20, 40], [-9, 99], [7, 3, 1 << 30], [0, 40, 0, 40, 0, 40]])
-def test_wrong_cumulative_lengths_stay_inside(device: str, bounds: list[int]) -> None:
-    """On a card nobody checks them: numbers may be wrong, but tiles lie within the tokens, and within their list."""
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-    found = launches.varlen_attention_tiles(cu_seqlens, 40, 16).cpu()
-    n_tiles = int(found[0, 0])
-    assert 0 <= n_tiles <= len(found) - 1 == 40 // 16 + len(bounds) - 1
-    for start, length, row, _ in found[1 : 1 + n_tiles].tolist():
-        assert 0 <= start <= start + row < start + length <= 40
-
-
-def expected_keep(seed: int, i_head: int, start: int, length: int, dropout_p: float) -> np.ndarray:
-    """[length, length] booleans, from the definition: Philox4x32 with 7 rounds, 16 weights per call."""
-    query, key = np.meshgrid(np.arange(length), np.arange(length), indexing="ij")
-    mask32 = np.uint64(0xFFFFFFFF)
-    place = [(x >> 4) * 16 + (x >> 1 & 3) for x in (query, key)]
-    words = [x.astype(np.uint64) for x in (start + place[0], place[1], np.full_like(key, i_head), 0 * key)]
-    round_keys = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(7):
-        product0, product2 = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        high0, high2 = product0 >> np.uint64(32), product2 >> np.uint64(32)
-        words = [
-            high2 ^ words[1] ^ np.uint64(round_keys[0]),
-            product2 & mask32,
-            high0 ^ words[3] ^ np.uint64(round_keys[1]),
-            product0 & mask32,
-        ]
-        round_keys = [(round_keys[0] + 0x9E3779B9) % 2**32, (round_keys[1] + 0xBB67AE85) % 2**32]
-    word = np.choose((query & 1) * 2 + (key & 1), words)
-    left = (((query & 8) * 2 + (key & 8)) & 31).astype(np.uint64)
-    rotated = ((word << left) & mask32) | (word >> (np.uint64(32) - left))
-    return rotated >= np.uint64(int(np.float32(dropout_p) * 2.0**32))
-
-
-def kept_by_forward(seed: int, lengths: list[int], dropout_p: float, device: str, whole: AttentionPlan | None = None):
-    """The mask of every cell [H, L, L]: equal scores, and values that are rows of the identity."""
-    n_heads, cu_seqlens = 2, cumulative(lengths, device)
-    q = torch.zeros(sum(lengths), n_heads, 128, device=device)
-    v = torch.cat([torch.eye(128, device=device)[:length] for length in lengths])[:, None].expand(-1, n_heads, -1)
-    seeds = torch.tensor([seed], device=device)
-    whole = whole or launches.plan_for(q, dropout_p)
-    out, _ = launches.forward(q, q, v, cu_seqlens, None, 1.0, dropout_p, seeds, whole)
-    cells = out.split(lengths)
-    return [cell.permute(1, 0, 2)[:, :, :length].cpu() > 0 for cell, length in zip(cells, lengths, strict=True)]
-
-
-@pytest.mark.parametrize("blocks", [(64, 64), (16, 32), (32, 128)])
-def test_dropout_mask_is_its_definition(device: str, blocks: tuple[int, int]) -> None:
-    """Whatever the tiles; both halves of the seed count."""
-    lengths, seed = [40, 0, 1, 70], (77 << 32) + 5
-    if device == "cuda" and blocks == (32, 128):
-        blocks = (32, 64)
-    masks = kept_by_forward(seed, lengths, 0.3, device, tiles(128, blocks, blocks, blocks))
-    for start, length, mask in zip((0, 40, 40, 41), lengths, masks, strict=True):
-        for i_head in range(2):
-            np.testing.assert_array_equal(mask[i_head].numpy(), expected_keep(seed, i_head, start, length, 0.3))
-
-
-def test_dropout_statistics() -> None:
-    """The right share survives, within five standard deviations, and neighbours of every kind are independent."""
-    masks = np.stack(
-        [[expected_keep(seed, i_head, start, 256, 0.1) for i_head in range(4)] for seed in (3, 4) for start in (0, 256)]
-    )
-    n = masks.size
-    assert abs(masks.mean() - 0.9) < 5 * math.sqrt(0.09 / n)
-    signs = (masks - 0.9) / 0.3
-    pairs = [(signs[0], signs[1]), (signs[0], signs[2]), (signs[:, 0], signs[:, 1])]
-    for bit in (1, 2, 4, 8, 16, 32):
-        pairs += [(signs[..., bit:, :], signs[..., :-bit, :]), (signs[..., bit:], signs[..., :-bit])]
-    for a, b in pairs:
-        assert abs((a * b).mean()) < 5 / math.sqrt(a.size)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 24])
-def test_dropout_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int, monkeypatch) -> None:
-    """The mask is the same in all three kernels, though each cuts the scores differently."""
-    check_dtype(device, dtype)
-    lengths, seed = [70, 0, 1, 20], 123456789012
-    qkv, d_out, cu_seqlens = inputs(dtype, head_dim, lengths, device)
-    block_d = 1 << (head_dim - 1).bit_length()
-    if device == "cpu":
-        monkeypatch.setattr(launches, "plan_for", lambda q, p: tiles(block_d, (32, 32), (64, 64), (16, 32)))
-    out, d_qkv = run(qkv, d_out, cu_seqlens, dropout_p=0.25, seed=torch.tensor([seed], device=device))
-    keep = [
-        torch.from_numpy(np.stack([expected_keep(seed, i, start, length, 0.25) for i in range(2)])).to(device)
-        for start, length in zip((0, 70, 70, 71), lengths, strict=True)
-    ]
-    assert_right(out, d_qkv, qkv, d_out, cu_seqlens, head_dim**-0.5, keep=keep, dropout_p=0.25)
-
-
 @pytest.mark.usefixtures("small_tiles")
 def test_dropout_seeds(device: str) -> None:
     qkv, d_out, cu_seqlens = inputs(torch.float32, 16, [33, 2], device)
@@ -497,85 +307,3 @@ def test_compiled_without_a_break(device: str, dropout_p: float) -> None:
         results.append((out.detach(), torch.autograd.grad(out, leaf, d_out)[0]))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("card", CARDS)
-def test_choice_on_every_card(card: str) -> None:
-    target = CARDS[card]
-    if target.sm < 80:
-        assert choose("varlen_attention", "float16", target).impl == "torch"
-        assert "tensor cores" in choose_reason("float16", target, "triton")
-    else:
-        for dtype in ("float16", "bfloat16"):
-            assert choose("varlen_attention", dtype, target).impl == "triton"
-    # Three-fold TF32 spills: CUTLASS's float32 kernel comes first, Triton runs when asked.
-    assert choose("varlen_attention", "float32", target).impl == "torch"
-    with use_impl("triton", "varlen_attention"):
-        if target.sm >= 80:
-            assert choose("varlen_attention", "float32", target).impl == "triton"
-    assert choose("varlen_attention", "float64", target).impl == "torch"
-
-
-def choose_reason(dtype: str, target: Target, impl: str) -> str:
-    from geneformer_kernels.dispatch import candidates
-
-    return next(option.reason for option in candidates("varlen_attention", dtype, target) if option.impl == impl)
-
-
-@pytest.mark.parametrize("target", [*CARDS.values(), Target.cuda(100), Target.cuda(120)], ids=lambda t: t.name)
-def test_plans(target: Target) -> None:
-    for dtype, head_dim in itertools.product(("float16", "bfloat16", "float32"), (1, 7, 16, 32, 33, 64, 80, 128)):
-        whole = plan(dtype, head_dim, target)
-        assert whole.block_d >= max(16, head_dim)
-        assert whole.block_d & (whole.block_d - 1) == 0
-        assert whole.block_d == 16 or whole.block_d < 2 * head_dim
-        for tile in (whole.fwd, whole.dq, whole.dkdv):
-            # A patch of dropout must not straddle two tiles.
-            assert tile.block_m % 16 == 0
-            assert tile.block_n % 32 == 0
-            assert tile.block_m & (tile.block_m - 1) == tile.block_n & (tile.block_n - 1) == 0
-            assert (tile.precision != "tf32") == (dtype == "float32")
-        # Both operands of every product, double buffered, at the very least.
-        size = 4 if dtype == "float32" else 2
-        for rows, tile in ((whole.fwd.block_n, whole.fwd), (whole.dq.block_n, whole.dq)):
-            assert 2 * rows * whole.block_d * size * tile.launch.num_stages <= target.smem_bytes or target.sm < 80
-    with pytest.raises(ValueError, match="up to 128"):
-        plan("float16", 129, target)
-
-
-def test_large_tiles_need_much_shared_memory() -> None:
-    assert plan("float16", 128, CARDS["H100"]).fwd.launch.num_stages == 4
-    assert plan("float16", 128, CARDS["A10"]).fwd.launch.num_stages == 2
-    assert plan("float16", 64, Target.cuda(100, triton=(3, 7))) != plan("float16", 64, CARDS["A10"])
-
-
-def test_routes_through_torch() -> None:
-    def route(dtype: str, card: str, torch: tuple[int, int] = (2, 11), **arguments) -> str:
-        return torch_plan(dtype, CARDS[card], is_inference=False, torch=torch, **arguments).route
-
-    assert route("bfloat16", "A100") == route("float16", "H100") == "varlen"
-    assert route("bfloat16", "A100", (2, 10)) == route("bfloat16", "A100", has_dropout=True) == "efficient"
-    assert route("float16", "T4") == route("float16", "V100") == route("float32", "V100") == "efficient"
-    assert route("float32", "H100") == "efficient"
-    assert route("float64", "H100") == route("bfloat16", "T4") == "cells"
-    assert torch_plan("float16", Target("hip"), is_inference=False, torch=(2, 11)).route == "cells"
-
-
-@pytest.mark.parametrize("target", CARDS.values(), ids=CARDS)
-def test_cases_have_the_arguments_of_their_kernels(target: Target) -> None:
-    from geneformer_kernels.ops.varlen_attention import kernel
-
-    cases = kernel_cases(target)
-    assert len({(case.kernel, case.problem, case.dtype) for case in cases}) == len(cases)
-    for case in cases:
-        names = getattr(kernel, case.kernel).arg_names
-        assert sorted(names) == sorted([*case.signature, *case.constexprs])
-        assert case.divisible <= set(case.signature)
-        assert case.is_default == (case.dtype != "float32" and (target.sm >= 80 or not case.has_dot))
-    if target.sm >= 80:
-        kernels = {case.kernel for case in cases}
-        assert len(kernels) == 4
-        for name, has_dropout in itertools.product(kernels - {"varlen_attention_tiles_kernel"}, (True, False)):
-            found = {(c.dtype, c.constexprs["HEAD_DIM"]) for c in cases if c.kernel == name and c.has_dot}
-            assert {("bfloat16", 48), ("float16", 128), ("float16", 32)} <= found
-            assert any(c.constexprs["HAS_DROPOUT"] == has_dropout for c in cases if c.kernel == name)
