@@ -148,7 +148,7 @@ def tokenizing(work: Path, *, sizes: Sequence[int] | None = None) -> Job:
         for path in work.glob("cells_*.h5ad"):
             path.unlink()
         path = tile_h5ad(source, work / f"cells_{n_cells}.h5ad", n_cells=n_cells, is_exact=True)
-        return lambda: tokenize(path, work / "tokenized", vocabulary=vocabulary, overwrite=True, progress=False)
+        return lambda: tokenize(path, work / "tokenized", dictionary=vocabulary, overwrite=True, progress=False)
 
     return Job("cost_tokenize", "tokenize, Geneformer V2", "cells", sizes or TOKENIZED, prepare, _LINEAR)
 

@@ -133,7 +133,7 @@ class Study:
             files = FILES if name == "all" else [SETS[name].file]
             obs = [] if name == "all" else [SETS[name].label]
             gf.tokenize(
-                [str(SHARED / file) for file in files], folder, vocabulary=self.vocabulary, obs=obs, progress=False,
+                [str(SHARED / file) for file in files], folder, dictionary=self.vocabulary, obs=obs, progress=False,
                 overwrite=folder.exists(), workers=1,
             )  # fmt: skip
         return folder
@@ -149,8 +149,8 @@ class Study:
                 order = np.random.default_rng(SEED).permutation(tokens.n_cells)
                 recipe = Recipe(
                     steps=self.size.pretraining_steps, batch_cells=self.size.pretraining_cells, token_budget=8192,
-                    learning_rate=3e-3, schedule="cosine", warmup_ratio=0.1, weight_decay=0.01, eval_every=100,
-                    save_every=100, keep=1, seed=SEED, is_showing_progress=False,
+                    learning_rate=3e-3, schedule="cosine", warmup_share=0.1, weight_decay=0.01, eval_every=100,
+                    save_every=100, keep=1, seed=SEED, progress=False,
                 )  # fmt: skip
                 begin = time.process_time()
                 history = fit(
@@ -179,7 +179,7 @@ class Study:
         cells = SETS[name]
         recipe = dataclasses.replace(
             CELLS, steps=self.size.steps, batch_cells=self.size.batch_cells, eval_every=self.size.steps // 4,
-            learning_rate=1e-3, warmup_ratio=0.1, weight_decay=0.01, seed=SEED, is_showing_progress=False,
+            learning_rate=1e-3, warmup_share=0.1, weight_decay=0.01, seed=SEED, progress=False,
             save_every=self.size.steps, token_budget=8192,
         )  # fmt: skip
         model: Any = self._encoder(None) if variant == SCRATCH else self.model()

@@ -76,7 +76,7 @@ class Study:
             gf.pretrain(
                 self.tokens("all"), out, config="geneformer-v1-10m", batch_cells=6, learning_rate=5e-4,
                 schedule="cosine", precision="auto", epochs=40.0, max_seconds=float(self.args.seconds), save_every=50,
-                resume=True, is_showing_progress=False,
+                resume=True, progress=False,
             )  # fmt: skip
         return out / "final"
 
@@ -88,7 +88,7 @@ class Study:
         if not (out / "final" / "config.json").exists():
             recipe = dataclasses.replace(
                 CELLS, epochs=self.args.classifier_epochs, batch_cells=12, learning_rate=3e-4, precision="auto",
-                seed=SEED, is_showing_progress=False,
+                seed=SEED, progress=False,
             )  # fmt: skip
             gf.finetune_cells(
                 self.tokens("train"), self.model(), LABEL, out, test_share=0.0, recipe=recipe, resume=out.exists()
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, exact in (("trained", encoder), ("with outliers", with_outliers(encoder))):
         said = questions.ask(exact)
         for scheme in args.schemes:
-            found = calibrate(exact, tokens, scheme=scheme, n_cells=args.calibration_cells)
+            found = calibrate(exact, tokens, scheme=scheme, max_cells=args.calibration_cells)
             made = quantized(exact, found.choices)
             sizes = [{n: x.numel() * x.element_size() for n, x in m.state_dict().items()} for m in (exact, made)]
             plain = quantize(exact, scheme=scheme)
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     classifier = study.classifier()
     for scheme in args.schemes:
         made = as_anywhere(quantize(gf.load(classifier, dtype="float32"), scheme=scheme))
-        found = check(classifier, made, study.tokens("test"), n_cells=args.cells, progress=False)
+        found = check(classifier, made, study.tokens("test"), max_cells=args.cells, progress=False)
         rows[f"classifier, {scheme}"] = {"plain": found.to_dict()}
         _say(f"classifier, {scheme}", rows[f"classifier, {scheme}"])
     return rows

@@ -6,9 +6,13 @@ optional dependency.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Who uses the library decides what of its log is seen; the command line shows it on standard error.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOME = {
     "tokenize": "geneformer_fast.tokenization.run",

@@ -1,16 +1,19 @@
-"""Arguments of public functions are held against their annotations before anything is done.
+"""Arguments of public functions are held against their annotations before anything is done, and known by old names.
 
 Only kinds are looked at here (a number, a text, a path, a list of texts); what a value means is up to the function.
-Annotations are read as text, so that nothing is imported for them.
+Annotations are read as text, so that nothing is imported for them. A keyword that has another name now is still taken,
+with a warning: by functions through :func:`renamed`, by records through :func:`renamed_fields`.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +21,7 @@ from geneformer_fast.errors import ArgumentError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Record = TypeVar("Record", bound=type)
 Check = Callable[[Any], bool]
 
 # Kinds that annotations name and Python's own classes do not settle: True is no number here, and text is no list.
@@ -62,6 +66,94 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return refusing
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Take keywords by their old names: ``@renamed(old="new")``, above :func:`checked`.
+
+    Raises
+    ------
+    ArgumentError
+        A call gives an argument by both names; raised by the function that comes out.
+    """
+
+    def of(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not names.keys().isdisjoint(kwargs):
+                kwargs = with_new_names(function.__name__, names, kwargs)  # type: ignore[assignment]
+            return function(*args, **kwargs)
+
+        return taking
+
+    return of
+
+
+def renamed_fields(**names: str) -> Callable[[Record], Record]:
+    """Take fields of a dataclass by their old names, and let them be read by these: ``@renamed_fields(old="new")``.
+
+    Raises
+    ------
+    ArgumentError
+        A record is made with a field by both names; raised by the class that comes out.
+    """
+
+    def of(record: Record) -> Record:
+        made = record.__init__  # type: ignore[misc]
+        fields = {field.name for field in dataclasses.fields(record) if field.init}
+
+        @functools.wraps(made)
+        def taking(self: Any, *args: Any, **given: Any) -> None:
+            if not names.keys().isdisjoint(given):
+                if fields <= given.keys():  # dataclasses.replace gives all fields beside those that change
+                    for old in names.keys() & given.keys():
+                        del given[names[old]]
+                given = with_new_names(record.__name__, names, given)
+            made(self, *args, **given)
+
+        record.__init__ = taking  # type: ignore[misc]
+        for old, new in names.items():
+            setattr(record, old, _read_by_old_name(record.__name__, old, new))
+        return record
+
+    return of
+
+
+def with_new_names(
+    what: str, names: Mapping[str, str], given: Mapping[str, Any], *, stacklevel: int = 2
+) -> dict[str, Any]:
+    """Values by the names that their keys have now, in their order; every old name is a warning.
+
+    Parameters
+    ----------
+    what
+        The function, record or file that they are given to, for what is said.
+    names
+        Old name -> new name.
+    given
+        The values.
+    stacklevel
+        Of the warning: 1 is what calls this function, 2 what calls that.
+
+    Raises
+    ------
+    ArgumentError
+        A value is given by both names.
+    """
+    for old in names.keys() & given.keys():
+        new = names[old]
+        if new in given:
+            raise ArgumentError(f"{what}: {old} is the old name of {new}, and both are given; leave {old} out")
+        warnings.warn(f"{what}: {old} is called {new} now", FutureWarning, stacklevel=stacklevel + 1)
+    return {names.get(name, name): value for name, value in given.items()}
+
+
+def _read_by_old_name(record: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warnings.warn(f"{record}: {old} is called {new} now", FutureWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(read, doc=f"The old name of ``{new}``.")
 
 
 def _check_of(node: ast.expr) -> Check:

@@ -37,7 +37,7 @@ COMMANDS_OF = {
 #: Options that the module's messages name to some of these commands only.
 ONLY_FOR = {
     ("tokenization/inputs.py", "--obs"): ("tokenize", "embed"),
-    ("finetuning/names.py", "--key"): ("predict",),
+    ("finetuning/names.py", "--key-added"): ("predict",),
 }
 OF_THE_PROGRAM = {"--version", "--help"}
 #: Arguments of other programs that a module starts; no user reads them.
@@ -145,5 +145,5 @@ def test_every_advised_argument_exists():
 
 def test_advice_is_found_at_all():
     found = {(command, match["option"]) for _, commands, match in advised() for command in commands}
-    assert {("tokenize", "--layer"), ("embed", "--counts-layer"), ("medians", "--allow-float")} <= found
+    assert {("tokenize", "--counts-layer"), ("embed", "--counts-layer"), ("medians", "--allow-float")} <= found
     assert len(found) > 40

@@ -30,7 +30,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(toys.encoder(words), folder / "model")
     words.save(folder / "model")
     words.save(folder / "dictionary")
-    tokenize(adata, folder / "tokens", vocabulary=words, obs=["kind", "score"])
+    tokenize(adata, folder / "tokens", dictionary=words, obs=["kind", "score"])
     return folder
 
 
@@ -45,7 +45,7 @@ def run(workplace: Path, source: str, out: Path, *arguments: str) -> int:
 
 def test_counts_to_h5ad_with_a_picture(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "out.h5ad", tmp_path / "umap.png"
-    arguments = ["--dtype", "float32", "--plot", str(picture), "--color", "kind", "--key", "X_emb"]
+    arguments = ["--dtype", "float32", "--plot", str(picture), "--color", "kind", "--key-added", "X_emb"]
     assert run(workplace, "cells.h5ad", out, *arguments) == 0
     assert str(out) in capsys.readouterr().out
     adata = anndata.read_h5ad(workplace / "cells.h5ad")

@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(load_file(base / "bert" / "model.safetensors"), base / "pytorch" / "pytorch_model.bin")
     (base / "pytorch" / "model.safetensors").unlink()
     toys.vocabulary().save(base / "vocabulary")
-    tokenize(toys.cells(40), base / "tokens", vocabulary=toys.vocabulary(), obs=["kind", "score"], progress=False)
+    tokenize(toys.cells(40), base / "tokens", dictionary=toys.vocabulary(), obs=["kind", "score"], progress=False)
     model, optimizer = learner()
     model.logits(model(Ragged.from_cells([[1, 2]]))).logsumexp(-1).sum().backward()
     optimizer.step()

@@ -121,7 +121,7 @@ def two_kinds(tmp_path_factory) -> TokenFolder:
     genes = [f"ENSG{90_000_000_000 + i:011d}" for i in range(40)]
     words = geneformer_fast.Vocabulary.from_medians(dict.fromkeys(genes, 1.0), name="two-kinds")
     adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=genes))
-    return geneformer_fast.tokenize(adata, tmp_path_factory.mktemp("kinds") / "t", vocabulary=words, progress=False)
+    return geneformer_fast.tokenize(adata, tmp_path_factory.mktemp("kinds") / "t", dictionary=words, progress=False)
 
 
 class TestTraining:

@@ -82,7 +82,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_classifier(classifier, base / "classifier", ["a", "b", "c"], card, None, {})
     _shard(save(Encoder(model.config, "mlm"), base / "shards"))
     words().save(base / "vocabulary")
-    tokenize(toys.cells(12), base / "tokens", vocabulary=words(), obs=["kind"], progress=False)
+    tokenize(toys.cells(12), base / "tokens", dictionary=words(), obs=["kind"], progress=False)
     _unfinished(base / "unfinished", resume=False)
     (base / "recipe").mkdir()
     (base / "recipe" / "recipe.json").write_text(json.dumps(Recipe(clip=None, max_seconds=3.0).to_dict()))

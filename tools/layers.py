@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.tokenization.identifiers",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
-    (f"{FAST}.files", f"{FAST}.arguments"),
+    (f"{FAST}.files", f"{FAST}.arguments", f"{FAST}.progress"),
     (KERNELS,),
     (f"{FAST}.errors",),
 )
@@ -80,6 +80,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
     "pydantic": (f"{FAST}.files.schema",),
+    "tqdm": (f"{FAST}.progress",),
     "pynvml": (f"{FAST}.profiling.meters.cards", f"{FAST}.profiling.machine", f"{FAST}.doctor"),
     "zeus": (f"{FAST}.profiling.meters.counters",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
@@ -108,7 +109,13 @@ HEAVY = frozenset(
         ),
     )
 )
-LIGHT = (FAST, f"{FAST}.__main__", f"{FAST}.errors", f"{FAST}.cli", KERNELS, f"{KERNELS}.dispatch", f"{KERNELS}.target")
+LIGHT = (
+    FAST,
+    *(f"{FAST}.{name}" for name in ("__main__", "errors", "cli", "progress", "arguments")),
+    KERNELS,
+    f"{KERNELS}.dispatch",
+    f"{KERNELS}.target",
+)
 EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import. Files

@@ -162,7 +162,7 @@ def _ours(layer: str, dtype: str) -> Callable[[Workplace], Run]:
     def load_ours(place: Workplace) -> Run:
         from geneformer_fast import embed, load
 
-        model = load(place.model, dtype=dtype)
+        model = load(place.model, dtype=dtype, device="cpu")
         # From the disk, in batches of its own choice.
         return lambda cells, batch_size: embed(place.tokens, model, pool="mean", layer=layer, progress=False)
 

@@ -60,7 +60,7 @@ def _ours(dtype: str, scheme: str | None = None) -> Callable[[Workplace], Run]:
     def load_ours(place: Workplace) -> Run:
         from geneformer_fast import embed, load
 
-        model = load(quantized_folder(place, scheme) if scheme else place.model, dtype=dtype)
+        model = load(quantized_folder(place, scheme) if scheme else place.model, dtype=dtype, device="cpu")
         return lambda cells, batch_size: embed(place.tokens, model, pool="mean", layer="last", progress=False)
 
     return load_ours

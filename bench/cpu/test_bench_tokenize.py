@@ -67,7 +67,7 @@ def _rival_times(tiles, vocabulary, out):
     for n_cells in RIVAL_CELLS:
         path = tiles(n_cells)
         found = _clocked(lambda path=path: tokenize_per_cell(path, out / "rival", vocabulary))
-        ours = tokenize(path, out / "ours", vocabulary=vocabulary)
+        ours = tokenize(path, out / "ours", dictionary=vocabulary)
         theirs = open_tokens(out / "rival")
         assert ours.n_cells == theirs.n_cells == n_cells
         for a, b in zip(ours.read(range(n_cells)), theirs.read(range(n_cells)), strict=True):

@@ -60,7 +60,7 @@ def test_bench_verify_tokenize(data, tmp_path, monkeypatch):
 
     def run(digest):
         monkeypatch.setattr(ShardWriter, "digest_written", digest)
-        tokenize(path, tmp_path / "out", vocabulary=vocabulary, overwrite=True, progress=False, shard_bytes=2**25)
+        tokenize(path, tmp_path / "out", dictionary=vocabulary, overwrite=True, progress=False, shard_bytes=2**25)
 
     times = in_turns({"without": lambda: run(lambda shard: None), "with": lambda: run(hashed)})
     n_bytes = sum(shard.stat().st_size for shard in (tmp_path / "out").glob("data-*.arrow"))
@@ -98,7 +98,12 @@ def test_bench_verify_model(preset, file, tmp_path):
     if file == "pytorch_model.bin":
         torch.save(load_file(folder / "model.safetensors"), folder / file)
         (folder / "model.safetensors").unlink()
-    times = in_turns({"without": lambda: load(folder, verify=False), "with": lambda: load(folder, verify=True)})
+    times = in_turns(
+        {
+            "without": lambda: load(folder, device="cpu", verify=False),
+            "with": lambda: load(folder, device="cpu", verify=True),
+        }
+    )
     n_bytes = (folder / file).stat().st_size
     kind = "bin" if file.endswith("bin") else "safetensors"
     sum_up(f"verify_{preset.removeprefix('geneformer-')}_{kind}", f"loading {file} of {preset}", n_bytes, times)

@@ -131,7 +131,7 @@ def _ours(precision: str) -> Run:
         from geneformer_fast.training.loop import fit
         from geneformer_fast.training.recipe import Recipe
 
-        model = load(place.model(dropout), dtype="float32")
+        model = load(place.model(dropout), dtype="float32", device="cpu")
         recipe = Recipe(
             steps=schedule.n_steps,
             batch_cells=schedule.cells_per_step,
@@ -141,7 +141,7 @@ def _ours(precision: str) -> Run:
             clip=schedule.clip,
             precision=precision,
             seed=_SEED,
-            is_showing_progress=False,
+            progress=False,
         )
         with open_tokens(place.tokens) as tokens:
             cells = np.arange(tokens.n_cells)

@@ -18,7 +18,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     verify: bool | None = None,
 ) -> Encoder:
     """Load a checkpoint folder of Geneformer, of any BERT encoder, or of this project.
@@ -36,7 +36,7 @@ def load(
         (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
         float32. Weights of eight bits stay as they are; their layers compute in it (None: in float32).
     device
-        Where to put it.
+        Where to put it; None takes a GPU if there is one.
     verify
         Whether weights are compared with their checksums: those that :func:`save` puts beside them
         (``SHA256SUMS``), and those within ``pytorch_model.bin``. None: unless the environment says
@@ -55,6 +55,8 @@ def load(
     UnsupportedError
         There is no such device or dtype here.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, device = Path(path), usable_device(device)
     if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
         return native.load_native(folder, dtype=dtype, device=device, verify=verify)

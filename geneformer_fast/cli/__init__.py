@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from geneformer_fast import __version__
+from geneformer_fast.cli.options import twice_given
 from geneformer_fast.errors import GeneformerFastError
 from geneformer_fast.files.checksums import unverified
 
@@ -97,9 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         By argparse, for ``--help``, ``--version`` and wrong arguments (code 2).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(_needed(arguments)).parse_args(arguments)
-    is_checked = not getattr(args, "no_verify", False)
     as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _OneLine()
+    try:
+        return _run(parsed(arguments))
+    finally:
+        warnings.formatwarning = as_python_shows_them
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, which exist and do not contradict each other."""
+    parser = build_parser(_needed(arguments))
+    args = parser.parse_args(arguments)
+    if (said := twice_given(args)) is not None:
+        parser.error(said)
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; returns its exit code."""
+    is_checked = not getattr(args, "no_verify", False)
     try:
         with contextlib.nullcontext() if is_checked else unverified():
             return int(args.run(args))
@@ -120,8 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return EXIT_ERROR
-    finally:
-        warnings.formatwarning = as_python_shows_them
 
 
 class _OneLine:

@@ -6,7 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from geneformer_fast.cli.tokenize import add_count_options, count_options
+from geneformer_fast.cli.options import renamed
+from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "embed"
 HELP = "embed cells or genes with an encoder"
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
     )
-    parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
+    add_counts_layer(parser)
     add_count_options(parser)
     parser.add_argument(
         "--obs",
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do, as "
         "obs_names, or --obs barcode=obs_names",
     )
-    parser.add_argument("--key", metavar="NAME", help="key in obsm and uns of an .h5ad output (default: X_geneformer)")
+    key = parser.add_argument(
+        "--key-added", metavar="NAME", help="key in obsm and uns of an .h5ad output (default: X_geneformer)"
+    )
+    renamed(parser, "--key", key)
     parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         **count_options(args),
         obs=carried_columns(args.obs),
-        key_added=args.key,
+        key_added=args.key_added,
         dtype=args.dtype,
         device=args.device,
         token_budget=args.token_budget,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.cli.options import renamed
+
 if TYPE_CHECKING:
     from geneformer_fast.finetuning.outputs import Finetuned
     from geneformer_fast.training.recipe import Recipe
@@ -15,16 +17,19 @@ HELP = "teach a pretrained encoder classes of cells or genes, and report how wel
 #: Option -> field of the recipe.
 _RECIPE = {
     "epochs": ("epochs", float, "N", "passes over the training cells"),
-    "batch": ("batch_cells", int, "N", "cells per step"),
-    "lr": ("learning_rate", float, "X", "peak learning rate"),
+    "batch-cells": ("batch_cells", int, "N", "cells per step"),
+    "learning-rate": ("learning_rate", float, "X", "the peak"),
     "schedule": ("schedule", str, "NAME", "constant, linear, cosine or polynomial"),
-    "warmup": ("warmup_ratio", float, "SHARE", "share of all steps during which the learning rate rises"),
+    "warmup-steps": ("warmup_steps", int, "N", "steps until the peak"),
+    "warmup-share": ("warmup_share", float, "SHARE", "share of all steps until the peak, instead of their number"),
     "weight-decay": ("weight_decay", float, "X", "of AdamW"),
     "patience": ("patience", int, "N", "stop after so many evaluations without a better one"),
     "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)"),
     "token-budget": ("token_budget", int, "N", "tokens that go through the model at once"),
     "seed": ("seed", int, "N", "of folds, orders, fresh weights and dropout"),
 }
+
+_OLD_NAMES = {"batch-cells": "--batch", "learning-rate": "--lr", "warmup-share": "--warmup"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +80,17 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--loss", default="cross-entropy", metavar="NAME[:OPTION=X,...]",
         help="cross-entropy, weighted, class-balanced, focal, bce, dice, ldam or logit-adjusted; focal:gamma=1.5",
     )  # fmt: skip
-    parser.add_argument("--freeze", type=int, default=0, metavar="N", help="blocks from the bottom that stay")
+    layers = parser.add_argument(
+        "--freeze-layers", type=int, default=0, metavar="N", help="blocks from the bottom that stay"
+    )
+    renamed(parser, "--freeze", layers)
     parser.add_argument("--freeze-embeddings", action="store_true", help="the embeddings stay too")
     parser.add_argument("--search", type=int, metavar="N", help="search hyperparameters with N trials per fold")
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as .json; the options below change it")
     for option, (_, kind, metavar, text) in _RECIPE.items():
-        parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=text)
+        added = parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=text)
+        if option in _OLD_NAMES:
+            renamed(parser, _OLD_NAMES[option], added)
     parser.add_argument(
         "--profile", nargs="?", const=True, default=False, metavar="PLACE",
         help="report how fast the first model is trained: a .json, an .html or a folder (default: profile/ in DIR)",
@@ -97,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "folds": args.folds, "eval_share": args.eval_share, "test_share": args.test_share, "loss": args.loss,
-        "freeze_layers": args.freeze, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
+        "freeze_layers": args.freeze_layers, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
         "tell": None if args.quiet else print, "profile": args.profile,
@@ -150,10 +160,8 @@ def _labels(entries: list[str]) -> str | dict[str, float]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    import dataclasses
-
     from geneformer_fast.finetuning import recipes
-    from geneformer_fast.training.recipe import Recipe
+    from geneformer_fast.training.pretrain import recipe_of
 
     recipe = recipes.CELLS if args.kind == "cells" else recipes.GENES
     if args.recipe is not None:
@@ -162,10 +170,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         from geneformer_fast.errors import UnsupportedError
         from geneformer_fast.files.schema import read_json
 
-        values = read_json(Path(args.recipe), UnsupportedError)
-        recipe = Recipe.from_dict({**recipe.to_dict(), **values}, where=args.recipe)
+        recipe = recipe_of(recipe, changes=read_json(Path(args.recipe), UnsupportedError), where=args.recipe)
     values = {field: getattr(args, option.replace("-", "_")) for option, (field, *_) in _RECIPE.items()}
     changes = {field: value for field, value in values.items() if value is not None}
     if args.quiet:
-        changes["is_showing_progress"] = False
-    return dataclasses.replace(recipe, **changes)
+        changes["progress"] = False
+    return recipe_of(recipe, changes=changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.tokenize import add_inputs, count_options
 
 NAME = "medians"
@@ -16,10 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the vocabulary in")
     parser.add_argument("--family", choices=("v1", "v2", "bionemo"), default="v2", help="special tokens and length")
     parser.add_argument("--name", default="custom", help="what the vocabulary is called")
-    parser.add_argument(
-        "--mapping", metavar="FOLDER", help="gene dictionaries whose aliases turn the files' ids into gene ids"
+    dictionary = parser.add_argument(
+        "--dictionary", metavar="DIR", help="gene dictionaries whose aliases turn the files' ids into gene ids"
     )
-    parser.add_argument("--mapping-preset", choices=("v1", "v2", "bionemo"), help="which of them, if there are several")
+    renamed(parser, "--mapping", dictionary)
+    preset = parser.add_argument(
+        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several"
+    )
+    renamed(parser, "--mapping-preset", preset)
     parser.add_argument("--min-cells", type=int, default=1, metavar="N", help="leave out genes found in fewer cells")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
 
@@ -27,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from geneformer_fast.tokenization.medians import medians
-    from geneformer_fast.tokenization.vocabulary import Vocabulary
 
     vocabulary = medians(
         args.inputs,
         args.out,
         family=args.family,
         name=args.name,
-        mapping=Vocabulary.from_folder(args.mapping, args.mapping_preset) if args.mapping else None,
-        layer=args.layer,
+        dictionary=args.dictionary,
+        preset=args.preset,
+        counts_layer=args.counts_layer,
         filter_pass=not args.no_filter_pass,
         **count_options(args),
         min_cells=args.min_cells,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from geneformer_fast.cli.embed import not_written, state_of
-from geneformer_fast.cli.tokenize import add_count_options, count_options
+from geneformer_fast.cli.options import renamed
+from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "predict"
 HELP = "tell classes of cells or genes with a fine-tuned model"
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"
     )
-    parser.add_argument("--counts-layer", metavar="NAME", help="which layer of the file holds the counts")
+    add_counts_layer(parser)
     add_count_options(parser)
     parser.add_argument(
         "--obs",
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW=OLD",
         help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do",
     )
-    parser.add_argument("--key", metavar="NAME", help="what the columns are called (default: as the label column)")
+    key = parser.add_argument(
+        "--key-added", metavar="NAME", help="what the columns are called (default: as the label column)"
+    )
+    renamed(parser, "--key", key)
     parser.add_argument("--dtype", default="auto", help="auto (the fastest here), float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--token-budget", type=int, metavar="N", help="tokens per batch (default: by device)")
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         **count_options(args),
         obs=carried_columns(args.obs),
-        key_added=args.key,
+        key_added=args.key_added,
         dtype=args.dtype,
         device=args.device,
         token_budget=args.token_budget,

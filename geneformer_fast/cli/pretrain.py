@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from geneformer_fast.cli.options import renamed
 from geneformer_fast.errors import UnsupportedError
 
 NAME = "pretrain"
@@ -21,6 +22,7 @@ _FIELDS: dict[str, tuple[str, type, str]] = {
     "--learning-rate": ("learning_rate", float, "the peak"),
     "--schedule": ("schedule", str, "linear, cosine, polynomial or constant"),
     "--warmup-steps": ("warmup_steps", int, "steps until the peak"),
+    "--warmup-share": ("warmup_share", float, "share of all steps until the peak, instead of their number"),
     "--precision": ("precision", str, "float32, bfloat16, float16 or auto (the fastest here)"),
     "--parallel": ("parallel", str, "under torchrun: ddp or fsdp"),
     "--eval-every": ("eval_every", int, "steps between validations (default: every epoch)"),
@@ -46,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME", help="a published recipe's name, or a JSON file (default: the one of --config)"
     )
     parser.add_argument("--init", metavar="FOLDER", help="go on from this checkpoint's weights")
-    parser.add_argument(
-        "--own-vocabulary", action="store_true", help="give the model the vocabulary of the tokens, not the preset's"
+    adapt = parser.add_argument(
+        "--adapt-vocabulary", action="store_true", help="give the model the vocabulary of the tokens, not the preset's"
     )
+    renamed(parser, "--own-vocabulary", adapt)
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
         "--eval-share",
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         config=args.config,
         recipe=args.recipe,
         init=args.init,
-        adapt_vocabulary=args.own_vocabulary,
+        adapt_vocabulary=args.adapt_vocabulary,
         eval_share=args.eval_share,
         eval_tokens=args.eval_tokens,
         eval_column=_column(args.eval_column),
@@ -136,7 +139,7 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.tensorboard:
         changes["tensorboard"] = True
     if args.quiet:
-        changes["is_showing_progress"] = False
+        changes["progress"] = False
     for assignment in args.set:
         name, equals, value = assignment.partition("=")
         if not equals:

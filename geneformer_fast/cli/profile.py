@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.cli.options import renamed
+
 if TYPE_CHECKING:
     from geneformer_fast.profiling.figures import Setting
     from geneformer_fast.profiling.report import Report
@@ -41,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", metavar="NAME", help="auto (the fastest here), float32, bfloat16 or float16")
     how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: all cores)")
-    how.add_argument("--batch-tokens", type=int, metavar="N", help="most tokens that are computed at once")
+    budget = how.add_argument(
+        "--token-budget", type=int, metavar="N", help="most tokens that are computed at once (default: by device)"
+    )
+    renamed(parser, "--batch-tokens", budget)
     how.add_argument("--layer", metavar="last|penultimate|N", help="where embedding stops (default: penultimate)")
     how.add_argument("--recompute", action="store_true", help="with --mode train: keep less, compute blocks twice")
     how.add_argument("--compare", choices=("stock",), help="stock: transformers beside ours on the same cells")
@@ -200,7 +205,7 @@ def _predict(request: Request, *, is_json: bool) -> int:
             cells = cells_like(request.cells, folder.lengths(), config, f"as in {folder.path.name}")
     found = predict(
         request.card, cells, model, config, mode=request.mode, layer=request.layer or "penultimate",
-        dtype=request.dtype, threads=request.threads, batch_tokens=request.batch_tokens,
+        dtype=request.dtype, threads=request.threads, batch_tokens=request.token_budget,
     )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=1) if is_json else found.as_text())
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from geneformer_fast.cli.embed import not_written, state_of
+from geneformer_fast.cli.options import renamed
 
 NAME = "quantize"
 HELP = "make a model of a quarter of the size, with weights of eight bits"
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--least-cosine", type=float, metavar="X", help="with --calibrate: least cosine of a cell's embeddings (0.9995)"
     )
-    parser.add_argument("--cells", type=int, metavar="N", help="with --calibrate: how many cells are looked at (256)")
+    cells = parser.add_argument(
+        "--max-cells", type=int, metavar="N", help="with --calibrate: most cells that are looked at (default: 256)"
+    )
+    renamed(parser, "--cells", cells)
     parser.add_argument(
         "--check", metavar="TOKENS", help="token folder on which the new model is compared with MODEL, in a table"
     )
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         keep_embeddings=args.keep_embeddings,
         bar=args.bar,
         least_cosine=args.least_cosine,
-        n_cells=args.cells,
+        max_cells=args.max_cells,
         device=None if args.calibrate is None else args.device,
         overwrite=args.overwrite,
     )

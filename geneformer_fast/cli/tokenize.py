@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.cli.options import renamed
+
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.arrow import TokenFolder
 
@@ -20,11 +22,20 @@ _MOST_SHOWN = 5
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is read and how; ``medians`` has them too."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs; taken in sorted order")
-    parser.add_argument("--layer", help="layer with the counts (default: raw.X where it holds counts, else X)")
+    renamed(parser, "--layer", add_counts_layer(parser))
     add_count_options(parser)
     parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def add_counts_layer(parser: argparse.ArgumentParser) -> argparse.Action:
+    """Which matrix of the file is read."""
+    return parser.add_argument(
+        "--counts-layer",
+        metavar="NAME",
+        help="layer that holds the counts (default: raw.X where it holds counts, else X)",
+    )
 
 
 def add_count_options(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             dictionary=args.dictionary,
             preset=args.preset,
-            layer=args.layer,
+            counts_layer=args.counts_layer,
             obs=carried_columns(args.obs),
             max_len=args.max_len,
             filter_pass=not args.no_filter_pass,

@@ -110,8 +110,9 @@ def open_cells(
     if config.max_len < vocabulary.max_len:
         options = {**options, "max_len": config.max_len}
     reading = ReadOptions(
-        **{name: options[name] for name in options if name != "obs"}, carried=carried_columns(options["obs"])
-    )
+        layer=options["counts_layer"], carried=carried_columns(options["obs"]),
+        **{name: options[name] for name in options if name not in ("counts_layer", "obs")},
+    )  # fmt: skip
     if is_anndata(data):
         cells = tokenize_anndata(data, vocabulary, **{name: options[name] for name in options if name != "obs"})
         yield _memory_cells(cells, data, vocabulary, reading)
@@ -119,7 +120,7 @@ def open_cells(
     with _scratch() as scratch:
         tokens = Path(scratch) / "tokens"
         try:
-            tokenize(data, tokens, vocabulary=vocabulary, progress=progress, **options)
+            tokenize(data, tokens, dictionary=vocabulary, progress=progress, **options)
         except OutputError as error:
             raise OutputError(f"{error}; {_ABOUT_SCRATCH}") from error
         with open_tokens(tokens) as folder:

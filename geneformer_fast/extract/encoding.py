@@ -21,6 +21,7 @@ from geneformer_fast.errors import InputError
 from geneformer_fast.extract.budget import MemoryBudget, Need, batch_bytes, thread_bytes, token_bytes
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
+from geneformer_fast.progress import Progress
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.pipeline import ordered_map
 
@@ -40,6 +41,9 @@ Result = TypeVar("Result")
 
 class EncodingRun:
     """One pass of an encoder over cells."""
+
+    #: What progress says is being done.
+    what = "embedding"
 
     def __init__(
         self,
@@ -172,7 +176,6 @@ class EncodingRun:
         self, finish: Callable[[Ragged, Ragged], Result]
     ) -> Iterator[tuple[tuple[int, int], np.ndarray, Result]]:
         """(first and last cell of the window, places in it, what ``finish`` makes of hidden states and tokens)."""
-        from tqdm import tqdm
 
         def work(batch: tuple[tuple[int, int], np.ndarray, Ragged]) -> tuple[tuple[int, int], np.ndarray, Result]:
             window, part, tokens = batch
@@ -186,10 +189,9 @@ class EncodingRun:
                 return ordered_map(work, self._batches(), workers=workers)
             return (work(batch) for batch in self._batches())
 
-        disable = None if self.progress is None else not self.progress
         with (
             cores_as_workers(self.encoder.device, self.workers, is_keeping=self.memory is None) as workers,
-            tqdm(total=len(self.cells.lengths), desc="embedding", unit="cell", disable=disable) as bar,
+            Progress(len(self.cells.lengths), self.what, "cells", self.progress) as bar,
             contextlib.closing(results_of(workers)) as results,
         ):
             for window, part, result in results:

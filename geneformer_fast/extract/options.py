@@ -77,7 +77,7 @@ PREDICT: tuple[Rule, ...] = (
     *_SHARED,
     ("copy", lambda r: r.is_genes, "needs classes of cells; those of genes are a table"),
 )
-_FLAGS = {"key_added": " (--key)", "copy": "=True"}
+_FLAGS = {"copy": "=True"}
 
 
 def check_options(rules: Sequence[Rule], request: Request, options: Mapping[str, Any]) -> None:

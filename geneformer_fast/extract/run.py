@@ -105,7 +105,7 @@ def embed(
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
         is taken. None looks for ``vocabulary.json`` in the model's folder.
     counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts
-        As ``layer``, ``gene_column`` and so on of ``tokenize``.
+        As in ``tokenize``.
     obs
         Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
     key_added
@@ -124,7 +124,7 @@ def embed(
     overwrite
         Whether ``out``, and the picture, may exist.
     progress
-        Whether to show a progress bar; None shows one on a terminal.
+        Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
     plot, color
         A picture to write: the UMAP of the cell embeddings, coloured by a column of obs (or of a token folder).
 
@@ -173,7 +173,7 @@ def embed(
         check_picture(plot)
         check_free(Path(plot), overwrite=overwrite)
     asked = asked_columns(obs, None if is_anndata(data) else color)
-    reading = {**counts, "layer": counts_layer, "obs": asked}
+    reading = {**counts, "counts_layer": counts_layer, "obs": asked}
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(model, Encoder):
         place = model.device

@@ -25,7 +25,7 @@ from geneformer_fast.finetuning.names import check_names
 from geneformer_fast.finetuning.objectives import CellObjective
 from geneformer_fast.finetuning.outputs import Finetuned, out_folder
 from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
-from geneformer_fast.finetuning.recipes import CELLS
+from geneformer_fast.finetuning.recipes import CELLS, with_progress
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
@@ -62,6 +62,7 @@ def finetune_cells(
     overwrite: bool = False,
     tell: Callable[[str], None] | None = None,
     profile: str | os.PathLike[str] | bool = False,
+    progress: bool | None = None,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of cells.
 
@@ -113,6 +114,9 @@ def finetune_cells(
     profile
         Where a report of how fast the first model is trained goes (:func:`geneformer_fast.profile`): a ``.json``, an
         ``.html``, or a folder for both; True: ``profile/`` in ``out``.
+    progress
+        Whether to show progress bars; None is what the recipe says, and if that is None too, bars on a terminal, and
+        lines of the log elsewhere.
 
     Returns
     -------
@@ -135,7 +139,7 @@ def finetune_cells(
     """
     wanted = check_ready(search)
     test_share = share_for_testing(test_share, folds, 0.1)
-    recipe = recipe or CELLS
+    recipe = with_progress(recipe or CELLS, progress)
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)
         identity = identity_of(folder, base.config)
@@ -145,8 +149,9 @@ def finetune_cells(
         cells = np.flatnonzero(np.any([task.codes != IGNORED for task in tasks], axis=0))
         groups = None if group is None else group_values(folder, group, cells)
         work = CellWork(
-            folder, identity, tasks, losses, ClassSampler(tasks[0].codes, sampler, cap), recipe.token_budget
-        )
+            folder, identity, tasks, losses, ClassSampler(tasks[0].codes, sampler, cap), recipe.token_budget,
+            recipe.progress,
+        )  # fmt: skip
         splits, final = work.splits(cells, groups, folds, eval_share, test_share, recipe.seed)
         final = final if is_final else None
         choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
@@ -180,9 +185,10 @@ class CellWork:
         losses: Mapping[str, str],
         sampler: ClassSampler,
         token_budget: int,
+        progress: bool | None = False,
     ) -> None:
         self.tokens, self.identity, self.tasks, self.losses = tokens, identity, list(tasks), losses
-        self.sampler, self.token_budget = sampler, token_budget
+        self.sampler, self.token_budget, self.progress = sampler, token_budget, progress
         first = self.tasks[0]
         # Cells without a label in the task that splits are stratified by are a class of their own there.
         self._codes = np.where(first.codes == IGNORED, len(first.classes), first.codes)
@@ -242,7 +248,7 @@ class CellWork:
     def test(self, encoder: Encoder, split: Split, fold: int) -> Tested:
         """Predictions of the test cells."""
         cells = some_cells(self.tokens, split.test, self.identity)
-        logits = ClassifyingRun(encoder, cells, None, False).to_memory()
+        logits = ClassifyingRun(encoder, cells, None, self.progress).to_memory()
         probabilities = probabilities_of(logits, [len(task.classes) for task in self.tasks])
         tasks = {}
         for task, values in zip(self.tasks, probabilities, strict=True):

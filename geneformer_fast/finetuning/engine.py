@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import warnings
@@ -38,6 +39,8 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.profiled import FOLDER
 from geneformer_fast.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def check_ready(asked: Search | int | None) -> Search | None:
@@ -175,6 +178,7 @@ class Engine:
         self.work, self.base, self.choices, self.folder = work, base, choices, folder
         self.origin, self.vocabulary = origin, vocabulary
         self._profile = profile
+        self._n_splits = 1
 
     def run(
         self, splits: Sequence[Split], final: Split | None, of: str, tell: Callable[[str], None] | None = None
@@ -192,6 +196,7 @@ class Engine:
         tell
             Called with what is in every part of every split, before the first step.
         """
+        self._n_splits = len(splits)
         named = {f"fold-{number}": split for number, split in enumerate(splits, 1)}
         named |= {} if final is None or len(splits) == 1 else {"final": final}
         numbers = {name: self.work.numbers(split) for name, split in named.items()}
@@ -204,6 +209,7 @@ class Engine:
         scores = self._sum_up(len(splits), of)
         if final is not None and len(splits) > 1:
             if not self.folder.final.exists():
+                logger.info("the final model, of all but the evaluation %s", of)
                 encoder, how = self._fit("final", final)
                 self._save(encoder, how)
             self._tidy("final")
@@ -215,6 +221,8 @@ class Engine:
         place = self.folder.fold(name)
         if (place / SCORES).exists():
             return
+        if self._n_splits > 1:
+            logger.info("fold %d of %d", number, self._n_splits)
         encoder, how = self._fit(name, split)
         found: dict[str, Any] = {
             "fold": number, "sizes": {k: len(v) for k, v in vars(split).items()}, "split": self.work.numbers(split),

@@ -27,7 +27,7 @@ from geneformer_fast.finetuning.names import check_names
 from geneformer_fast.finetuning.objectives import GeneObjective
 from geneformer_fast.finetuning.outputs import Finetuned, out_folder
 from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells, task_columns
-from geneformer_fast.finetuning.recipes import GENES
+from geneformer_fast.finetuning.recipes import GENES, with_progress
 from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
 from geneformer_fast.finetuning.splits import folds as make_folds
@@ -65,6 +65,7 @@ def finetune_genes(
     overwrite: bool = False,
     tell: Callable[[str], None] | None = None,
     profile: str | os.PathLike[str] | bool = False,
+    progress: bool | None = None,
 ) -> Finetuned:
     """Fine-tune a pretrained encoder to tell classes of genes, as their context in cells shows them.
 
@@ -98,7 +99,7 @@ def finetune_genes(
         Whether genes that the vocabulary does not know, or no cell expresses, may be left out.
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.GENES`.
-    search, is_final, device, resume, overwrite, tell, profile
+    search, is_final, device, resume, overwrite, tell, profile, progress
         As in :func:`finetune_cells`.
 
     Returns
@@ -116,7 +117,7 @@ def finetune_genes(
     """
     wanted = check_ready(search)
     test_share = share_for_testing(test_share, folds, 0.2)
-    recipe = recipe or GENES
+    recipe = with_progress(recipe or GENES, progress)
     class_of = read_gene_classes(classes)
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:
         base = pretrained(model, device)
@@ -130,7 +131,7 @@ def finetune_genes(
         base.config.check_vocabulary(vocabulary.identity())
         labelled = labelled_genes(class_of, vocabulary, folder, drop_unknown)
         cells = _cells_with(folder, labelled, max_cells, recipe.seed)
-        work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size)
+        work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size, recipe.progress)
         splits, final = work.splits(folds, eval_share, test_share, recipe.seed)
         final = final if is_final else None
         choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
@@ -235,9 +236,11 @@ class GeneWork:
         cells: np.ndarray,
         loss: str,
         vocab_size: int,
+        progress: bool | None = False,
     ) -> None:
         self.tokens, self.eval_tokens, self.identity = tokens, eval_tokens, identity
         self.labelled, self.cells, self.loss, self.vocab_size = labelled, cells, loss, vocab_size
+        self.progress = progress
         self.classes = {TASK: labelled.classes}
 
     def splits(self, n_folds: int, eval_share: float, test_share: float, seed: int) -> tuple[list[Split], Split | None]:
@@ -271,7 +274,7 @@ class GeneWork:
     def test(self, encoder: Encoder, split: Split, fold: int) -> Tested:
         """Predictions of the test genes."""
         cells = some_cells(self.tokens, self.cells, self.identity)
-        run = ClassifyingRun(encoder, cells, None, False)
+        run = ClassifyingRun(encoder, cells, None, self.progress)
         means, truth, occurrences = run.gene_occurrences(self._by_token(split.test))
         tokens, probabilities, n_cells = means.result()
         at = np.searchsorted(self.labelled.tokens, tokens)

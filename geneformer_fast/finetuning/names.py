@@ -90,7 +90,7 @@ def check_free(source: str, names: Sequence[str], taken: Mapping[str, Collection
                 if found in taken.get(place, ()):
                     raise OutputError(
                         f"{source}: its {place} holds {found!r} already, which predict did not make; call the "
-                        "predictions otherwise (key_added=, --key), or rename it"
+                        "predictions otherwise (key_added=, --key-added), or rename it"
                     )
 
 
@@ -109,7 +109,7 @@ def check_h5ad(path: Path, names: Sequence[str]) -> None:
     if slashed is not None:
         raise OutputError(
             f"a name with a slash, {slashed!r}, cannot be written into an .h5ad file; call the predictions otherwise "
-            "(key_added=, --key), or choose .parquet"
+            "(key_added=, --key-added), or choose .parquet"
         )
     try:
         with h5py.File(path, "r") as file:

@@ -91,7 +91,7 @@ def predict(
     overwrite
         Whether ``out`` may exist.
     progress
-        Whether to show a progress bar; None shows one on a terminal.
+        Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def predict(
         elif request.is_in_place and not is_genes:
             naming.check_anndata(data, names)
         asked = asked_columns(obs)
-        reading = {**counts, "layer": counts_layer, "obs": asked}
+        reading = {**counts, "counts_layer": counts_layer, "obs": asked}
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))

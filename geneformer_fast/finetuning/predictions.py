@@ -26,6 +26,8 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 class ClassifyingRun(EncodingRun):
     """One pass of a classifier over cells; a row of its result holds the logits of a cell."""
 
+    what = "classifying"
+
     def __init__(self, encoder: Encoder, cells: Cells, token_budget: int | None, progress: bool | None) -> None:
         super().__init__(encoder, cells, "mean", "last", token_budget, progress)
         assert isinstance(encoder.head, CellClassifier | GeneClassifier)

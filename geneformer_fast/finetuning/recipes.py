@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from geneformer_fast.training.recipe import Recipe
 
 #: Classes of cells. Geneformer: batches of 12, 10 epochs, the best by evaluation kept; 5e-5 is its rate for six layers.
@@ -10,7 +12,7 @@ CELLS = Recipe(
     batch_cells=12,
     learning_rate=5e-5,
     schedule="linear",
-    warmup_ratio=0.1,
+    warmup_share=0.1,
     weight_decay=0.001,
     monitor="macro_f1",
     is_greater_better=True,
@@ -23,9 +25,14 @@ GENES = Recipe(
     batch_cells=12,
     learning_rate=5e-5,
     schedule="linear",
-    warmup_ratio=0.1,
+    warmup_share=0.1,
     weight_decay=0.001,
     monitor="macro_f1",
     is_greater_better=True,
     is_best_restored=True,
 )
+
+
+def with_progress(recipe: Recipe, progress: bool | None) -> Recipe:
+    """A recipe that shows progress as asked for; None leaves it as it is."""
+    return recipe if progress is None else dataclasses.replace(recipe, progress=progress)

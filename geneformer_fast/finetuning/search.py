@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from geneformer_fast.arguments import renamed_fields
 from geneformer_fast.errors import InputError, OutputError, TrainingError, UnsupportedError
-from geneformer_fast.training.recipe import MACHINE, Recipe
+from geneformer_fast.progress import Progress
+from geneformer_fast.training.identity import current_names
+from geneformer_fast.training.recipe import MACHINE, RENAMED, Recipe
 from geneformer_fast.training.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -22,17 +25,20 @@ if TYPE_CHECKING:
 STORAGE = "search.db"
 # Of a study: what it searches, and for what.
 _ASKED = "asked"
+# What a study calls a field, where earlier versions called it otherwise: their studies are gone on with.
+_STORED = {new: old for old, new in RENAMED.items()}
 #: Evaluations of one trial that are reported to the pruner: called with the metrics, may raise.
 Report = Callable[[dict[str, float]], None]
 
 
+@renamed_fields(warmup_ratio="warmup_share")
 @dataclass(frozen=True)
 class Space:
     """What is searched. Bounds are inclusive; two equal ones fix a value.
 
     Attributes
     ----------
-    learning_rate, weight_decay, warmup_ratio
+    learning_rate, weight_decay, warmup_share
         Lowest and highest; the learning rate on a logarithmic scale.
     schedule
         Choices.
@@ -42,12 +48,12 @@ class Space:
 
     learning_rate: tuple[float, float] = (1e-5, 1e-3)
     weight_decay: tuple[float, float] = (0.0, 0.3)
-    warmup_ratio: tuple[float, float] = (0.0, 0.2)
+    warmup_share: tuple[float, float] = (0.0, 0.2)
     schedule: tuple[str, ...] = ("linear", "cosine", "constant")
     freeze_layers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        limits = {"learning_rate": math.inf, "weight_decay": math.inf, "warmup_ratio": 1.0}
+        limits = {"learning_rate": math.inf, "weight_decay": math.inf, "warmup_share": 1.0}
         for name, most in limits.items():
             low, high = getattr(self, name)
             if not (math.isfinite(high) and 0 <= low <= high <= most) or (name == "learning_rate" and low == 0):
@@ -163,14 +169,19 @@ def _searched(
         return train(changed, freeze_layers, report)
 
     if done < asked.n_trials:
-        # A learning rate at which the loss is no number is a bad trial, not the end of the search.
-        study.optimize(objective, n_trials=asked.n_trials - done, catch=(TrainingError,))
+        with Progress(asked.n_trials, "searching", "trials", recipe.progress, initial=done) as bar:
+            # A learning rate at which the loss is no number is a bad trial, not the end of the search.
+            study.optimize(
+                objective, n_trials=asked.n_trials - done, catch=(TrainingError,),
+                callbacks=[lambda study, trial: bar.update(1)],
+            )  # fmt: skip
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not finished:
         raise InputError(f"{storage}: none of {len(study.trials)} trials came to an end; ask for more (--search)")
     best = study.best_trial
     pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
-    summary = {"n_trials": len(finished) + pruned, "n_pruned": pruned, "best": best.params, "value": best.value}
+    values = current_names(best.params)
+    summary = {"n_trials": len(finished) + pruned, "n_pruned": pruned, "best": values, "value": best.value}
     return *_proposed(best, recipe, asked.space), summary
 
 
@@ -213,7 +224,7 @@ def _check_same(study: optuna.Study, storage: Path, recipe: Recipe, space: Space
     searched = {field.name for field in dataclasses.fields(Space)} | {"warmup_steps"}
     fixed = {key: value for key, value in recipe.to_dict().items() if key not in (*searched, *MACHINE)}
     asked = json.loads(json.dumps({"space": dataclasses.asdict(space), "recipe": fixed}))
-    there = study.user_attrs.get(_ASKED)
+    there = current_names(study.user_attrs.get(_ASKED))
     expected = _distributions(space)
     differing = [
         name
@@ -227,8 +238,8 @@ def _check_same(study: optuna.Study, storage: Path, recipe: Recipe, space: Space
             differing += [key for key, value in asked[part].items() if old.get(key) != value]
     if differing:
         raise OutputError(
-            f"{storage} holds a search with another {differing[0]}: go on with the same space and recipe, or search "
-            "into another folder"
+            f"{storage} holds a search with another {RENAMED.get(differing[0], differing[0])}: go on with the same "
+            "space and recipe, or search into another folder"
         )
     if there is None:
         study.set_user_attr(_ASKED, asked)
@@ -241,7 +252,7 @@ def _distributions(space: Space) -> dict[str, Any]:
     found: dict[str, Any] = {
         "learning_rate": kinds.FloatDistribution(*space.learning_rate, log=True),
         "weight_decay": kinds.FloatDistribution(*space.weight_decay),
-        "warmup_ratio": kinds.FloatDistribution(*space.warmup_ratio),
+        _STORED["warmup_share"]: kinds.FloatDistribution(*space.warmup_share),
         "schedule": kinds.CategoricalDistribution(list(space.schedule)),
     }
     if space.freeze_layers is not None:
@@ -255,11 +266,11 @@ def _proposed(trial: Any, recipe: Recipe, space: Space) -> tuple[Recipe, int | N
         values = {
             "learning_rate": trial.suggest_float("learning_rate", *space.learning_rate, log=True),
             "weight_decay": trial.suggest_float("weight_decay", *space.weight_decay),
-            "warmup_ratio": trial.suggest_float("warmup_ratio", *space.warmup_ratio),
+            "warmup_share": trial.suggest_float(_STORED["warmup_share"], *space.warmup_share),
             "schedule": trial.suggest_categorical("schedule", list(space.schedule)),
         }
         layers = None if space.freeze_layers is None else trial.suggest_int("freeze_layers", *space.freeze_layers)
     else:
-        values = {key: value for key, value in trial.params.items() if key != "freeze_layers"}
+        values = {key: value for key, value in current_names(trial.params).items() if key != "freeze_layers"}
         layers = trial.params.get("freeze_layers")
     return dataclasses.replace(recipe, **values, warmup_steps=None), layers

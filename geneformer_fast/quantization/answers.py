@@ -74,7 +74,7 @@ class Questions:
     seed
         Of the masks.
     progress
-        Whether to show progress bars; None shows them on a terminal.
+        Whether to show progress bars; None shows them on a terminal, and lines of the log elsewhere.
     """
 
     tokens: TokenFolder

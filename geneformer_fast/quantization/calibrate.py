@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import QuantizedLinear
+from geneformer_fast.progress import Progress
 from geneformer_fast.quantization.build import default_choices, layers_of, quantized
 from geneformer_fast.quantization.cells import SomeCells
 from geneformer_fast.quantization.choices import Choice, folds_into
@@ -33,7 +34,7 @@ LEAST_COSINE = 0.9995
 #: Cells that are looked at, and of these how many are embedded again and again while layers are given up.
 N_CELLS, N_EMBEDDED = 256, 64
 #: What the command line calls what is asked for.
-FLAGS = {"bar": "--bar", "least_cosine": "--least-cosine", "n_cells": "--cells"}
+FLAGS = {"bar": "--bar", "least_cosine": "--least-cosine", "max_cells": "--max-cells"}
 # What smoothing has to gain where it costs nothing at run time, in dB: half a bit.
 _GAIN_DB = 3.0
 _TOKEN_TABLE = "embeddings.token"
@@ -67,6 +68,7 @@ class Calibration:
     n_tokens: int
 
 
+@renamed(n_cells="max_cells")
 @checked
 def calibrate(
     encoder: Encoder,
@@ -76,8 +78,9 @@ def calibrate(
     keep_embeddings: bool = False,
     bar: float | None = None,
     least_cosine: float = LEAST_COSINE,
-    n_cells: int = N_CELLS,
+    max_cells: int = N_CELLS,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Calibration:
     """Measure on cells which layers a scheme may have, and how.
 
@@ -100,10 +103,12 @@ def calibrate(
         Least signal over noise of a layer, in dB; None: :data:`BAR_DB`.
     least_cosine
         Between a cell's embeddings before and after.
-    n_cells
-        Cells of a folder that are looked at, drawn at random.
+    max_cells
+        Most cells of a folder that are looked at, drawn at random.
     seed
         Of cells and rows drawn.
+    progress
+        Whether to show progress bars; None shows them on a terminal, and lines of the log elsewhere.
 
     Returns
     -------
@@ -128,20 +133,22 @@ def calibrate(
         raise UnsupportedError(f"bar (--bar) must be a number of dB, not {bar}")
     if not 0 < least_cosine <= 1:
         raise UnsupportedError(f"least_cosine (--least-cosine) must be above 0 and at most 1, not {least_cosine}")
-    if n_cells < 1:
-        raise UnsupportedError(f"n_cells (--cells) must be at least 1, not {n_cells}")
+    if max_cells < 1:
+        raise UnsupportedError(f"max_cells (--max-cells) must be at least 1, not {max_cells}")
     if encoder.quantization is not None:
         raise UnsupportedError(
             f"this model is quantized already ({encoder.quantization.scheme}); calibrate the one it was made from"
         )
-    cells = SomeCells.of(tokens, encoder.config, n_cells, seed)
+    cells = SomeCells.of(tokens, encoder.config, max_cells, seed)
     exact = encoder if encoder.dtype == torch.float32 and not encoder.training else _in_float32(encoder)
-    seen = Watch(exact, cells.n_tokens, seed).look(cells.batches)
+    with Progress(cells.n_cells, "calibrating", "cells", progress) as shown:
+        seen = Watch(exact, cells.n_tokens, seed).look(cells.batches, shown)
     choices = {
         name: choice_for(name, exact, seen, default.kind, bar) if default.is_quantized else default
         for name, default in defaults.items()
     }
-    choices, cosine = _held(exact, choices, cells.first(N_EMBEDDED), least_cosine)
+    with Progress(None, "embedding with fewer layers quantized", "passes", progress) as shown:
+        choices, cosine = _held(exact, choices, cells.first(N_EMBEDDED), least_cosine, shown)
     return Calibration(scheme, choices, bar, float(least_cosine), cosine, cells.n_cells, cells.n_tokens)
 
 
@@ -195,7 +202,7 @@ def _below(bar: float) -> str:
 
 
 def _held(
-    encoder: Encoder, choices: dict[str, Choice], cells: SomeCells, least_cosine: float
+    encoder: Encoder, choices: dict[str, Choice], cells: SomeCells, least_cosine: float, shown: Progress
 ) -> tuple[dict[str, Choice], float]:
     """Choices under which no cell's embedding is turned too far, and the least cosine that is left.
 
@@ -220,6 +227,7 @@ def _held(
         if (key := frozenset(names)) not in found:
             made = as_anywhere(quantized(encoder, held(names)))
             found[key] = _least_cosine(exact, cells.embeddings(made))
+            shown.update(1)
         return found[key] >= least_cosine
 
     if not holds(order):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import usable_device
 from geneformer_fast.data.identity import identity_of
@@ -107,6 +107,7 @@ class Check:
         return "\n".join([*columns(rows, right=(1, 2)), *(m.note for m in self.measures if m.note), about])
 
 
+@renamed(n_cells="max_cells")
 @checked
 def check(
     model: Encoder | str | os.PathLike[str],
@@ -115,7 +116,7 @@ def check(
     *,
     label: str | None = None,
     layer: str | int = "penultimate",
-    n_cells: int | None = N_CELLS,
+    max_cells: int | None = N_CELLS,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     token_budget: int | None = None,
@@ -138,7 +139,7 @@ def check(
         carry it. The model must be a folder, which knows the names of its classes.
     layer
         Whose embeddings, as in ``embed``.
-    n_cells
+    max_cells
         Most cells that are compared, drawn at random; None takes all.
     dtype, device
         Of the quantized model, where it is a folder. The other one computes in float32.
@@ -147,7 +148,7 @@ def check(
     seed
         Of cells and masks.
     progress
-        Whether to show progress bars; None shows them on a terminal.
+        Whether to show progress bars; None shows them on a terminal, and lines of the log elsewhere.
 
     Returns
     -------
@@ -167,13 +168,13 @@ def check(
     if not isinstance(tokens, TokenFolder):
         with open_tokens(tokens) as folder:
             return check(
-                model, quantized, folder, label=label, layer=layer, n_cells=n_cells, dtype=dtype, device=device,
+                model, quantized, folder, label=label, layer=layer, max_cells=max_cells, dtype=dtype, device=device,
                 token_budget=token_budget, seed=seed, progress=progress,
             )  # fmt: skip
-    if n_cells is not None and n_cells < 2:
-        raise UnsupportedError(f"n_cells must be at least 2, not {n_cells}")
+    if max_cells is not None and max_cells < 2:
+        raise UnsupportedError(f"max_cells must be at least 2, not {max_cells}")
     check_enough(tokens)
-    drawn = np.random.default_rng(seed).permutation(tokens.n_cells)[:n_cells]
+    drawn = np.random.default_rng(seed).permutation(tokens.n_cells)[:max_cells]
     questions = Questions(tokens, drawn, layer, token_budget, seed, progress)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.mapping import Entry
 from geneformer_fast.encoder import Encoder
@@ -36,6 +36,7 @@ from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
 
 
+@renamed(n_cells="max_cells")
 @checked
 def quantize(
     model: Encoder | nn.Module | str | os.PathLike[str],
@@ -47,9 +48,10 @@ def quantize(
     choices: Mapping[str, Choice] | None = None,
     bar: float | None = None,
     least_cosine: float | None = None,
-    n_cells: int | None = None,
+    max_cells: int | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> Encoder | nn.Module | Path:
     """A model with weights of eight bits: a quarter of the memory of float32.
 
@@ -76,12 +78,14 @@ def quantize(
         a scale per row, whatever the scheme.
     choices
         Layer -> what becomes of it, where that is not what the scheme says, in place of ``calibrate``.
-    bar, least_cosine, n_cells
+    bar, least_cosine, max_cells
         As in :func:`geneformer_fast.quantization.calibrate.calibrate`; None leaves them to it.
     device
         Where a folder is measured, or loaded to; the CPU where that is not said.
     overwrite
         Whether ``out`` may hold a model.
+    progress
+        Whether to show progress bars of ``calibrate``; None shows them on a terminal, and lines of the log elsewhere.
 
     Returns
     -------
@@ -108,7 +112,7 @@ def quantize(
     Dettmers et al., "LLM.int8()", arXiv:2208.07339; Xiao et al., "SmoothQuant", arXiv:2211.10438; Micikevicius et al.,
     "FP8 formats for deep learning", arXiv:2209.05433.
     """
-    asked = {"bar": bar, "least_cosine": least_cosine, "n_cells": n_cells}
+    asked = {"bar": bar, "least_cosine": least_cosine, "max_cells": max_cells}
     measuring: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if calibrate is None and measuring:
         name = next(iter(measuring))
@@ -137,7 +141,9 @@ def quantize(
     _check_floats(encoder, folder)
     calibration = None
     if calibrate is not None:
-        calibration = measured_on(encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, **measuring)
+        calibration = measured_on(
+            encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, progress=progress, **measuring
+        )
         choices = calibration.choices
     if folder is not None and out is not None:
         del encoder, model, table  # its numbers are read again, some rows at a time

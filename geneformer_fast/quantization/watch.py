@@ -18,6 +18,7 @@ from geneformer_fast.block import Block, add_norm
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
 from geneformer_fast.heads import CellClassifier, MLMHead, Pooler
+from geneformer_fast.progress import Progress
 from geneformer_fast.ragged import Ragged
 
 #: Rows of each layer that are kept: 4 to 20 MB per block of Geneformer V2. Ten times as many change no SQNR by 0.1 dB.
@@ -63,8 +64,8 @@ class Watch:
         self._largest: dict[str, torch.Tensor] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
 
-    def look(self, batches: Sequence[Ragged]) -> dict[str, Seen]:
-        """Run the encoder over cells, and its head over the sampled tokens.
+    def look(self, batches: Sequence[Ragged], shown: Progress | None = None) -> dict[str, Seen]:
+        """Run the encoder over cells, and its head over the sampled tokens; ``shown`` is told of every batch.
 
         Returns
         -------
@@ -85,6 +86,8 @@ class Watch:
                 hidden = self.encoder(tokens.to(self.encoder.device))
                 self._look_at_head(hidden)
                 self._start = stop
+                if shown is not None:
+                    shown.update(tokens.n_cells)
         return {name: Seen(largest.cpu(), torch.cat(self._rows[name])) for name, largest in self._largest.items()}
 
     def _look_at_head(self, hidden: Ragged) -> None:

@@ -181,7 +181,7 @@ def _tokenize(tour: Tour, vocabulary: Vocabulary) -> TokenFolder:
         tokens = geneformer_fast.tokenize(
             tour.out / "cells.h5ad",
             tour.out / "tokens",
-            vocabulary=vocabulary,
+            dictionary=vocabulary,
             obs=["cell_type", "donor"],
             progress=False,
         )

@@ -28,12 +28,12 @@ RECIPE = Recipe(
     batch_cells=48,
     learning_rate=3e-3,
     schedule="cosine",
-    warmup_ratio=0.1,
+    warmup_share=0.1,
     weight_decay=0.01,
     betas=(0.9, 0.98),
     masking=Masking(share=0.3),
     seed=0,
-    is_showing_progress=False,
+    progress=False,
 )
 
 

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
+from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
 from geneformer_fast.tokenization.identifiers import id_text, is_missing, without_version
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
+from geneformer_fast.tokenization.run import resolve_vocabulary
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE, Vocabulary
@@ -33,6 +35,7 @@ CORPUS_FILE = "corpus.json"
 _BLOCK_ROWS = 1024
 
 
+@renamed(layer="counts_layer", mapping="dictionary")
 @checked
 def medians(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
@@ -40,8 +43,9 @@ def medians(
     *,
     family: str = "v2",
     name: str = "custom",
-    mapping: Vocabulary | None = None,
-    layer: str | None = None,
+    dictionary: str | os.PathLike[str] | Vocabulary | None = None,
+    preset: str | None = None,
+    counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
@@ -68,10 +72,12 @@ def medians(
         ``"v1"``, ``"v2"`` or ``"bionemo"``: special tokens and length.
     name
         What the vocabulary is called.
-    mapping
-        A vocabulary whose aliases turn the ids of the files into gene ids, and to whose genes the result is
-        restricted. Without one, ids are taken as they are, less the version of an Ensembl id.
-    layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts, filter_pass, workers, progress
+    dictionary, preset
+        Gene dictionaries, as in ``tokenize``, whose aliases turn the ids of the files into gene ids, and to whose genes
+        the result is restricted. Without them, ids are taken as they are, less the version of an Ensembl id.
+    counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts, filter_pass
+        As in ``tokenize``.
+    workers, progress
         As in ``tokenize``.
     min_cells
         Leave out genes found in fewer cells.
@@ -97,13 +103,16 @@ def medians(
     Theodoris et al., Nature 618 (2023), "Transfer learning enables predictions in network biology" (there with t-digest
     approximations).
     """
+    if preset is not None and dictionary is None:
+        raise InputError("preset (--preset) chooses among the dictionaries of dictionary= (--dictionary); give both")
+    given = None if dictionary is None else resolve_vocabulary(dictionary, preset)
     if out is not None:
         _check_folder(Path(out), overwrite)
     with contextlib.nullcontext() if out is None else _writing_alone(Path(out), overwrite):
         is_object = hasattr(data, "obs_names")
         entries = [data] if is_object else expand_inputs(data)  # type: ignore[arg-type]
         options = reading.ReadOptions(
-            layer=layer,
+            layer=counts_layer,
             gene_column=gene_column,
             allow_float=allow_float,
             allow_duplicate_cells=allow_duplicate_cells,
@@ -111,7 +120,7 @@ def medians(
             n_counts=n_counts,
             use_filter_pass=filter_pass,
         )
-        known = mapping or Vocabulary.from_medians(dict.fromkeys(_all_genes(entries, options), 1.0), family, name=name)
+        known = given or Vocabulary.from_medians(dict.fromkeys(_all_genes(entries, options), 1.0), family, name=name)
         prepared = reading.prepare(entries, known, options)
         search = MedianSearch(known.n_tokens, memory_bytes)
         try:
@@ -178,8 +187,6 @@ def _search(
     progress: bool | None,
 ) -> int:
     """Show the search the corpus until every median is known; returns how often that was."""
-    from tqdm import tqdm
-
     genes_of = [_gene_tables(entry) for entry in prepared]
     tallies: dict[int, dict[str, int]] = {}
 
@@ -200,10 +207,9 @@ def _search(
     n_cells = sum(entry.n_cells for entry in prepared)
     while not search.is_done:
         n_passes += 1
-        is_silent = None if progress is None else not progress
         tasks = reading.tasks(prepared, options, {}, rows=_BLOCK_ROWS)
         results = ordered_map(work, tasks, workers=workers)
-        with tqdm(total=n_cells, unit=" cells", unit_scale=True, desc=f"pass {n_passes}", disable=is_silent) as bar:
+        with Progress(n_cells, f"medians, pass {n_passes}", "cells", progress) as bar:
             try:
                 for n_block, genes, values in results:
                     search.add(genes, values)

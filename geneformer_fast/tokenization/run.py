@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 import geneformer_fast
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.errors import InputError, OutputError, VocabularyError
+from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, joined_types
@@ -53,15 +54,15 @@ class TokenizedCells(NamedTuple):
     kept_rows: np.ndarray
 
 
+@renamed(layer="counts_layer", vocabulary="dictionary")
 @checked
 def tokenize(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
     *,
-    vocabulary: Vocabulary | None = None,
-    dictionary: str | os.PathLike[str] | None = None,
+    dictionary: str | os.PathLike[str] | Vocabulary | None = None,
     preset: str | None = None,
-    layer: str | None = None,
+    counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
     allow_duplicate_cells: bool = False,
@@ -85,10 +86,13 @@ def tokenize(
         several are taken in sorted order.
     out
         Folder to write. Without one, an AnnData's tokens are returned.
-    vocabulary, dictionary, preset
-        The vocabulary, or the folder of dictionaries to read it from and which one (``"v1"``, ``"v2"``, ``"bionemo"``).
-    layer, gene_column, allow_float, allow_duplicate_cells
-        Which matrix, which column of var holds gene ids, whether TPM-like values and equal cell names pass.
+    dictionary, preset
+        A :class:`Vocabulary`, or the folder of gene dictionaries to read it from and which one of several (``"v1"``,
+        ``"v2"``, ``"bionemo"``).
+    counts_layer
+        The layer that holds the counts; None takes raw.X where it holds counts, else X.
+    gene_column, allow_float, allow_duplicate_cells
+        Which column of var holds gene ids, and whether TPM-like values and equal cell names pass.
     allow_few_genes
         Go on where next to no gene ids match the vocabulary, or fewer than half of ids that look like Ensembl genes.
     obs
@@ -109,7 +113,7 @@ def tokenize(
     shard_bytes
         A shard is closed by the first block that makes it this large.
     progress
-        Show a progress bar; None shows it on a terminal.
+        Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
 
     Returns
     -------
@@ -129,9 +133,9 @@ def tokenize(
     ----------
     Theodoris et al., Nature 618 (2023), "Transfer learning enables predictions in network biology".
     """
-    vocabulary = resolve_vocabulary(vocabulary, dictionary, preset)
+    vocabulary = resolve_vocabulary(dictionary, preset)
     options = reading.ReadOptions(
-        layer=layer,
+        layer=counts_layer,
         gene_column=gene_column,
         allow_float=allow_float,
         allow_duplicate_cells=allow_duplicate_cells,
@@ -157,7 +161,7 @@ def tokenize(
 
 
 def tokenize_anndata(
-    adata: AnnData, vocabulary: Vocabulary, *, workers: int | None = None, **options: Any
+    adata: AnnData, dictionary: Vocabulary, *, workers: int | None = None, **options: Any
 ) -> TokenizedCells:
     """Tokens of an AnnData in memory.
 
@@ -165,34 +169,30 @@ def tokenize_anndata(
     ----------
     adata
         Cells x genes.
-    vocabulary
-        Whose tokens.
+    dictionary
+        The vocabulary whose tokens they are.
     workers
         Ranking threads; None takes all cores.
     options
-        ``layer``, ``gene_column``, ``allow_float``, ``allow_duplicate_cells``, ``allow_few_genes``, ``n_counts``,
-        ``filter_pass``, ``max_len`` as in :func:`tokenize`.
+        ``counts_layer``, ``gene_column``, ``allow_float``, ``allow_duplicate_cells``, ``allow_few_genes``,
+        ``n_counts``, ``filter_pass``, ``max_len`` as in :func:`tokenize`.
 
     Raises
     ------
     InputError
         As :func:`tokenize`.
     """
-    result = tokenize(adata, vocabulary=vocabulary, workers=workers, **options)
+    result = tokenize(adata, dictionary=dictionary, workers=workers, **options)
     assert isinstance(result, TokenizedCells)
     return result
 
 
-def resolve_vocabulary(
-    vocabulary: Vocabulary | None, dictionary: str | os.PathLike[str] | None, preset: str | None
-) -> Vocabulary:
+def resolve_vocabulary(dictionary: str | os.PathLike[str] | Vocabulary | None, preset: str | None) -> Vocabulary:
     """The vocabulary given, or the one in a folder of dictionaries."""
-    if vocabulary is not None:
-        if dictionary is not None:
-            raise VocabularyError("give either a vocabulary or a dictionary folder, not both")
-        if preset is not None and preset != vocabulary.family:
-            raise VocabularyError(f"vocabulary {vocabulary.name!r} is of family {vocabulary.family}, not {preset}")
-        return vocabulary
+    if isinstance(dictionary, Vocabulary):
+        if preset is not None and preset != dictionary.family:
+            raise VocabularyError(f"vocabulary {dictionary.name!r} is of family {dictionary.family}, not {preset}")
+        return dictionary
     if dictionary is None:
         raise VocabularyError(
             "no gene dictionaries given: --dictionary FOLDER (dictionary=) names a folder with Geneformer's dictionary "
@@ -284,7 +284,8 @@ def _write(
 ) -> None:
     start = output.progress["source"], output.progress["row"]
     cells = [dict(tally) for tally in output.progress["cells"]] or [empty_tally(entry.name) for entry in prepared]
-    bar = _progress_bar(sum(entry.n_cells for entry in prepared), sum(tally["read"] for tally in cells), progress)
+    n_cells, n_done = sum(entry.n_cells for entry in prepared), sum(tally["read"] for tally in cells)
+    bar = Progress(n_cells, "tokenizing", "cells", progress, initial=n_done)
     ranked = _ranked_blocks(prepared, vocabulary, options, types, workers, start, schema)
     try:
         for block, batch in ranked:
@@ -332,14 +333,6 @@ def _ranked_blocks(
     source, row = start
     tasks = reading.tasks(prepared, options, types, source=source, row=row, rows=BLOCK_ROWS)
     return ordered_map(work, tasks, workers=workers)
-
-
-def _progress_bar(total: int, done: int, progress: bool | None) -> Any:
-    from tqdm import tqdm
-
-    # tqdm's own reading of None: silent unless standard error is a terminal.
-    is_silent = None if progress is None else not progress
-    return tqdm(total=total, initial=done, unit=" cells", unit_scale=True, desc="tokenize", disable=is_silent)
 
 
 def _tokenize_in_memory(

@@ -87,6 +87,13 @@ class Vocabulary:
         self._check_tokens()
         self._check_medians()
 
+    def __repr__(self) -> str:
+        """One line: what is in it would be a million."""
+        return (
+            f"Vocabulary({self.name!r}, family={self.family!r}, {len(self.token_ids):,} genes, "
+            f"max_len={self.max_len}, fingerprint={self.fingerprint[:12]})"
+        )
+
     def _check_tokens(self) -> None:
         missing = [
             key for key in SPECIAL[self.family] if key in ("pad", "mask", "cls", "eos") and key not in self.special

@@ -16,7 +16,7 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.checksums import fingerprint_of_tensors
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.training.recipe import MACHINE, Recipe
+from geneformer_fast.training.recipe import MACHINE, RENAMED, Recipe
 
 #: Fingerprints of content, and what they are of. Runs of earlier versions have none.
 CONTENT = {
@@ -64,8 +64,9 @@ def identity_of_run(
 def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any], *, what: str) -> None:
     """Refuse to continue another run, naming the first thing that differs.
 
-    What the machine may choose (:data:`~geneformer_fast.training.recipe.MACHINE`) may differ. Fingerprints that a run
-    of an earlier version lacks are taken on trust, with a warning.
+    What the machine may choose (:data:`~geneformer_fast.training.recipe.MACHINE`) may differ. Of a run of an earlier
+    version, old names of fields are read as the new ones, and fingerprints that it lacks are taken on trust, with a
+    warning.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any],
         if key in CONTENT and key not in there:
             unknown += [] if value is None else [CONTENT[key]]
             continue
-        old, value = there.get(key), json.loads(json.dumps(value))  # a list in a file was a tuple
+        old, value = current_names(there.get(key)), json.loads(json.dumps(value))  # a list in a file was a tuple
         if key == "recipe" and isinstance(old, dict):
             for name in value:
                 if name not in MACHINE and old.get(name) != value[name]:
@@ -107,6 +108,13 @@ def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any],
             "held: it goes on in the belief that they are the same",
             stacklevel=2,
         )
+
+
+def current_names(values: Any) -> Any:
+    """What an earlier version wrote down of a recipe or a search, by the names that its fields have now."""
+    if not isinstance(values, dict):
+        return values
+    return {RENAMED.get(name, name): current_names(value) for name, value in values.items()}
 
 
 def _differing(folder: Path, what: str, key: str, old: Any, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines, TensorBoard, a progress bar."""
+"""What a run says while it goes: JSON lines, TensorBoard, progress."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.writing import system_errors, whole_file
+from geneformer_fast.progress import Progress
 
 LOG = "log.jsonl"
 
@@ -140,33 +141,23 @@ class TensorBoard:
 
 
 class Bar:
-    """A progress bar with loss, tokens per second and, where it is known, the share of the peak (MFU)."""
+    """Progress with loss, tokens per second and, where it is known, the share of the peak (MFU)."""
 
-    def __init__(self, n_steps: int, first_step: int, is_showing: bool | None) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=n_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if is_showing is None else not is_showing,
-        )
-        self.is_active = not self._bar.disable
+    def __init__(self, n_steps: int, first_step: int, progress: bool | None) -> None:
+        self._bar = Progress(n_steps, "training", "steps", progress, initial=first_step)
+        self.is_active = self._bar.is_active
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Move on."""
-        self._bar.update(values["step"] - self._bar.n)
         shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_s']:,.0f}"}
         if values.get("mfu") is not None:
             shown["MFU"] = f"{values['mfu']:.0%}"
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(values["step"] - self._bar.n, **shown)
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
-        """A line above the bar."""
-        if self.is_active:
-            known = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "step" and isinstance(v, float))
-            self._bar.write(f"step {values['step']:,}: {known}")
+        """A line above the bar, or one of the log."""
+        known = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "step" and isinstance(v, float))
+        self._bar.write(f"evaluation after step {values['step']:,}: {known}")
 
     def close(self) -> None:
         """End of the bar."""

@@ -227,7 +227,7 @@ class _Run:
             if state["scaler"]:  # a run may go on in float16 that did not begin in it
                 self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
-            self.logs.append(Bar(self.n_steps, self.step, recipe.is_showing_progress))
+            self.logs.append(Bar(self.n_steps, self.step, recipe.progress))
             if self.folder is not None:
                 self.logs.append(JsonLines(self.folder.path, self.step))
                 if recipe.tensorboard:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, with_new_names
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.native import MODEL_TYPE
 from geneformer_fast.checkpoints.skeleton import skeleton
@@ -33,10 +33,14 @@ from geneformer_fast.training.distributed import Ranks, local_device, process_gr
 from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
-from geneformer_fast.training.recipe import RECIPES, Recipe
+from geneformer_fast.training.recipe import RECIPES, RENAMED, Recipe
 from geneformer_fast.training.run_folder import writing_alone
 
 FINAL = "final"
+_RIVALS = (
+    *(("batch_cells", "batch_tokens"), ("batch_tokens", "batch_cells")),
+    *(("epochs", "steps"), ("warmup_share", "warmup_steps")),
+)
 
 
 @checked
@@ -57,6 +61,7 @@ def pretrain(
     on_eval: Callable[[dict[str, float]], None] | None = None,
     tell: Callable[[str], None] | None = None,
     profile: str | os.PathLike[str] | bool = False,
+    progress: bool | None = None,
     **changes: Any,
 ) -> Path:
     """Train an encoder to name masked genes.
@@ -97,6 +102,9 @@ def pretrain(
     profile
         Where a report of how fast it trains goes: a ``.json``, an ``.html``, or a folder for both; True: ``profile/``
         in ``out``.
+    progress
+        Whether to show a progress bar; None is what the recipe says, and if that is None too, one on a terminal, and
+        lines of the log elsewhere.
     **changes
         Fields of the recipe to change, such as ``epochs=1`` or ``batch_cells=64``.
 
@@ -119,7 +127,7 @@ def pretrain(
     place = local_device(device)
     with process_group(place) as ranks:
         folder = tokens if isinstance(tokens, TokenFolder) else open_tokens(tokens)
-        how = recipe_of(recipe, config, changes)
+        how = recipe_of(recipe, config, changes if progress is None else {**changes, "progress": progress})
         model = _model(folder, config, init, adapt_vocabulary, how.seed)
         identity = identity_of(folder, model.config)
         other = _other_folder(eval_tokens, model.config)
@@ -149,9 +157,13 @@ def pretrain(
 
 
 def recipe_of(
-    recipe: Recipe | str | os.PathLike[str] | None, config: Any = None, changes: Mapping[str, Any] | None = None
+    recipe: Recipe | str | os.PathLike[str] | None,
+    config: Any = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    where: str | os.PathLike[str] | None = None,
 ) -> Recipe:
-    """A recipe from whatever names it, with fields changed.
+    """A recipe from whatever names it, with fields changed; ``where`` is the file that the changes are from.
 
     Raises
     ------
@@ -164,12 +176,12 @@ def recipe_of(
         recipe = Recipe.from_dict(read_json(Path(recipe), UnsupportedError), where=recipe)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.preset(str(recipe))
-    changes = dict(changes or {})
-    # The two ways to state a length, and a batch, exclude each other: the one that is asked for wins.
-    for name, rival in (("batch_cells", "batch_tokens"), ("batch_tokens", "batch_cells"), ("epochs", "steps")):
+    changes = with_new_names("recipe" if where is None else str(where), RENAMED, changes or {})
+    # The two ways to state a length, a batch, and a warm-up exclude each other: the one that is asked for wins.
+    for name, rival in _RIVALS:
         if changes.get(name) is not None and rival not in changes:
             changes[rival] = None
-    return Recipe.from_dict({**recipe.to_dict(), **changes})
+    return Recipe.from_dict({**recipe.to_dict(), **changes}, where=where)
 
 
 def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:
@@ -213,7 +225,7 @@ def _model(
     if init is not None:
         if adapt_vocabulary:
             raise UnsupportedError("a checkpoint's vocabulary cannot be changed; leave either init or the change out")
-        model = load(init, dtype="float32")
+        model = load(init, dtype="float32", device="cpu")
         if hf.head_name(model) != "mlm":
             raise UnsupportedError(f"{init} has no head for masked genes; pretraining goes on from one that has")
         if model.quantization is not None:

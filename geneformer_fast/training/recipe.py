@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import checked, renamed_fields, with_new_names
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.schema import check_fields
@@ -19,12 +19,15 @@ PARALLEL = ("ddp", "fsdp")
 #: What may differ when a run continues: where and how it is computed and watched, not what is computed.
 MACHINE = (
     *("token_budget", "precision", "is_recomputing", "workers", "parallel"),
-    *("log_every", "save_every", "keep", "is_showing_progress", "tensorboard"),
+    *("log_every", "save_every", "keep", "progress", "tensorboard"),
 )
+#: Old name -> name of fields: recipes in files, and runs that were begun by earlier versions, have the old ones.
+RENAMED = {"warmup_ratio": "warmup_share", "floor_ratio": "floor_share", "is_showing_progress": "progress"}
 # Far beyond any run: they keep a wrong digit from counting steps, or starting threads, for ever.
 _BOUNDS = {"epochs": (0.0, 1e6), "steps": (0, 10**9), "workers": (-math.inf, 1024)}
 
 
+@renamed_fields(**RENAMED)
 @dataclass(frozen=True)
 class Recipe:
     """How to train.
@@ -43,9 +46,9 @@ class Recipe:
         counting once, whatever piece it is in.
     learning_rate
         The peak.
-    schedule, warmup_steps, warmup_ratio, floor, floor_ratio, power
+    schedule, warmup_steps, warmup_share, floor, floor_share, power
         See :class:`Schedule`. The rise takes ``warmup_steps``, or where that is None this share of all steps; ``floor``
-        is the final learning rate over the peak, ``floor_ratio`` the share of steps at the end spent there.
+        is the final learning rate over the peak, ``floor_share`` the share of steps at the end spent there.
     betas, eps, weight_decay, decays_all
         AdamW; ``decays_all`` decays biases and LayerNorm too.
     clip
@@ -77,8 +80,8 @@ class Recipe:
         Steps between lines of the log.
     tensorboard
         Whether to write TensorBoard files too.
-    is_showing_progress
-        Whether to show a progress bar; None shows one on a terminal.
+    progress
+        Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
     """
 
     epochs: float = 3.0
@@ -90,9 +93,9 @@ class Recipe:
     learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup_steps: int | None = None
-    warmup_ratio: float = 0.05
+    warmup_share: float = 0.05
     floor: float = 0.0
-    floor_ratio: float = 0.0
+    floor_share: float = 0.0
     power: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -114,7 +117,7 @@ class Recipe:
     parallel: str = "ddp"
     log_every: int = 1
     tensorboard: bool = False
-    is_showing_progress: bool | None = None
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, UnsupportedError, _BOUNDS)
@@ -144,9 +147,9 @@ class Recipe:
             raise UnsupportedError(f"betas must be from 0 to below 1, not {self.betas}")
         if self.clip is not None and not self.clip > 0:
             raise UnsupportedError(f"clip must be above 0, or None, not {self.clip}")
-        shares = (self.warmup_ratio, self.floor, self.floor_ratio)
+        shares = (self.warmup_share, self.floor, self.floor_share)
         if not all(0 <= share <= 1 for share in shares):
-            raise UnsupportedError("warmup_ratio, floor and floor_ratio must be from 0 to 1")
+            raise UnsupportedError("warmup_share, floor and floor_share must be from 0 to 1")
 
     @classmethod
     @checked
@@ -158,8 +161,8 @@ class Recipe:
 
     def schedule_for(self, n_steps: int) -> Schedule:
         """The learning rate over a run of ``n_steps``."""
-        warmup = self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * n_steps)
-        floor_steps = math.floor(self.floor_ratio * n_steps)
+        warmup = self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_share * n_steps)
+        floor_steps = math.floor(self.floor_share * n_steps)
         return Schedule(self.schedule, n_steps, warmup, self.floor, floor_steps, self.power)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,18 +174,20 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any], *, where: str | os.PathLike[str] | None = None) -> Recipe:
         """The inverse of :meth:`to_dict`; what is left out has its default, unknown fields are refused by name.
 
+        Fields by their old names are taken, with a warning.
+
         Raises
         ------
         UnsupportedError
             Beginning with ``where``, the file the values come from, if there is one.
         """
         try:
+            values = with_new_names("recipe" if where is None else str(where), RENAMED, values)
             known = {item.name for item in dataclasses.fields(cls)}
             if unknown := sorted(set(values) - known):
                 raise UnsupportedError(
                     f"a recipe has no field {', '.join(unknown)}; there are {', '.join(sorted(known))}"
                 )
-            values = dict(values)
             if isinstance(masking := values.get("masking"), dict):
                 if unknown := sorted(set(masking) - {item.name for item in dataclasses.fields(Masking)}):
                     raise UnsupportedError(f"masking has no field {', '.join(unknown)}")
@@ -207,7 +212,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # 18 cells per device are known, the number of devices is not: eight are assumed.
     "geneformer-v2-104m": Recipe(
-        batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_ratio=0.007, masking=_GENEFORMER_V2
+        batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_share=0.007, masking=_GENEFORMER_V2
     ),
     **{
         name: Recipe(
@@ -215,9 +220,9 @@ RECIPES: dict[str, Recipe] = {
             batch_cells=2048,
             learning_rate=1e-3,
             schedule="cosine",
-            warmup_ratio=0.01,
+            warmup_share=0.01,
             floor=0.02,  # a rate of 2e-5
-            floor_ratio=0.05,
+            floor_share=0.05,
             weight_decay=0.1,
             precision="bfloat16",
             masking=Masking(mask=0.8, random=0.02),

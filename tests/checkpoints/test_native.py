@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geneformer_fast import Encoder, EncoderConfig, load, save
+from geneformer_fast.checkpoints import folders
 from geneformer_fast.errors import CheckpointError, OutputError
 
 CONFIGS = {
@@ -73,3 +74,15 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (folder / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match=r"'head\.bias' has shape \(39,\), the model needs \(40,\)"):
         load(folder)
+
+
+def test_a_model_is_put_where_it_is_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As embed does; a card is stood in for by a device that holds no numbers."""
+    seen = []
+    monkeypatch.setattr(folders, "usable_device", lambda device: seen.append(device) or torch.device("cpu"))
+    folder = save(Encoder(CONFIGS["bionemo"]), tmp_path / "model")
+    for has_card, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_card=has_card: has_card)
+        load(folder)
+        load(folder, device="cpu")
+        assert seen[-2:] == [expected, "cpu"]

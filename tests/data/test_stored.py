@@ -153,7 +153,7 @@ def test_what_is_right_is_given_as_it_is(tmp_path: Path) -> None:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, epochs=1, batch_cells=8, batch_tokens=None, is_showing_progress=False)
+    return dataclasses.replace(recipe, epochs=1, batch_cells=8, batch_tokens=None, progress=False)
 
 
 def labelled(folder: Path, odd: list[int]) -> Path:

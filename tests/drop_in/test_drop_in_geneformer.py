@@ -42,7 +42,7 @@ class Lab:
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder, words = tmp_path_factory.mktemp("lab"), toys.vocabulary(request.param)
     toys.cells(24).write_h5ad(folder / "cells.h5ad")
-    gf.tokenize(folder / "cells.h5ad", folder / "cells.dataset", vocabulary=words, obs=["kind"])
+    gf.tokenize(folder / "cells.h5ad", folder / "cells.dataset", dictionary=words, obs=["kind"])
     size = dict(vocab_size=words.n_tokens, max_position_embeddings=words.max_len)
     bert("BertForMaskedLM", **size).save_pretrained(folder / "model")
     special = words.special

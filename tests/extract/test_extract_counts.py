@@ -20,7 +20,7 @@ def test_counts_are_cut_to_the_length_of_the_model(is_file: bool, tmp_path: Path
     adata.write_h5ad(tmp_path / "cells.h5ad")
     data = tmp_path / "cells.h5ad" if is_file else adata
     result = embed(data, model, dictionary=words, pool="mean", copy=not is_file)
-    tokens = tokenize(adata, tmp_path / "tokens", vocabulary=words, max_len=12)
+    tokens = tokenize(adata, tmp_path / "tokens", dictionary=words, max_len=12)
     assert (tokens.lengths() == 12).any()
     expected = embed(tmp_path / "tokens", model, pool="mean")
     np.testing.assert_array_equal(result if is_file else result.obsm["X_geneformer"], expected)
@@ -44,7 +44,7 @@ def test_antibodies_have_no_embeddings_of_genes() -> None:
 
 def test_a_dict_of_splits_is_not_taken_for_counts(tmp_path: Path) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(9), tmp_path / "splits" / "train", vocabulary=words)
+    tokenize(toys.cells(9), tmp_path / "splits" / "train", dictionary=words)
     (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(OutputError, match=r"DatasetDict of the splits train; give one of them, such as .*splits/train"):
         embed(tmp_path / "splits", toys.encoder(words))

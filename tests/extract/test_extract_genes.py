@@ -47,7 +47,7 @@ def test_means_per_gene(family: str, token_budget: int | None, tmp_path: Path) -
     words, adata = toys.vocabulary(family), toys.cells(15)
     adata.X = without(adata.X, [7, 30])
     model = toys.encoder(words)
-    tokenize(adata, tmp_path / "tokens", vocabulary=words)
+    tokenize(adata, tmp_path / "tokens", dictionary=words)
     result = embed(tmp_path / "tokens", model, pool="gene", token_budget=token_budget)
     assert result.shape == (words.n_tokens, 32)
     assert result.dtype == np.float32

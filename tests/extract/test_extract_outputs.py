@@ -185,7 +185,7 @@ def test_several_files_in_sorted_order_with_cells_left_out(given: str, tmp_path:
 def test_token_folders_of_ours_and_of_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     words, adata = toys.vocabulary(), toys.cells(13, empty=(2,))
-    folder = tokenize(adata, tmp_path / "ours", vocabulary=words, obs=["kind", "score"], shard_bytes=1)
+    folder = tokenize(adata, tmp_path / "ours", dictionary=words, obs=["kind", "score"], shard_bytes=1)
     table = datasets.load_from_disk(str(tmp_path / "ours")).remove_columns(["source_file", "source_row"])
     table.save_to_disk(str(tmp_path / "theirs"), num_shards=3)
     # Without a manifest only a published vocabulary can be assumed.

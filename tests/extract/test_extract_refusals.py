@@ -75,7 +75,7 @@ def test_token_ids_beyond_the_model(tmp_path: Path) -> None:
 def test_same_name_but_other_medians(tmp_path: Path) -> None:
     words = toys.vocabulary()
     other = type(words).from_medians({gene: m * 2 for gene, m in words.medians.items()}, "v2", name="toy")
-    tokenize(toys.cells(), tmp_path / "tokens", vocabulary=other)
+    tokenize(toys.cells(), tmp_path / "tokens", dictionary=other)
     with pytest.raises(VocabularyError, match="both say toy, but the dictionaries differ"):
         embed(tmp_path / "tokens", toys.encoder(words))
 
@@ -120,7 +120,7 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
 
 def test_unfinished_tokens(tmp_path: Path) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(), tmp_path / "tokens", vocabulary=words)
+    tokenize(toys.cells(), tmp_path / "tokens", dictionary=words)
     (tmp_path / "tokens" / "state.json").rename(tmp_path / "tokens" / "UNFINISHED.json")
     with pytest.raises(OutputError, match="unfinished"):
         embed(tmp_path / "tokens", toys.encoder(words))
@@ -168,7 +168,7 @@ def test_an_h5ad_of_before_anndata_07_is_not_written_into(tmp_path: Path) -> Non
 
 def test_cells_longer_than_the_model(tmp_path: Path) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(), tmp_path / "tokens", vocabulary=words)
+    tokenize(toys.cells(), tmp_path / "tokens", dictionary=words)
     with pytest.raises(VocabularyError, match="12"):
         embed(tmp_path / "tokens", toys.encoder(words, max_len=12))
 

@@ -328,7 +328,7 @@ def test_other_devices_have_no_budget() -> None:
 def test_a_budget_does_not_change_results(pool: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words, adata = toys.vocabulary(), toys.cells(40)
     model, tokens = toys.encoder(words), tmp_path / "tokens"
-    tokenize(adata, tokens, vocabulary=words)
+    tokenize(adata, tokens, dictionary=words)
     expected = embed(tokens, model, pool=pool)
     memory, windows, planned = Counted(), [], []
     monkeypatch.setattr(budgets, "memory_of", lambda device: memory)
@@ -353,7 +353,7 @@ def test_a_budget_does_not_change_results(pool: str, monkeypatch: pytest.MonkeyP
 
 def test_a_batch_of_ones_own_size_is_kept_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(9), tmp_path / "tokens", vocabulary=words)
+    tokenize(toys.cells(9), tmp_path / "tokens", dictionary=words)
     monkeypatch.setattr(budgets, "memory_of", lambda device: Counted())
     model = toys.encoder(words)
     embed(tmp_path / "tokens", model, token_budget=300, memory_budget="400MB")
@@ -402,7 +402,7 @@ def test_the_process_stays_below_the_smallest_budget_and_loads_what_it_needs(
     scheme: str | None, tmp_path: Path
 ) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(60), tmp_path / "tokens", vocabulary=words)
+    tokenize(toys.cells(60), tmp_path / "tokens", dictionary=words)
     model = toys.encoder(words, width=512, n_heads=8, ff_width=2048)
     save(model if scheme is None else quantize(model, scheme=scheme), tmp_path / "model")
     places = [str(tmp_path / name) for name in ("tokens", "model", "new/cells.npy")]
@@ -491,7 +491,7 @@ def test_only_code_that_lies_in_files_unchanged_is_let_go_of() -> None:
 @pytest.mark.parametrize("command", ["embed", "predict"])
 def test_the_command_line_refuses_what_is_no_size(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = toys.vocabulary()
-    tokenize(toys.cells(5), tmp_path / "tokens", vocabulary=words)
+    tokenize(toys.cells(5), tmp_path / "tokens", dictionary=words)
     save(toys.encoder(words), tmp_path / "model")
     out = tmp_path / "cells.parquet"
     places = [str(tmp_path / "tokens"), "--model", str(tmp_path / "model"), "--out", str(out)]

@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.save(folder / "model")
     for name, seed in (("a", 1), ("b", 2)):
         toys.cells(400, seed=seed, prefix=name).write_h5ad(folder / f"{name}.h5ad")
-        tokenize(folder / f"{name}.h5ad", folder / name, vocabulary=words, progress=False)
+        tokenize(folder / f"{name}.h5ad", folder / name, dictionary=words, progress=False)
     return folder
 
 
@@ -226,7 +226,7 @@ def many(home: Path) -> Path:
     """Cells enough to embed for some seconds, so that a signal finds the command at it."""
     for name, seed in (("a", 1), ("b", 2)):
         toys.cells(6000, seed=seed, prefix=name).write_h5ad(home / f"many_{name}.h5ad")
-        tokenize(home / f"many_{name}.h5ad", home / f"many_{name}", vocabulary=toys.vocabulary(), progress=False)
+        tokenize(home / f"many_{name}.h5ad", home / f"many_{name}", dictionary=toys.vocabulary(), progress=False)
     return home
 
 

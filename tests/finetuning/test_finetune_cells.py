@@ -271,7 +271,7 @@ def test_tokens_of_another_vocabulary_are_refused(home, tmp_path):
     import toys
 
     words = toys.vocabulary(name="other")
-    gf.tokenize(typed_cells(12), tmp_path / "tokens", vocabulary=words, obs=["kind"], progress=False)
+    gf.tokenize(typed_cells(12), tmp_path / "tokens", dictionary=words, obs=["kind"], progress=False)
     with pytest.raises(GeneformerFastError, match="these tokens were made with other, but the model reads toy"):
         gf.finetune_cells(tmp_path / "tokens", home / "model", "kind", tmp_path / "out")
 

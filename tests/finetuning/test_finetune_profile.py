@@ -54,7 +54,7 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     code = main(
         [
             *("finetune", "cells", str(home / "tokens"), "--model", str(home / "model"), "--label", "kind", "--out"),
-            *(str(tmp_path / "out"), "--epochs", "3", "--batch", "8", "--eval-share", "0", "--quiet", "--profile"),
+            *(str(tmp_path / "out"), "--epochs", "3", "--batch-cells", "8", "--eval-share=0", "--quiet", "--profile"),
             str(place),
         ]
     )

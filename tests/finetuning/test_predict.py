@@ -111,7 +111,7 @@ def test_refusals(done, home, new_cells, tmp_path):
 def test_columns_of_the_users_are_not_written_over(done, new_cells, tmp_path, column):
     adata = new_cells.copy()
     adata.obs[column] = "mine"
-    with pytest.raises(OutputError, match=rf"the AnnData: its obs holds '{column}' already.*key_added=, --key"):
+    with pytest.raises(OutputError, match=rf"the AnnData: its obs holds '{column}' already.*key_added=, --key-added"):
         gf.predict(adata, done.model, progress=False)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     with pytest.raises(OutputError, match=rf"cells\.h5ad: its obs holds '{column}' already"):

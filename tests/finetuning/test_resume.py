@@ -72,7 +72,7 @@ def test_other_tokens_of_equal_lengths_are_refused(home, half, tmp_path):
     cells.X = cells.X[:, ::-1].tocsr()
     cells.write_h5ad(tmp_path / "cells.h5ad")
     columns = [name for name in cells.obs if name != "obs_names"]
-    gf.tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", vocabulary=toys.vocabulary(), obs=columns, progress=False)
+    gf.tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", dictionary=toys.vocabulary(), obs=columns, progress=False)
     ours, theirs = gf.open_tokens(home / "tokens"), gf.open_tokens(tmp_path / "tokens")
     assert np.array_equal(ours.lengths(), theirs.lengths())
     with pytest.raises(OutputError, match="a fine-tuning of other tokens, however alike they look"):
@@ -84,7 +84,7 @@ def test_the_machine_may_change_and_nothing_else(home, half):
         go_on(home, half, recipe=dataclasses.replace(ONE_EPOCH, learning_rate=0.5))
     with pytest.raises(OutputError, match=r"with eval share 0\.1, not 0\.2"):
         go_on(home, half, eval_share=0.2)
-    other = dataclasses.replace(ONE_EPOCH, token_budget=512, is_showing_progress=True, workers=0)
+    other = dataclasses.replace(ONE_EPOCH, token_budget=512, progress=True, workers=0)
     assert go_on(home, half, recipe=other).scores["n"] == 90
 
 
@@ -242,7 +242,7 @@ def test_a_search_without_room_or_with_a_damaged_file_is_one_sentence(tmp_path):
 def test_a_space_that_is_none_is_refused(home, tmp_path):
     for bad in (
         {"learning_rate": (0.0, 1.0)}, {"learning_rate": (1e-3, 1e-5)}, {"weight_decay": (0.0, float("inf"))},
-        {"warmup_ratio": (0.0, 2.0)}, {"warmup_ratio": (float("nan"), 1.0)}, {"schedule": ()},
+        {"warmup_share": (0.0, 2.0)}, {"warmup_share": (float("nan"), 1.0)}, {"schedule": ()},
         {"schedule": ("steep",)}, {"freeze_layers": (2, 1)},
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match=f"{next(iter(bad))}|schedules"):
@@ -267,7 +267,7 @@ def oddly_named(tmp_path_factory):
     cells.obs["endless"] = np.where(np.arange(90) == 7, np.inf, np.arange(90) % 2)
     names = ["cell", "fold", "row", "gene", "kind", "kind_predicted", "kind: x", "endless"]
     cells.write_h5ad(folder / "cells.h5ad")
-    gf.tokenize(folder / "cells.h5ad", folder / "tokens", vocabulary=toys.vocabulary(), obs=names, progress=False)
+    gf.tokenize(folder / "cells.h5ad", folder / "tokens", dictionary=toys.vocabulary(), obs=names, progress=False)
     return folder / "tokens"
 
 

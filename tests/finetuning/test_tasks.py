@@ -59,10 +59,10 @@ def test_several_tasks_at_once(home, tmp_path):
 def test_the_command_line_does_what_the_function_does(home, tmp_path, capsys):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"batch_cells": 8, "token_budget": 2048, "epochs": 9}))
-    options = ["--recipe", str(recipe), "--epochs", "1", "--lr", "1e-2", "--seed", "1"]
+    options = ["--recipe", str(recipe), "--epochs", "1", "--learning-rate", "1e-2", "--seed", "1"]
     common = [str(home / "tokens"), "--model", str(home / "model"), "--device", "cpu"]
     cells = ["finetune", "cells", *common, "--label", "kind", "--group", "donor", "--folds", "2", "--no-final"]
-    sampled = ["--sampler", "under", "--loss", "focal:gamma=1", "--freeze", "1", "--freeze-embeddings"]
+    sampled = ["--sampler", "under", "--loss", "focal:gamma=1", "--freeze-layers", "1", "--freeze-embeddings"]
     assert main([*cells, *sampled, *options, "--out", str(tmp_path / "cli")]) == 0
     said = capsys.readouterr().out
     assert "mean ± standard deviation of 2 folds; 90 cells" in said
@@ -92,7 +92,7 @@ def test_genes_search_and_predict_on_the_command_line(home, tmp_path, capsys):
     [
         (["--label", "nothing"], "has no column 'nothing'"),
         (["--label", "kind=much", "--label", "batch"], "the weight must be a number, not 'much'"),
-        (["--label", "kind", "--lr", "-1"], "learning_rate must be above 0"),
+        (["--label", "kind", "--learning-rate", "-1"], "learning_rate must be above 0"),
         (["--label", "kind", "--recipe", "absent.json"], "absent.json: no such file"),
     ],
 )

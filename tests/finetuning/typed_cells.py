@@ -19,10 +19,10 @@ TYPES = ("B", "NK", "T")
 GROUPS = ("quiet", "loud")
 # Enough for these cells, and no more: three seconds rather than thirty.
 SHORT = dataclasses.replace(
-    CELLS, epochs=8, batch_cells=8, learning_rate=1e-2, token_budget=2048, seed=1, is_showing_progress=False
+    CELLS, epochs=8, batch_cells=8, learning_rate=1e-2, token_budget=2048, seed=1, progress=False
 )
 SHORT_GENES = dataclasses.replace(
-    GENES, epochs=4, batch_cells=16, learning_rate=5e-3, token_budget=2048, seed=1, is_showing_progress=False
+    GENES, epochs=4, batch_cells=16, learning_rate=5e-3, token_budget=2048, seed=1, progress=False
 )
 
 
@@ -59,7 +59,7 @@ def write_tokens(folder: Path, adata: anndata.AnnData | None = None, columns: li
     adata = typed_cells() if adata is None else adata
     file = folder / "cells.h5ad"
     adata.write_h5ad(file)
-    gf.tokenize(file, folder / "tokens", vocabulary=toys.vocabulary(), obs=columns, progress=False)
+    gf.tokenize(file, folder / "tokens", dictionary=toys.vocabulary(), obs=columns, progress=False)
     return folder / "tokens"
 
 

@@ -93,7 +93,7 @@ def test_cells_at_even_steps_are_as_long_and_short_as_all():
 
 @pytest.fixture
 def folder(tmp_path):
-    tokenize(toy_counts(23), tmp_path / "tokens", vocabulary=vocabulary(), progress=False)
+    tokenize(toy_counts(23), tmp_path / "tokens", dictionary=vocabulary(), progress=False)
     return tmp_path / "tokens"
 
 

@@ -20,7 +20,7 @@ FAST = ["--dtype", "float32", "--steps", "2", "--threads", "1"]
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     words = vocabulary()
-    tokenize(toy_counts(12), folder / "tokens", vocabulary=words, progress=False)
+    tokenize(toy_counts(12), folder / "tokens", dictionary=words, progress=False)
     save(toy_encoder(words), folder / "model")
     return folder
 

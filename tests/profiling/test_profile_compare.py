@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     words = vocabulary()
-    tokenize(toy_counts(30), folder / "tokens", vocabulary=words, progress=False)
+    tokenize(toy_counts(30), folder / "tokens", dictionary=words, progress=False)
     model = toy_encoder(words)
     save(model, folder / "model")
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def request(place, **options):
 @pytest.mark.parametrize("layer", ["penultimate", "last", "0"])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_embeddings_are_ours(place, layer, pool):
-    with opened(request(place, layer=layer, batch_tokens=150)) as ours:
+    with opened(request(place, layer=layer, token_budget=150)) as ours:
         ours.pool = pool
         with stock_of(ours) as stock:
             chosen = np.arange(30)
@@ -58,7 +58,7 @@ def test_other_results_are_not_timed(place):
 
 
 def test_batches_have_no_more_positions_than_ours_have_tokens_and_every_cell_once(place):
-    with opened(request(place, batch_tokens=120)) as ours, stock_of(ours) as stock:
+    with opened(request(place, token_budget=120)) as ours, stock_of(ours) as stock:
         lengths = ours.cells.lengths()
         batches = list(stock._batches(np.arange(30)))
         assert sorted(np.concatenate(batches)) == list(range(30))
@@ -67,7 +67,7 @@ def test_batches_have_no_more_positions_than_ours_have_tokens_and_every_cell_onc
 
 
 def test_the_same_genes_are_masked_and_the_loss_is_ours(place):
-    asked = request(place, model=str(place / "learning"), mode="train", batch_tokens=200)
+    asked = request(place, model=str(place / "learning"), mode="train", token_budget=200)
     with opened(asked) as ours, stock_of(ours) as stock:
         ours.encoder.eval()
         stock.model.eval()
@@ -91,7 +91,7 @@ def test_the_same_genes_are_masked_and_the_loss_is_ours(place):
 
 def test_the_report_holds_both_and_says_which_is_faster(place, monkeypatch):
     monkeypatch.setattr(compare, "N_TURNS", 1)
-    with opened(request(place, batch_tokens=150)) as ours:
+    with opened(request(place, token_budget=150)) as ours:
         report = compared(ours, ours.report())
     (stock,) = report.compared
     assert (report.subject.engine, stock.subject.engine) == ("geneformer_fast", "transformers")
@@ -104,7 +104,7 @@ def test_the_report_holds_both_and_says_which_is_faster(place, monkeypatch):
 
 def test_training_is_compared_too(place, monkeypatch):
     monkeypatch.setattr(compare, "N_TURNS", 1)
-    with opened(request(place, model=str(place / "learning"), mode="train", batch_tokens=200)) as ours:
+    with opened(request(place, model=str(place / "learning"), mode="train", token_budget=200)) as ours:
         report = compared(ours, ours.report())
     (stock,) = report.compared
     assert stock.time.n_steps == report.time.n_steps == 2

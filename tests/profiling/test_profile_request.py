@@ -17,20 +17,20 @@ COUNTS = {"mode": "tokenize", "counts": "cells.h5ad", "dictionary": "vocabulary"
 
 VALUES = {
     "tokens": "tokens", "lengths": "100", "cells": 5, "dtype": "float32", "device": "cpu", "threads": 1,
-    "batch_tokens": 64, "layer": "last", "recompute": True, "counts": "cells.h5ad", "dictionary": "vocabulary",
+    "token_budget": 64, "layer": "last", "recompute": True, "counts": "cells.h5ad", "dictionary": "vocabulary",
     "preset": "v1", "compare": "stock", "sweep": True, "steps": 3, "seconds": 1.0, "card": "NVIDIA H200",
     "out": "here", "overwrite": True, "model": "geneformer-v1-10m", "predict": True,
 }  # fmt: skip
 
 # What each kind of request follows, besides what it needs itself.
 FOLLOWS = {
-    "embed": (EMBED, {"tokens", "lengths", "cells", "dtype", "device", "threads", "batch_tokens", "layer", "compare",
+    "embed": (EMBED, {"tokens", "lengths", "cells", "dtype", "device", "threads", "token_budget", "layer", "compare",
                       "sweep", "steps", "seconds", "out", "model"}),
-    "train": (TRAIN, {"tokens", "lengths", "cells", "dtype", "device", "threads", "batch_tokens", "recompute",
+    "train": (TRAIN, {"tokens", "lengths", "cells", "dtype", "device", "threads", "token_budget", "recompute",
                       "compare", "sweep", "steps", "seconds", "out", "model"}),
     "made-up counts": (TOKENIZE, {"lengths", "cells", "threads", "steps", "seconds", "out"}),
     "counts": (COUNTS, {"counts", "dictionary", "preset", "threads", "steps", "seconds", "out"}),
-    "predict": (PREDICT, {"model", "tokens", "lengths", "cells", "dtype", "threads", "batch_tokens", "layer", "card",
+    "predict": (PREDICT, {"model", "tokens", "lengths", "cells", "dtype", "threads", "token_budget", "layer", "card",
                           "predict"}),
 }  # fmt: skip
 
@@ -66,12 +66,12 @@ def test_every_option_is_looked_at_here():
         ({**EMBED, "steps": 0}, "--steps must be from 1"),
         ({**EMBED, "cells": -1}, "--cells must be from 1"),
         ({**EMBED, "threads": 10**10}, "--threads must be from 1"),
-        ({**EMBED, "batch_tokens": 0}, "--batch-tokens must be from 1"),
+        ({**EMBED, "token_budget": 0}, "--token-budget must be from 1"),
         ({**EMBED, "seconds": 0.0}, "--seconds must be above 0"),
         ({**EMBED, "seconds": float("nan")}, "--seconds must be above 0"),
         ({**EMBED, "seconds": float("inf")}, "--seconds must be above 0"),
         ({**EMBED, "seconds": 1.0, "steps": 3}, "--steps and --seconds both"),
-        ({**EMBED, "sweep": True, "batch_tokens": 5}, "--batch-tokens is what --sweep finds"),
+        ({**EMBED, "sweep": True, "token_budget": 5}, "--token-budget is what --sweep finds"),
         ({**EMBED, "overwrite": True}, "--overwrite needs a folder"),
         ({"mode": "tokenize", "counts": "x.h5ad"}, "--dictionary is missing"),
         ({"predict": True, "cells": 10}, "--card is missing"),

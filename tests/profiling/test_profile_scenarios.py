@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiled")
     words, counts = vocabulary(), toy_counts(40)
     counts.write_h5ad(folder / "counts.h5ad")
-    tokenize(counts, folder / "tokens", vocabulary=words, progress=False)
+    tokenize(counts, folder / "tokens", dictionary=words, progress=False)
     words.save(folder / "vocabulary")
     model = toy_encoder(words)
     save(model, folder / "model")
@@ -65,7 +65,7 @@ def test_batches_are_those_of_the_stream_in_worker_threads_and_without():
 
 
 def test_embedding_is_measured_on_whole_passes_and_counted_exactly(place):
-    scenario, report = reported(request(place, seconds=0.3, batch_tokens=200))
+    scenario, report = reported(request(place, seconds=0.3, token_budget=200))
     with open_tokens(place / "tokens") as folder:
         chosen = evenly(folder.lengths(), report.subject.settings["cells"])
         lengths = folder.lengths()[chosen]
@@ -103,7 +103,7 @@ def test_so_many_steps_are_a_whole_pass_so_that_short_cells_are_among_them(steps
 
 
 def test_so_many_steps_are_measured_as_were_asked_for(place):
-    _, report = reported(request(place, steps=3, batch_tokens=100, layer="last"))
+    _, report = reported(request(place, steps=3, token_budget=100, layer="last"))
     assert report.time.n_steps == 3
     assert report.subject.settings["layer"] == "last"
     assert {operation.name for operation in report.operations} >= {"varlen_attention"}
@@ -112,7 +112,7 @@ def test_so_many_steps_are_measured_as_were_asked_for(place):
 
 def test_made_up_cells_of_a_preset_are_embedded():
     scenario, report = reported(
-        Request(model="geneformer-v1-10m", lengths="uniform:3-30", cells=6, steps=2, batch_tokens=60, dtype="float32")
+        Request(model="geneformer-v1-10m", lengths="uniform:3-30", cells=6, steps=2, token_budget=60, dtype="float32")
     )
     assert report.cells.n <= 6
     assert report.subject.n_parameters == sum(p.numel() for p in scenario.encoder.parameters())
@@ -121,7 +121,7 @@ def test_made_up_cells_of_a_preset_are_embedded():
 
 
 def test_training_is_counted_with_the_rows_of_its_head(place):
-    asked = request(place, model=str(place / "learning"), mode="train", steps=4, batch_tokens=300)
+    asked = request(place, model=str(place / "learning"), mode="train", steps=4, token_budget=300)
     with opened(asked) as scenario:
         before = scenario.encoder.blocks[0].qkv.weight.detach().clone()
         report = scenario.report()
@@ -167,7 +167,7 @@ def test_counts_of_ones_own_are_tokenized(place):
 
 def test_made_up_counts_have_as_many_genes_as_lengths_say(tmp_path):
     write_made_up_counts(tmp_path / "cells.h5ad", 12, Lengths.parsed("uniform:5-60"))
-    found = tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", vocabulary=made_up_vocabulary(), progress=False)
+    found = tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", dictionary=made_up_vocabulary(), progress=False)
     with found as folder:
         lengths = Lengths.parsed("uniform:5-60").of(12, N_GENES)
         assert (folder.lengths() - 2).tolist() == lengths.tolist()  # CLS and EOS

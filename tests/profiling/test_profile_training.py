@@ -34,7 +34,7 @@ from geneformer_fast.training.profiled import FOLDER, rows_of_head
 from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.utilisation import Utilisation
 
-RECIPE = Recipe(steps=8, batch_cells=6, token_budget=120, warmup_ratio=0.1, eval_every=3, save_every=4, log_every=1)
+RECIPE = Recipe(steps=8, batch_cells=6, token_budget=120, warmup_share=0.1, eval_every=3, save_every=4, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("cells")
     cells, words = place / "cells.h5ad", toys.vocabulary()
     toys.cells(40).write_h5ad(cells)
-    gf.tokenize(cells, place / "tokens", vocabulary=words)
+    gf.tokenize(cells, place / "tokens", dictionary=words)
     with open_tokens(place / "tokens") as folder:
         yield folder
 

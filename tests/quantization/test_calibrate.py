@@ -260,21 +260,21 @@ def test_tables_stay_where_that_is_asked_for() -> None:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrate")
     cells(40).write_h5ad(folder / "cells.h5ad")
-    gf.tokenize(str(folder / "cells.h5ad"), folder / "tokens", vocabulary=vocabulary(), progress=False)
+    gf.tokenize(str(folder / "cells.h5ad"), folder / "tokens", dictionary=vocabulary(), progress=False)
     return folder / "tokens"
 
 
 def test_cells_of_a_folder_are_drawn_by_the_seed(tokens: Path) -> None:
     made = model()
-    found: Calibration = calibrate(made, tokens, n_cells=10)
+    found: Calibration = calibrate(made, tokens, max_cells=10)
     assert found.n_cells == 10
     with gf.open_tokens(tokens) as folder:
         drawn = np.random.default_rng(0).choice(40, 10, replace=False)
         assert found.n_tokens == folder.lengths()[drawn].sum()
         some = SomeCells.of(folder, made.config, 10, 0)
         assert sum(map(len, (cell for batch in some.batches for cell in batch.cells()))) == found.n_tokens
-    assert calibrate(made, tokens, n_cells=1000).n_cells == 40
-    assert calibrate(made, tokens, n_cells=10, seed=1).n_tokens != found.n_tokens
+    assert calibrate(made, tokens, max_cells=1000).n_cells == 40
+    assert calibrate(made, tokens, max_cells=10, seed=1).n_tokens != found.n_tokens
 
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
@@ -282,7 +282,7 @@ def test_embeddings_are_those_of_embed(tmp_path: Path, family: str) -> None:
     words = vocabulary(family)
     made = encoder(words, family=family)
     cells(12).write_h5ad(tmp_path / "cells.h5ad")
-    gf.tokenize(str(tmp_path / "cells.h5ad"), tmp_path / "tokens", vocabulary=words, progress=False)
+    gf.tokenize(str(tmp_path / "cells.h5ad"), tmp_path / "tokens", dictionary=words, progress=False)
     expected = gf.embed(tmp_path / "tokens", made, layer="last", progress=False)
     with gf.open_tokens(tmp_path / "tokens") as folder:
         some = SomeCells.of(folder, made.config, 12, 0)
@@ -311,7 +311,7 @@ def test_weights_that_make_no_numbers_are_refused_by_layer() -> None:
         (dict(scheme="int4"), "scheme must be one of int8, int8-weights, fp8, not 'int4'"),
         (dict(bar=float("nan")), r"bar \(--bar\) must be a number"),
         (dict(least_cosine=1.5), "least-cosine\\) must be above 0"),
-        (dict(n_cells=0), "cells\\) must be at least 1"),
+        (dict(max_cells=0), "cells\\) must be at least 1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(changes: dict[str, Any], said: str) -> None:

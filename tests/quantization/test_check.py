@@ -33,7 +33,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adata.obs["other"] = np.where(adata.obs["kind"] == "a", "b", "none of them")
     adata.write_h5ad(folder / "cells.h5ad")
     gf.tokenize(
-        str(folder / "cells.h5ad"), folder / "tokens", vocabulary=vocabulary(), obs=["kind", "other"], progress=False
+        str(folder / "cells.h5ad"), folder / "tokens", dictionary=vocabulary(), obs=["kind", "other"], progress=False
     )
     return folder / "tokens"
 
@@ -219,7 +219,7 @@ def test_a_classifier_in_memory_tells_only_whether_it_calls_cells_the_same(token
 
 def test_a_quantized_model_is_smaller_and_said_to_be_one(tokens: Path) -> None:
     made = with_genes()
-    found = check(made, quantize.quantize(made), tokens, n_cells=30, progress=False)
+    found = check(made, quantize.quantize(made), tokens, max_cells=30, progress=False)
     size = by_name(found)["model, MB"]
     assert size.quantized < size.exact
     assert (found.scheme, found.n_cells) == ("int8", 30)
@@ -239,9 +239,9 @@ def test_what_cannot_be_compared_is_refused(tokens: Path, classifier: Path, tmp_
         check(made, encoder(width=48), tokens, progress=False)
     with pytest.raises(VocabularyError, match="other"):
         check(encoder(vocabulary(name="other")), made, tokens, progress=False)
-    with pytest.raises(UnsupportedError, match="n_cells must be at least 2"):
-        check(made, made, tokens, n_cells=1, progress=False)
+    with pytest.raises(UnsupportedError, match="max_cells must be at least 2"):
+        check(made, made, tokens, max_cells=1, progress=False)
     cells(1).write_h5ad(tmp_path / "one.h5ad")
-    gf.tokenize(str(tmp_path / "one.h5ad"), tmp_path / "tokens", vocabulary=vocabulary(), progress=False)
+    gf.tokenize(str(tmp_path / "one.h5ad"), tmp_path / "tokens", dictionary=vocabulary(), progress=False)
     with pytest.raises(InputError, match="has 1 cell, and two at least"):
         check(made, made, tmp_path / "tokens", progress=False)

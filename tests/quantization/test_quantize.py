@@ -216,7 +216,7 @@ def test_cells_to_measure_on() -> None:
         f"blocks.{i}.{name}": "int8" for i in range(2) for name in ("qkv", "out", "up", "down")
     }
     for options, said in (
-        ({"bar": 20.0}, r"bar \(--bar\) is about"), ({"n_cells": 3}, r"n_cells \(--cells\) is about"),
+        ({"bar": 20.0}, r"bar \(--bar\) is about"), ({"max_cells": 3}, r"max_cells \(--max-cells\) is"),
         ({"choices": {}, **measured}, "leave one of them out"),
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match=said):

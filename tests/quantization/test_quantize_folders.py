@@ -19,7 +19,7 @@ from geneformer_fast.quantization.report import Report
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cells")
     toys.cells(12).write_h5ad(place / "cells.h5ad")
-    tokenize(place / "cells.h5ad", place / "tokens", vocabulary=toys.vocabulary())
+    tokenize(place / "cells.h5ad", place / "tokens", dictionary=toys.vocabulary())
     return place / "tokens"
 
 
@@ -71,7 +71,7 @@ def test_measured_on_cells(tmp_path: Path, model: Path, tokens: Path, capsys: py
     options = {"least_cosine": 0.9, "bar": 20.0, "n_cells": 8}
     quantize(model, tmp_path / "a", calibrate=tokens, **options)
     quantize(load(model), tmp_path / "b", calibrate=tokens, **options)
-    given = ["--least-cosine", "0.9", "--bar", "20", "--cells", "8", "--check", str(tokens), "--device", "cpu"]
+    given = ["--least-cosine", "0.9", "--bar", "20", "--max-cells", "8", "--check", str(tokens), "--device", "cpu"]
     command = ["quantize", str(model), "--out", str(tmp_path / "c"), "--calibrate", str(tokens), *given]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out

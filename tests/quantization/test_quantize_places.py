@@ -24,7 +24,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_tokens(place: Path, n_cells: int, vocabulary: Vocabulary) -> Path:
     toys.cells(n_cells).write_h5ad(place / "cells.h5ad")
-    tokenize(place / "cells.h5ad", place / "tokens", vocabulary=vocabulary)
+    tokenize(place / "cells.h5ad", place / "tokens", dictionary=vocabulary)
     return place / "tokens"
 
 
@@ -156,7 +156,7 @@ def test_options_are_called_as_on_the_command_line(
     tmp_path: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["quantize", str(model), "--out", str(tmp_path / "out")]
-    for option, value, wrong in (("--cells", "3", "0"), ("--bar", "20", "nan"), ("--least-cosine", "0.9", "2")):
+    for option, value, wrong in (("--max-cells", "3", "0"), ("--bar", "20", "nan"), ("--least-cosine", "0.9", "2")):
         assert cli.main([*command, option, value]) == 2
         assert re.search(rf"\({option}\) is about measuring .* \(--calibrate TOKENS\)", capsys.readouterr().err)
         assert cli.main([*command, "--calibrate", str(tokens), option, wrong]) == 2

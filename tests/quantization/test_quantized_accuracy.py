@@ -43,7 +43,7 @@ def tokens(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     medians = dict(zip(genes, logs[:, chosen].mean(0).tolist(), strict=True))
     words = Vocabulary.from_medians(medians, "v1", name="variable", max_len=MAX_LEN)
     folder = tmp_path_factory.mktemp("accuracy") / "tokens"
-    gf.tokenize(str(file), folder, vocabulary=words, allow_few_genes=True, progress=False)
+    gf.tokenize(str(file), folder, dictionary=words, allow_few_genes=True, progress=False)
     return folder
 
 

@@ -58,7 +58,7 @@ def test_a_fresh_classifier_learns_on_what_is_frozen(kind: str) -> None:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tokens of 9 cells."""
     folder = tmp_path_factory.mktemp("tokens") / "out"
-    tokenize(toys.cells(9), folder, vocabulary=toys.vocabulary())
+    tokenize(toys.cells(9), folder, dictionary=toys.vocabulary())
     return folder
 
 

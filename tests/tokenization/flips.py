@@ -54,7 +54,7 @@ def write(kind: str, folder: Path) -> None:
         from geneformer_fast.tokenization.vocabulary import Vocabulary
 
         words = Vocabulary.from_medians({gene: 1.0 + i % 7 for i, gene in enumerate(ids)}, "v2", name="toy", max_len=20)
-        tokenize(adata, folder / "tokens", vocabulary=words, obs=["kind", "score"], shard_bytes=2_000, progress=False)
+        tokenize(adata, folder / "tokens", dictionary=words, obs=["kind", "score"], shard_bytes=2_000, progress=False)
     else:
         import pickle
 

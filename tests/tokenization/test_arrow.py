@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     for seed in (1, 2):
         make_cells(1500, seed).write_h5ad(base / f"part{seed}.h5ad")
     carried = ["cluster", "score", "donor", "cell type", "is_good"]
-    tokenize(base, base / "out", vocabulary=small_vocabulary(), obs=carried, shard_bytes=20_000)
+    tokenize(base, base / "out", dictionary=small_vocabulary(), obs=carried, shard_bytes=20_000)
     return base / "out"
 
 

@@ -66,12 +66,12 @@ def test_every_reader_has_them(kind: str, tmp_path: Path) -> None:
     (tmp_path / "counts").mkdir()
     data = write(kind, tmp_path / "counts")
     kept = [name for i, name in enumerate(NAMES) if i != 2]
-    tokens = tokenize(data, tmp_path / "plain", vocabulary=toys.vocabulary(), progress=False)
+    tokens = tokenize(data, tmp_path / "plain", dictionary=toys.vocabulary(), progress=False)
     assert tokens.columns == ["input_ids", "obs_names", "length", "source_file", "source_row"]
     assert tokens.column("obs_names").to_pylist() == kept
     for index in ("index", "_index"):
         named = {"obs_names": "barcode", index: "also"}
-        tokens = tokenize(data, tmp_path / index, vocabulary=toys.vocabulary(), obs=named, progress=False)
+        tokens = tokenize(data, tmp_path / index, dictionary=toys.vocabulary(), obs=named, progress=False)
         assert tokens.columns[1:3] == ["barcode", "also"]
         assert tokens.column("barcode").to_pylist() == tokens.column("also").to_pylist() == kept
 
@@ -85,7 +85,7 @@ def test_a_column_called_index_is_reached(is_file: bool, tmp_path: Path) -> None
     if is_file:
         adata.write_h5ad(tmp_path / "cells.h5ad")
     data = tmp_path / "cells.h5ad" if is_file else adata
-    options = dict(vocabulary=toys.vocabulary(), gene_column="index", progress=False)
+    options = dict(dictionary=toys.vocabulary(), gene_column="index", progress=False)
     tokens = tokenize(data, tmp_path / "out", obs=["index"], **options)
     assert tokens.column("index").to_pylist() == ["i0", "i1", "i3", "i4", "i5"]
     assert tokens.column("obs_names").to_pylist() == [name for i, name in enumerate(NAMES) if i != 2]
@@ -99,15 +99,15 @@ def test_cells_without_names_are_told_apart_by_their_row(tmp_path: Path) -> None
     cells().write_h5ad(tmp_path / "cells.h5ad")
     with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
         del file["obs/_index"], file["obs"].attrs["_index"]
-    tokens = tokenize(tmp_path / "cells.h5ad", tmp_path / "out", vocabulary=toys.vocabulary(), progress=False)
+    tokens = tokenize(tmp_path / "cells.h5ad", tmp_path / "out", dictionary=toys.vocabulary(), progress=False)
     assert tokens.column("obs_names").to_pylist() == ["0", "1", "3", "4", "5"]
 
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'obs_names' for a carried obs column is taken.*--obs another_name=kind"):
-        tokenize(cells(), tmp_path / "out", vocabulary=toys.vocabulary(), obs={"kind": "obs_names"})
+        tokenize(cells(), tmp_path / "out", dictionary=toys.vocabulary(), obs={"kind": "obs_names"})
     with pytest.raises(InputError, match=r"no column 'sex' to carry along; there are kind, score \(and obs_names\)"):
-        tokenize(cells(), tmp_path / "out", vocabulary=toys.vocabulary(), obs="sex")
+        tokenize(cells(), tmp_path / "out", dictionary=toys.vocabulary(), obs="sex")
     with pytest.raises(InputError, match="columns of obs go into a folder"):
-        tokenize(cells(), vocabulary=toys.vocabulary(), obs=["kind"])
+        tokenize(cells(), dictionary=toys.vocabulary(), obs=["kind"])
     assert not list(tmp_path.iterdir())

@@ -66,7 +66,7 @@ def test_every_encoding_of_a_column_is_carried(tmp_path, kind):
     if kind.startswith("zarr"):  # a chunk of zeros is not stored, and reads as one that was lost
         columns["uint64"] = (columns["uint64"][0] + np.uint64(1), [i + 1 for i in range(N)])
     data = stored(small(**{name: values for name, (values, _) in columns.items()}), tmp_path, kind)
-    tokenize(data, tmp_path / "out", vocabulary=small_vocabulary(), obs=list(columns))
+    tokenize(data, tmp_path / "out", dictionary=small_vocabulary(), obs=list(columns))
     with open_tokens(tmp_path / "out") as tokens:
         for name, (_, want) in columns.items():
             assert tokens.column(name).to_pylist() == want, name
@@ -81,7 +81,7 @@ def test_a_column_that_does_not_fit_the_type_of_the_other_inputs(tmp_path):
         adata.write_h5ad(tmp_path / f"{name}.h5ad")
     inputs = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
     with pytest.raises(InputError, match=r"b\.h5ad: obs column 'score' cannot be carried as double"):
-        tokenize(inputs, tmp_path / "out", vocabulary=small_vocabulary(), obs=["score"])
+        tokenize(inputs, tmp_path / "out", dictionary=small_vocabulary(), obs=["score"])
 
 
 R_LOGICAL = h5py.enum_dtype({"FALSE": 0, "TRUE": 1, "NA": 2}, basetype="i1")
@@ -112,7 +112,7 @@ def test_columns_as_r_writes_them(tmp_path, kind):
         for name, (_, want) in FROM_R.items():
             got = source.obs(name)
             assert got.tolist() == want if isinstance(got, np.ndarray) else got.to_pylist() == want, name
-    tokenize(path, tmp_path / "out", vocabulary=small_vocabulary(), obs=list(FROM_R))
+    tokenize(path, tmp_path / "out", dictionary=small_vocabulary(), obs=list(FROM_R))
     with open_tokens(tmp_path / "out") as tokens:
         assert tokens.column("logical").to_pylist() == [False, True, None] * 4
 

@@ -42,7 +42,7 @@ def test_totals_that_do_not_fit(factor, said, tmp_path, capsys):
     vocabulary = small_vocabulary()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tokens = tokenize(adata, tmp_path / "tokens", vocabulary=vocabulary)
+        tokens = tokenize(adata, tmp_path / "tokens", dictionary=vocabulary)
         memory = tokenize_anndata(adata, vocabulary)
         medians(adata, tmp_path / "medians")
     messages = [str(warning.message) for warning in caught]
@@ -67,7 +67,7 @@ def test_totals_are_looked_at_where_a_pass_begins_also_after_an_interruption(tmp
     monkeypatch.setattr(run, "BLOCK_ROWS", 16)
     path = tmp_path / "cells.h5ad"
     with_totals(2.0).write_h5ad(path)
-    options = {"vocabulary": small_vocabulary(), "shard_bytes": 200}
+    options = {"dictionary": small_vocabulary(), "shard_bytes": 200}
     original, done = run.TokenOutput.write, []
 
     def stop(self, *args, **kwargs):
@@ -99,7 +99,7 @@ def test_a_selection_of_variable_genes(n_genes, is_selection, tmp_path):
     adata.write_h5ad(tmp_path / "b.h5ad")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tokens = tokenize(tmp_path, tmp_path / "tokens", vocabulary=large_vocabulary())
+        tokens = tokenize(tmp_path, tmp_path / "tokens", dictionary=large_vocabulary())
     said = [str(warning.message) for warning in caught]
     assert len(said) == is_selection, "files with the same genes are named once"
     assert all(f"X has only {n_genes:,} genes" in message and "highly variable" in message for message in said)
@@ -158,9 +158,9 @@ def test_max_len_and_few_genes_on_the_command_line(tmp_path, capsys):
     assert manifest["cells"][0]["full"] > 0
     assert main(["tokenize", *arguments, "--allow-few-genes", "--max-len", "50"]) == 2
     assert "from 3 to 40" in capsys.readouterr().err
-    assert main(["medians", arguments[0], "--mapping", arguments[2], "--out", str(tmp_path / "m")]) == 2
+    assert main(["medians", arguments[0], "--dictionary", arguments[2], "--out", str(tmp_path / "m")]) == 2
     assert (
-        main(["medians", arguments[0], "--mapping", arguments[2], "--out", str(tmp_path / "m"), "--allow-few-genes"])
+        main(["medians", arguments[0], "--dictionary", arguments[2], "--out", str(tmp_path / "m"), "--allow-few-genes"])
         == 0
     )
 
@@ -168,6 +168,6 @@ def test_max_len_and_few_genes_on_the_command_line(tmp_path, capsys):
 def test_resuming_with_another_length_is_refused(tmp_path):
     path = tmp_path / "cells.h5ad"
     make_cells(30).write_h5ad(path)
-    tokenize(path, tmp_path / "out", vocabulary=small_vocabulary(), max_len=9)
+    tokenize(path, tmp_path / "out", dictionary=small_vocabulary(), max_len=9)
     with pytest.raises(OutputError, match=r"options\.max_len: begun with 9, now 10"):
-        tokenize(path, tmp_path / "out", vocabulary=small_vocabulary(), max_len=10, resume=True)
+        tokenize(path, tmp_path / "out", dictionary=small_vocabulary(), max_len=10, resume=True)

@@ -36,7 +36,7 @@ def vocabularies(shared_dir):
 def test_every_reference_file(name, preset, shared_dir, vocabularies, tmp_path):
     path, options = FILES[name]
     reference = pq.read_table(shared_dir / f"data/reference_official/{name}__{preset.upper()}.parquet")
-    tokens = tokenize(shared_dir / "data" / path, tmp_path / "out", vocabulary=vocabularies[preset], **options)
+    tokens = tokenize(shared_dir / "data" / path, tmp_path / "out", dictionary=vocabularies[preset], **options)
     values, cu_seqlens = tokens.read(range(tokens.n_cells))
     want = reference["input_ids"].combine_chunks()
     assert tokens.schema.field("input_ids").type == want.type, "int16 for V1, int32 for V2"

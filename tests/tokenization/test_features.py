@@ -39,7 +39,7 @@ def tokens_of(data, folder):
     if isinstance(data, anndata.AnnData):
         result = tokenize_anndata(data, VOCABULARY)
         return result.values.tolist(), result.report["inputs"][0]
-    folder = tokenize(data, folder / "tokens", vocabulary=VOCABULARY)
+    folder = tokenize(data, folder / "tokens", dictionary=VOCABULARY)
     return folder.read(range(folder.n_cells))[0].tolist(), folder.manifest["inputs"][0]
 
 

@@ -57,7 +57,7 @@ def test_cell_rangers_outs_name_their_choices(tmp_path):
         assert "filtered_feature_bc_matrix" in str(caught.value)
         assert "raw_feature_bc_matrix" in str(caught.value)
     chosen = outs / "filtered_feature_bc_matrix.h5"
-    tokens = tokenize(chosen, tmp_path / "tokens", vocabulary=small_vocabulary())
+    tokens = tokenize(chosen, tmp_path / "tokens", dictionary=small_vocabulary())
     assert tokens.manifest["cells"][0]["read"] == 20
 
 
@@ -144,7 +144,7 @@ def test_the_same_barcodes_in_two_inputs(tmp_path, capsys):
     other.obs_names = [*make_cells(200, 1).obs_names[:10], *other.obs_names[10:]]  # 5 %, as by chance
     other.write_h5ad(tmp_path / "other.h5ad")
     with pytest.warns(UserWarning, match=r"some\.h5ad and .*all\.h5ad share 100% of the cell names") as caught:
-        tokens = tokenize(tmp_path, tmp_path / "tokens", vocabulary=vocabulary)
+        tokens = tokenize(tmp_path, tmp_path / "tokens", dictionary=vocabulary)
     assert len([warning for warning in caught if "cell names" in str(warning.message)]) == 1
     assert ["share 100%" in str(entry["warnings"]) for entry in tokens.manifest["inputs"]] == [False, False, True]
     vocabulary.save(tmp_path / "dictionary")
@@ -155,7 +155,7 @@ def test_the_same_barcodes_in_two_inputs(tmp_path, capsys):
     assert "  warning: " in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenize(files, tmp_path / "allowed", vocabulary=vocabulary, allow_duplicate_cells=True)
+        tokenize(files, tmp_path / "allowed", dictionary=vocabulary, allow_duplicate_cells=True)
 
 
 def test_row_numbers_are_no_barcodes(tmp_path):
@@ -165,7 +165,7 @@ def test_row_numbers_are_no_barcodes(tmp_path):
         adata.write_h5ad(tmp_path / f"{name}.h5ad")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenize(tmp_path, tmp_path / "tokens", vocabulary=small_vocabulary())
+        tokenize(tmp_path, tmp_path / "tokens", dictionary=small_vocabulary())
 
 
 def test_many_names_are_compared_by_a_sample(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_geos_prefixed_triplets(tmp_path):
         with open_source(path) as source:
             np.testing.assert_array_equal(dense_of(source), counts)
             assert source.gene_ids().tolist() == GENES
-    tokens = tokenize(folder, tmp_path / "tokens", vocabulary=small_vocabulary())
+    tokens = tokenize(folder, tmp_path / "tokens", dictionary=small_vocabulary())
     assert [tally["read"] for tally in tokens.manifest["cells"]] == [20, 20, 20]
     with pytest.raises(InputError, match=r"several matrices \(GSM1_a_matrix\.mtx\.gz, .*give one of them"):
         open_source(folder)
@@ -245,7 +245,7 @@ def test_kb_pythons_cells_by_genes(tmp_path, n_cells):
         with open_source(data) as source:
             np.testing.assert_array_equal(dense_of(source), adata.X)
             assert source.cell_names().tolist() == adata.obs_names.tolist()
-    tokens = tokenize(tmp_path, tmp_path / "tokens", vocabulary=small_vocabulary())
+    tokens = tokenize(tmp_path, tmp_path / "tokens", dictionary=small_vocabulary())
     assert tokens.manifest["inputs"][0]["genes"]["versioned"] == len(GENES)
 
 

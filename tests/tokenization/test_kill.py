@@ -43,7 +43,7 @@ def small_blocks(monkeypatch):
 
 def _tokenize(corpus, out, **options):
     given = {"obs": ["donor"], "shard_bytes": SHARD_BYTES, "workers": 2, "progress": False, **options}
-    return tokenize(corpus, out, vocabulary=small_vocabulary(), **given)
+    return tokenize(corpus, out, dictionary=small_vocabulary(), **given)
 
 
 def _says_what_it_is(out, finished):
@@ -253,7 +253,7 @@ def test_resuming_something_else_is_refused(corpus, tmp_path):
             _tokenize(corpus, out, resume=True, **options)
     with pytest.raises(OutputError, match=r"(?s)vocabulary\.max_len: begun with 40, now 41"):
         tokenize(
-            corpus, out, vocabulary=small_vocabulary(max_len=41), obs=["donor"], shard_bytes=SHARD_BYTES, resume=True
+            corpus, out, dictionary=small_vocabulary(max_len=41), obs=["donor"], shard_bytes=SHARD_BYTES, resume=True
         )
     with pytest.raises(OutputError, match=r"inputs: begun with 3 entries \(among them .*2\.h5ad.*now 2 entries"):
         _tokenize([corpus / "1.h5ad", corpus / "3.h5ad"], out, resume=True)

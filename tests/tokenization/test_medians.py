@@ -162,7 +162,7 @@ def test_real_cells_and_the_official_mapping(shared_dir):
     """Every gene of 3,774 real cells, collapsed by the official mapping, against numpy."""
     adata = anndata.read_h5ad(shared_dir / "data/pbmc_facs/pbmc_facs.h5ad")
     mapping = Vocabulary.from_folder(shared_dir / "data/dicts", "v2")
-    got = medians(shared_dir / "data/pbmc_facs/pbmc_facs.h5ad", mapping=mapping, name="pbmc")
+    got = medians(shared_dir / "data/pbmc_facs/pbmc_facs.h5ad", dictionary=mapping, name="pbmc")
     targets = [mapping.aliases.get(i.upper()) for i in adata.var["ensembl_id"]]
     genes = sorted({gene for gene in targets if gene in mapping.token_ids})
     index = {gene: i for i, gene in enumerate(genes)}

@@ -61,7 +61,7 @@ def _expected(seeds, vocabulary, storages=("csr", "csc", "dense")):
 
 
 def test_cells_columns_and_sources(corpus, vocabulary, tmp_path):
-    tokens = tokenize(corpus, tmp_path / "out", vocabulary=vocabulary, obs=OBS, shard_bytes=30_000)
+    tokens = tokenize(corpus, tmp_path / "out", dictionary=vocabulary, obs=OBS, shard_bytes=30_000)
     assert isinstance(tokens, type(open_tokens(tmp_path / "out")))
     cells, origins = _expected((1, 2, 3), vocabulary)
     assert as_lists(*tokens.read(range(tokens.n_cells))) == cells
@@ -88,7 +88,7 @@ def test_cells_columns_and_sources(corpus, vocabulary, tmp_path):
 def test_inputs_in_sorted_order_each_once(corpus, vocabulary, tmp_path, spelling):
     files = [corpus / f"{name}.h5ad" for name in "cab"]
     data = {"folder": corpus, "files": files, "glob": f"{corpus}/*.h5ad", "doubled": [*files, corpus]}[spelling]
-    tokens = tokenize(data, tmp_path / "out", vocabulary=vocabulary)
+    tokens = tokenize(data, tmp_path / "out", dictionary=vocabulary)
     cells, _ = _expected((1, 2, 3), vocabulary)
     assert as_lists(*tokens.read(range(tokens.n_cells))) == cells
 
@@ -97,7 +97,7 @@ def test_same_bytes_for_any_number_of_workers(corpus, vocabulary, tmp_path):
     want = None
     for workers in (1, 2, 5):
         out = tmp_path / f"out{workers}"
-        tokenize(corpus, out, vocabulary=vocabulary, obs=OBS, workers=workers, shard_bytes=20_000)
+        tokenize(corpus, out, dictionary=vocabulary, obs=OBS, workers=workers, shard_bytes=20_000)
         got = folder_bytes(out)
         assert want is None or got == want
         want = got
@@ -109,7 +109,7 @@ def test_in_memory_is_what_is_written(family, tmp_path):
     vocabulary = small_vocabulary(family)
     adata = make_cells(200, 4)
     memory = tokenize_anndata(adata, vocabulary)
-    tokens = tokenize(adata, tmp_path / "out", vocabulary=vocabulary)
+    tokens = tokenize(adata, tmp_path / "out", dictionary=vocabulary)
     values, cu_seqlens = tokens.read(range(tokens.n_cells))
     np.testing.assert_array_equal(memory.values, values)
     np.testing.assert_array_equal(memory.cu_seqlens, cu_seqlens)
@@ -178,33 +178,33 @@ def test_columns_of_different_types_are_joined(vocabulary, tmp_path):
             del adata.obs["only_a"]
         adata.write_h5ad(tmp_path / f"{name}.h5ad")
     files = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
-    tokens = tokenize(files, tmp_path / "out", vocabulary=vocabulary, obs=["both", "mixed"])
+    tokens = tokenize(files, tmp_path / "out", dictionary=vocabulary, obs=["both", "mixed"])
     assert tokens.schema.field("both").type == pa.float64()
     assert tokens.column("both").to_pylist()[17:19] == [19.0, 0.5]
     assert tokens.column("mixed").to_pylist()[17:19] == ["19", "k0"]
     with pytest.raises(InputError, match=r"b\.h5ad: obs has no column 'only_a' to carry along; there are cluster"):
-        tokenize(files, tmp_path / "out2", vocabulary=vocabulary, obs=["only_a"])
+        tokenize(files, tmp_path / "out2", dictionary=vocabulary, obs=["only_a"])
     assert not (tmp_path / "out2").exists()
 
 
 @pytest.mark.parametrize("obs", [{"donor": "length"}, {"donor": "x", "cluster": "x"}, ["input_ids"]])
 def test_taken_column_names(obs, vocabulary, tmp_path):
     with pytest.raises(InputError, match="is taken"):
-        tokenize(make_cells(20), tmp_path / "out", vocabulary=vocabulary, obs=obs)
+        tokenize(make_cells(20), tmp_path / "out", dictionary=vocabulary, obs=obs)
 
 
 def test_existing_folders(corpus, vocabulary, tmp_path):
     out = tmp_path / "out"
-    tokenize(corpus, out, vocabulary=vocabulary)
+    tokenize(corpus, out, dictionary=vocabulary)
     before = folder_bytes(out)
     with pytest.raises(OutputError, match="holds finished tokens"):
-        tokenize(corpus, out, vocabulary=vocabulary)
-    tokenize(corpus, out, vocabulary=vocabulary, resume=True)
+        tokenize(corpus, out, dictionary=vocabulary)
+    tokenize(corpus, out, dictionary=vocabulary, resume=True)
     assert folder_bytes(out) == before
     with pytest.raises(OutputError, match="exclude each other"):
-        tokenize(corpus, out, vocabulary=vocabulary, resume=True, overwrite=True)
+        tokenize(corpus, out, dictionary=vocabulary, resume=True, overwrite=True)
     (out / "cache-1.arrow").write_text("somebody else's")
-    tokenize(corpus / "a.h5ad", out, vocabulary=vocabulary, overwrite=True)
+    tokenize(corpus / "a.h5ad", out, dictionary=vocabulary, overwrite=True)
     assert len(open_tokens(out)) == 298
     assert (out / "cache-1.arrow").exists()
     foreign = tmp_path / "mine"
@@ -212,11 +212,11 @@ def test_existing_folders(corpus, vocabulary, tmp_path):
     (foreign / "thesis.txt").write_text("dear")
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(OutputError, match="no token folder; nothing in it is touched"):
-            tokenize(corpus, foreign, vocabulary=vocabulary, **options)
+            tokenize(corpus, foreign, dictionary=vocabulary, **options)
     assert folder_bytes(foreign) == {"thesis.txt": b"dear"}
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError):
-        tokenize(corpus, tmp_path / "file", vocabulary=vocabulary)
+        tokenize(corpus, tmp_path / "file", dictionary=vocabulary)
 
 
 def test_two_processes_do_not_write_one_folder(corpus, vocabulary, tmp_path, monkeypatch):
@@ -225,11 +225,11 @@ def test_two_processes_do_not_write_one_folder(corpus, vocabulary, tmp_path, mon
 
     def write_while_another_starts(*arguments):
         with pytest.raises(OutputError, match="being written by another process"):
-            tokenize(corpus, out, vocabulary=vocabulary, overwrite=True)
+            tokenize(corpus, out, dictionary=vocabulary, overwrite=True)
         return original(*arguments)
 
     monkeypatch.setattr(run, "_write", write_while_another_starts)
-    assert len(tokenize(corpus, out, vocabulary=vocabulary)) == 894
+    assert len(tokenize(corpus, out, dictionary=vocabulary)) == 894
 
 
 def _broken(folder, kind):
@@ -260,13 +260,13 @@ KINDS = ["nan late", "negative late", "other species", "all empty", "totals late
 def test_a_bad_file_leaves_nothing_that_looks_finished(kind, corpus, vocabulary, tmp_path, capsys):
     bad = _broken(corpus, kind)
     with pytest.raises(InputError, match=r"z\.h5ad"):
-        tokenize(bad, tmp_path / "alone", vocabulary=vocabulary)
+        tokenize(bad, tmp_path / "alone", dictionary=vocabulary)
     assert not (tmp_path / "alone").exists()
     if kind == "all empty":
         return
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"z\.h5ad"):
-        tokenize(corpus, out, vocabulary=vocabulary, shard_bytes=20_000)
+        tokenize(corpus, out, dictionary=vocabulary, shard_bytes=20_000)
     if out.exists():  # complete shards of the files before it
         assert (out / "UNFINISHED.json").exists()
         assert not (out / "state.json").exists()
@@ -283,19 +283,19 @@ def test_a_bad_file_leaves_nothing_that_looks_finished(kind, corpus, vocabulary,
 def test_what_is_asked_wrongly(corpus, vocabulary, tmp_path):
     with pytest.raises(VocabularyError, match="--dictionary FOLDER"):
         tokenize(corpus, tmp_path / "out")
-    with pytest.raises(VocabularyError, match="not both"):
+    with pytest.raises(ArgumentError, match="vocabulary is the old name of dictionary, and both are given"):
         tokenize(corpus, tmp_path / "out", vocabulary=vocabulary, dictionary=tmp_path)
     with pytest.raises(VocabularyError, match="is of family v2, not v1"):
-        tokenize(corpus, tmp_path / "out", vocabulary=vocabulary, preset="v1")
+        tokenize(corpus, tmp_path / "out", dictionary=vocabulary, preset="v1")
     with pytest.raises(OutputError, match="needs a folder to write to"):
-        tokenize(corpus, vocabulary=vocabulary)
+        tokenize(corpus, dictionary=vocabulary)
     with pytest.raises(InputError, match="workers must be at least 1"):
-        tokenize(corpus, tmp_path / "out", vocabulary=vocabulary, workers=0)
+        tokenize(corpus, tmp_path / "out", dictionary=vocabulary, workers=0)
     with pytest.raises(InputError, match="nothing matches it as a pattern"):
-        tokenize(tmp_path / "no*.h5ad", tmp_path / "out", vocabulary=vocabulary)
+        tokenize(tmp_path / "no*.h5ad", tmp_path / "out", dictionary=vocabulary)
     for data in (make_cells(5).X, [make_cells(5)]):
         with pytest.raises(ArgumentError, match=r"tokenize: data must be .*AnnData"):
-            tokenize(data, tmp_path / "out", vocabulary=vocabulary)
+            tokenize(data, tmp_path / "out", dictionary=vocabulary)
     assert not (tmp_path / "out").exists()
 
 
@@ -384,8 +384,8 @@ def test_ordered_map_keeps_order_bounds_and_stops():
 
 
 def test_manifest_names_no_time_and_no_temporary_path(corpus, vocabulary, tmp_path):
-    tokenize(corpus / "a.h5ad", tmp_path / "one", vocabulary=vocabulary)
-    tokenize(corpus / "a.h5ad", tmp_path / "two", vocabulary=vocabulary)
+    tokenize(corpus / "a.h5ad", tmp_path / "one", dictionary=vocabulary)
+    tokenize(corpus / "a.h5ad", tmp_path / "two", dictionary=vocabulary)
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
     content = json.loads((tmp_path / "one" / "manifest.json").read_text())
     assert content["inputs"][0]["path"] == str(corpus / "a.h5ad")
@@ -395,7 +395,7 @@ def test_manifest_names_no_time_and_no_temporary_path(corpus, vocabulary, tmp_pa
 def test_more_inputs_than_are_kept_open(vocabulary, tmp_path):
     for i in range(12):
         make_cells(12, i).write_h5ad(tmp_path / f"{i:02d}.h5ad")
-    tokens = tokenize(tmp_path / "*.h5ad", tmp_path / "out", vocabulary=vocabulary)
+    tokens = tokenize(tmp_path / "*.h5ad", tmp_path / "out", dictionary=vocabulary)
     assert [part[-7:] for part in tokens.column("source_file").to_pylist()[::10]] == [
         f"{i:02d}.h5ad" for i in range(12)
     ]
@@ -434,19 +434,19 @@ def test_a_folder_that_another_process_writes_or_has_just_finished_is_left_alone
     out.mkdir()
     (out / "UNFINISHED.json").write_text("{}")
     with folder_lock(out), pytest.raises(OutputError, match="is being written by another process"):
-        tokenize(tmp_path / "ours.h5ad", out, vocabulary=vocabulary)
+        tokenize(tmp_path / "ours.h5ad", out, dictionary=vocabulary)
     (out / "UNFINISHED.json").unlink()
 
     @contextlib.contextmanager
     def late(folder):
         monkeypatch.undo()
-        tokenize(tmp_path / "theirs.h5ad", folder, vocabulary=vocabulary)
+        tokenize(tmp_path / "theirs.h5ad", folder, dictionary=vocabulary)
         with folder_lock(folder):
             yield
 
     monkeypatch.setattr(output, "folder_lock", late)
     with pytest.raises(OutputError, match="holds finished tokens"):
-        tokenize(tmp_path / "ours.h5ad", out, vocabulary=vocabulary)
+        tokenize(tmp_path / "ours.h5ad", out, dictionary=vocabulary)
     with open_tokens(out) as folder:
         assert folder.manifest["inputs"][0]["path"].endswith("theirs.h5ad")
 
@@ -461,11 +461,11 @@ def test_what_an_earlier_version_began_is_said_to_be_of_one(vocabulary, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(run, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary)
+            tokenize(tmp_path / "a.h5ad", out, dictionary=vocabulary)
     with pytest.raises(OutputError, match=r"(?s)begun differently.*allow_float.*Repeat what it was begun with, or"):
-        tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary, allow_float=True, resume=True)
+        tokenize(tmp_path / "a.h5ad", out, dictionary=vocabulary, allow_float=True, resume=True)
     content = json.loads((out / "UNFINISHED.json").read_text())
     del content["options"]["allow_few_genes"]
     (out / "UNFINISHED.json").write_text(json.dumps(with_digest(content)))
     with pytest.raises(OutputError, match=r"(?s)begun differently.*Go on with the earlier version that began it, or"):
-        tokenize(tmp_path / "a.h5ad", out, vocabulary=vocabulary, resume=True)
+        tokenize(tmp_path / "a.h5ad", out, dictionary=vocabulary, resume=True)

@@ -407,7 +407,7 @@ def test_10x_version_2_and_several_genomes(shared_dir):
         one = read_back(source)
     several = folder / "multiple_genomes.h5"
     with pytest.raises(
-        InputError, match=r"several genomes \(another_genome, hg19_chr21\); choose one with layer= \(tokenize --layer"
+        InputError, match=r"several genomes \(another_genome, hg19_chr21\); choose one with counts_layer= \(--counts"
     ):
         open_source(several)
     with open_source(several, layer="hg19_chr21") as source:

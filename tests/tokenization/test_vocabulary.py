@@ -261,3 +261,11 @@ def test_tokens_of_one_release_with_medians_of_another(shared_dir, tmp_path):
     shutil.copy(source / "gene_median_dictionary_gc30M.pkl", tmp_path)
     with pytest.raises(VocabularyError, match=r"of 20271 genes with a token have no median.*do not belong together"):
         Vocabulary.from_folder(tmp_path)
+
+
+def test_it_is_shown_in_one_line():
+    words = Vocabulary.from_medians({f"ENSG{i:011d}": 1.0 for i in range(20_000)}, name="mine")
+    assert repr(words) == str(words)
+    assert repr(words) == (
+        f"Vocabulary('mine', family='v2', 20,000 genes, max_len=4096, fingerprint={words.fingerprint[:12]})"
+    )

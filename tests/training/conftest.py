@@ -14,7 +14,7 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground") / "tokens"
     tokens = gf.tokenize(
-        toys.cells(80, seed=3), folder, vocabulary=toys.vocabulary(), obs=["kind", "score"], progress=False
+        toys.cells(80, seed=3), folder, dictionary=toys.vocabulary(), obs=["kind", "score"], progress=False
     )
     assert isinstance(tokens, TokenFolder)
     return Ground(tokens)

@@ -19,7 +19,7 @@ from geneformer_fast.training.masked_genes import MaskedGenes
 from geneformer_fast.training.recipe import Recipe
 
 GEOMETRY = dict(n_layers=2, width=32, n_heads=2, ff_width=48, dropout=0.1, attention_dropout=0.1)
-SHORT = Recipe(epochs=2, batch_cells=16, token_budget=150, learning_rate=3e-3, warmup_ratio=0.1)
+SHORT = Recipe(epochs=2, batch_cells=16, token_budget=150, learning_rate=3e-3, warmup_share=0.1)
 
 
 @dataclass(frozen=True)

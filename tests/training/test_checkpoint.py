@@ -33,7 +33,7 @@ from geneformer_fast.training.checkpoint import (
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.optimizer import make_optimizer
 
-LONG = dataclasses.replace(SHORT, epochs=7, save_every=4, eval_every=6, keep=2, is_showing_progress=False)
+LONG = dataclasses.replace(SHORT, epochs=7, save_every=4, eval_every=6, keep=2, progress=False)
 
 
 def log(run: Path) -> list[dict]:

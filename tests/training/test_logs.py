@@ -41,10 +41,10 @@ def test_lines_of_steps_that_are_made_again_go(tmp_path: Path) -> None:
 
 
 def test_the_bar_says_speed_and_share_of_the_peak(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
-    ground.fit(ground.model(), dataclasses.replace(SHORT, is_showing_progress=True), eval_cells=ground.eval_cells)
+    ground.fit(ground.model(), dataclasses.replace(SHORT, progress=True), eval_cells=ground.eval_cells)
     said = capsys.readouterr().err
     assert "8/8" in said
     for words in ("loss=", "tokens/s=", "MFU="):
         assert words in said
-    ground.fit(ground.model(), dataclasses.replace(SHORT, steps=1, is_showing_progress=False))
+    ground.fit(ground.model(), dataclasses.replace(SHORT, steps=1, progress=False))
     assert capsys.readouterr().err == ""

@@ -90,7 +90,7 @@ def test_steps_that_overflow_float16_are_left_out(ground: Ground, monkeypatch: p
     start, ends = weights(model), []
     history = ground.fit(
         model,
-        dataclasses.replace(SHORT, epochs=8, precision="float16", warmup_ratio=0.0),
+        dataclasses.replace(SHORT, epochs=8, precision="float16", warmup_share=0.0),
         on_step=lambda record: ends.append(weights(model)),
     )
     assert same(ends[0], start)

@@ -25,7 +25,7 @@ from geneformer_fast.errors import (
 from geneformer_fast.training.cells import split_cells
 from geneformer_fast.training.pretrain import config_of
 
-QUICK = dict(recipe=dataclasses.replace(SHORT, epochs=1, is_showing_progress=False), device="cpu")
+QUICK = dict(recipe=dataclasses.replace(SHORT, epochs=1, progress=False), device="cpu")
 
 
 def test_final_is_a_hugging_face_folder(ground: Ground, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_published_recipes() -> None:
     assert (v1.epochs, v1.weight_decay, v1.betas, v1.eps, v1.clip) == (3, 0.001, (0.9, 0.999), 1e-8, 1.0)
     assert v1.masking == Masking(0.15, 0.8, 0.1)
     v2 = RECIPES["geneformer-v2-104m"]
-    assert (v2.learning_rate, v2.schedule, v2.warmup_ratio) == (2e-4, "cosine", 0.007)
+    assert (v2.learning_rate, v2.schedule, v2.warmup_share) == (2e-4, "cosine", 0.007)
     assert v2.masking.masks_specials
     large = RECIPES["geneformer-12l-95m"]
     assert (large.learning_rate, large.schedule, large.warmup_steps, large.batch_cells) == (5e-4, "cosine", 5_000, 32)
@@ -114,7 +114,7 @@ def test_what_is_asked_for_wins(tmp_path) -> None:
         (dict(steps=0), "steps must be at least 1"),
         (dict(learning_rate=0.0), "learning_rate must be above 0"),
         (dict(learning_rate=math.inf), "learning_rate must be a finite number, not Infinity"),
-        (dict(warmup_ratio=1.5), "from 0 to 1"),
+        (dict(warmup_share=1.5), "from 0 to 1"),
         (dict(weight_decay=-1), "weight_decay must not be negative"),
         (dict(betas=(0.9, 1.0)), "betas"),
         (dict(clip=0.0), "clip"),

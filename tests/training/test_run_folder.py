@@ -23,14 +23,14 @@ from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.logs import JsonLines, TensorBoard
 
-TWO = dataclasses.replace(SHORT, steps=2, is_showing_progress=False)
+TWO = dataclasses.replace(SHORT, steps=2, progress=False)
 
 
 def other_tokens(folder: Path) -> Path:
     """As many cells and tokens as on the ground, of other genes."""
     cells = toys.cells(80, seed=3)
     cells.X = cells.X[:, ::-1].copy() if not hasattr(cells.X, "tocsc") else cells.X.tocsc()[:, ::-1].tocsr()
-    gf.tokenize(cells, folder, vocabulary=toys.vocabulary(), obs=["kind", "score"], progress=False)
+    gf.tokenize(cells, folder, dictionary=toys.vocabulary(), obs=["kind", "score"], progress=False)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_other_tokens_of_equal_lengths_are_refused(ground: Ground, tmp_path: Pat
     # The same tokens in another place are the same.
     same = tmp_path / "same"
     cells = toys.cells(80, seed=3)
-    gf.tokenize(cells, same, vocabulary=toys.vocabulary(), obs=["kind", "score"], progress=False)
+    gf.tokenize(cells, same, dictionary=toys.vocabulary(), obs=["kind", "score"], progress=False)
     pretrain(same, tmp_path / "run", resume=True, **options(ground))
 
 
@@ -305,7 +305,7 @@ def test_cells_are_counted_before_the_first_step(ground: Ground, tmp_path: Path)
 
 
 def test_a_loss_that_comes_apart_is_said(ground: Ground) -> None:
-    wild = dataclasses.replace(SHORT, learning_rate=30.0, warmup_ratio=0.0, epochs=4, clip=None)
+    wild = dataclasses.replace(SHORT, learning_rate=30.0, warmup_share=0.0, epochs=4, clip=None)
     with (
         pytest.warns(
             UserWarning, match=r"the loss is .*equally likely gives 4\.\d+: training has come apart"

@@ -41,7 +41,7 @@ class Embedding:
         self.request, self.encoder, self.cells = request, encoder, cells
         self.layer: str | int = request.layer or LAYER
         self.n_layers = encoder.config.layer_index(self.layer)
-        self.token_budget = request.batch_tokens or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
+        self.token_budget = request.token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
         self.pool = "mean" if cells.identity["special"].get("cls") is None else "cls"
         self.n_cells = min(request.cells or cells.n_cells, cells.n_cells)
 

@@ -29,7 +29,7 @@ class Request:
         A token folder, or what made-up cells are like; how many cells to take.
     dtype, device, threads
         Precision of products, where, and with how many threads.
-    batch_tokens
+    token_budget
         Most tokens that are computed at once.
     layer
         Embedding stops there.
@@ -57,7 +57,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     threads: int | None = None
-    batch_tokens: int | None = None
+    token_budget: int | None = None
     layer: str | None = None
     recompute: bool = False
     counts: str | None = None
@@ -87,7 +87,7 @@ class Request:
         for name, is_idle, why in _IDLE:
             if self.has(name) and is_idle(self):
                 raise UnsupportedError(f"{flag(name)} {why}")
-        for name in ("cells", "threads", "batch_tokens", "steps"):
+        for name in ("cells", "threads", "token_budget", "steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= _MOST:
                 raise UnsupportedError(f"{flag(name)} must be from 1 to {_MOST:,}, not {value}")
@@ -128,14 +128,14 @@ _IDLE: tuple[Rule, ...] = (
     ("card", lambda r: not r.predict, "names measurements to predict from: pass --predict too"),
     *(
         (name, lambda r: r.mode == TOKENIZE, _NO_MODEL)
-        for name in ("model", "dtype", "device", "batch_tokens", "layer", "recompute", "compare", "sweep")
+        for name in ("model", "dtype", "device", "token_budget", "layer", "recompute", "compare", "sweep")
     ),
     ("tokens", lambda r: r.mode == TOKENIZE, "is what --mode tokenize makes; name counts with --counts FILE"),
     ("lengths", lambda r: r.counts is not None, "is about made-up counts, and --counts names a file"),
     ("cells", lambda r: r.counts is not None, "is about made-up counts; all cells of --counts are tokenized"),
     ("layer", lambda r: r.mode == TRAIN, "is where embedding stops; training computes all layers"),
     ("recompute", lambda r: r.mode == EMBED, "is about --mode train: embedding keeps nothing to compute again"),
-    ("batch_tokens", lambda r: r.sweep, "is what --sweep finds; leave one of them out"),
+    ("token_budget", lambda r: r.sweep, "is what --sweep finds; leave one of them out"),
     ("steps", lambda r: r.seconds is not None, "and --seconds both say how long to measure; leave one of them out"),
     ("lengths", lambda r: r.tokens is not None, "is about made-up cells, and --tokens names a folder of real ones"),
     ("overwrite", lambda r: r.out is None, "needs a folder to write, and none is named: pass --out"),

@@ -56,7 +56,7 @@ class Tokenizing:
         """One pass; what ``Run.step`` is to be told of it."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             found = tokenize(
-                self.inputs, Path(place) / "tokens", vocabulary=self.vocabulary, workers=self.workers, progress=False
+                self.inputs, Path(place) / "tokens", dictionary=self.vocabulary, workers=self.workers, progress=False
             )
             assert not isinstance(found, tuple)
             with contextlib.closing(found) as tokens:
@@ -103,7 +103,7 @@ def opened_counts(request: Request) -> Iterator[Tokenizing]:
     with tempfile.TemporaryDirectory(prefix="geneformer-fast-") as place:
         scratch = Path(place)
         if request.counts is not None:
-            vocabulary = resolve_vocabulary(None, request.dictionary, request.preset)
+            vocabulary = resolve_vocabulary(request.dictionary, request.preset)
             inputs = [os.fspath(entry) for entry in expand_inputs(request.counts)]
             yield Tokenizing(request, inputs, vocabulary, Path(request.counts).name, scratch)
             return

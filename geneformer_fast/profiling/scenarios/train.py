@@ -53,7 +53,7 @@ class Training:
     def __init__(self, request: Request, encoder: Encoder, cells: ProfileCells) -> None:
         self.request, self.encoder, self.cells = request, encoder, cells
         self.recipe = RECIPES.get(str(request.model), Recipe())
-        self.token_budget = request.batch_tokens or self.recipe.token_budget
+        self.token_budget = request.token_budget or self.recipe.token_budget
         n_cells = min(request.cells or cells.n_cells, cells.n_cells)
         self.train_cells = np.sort(np.random.default_rng(0).choice(cells.n_cells, n_cells, replace=False))
 
@@ -82,7 +82,7 @@ class Training:
                 # A step ends with the cell that reaches its size, and is to be computed in one piece.
                 "batch_tokens": max(longest, self.token_budget - longest), "token_budget": self.token_budget,
                 "precision": self.request.dtype or "auto", "is_recomputing": self.request.recompute,
-                "is_showing_progress": False,
+                "progress": False,
             }
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from geneformer_fast.tokenization.sources.reading import reading
 _LOG_MAX = 30.0
 _SHOWN = 4
 #: For messages: how a user says which matrix holds the counts.
-CHOSEN_BY = "layer= (tokenize --layer, embed --counts-layer)"
+CHOSEN_BY = "counts_layer= (--counts-layer)"
 
 
 @dataclass
