@@ -33,6 +33,7 @@ SUITES = {
         "rank_genes_mix_celseq2_5cl_v1": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v1]",
         "rank_genes_mix_celseq2_5cl_v2": f"{_TOKENIZE}_rank[mix_celseq2_5cl-v2]",
         "memory_medians": f"{_TOKENIZE}_peak_memory[medians]",
+        "profile_overhead": "bench/cpu/test_bench_profile.py::test_bench_profile",
         "profile_ranges": "bench/cpu/test_bench_ranges.py::test_bench_ranges",
         "verify_tokens": f"{_VERIFY}_tokens",
         "verify_tokenize": f"{_VERIFY}_tokenize",

@@ -207,3 +207,14 @@ def test_every_case_of_the_suite_is_a_test_that_exists() -> None:
             path, _, function = test.partition("::")
             name = function.split("[")[0]
             assert f"def {name}(" in (ROOT / path).read_text(), case
+
+
+def test_every_measurement_is_a_case_of_the_suite() -> None:
+    from bench.__main__ import SUITES
+
+    in_suite = {test.split("[")[0] for test in SUITES["cpu"].values()}
+    files = sorted((ROOT / "bench" / "cpu").glob("test_bench_*.py"))
+    assert files
+    for file in files:
+        for function in re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE):
+            assert f"bench/cpu/{file.name}::{function}" in in_suite, "python -m bench cpu would leave it out"
