@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     tuple(f"{FAST}.profiling.{name}" for name in ("scenarios", "compare", "sweep", "prediction")),
     tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in")),
     (f"{FAST}.profiling",),
-    (f"{FAST}.plot",),
+    (f"{FAST}.plot", f"{FAST}.heatmap"),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantization", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
@@ -71,6 +71,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),
+        f"{FAST}.heatmap",
         *(f"{FAST}.profiling.page.html", f"{FAST}.profiling.page.plots", f"{FAST}.profiling.page.svg"),
     ),
     "jinja2": (f"{FAST}.profiling.page.html",),

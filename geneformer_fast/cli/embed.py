@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from geneformer_fast.cli.options import renamed
+from geneformer_fast.cli.selection import add_selection_options, selection_options
 from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "embed"
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do, as "
         "obs_names, or --obs barcode=obs_names",
     )
+    add_selection_options(parser)
     key = parser.add_argument(
         "--key-added", metavar="NAME", help="key in obsm and uns of an .h5ad output (default: X_geneformer)"
     )
@@ -67,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most memory to take, libraries and weights included, such as 2GB, 1.5GiB or 500MB (default: no limit)",
     )
     parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture")
-    parser.add_argument("--color", metavar="COLUMN", help="column of obs to colour the picture by")
+    parser.add_argument(
+        "--heatmap", metavar="FILE", help="write a heatmap as a picture: cells in the order of --color, by dimensions"
+    )
+    parser.add_argument("--color", metavar="COLUMN", help="column of obs that the pictures show cells by")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and the picture, if they exist")
 
 
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         **count_options(args),
         obs=carried_columns(args.obs),
+        **selection_options(args),
         key_added=args.key_added,
         dtype=args.dtype,
         device=args.device,
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         memory_budget=args.memory_budget,
         overwrite=args.overwrite,
         plot=args.plot,
+        heatmap=args.heatmap,
         color=args.color,
     )
     print(f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json")
@@ -106,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
 def interrupted(args: argparse.Namespace) -> str:
     """What is there after Ctrl-C, and how to go on."""
     if state_of(args.out) != getattr(args, "before", None):
-        return f"{args.out} is complete; {args.plot} is not written" if args.plot else f"{args.out} is complete"
+        pictures = " and ".join(filter(None, (args.plot, args.heatmap)))
+        return f"{args.out} is complete; {pictures} is not written" if pictures else f"{args.out} is complete"
     return not_written(args.out)
 
 

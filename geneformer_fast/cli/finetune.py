@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.cli.options import renamed
+from geneformer_fast.cli.selection import add_selection_options, selection_options
 
 if TYPE_CHECKING:
     from geneformer_fast.finetuning.outputs import Finetuned
@@ -26,7 +27,7 @@ _RECIPE = {
     "patience": ("patience", int, "N", "stop after so many evaluations without a better one"),
     "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)"),
     "token-budget": ("token_budget", int, "N", "tokens that go through the model at once"),
-    "seed": ("seed", int, "N", "of folds, orders, fresh weights and dropout"),
+    "seed": ("seed", int, "N", "of the draw of cells, folds, orders, fresh weights and dropout"),
 }
 
 _OLD_NAMES = {"batch-cells": "--batch", "learning-rate": "--lr", "warmup-share": "--warmup"}
@@ -57,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cells.add_argument("--drop-unlabelled", action="store_true", help="leave cells without a label out")
     cells.add_argument("--ignore", action="append", default=[], metavar="LABEL", help="a label that stands for none")
     cells.add_argument("--min-cells", type=int, default=0, metavar="N", help="leave out classes of fewer cells")
-    genes.add_argument("--max-cells", type=int, metavar="N", help="draw so many cells (default: all)")
     genes.add_argument("--drop-unknown", action="store_true", help="leave genes out that are not in the tokens")
     for kind in (cells, genes):
+        add_selection_options(kind, has_seed=False)
         _add_training(kind)
 
 
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
         "tell": None if args.quiet else print, "profile": args.profile,
+        **selection_options(args, has_seed=False),
     }  # fmt: skip
     done = _finetune(args, options)
     if not args.quiet:
@@ -140,7 +142,7 @@ def _finetune(args: argparse.Namespace, options: dict[str, Any]) -> Finetuned:
     from geneformer_fast.finetuning.genes import finetune_genes
 
     return finetune_genes(
-        args.tokens, args.model, args.classes, args.out, dictionary=args.dictionary, max_cells=args.max_cells,
+        args.tokens, args.model, args.classes, args.out, dictionary=args.dictionary,
         drop_unknown=args.drop_unknown, **options,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import argparse
 
 from geneformer_fast.cli.embed import not_written, state_of
 from geneformer_fast.cli.options import renamed
+from geneformer_fast.cli.selection import add_selection_options, selection_options
 from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "predict"
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW=OLD",
         help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do",
     )
+    add_selection_options(parser)
     key = parser.add_argument(
         "--key-added", metavar="NAME", help="what the columns are called (default: as the label column)"
     )
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         counts_layer=args.counts_layer,
         **count_options(args),
         obs=carried_columns(args.obs),
+        **selection_options(args),
         key_added=args.key_added,
         dtype=args.dtype,
         device=args.device,

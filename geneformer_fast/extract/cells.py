@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import pyarrow as pa
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
 from geneformer_fast.files.writing import reason_of
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
 from geneformer_fast.tokenization.manifest import DATASET_DICT, STATE, UNFINISHED
-from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata
+from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata, tokenize_rows
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -53,6 +54,10 @@ class Cells:
         Takes one of these names, gives the Arrow column.
     of_every_row
         Gives all columns with a value for each of ``n_rows``; None where these are the cells.
+    selection
+        Which cells of the input these are, in plain values; empty where they are all.
+    input_rows
+        [n] ascending row of each cell in the input; None where ``rows`` are these.
     """
 
     lengths: np.ndarray
@@ -63,6 +68,36 @@ class Cells:
     columns: Sequence[str]
     column: Callable[[str], pa.ChunkedArray]
     of_every_row: Callable[[], dict[str, pa.ChunkedArray]] | None = None
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    input_rows: np.ndarray | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """[n] ascending row of each cell in the input."""
+        return self.rows if self.input_rows is None else self.input_rows
+
+    def of_rows(self, chosen: np.ndarray, selection: Selection, *, is_compact: bool) -> Cells:
+        """Those in some rows of the input, which are the rows of the output where it ``is_compact``."""
+        kept = np.flatnonzero(np.isin(self.rows, chosen, assume_unique=True))
+        is_all, whole, every = len(kept) == len(self.rows), self, self.of_every_row
+
+        def of_chosen_rows() -> dict[str, pa.ChunkedArray]:
+            assert every is not None
+            return {name: column.take(pa.array(chosen)) for name, column in every().items()}
+
+        made = replace(self, selection=selection.to_dict())
+        if not is_all:
+            made = replace(
+                made, lengths=self.lengths[kept], rows=self.rows[kept], read=lambda cells: whole.read(kept[cells]),
+                column=lambda name: whole.column(name).take(pa.array(kept)),
+            )  # fmt: skip
+        if not is_compact:
+            return made
+        has_gaps = len(made.rows) < len(chosen)
+        return replace(
+            made, input_rows=made.rows, rows=np.searchsorted(chosen, made.rows), n_rows=len(chosen),
+            of_every_row=of_chosen_rows if has_gaps and every is not None else None,
+        )  # fmt: skip
 
     def table(self) -> pa.Table:
         """The columns, one row per row of the output."""
@@ -83,16 +118,28 @@ class Cells:
 
 @contextlib.contextmanager
 def open_cells(
-    data: Any, vocabulary: Vocabulary | None, config: EncoderConfig, options: Mapping[str, Any], progress: bool | None
+    data: Any,
+    vocabulary: Vocabulary | None,
+    config: EncoderConfig,
+    options: Mapping[str, Any],
+    progress: bool | None,
+    selection: Selection | None = None,
+    *,
+    is_compact: bool = True,
 ) -> Iterator[Cells]:
-    """The cells of whatever was given; counts are tokenized first, files through a temporary token folder."""
+    """The cells of whatever was given; counts are tokenized first, files through a temporary token folder.
+
+    Of a ``selection`` the rows of the output are the cells that it takes, or without ``is_compact`` all of the input.
+    """
     if config.inputs != "tokens":
         raise UnsupportedError("this encoder reads values, not ranked tokens; embed() serves encoders over tokens")
     if is_token_folder(data):
         if vocabulary is not None:
             config.check_vocabulary(vocabulary.identity())
         with open_tokens(data) as folder:
-            yield _folder_cells(folder, identity_of(folder, config), options["obs"])
+            chosen = None if selection is None else selection.cells_of(folder)
+            cells = _folder_cells(folder, identity_of(folder, config), options["obs"])
+            yield _selected(cells, chosen, selection, is_compact)
         return
     if isinstance(data, Sequence) and not isinstance(data, str) and (folders := list(filter(is_token_folder, data))):
         raise UnsupportedError(
@@ -113,18 +160,33 @@ def open_cells(
         layer=options["counts_layer"], carried=carried_columns(options["obs"]),
         **{name: options[name] for name in options if name not in ("counts_layer", "obs")},
     )  # fmt: skip
-    if is_anndata(data):
-        cells = tokenize_anndata(data, vocabulary, **{name: options[name] for name in options if name != "obs"})
-        yield _memory_cells(cells, data, vocabulary, reading)
+    is_object = is_anndata(data)
+    rows = chosen = None
+    if selection is not None:
+        rows, chosen = selection.rows_of([data] if is_object else expand_inputs(data), reading)
+    if is_object:
+        if rows is None:
+            tokenized = tokenize_anndata(data, vocabulary, **{name: options[name] for name in options if name != "obs"})
+        else:
+            tokenized = tokenize_rows(data, vocabulary, reading, rows)  # type: ignore[assignment]
+        yield _selected(_memory_cells(tokenized, data, vocabulary, reading), chosen, selection, is_compact)
         return
     with _scratch() as scratch:
         tokens = Path(scratch) / "tokens"
         try:
-            tokenize(data, tokens, dictionary=vocabulary, progress=progress, **options)
+            if rows is None:
+                tokenize(data, tokens, dictionary=vocabulary, progress=progress, **options)
+            else:
+                tokenize_rows(data, vocabulary, reading, rows, tokens, progress=progress)
         except OutputError as error:
             raise OutputError(f"{error}; {_ABOUT_SCRATCH}") from error
         with open_tokens(tokens) as folder:
-            yield _input_cells(folder, vocabulary.identity(), data, reading)
+            cells = _input_cells(folder, vocabulary.identity(), data, reading)
+            yield _selected(cells, chosen, selection, is_compact)
+
+
+def _selected(cells: Cells, chosen: np.ndarray | None, selection: Selection | None, is_compact: bool) -> Cells:
+    return cells if selection is None or chosen is None else cells.of_rows(chosen, selection, is_compact=is_compact)
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
@@ -240,7 +302,7 @@ def labels_of(data: Any, cells: Cells, color: str | None, asked: Mapping[str, st
     if is_anndata(data):
         if color not in data.obs:
             raise InputError(f"obs has no column {color!r} to colour by; there are {', '.join(data.obs.columns)}")
-        return np.asarray(data.obs[color])[cells.rows]
+        return np.asarray(data.obs[color])[cells.places]
     color = asked.get(color, color)
     if color not in cells.columns:
         raise InputError(f"the tokens carry no column {color!r} to colour by; there are {', '.join(cells.columns)}")

@@ -125,6 +125,7 @@ class EncodingRun:
             "vocabulary": str(vocabulary.get("name")),
             "vocabulary_fingerprint": str(vocabulary.get("fingerprint")),
             "cells": len(self.cells.lengths),
+            **self.cells.selection,
         }
 
     def to_memory(self) -> np.ndarray:

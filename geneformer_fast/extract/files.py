@@ -77,7 +77,7 @@ class TableWriter:
         self._is_text = path.suffix == ".csv"
         kept = dict(columns)
         if path.suffix != ".arrow":
-            kept = {name: _plain(column) for name, column in kept.items()}
+            kept = {name: plain(column) for name, column in kept.items()}
         self._columns = list(kept.values())
         names = embedding_names(path.suffix, width)
         kind = pa.float32() if self._is_text else pa.list_(pa.float32(), width)
@@ -226,6 +226,6 @@ def _one_array(column: Any) -> Any:
     return combined.chunk(0) if hasattr(combined, "chunk") else combined
 
 
-def _plain(column: Any) -> Any:
+def plain(column: Any) -> Any:
     """A column of file names, which are stored by number, as text."""
     return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

@@ -29,6 +29,8 @@ class Request:
         Whether the model is an encoder that is loaded already.
     has_copy
         Whether an AnnData is to be copied.
+    is_frame
+        Whether a data frame is to be returned.
     """
 
     is_anndata: bool
@@ -38,11 +40,12 @@ class Request:
     has_plot: bool = False
     is_model: bool = False
     has_copy: bool = False
+    is_frame: bool = False
 
     @property
     def is_in_place(self) -> bool:
         """Whether the result goes into an AnnData."""
-        return self.is_anndata and self.suffix is None
+        return self.is_anndata and self.suffix is None and not self.is_frame
 
 
 # Option, when it would do nothing, and what is said then.
@@ -57,12 +60,21 @@ _SHARED: tuple[Rule, ...] = (
     ("obs", lambda r: r.suffix == ".h5ad", "has no effect on an .h5ad output, which keeps all of obs"),
     ("copy", lambda r: not r.is_in_place, "returns a changed AnnData, so it needs an AnnData and no output file"),
     ("overwrite", lambda r: r.suffix is None and not r.has_plot, "needs an output file, and none is named"),
-    ("memory_budget", lambda r: r.has_plot, "cannot be kept by UMAP, which needs all cells; plot in a run without it"),
+    (
+        "memory_budget",
+        lambda r: r.has_plot,
+        "cannot be kept by pictures, which need all cells; draw in a run without it",
+    ),
     ("memory_budget", lambda r: r.has_copy, "cannot be kept where all of an AnnData is copied; leave out copy=True"),
 )
 EMBED: tuple[Rule, ...] = (
     *_SHARED,
-    ("obs", lambda r: r.suffix is None, "needs an output file, since an array in memory has no place for columns"),
+    (
+        "obs",
+        lambda r: r.suffix is None and not r.is_frame,
+        "needs an output file, since an array in memory has no place for columns; or as_frame=True",
+    ),
+    ("as_frame", lambda r: r.suffix is not None, "returns a table, so it needs no output file"),
     (
         "key_added",
         lambda r: not r.is_in_place and r.suffix != ".h5ad",
@@ -70,14 +82,14 @@ EMBED: tuple[Rule, ...] = (
     ),
     ("dtype", lambda r: r.is_model, "is about loading a checkpoint, and the model is loaded; use model.to(...)"),
     ("device", lambda r: r.is_model, "is about loading a checkpoint, and the model is loaded; use model.to(...)"),
-    ("color", lambda r: not r.has_plot, "colours a picture, and none is asked for; name one with plot"),
-    ("plot", lambda r: r.is_genes, "is a picture of cells, and rows are genes"),
+    ("color", lambda r: not r.has_plot, "colours a picture, and none is asked for; name one with plot or heatmap"),
+    *((name, lambda r: r.is_genes, "is a picture of cells, and rows are genes") for name in ("plot", "heatmap")),
 )
 PREDICT: tuple[Rule, ...] = (
     *_SHARED,
     ("copy", lambda r: r.is_genes, "needs classes of cells; those of genes are a table"),
 )
-_FLAGS = {"copy": "=True"}
+_FLAGS = {"copy": "=True", "as_frame": "=True"}
 
 
 def check_options(rules: Sequence[Rule], request: Request, options: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import EncoderConfig, device_named
 from geneformer_fast.data.identity import FAMILIES
+from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
 from geneformer_fast.extract.budget import MemoryBudget, memory_budget_of
@@ -38,17 +39,22 @@ from geneformer_fast.extract.files import (
     check_columns,
     embedding_names,
 )
+from geneformer_fast.extract.frames import cell_frame, gene_frame
 from geneformer_fast.extract.genes import by_column, gene_columns
 from geneformer_fast.extract.options import EMBED, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
+from geneformer_fast.heatmap import check_heatmap, plot_heatmap
 from geneformer_fast.plot import check_enough, check_picture, plot_umap
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import pandas
     from anndata import AnnData
 
 POOLS = ("cls", "mean", "gene")
 KEY = "X_geneformer"
+# A data frame's numbers, the array they come from, and those of the cells among it.
+_FRAME_COPIES = 3
 SUFFIXES = (".npy", ".arrow", ".parquet", ".csv", ".h5ad")
 
 
@@ -68,8 +74,12 @@ def embed(
     allow_few_genes: bool = False,
     n_counts: str = "auto",
     obs: str | Mapping[str, str] | Sequence[str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    max_cells: int | None = None,
+    seed: int | None = None,
     key_added: str | None = None,
     copy: bool = False,
+    as_frame: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     token_budget: int | None = None,
@@ -77,8 +87,9 @@ def embed(
     overwrite: bool = False,
     progress: bool | None = None,
     plot: str | os.PathLike[str] | None = None,
+    heatmap: str | os.PathLike[str] | None = None,
     color: str | None = None,
-) -> AnnData | np.ndarray | Path | None:
+) -> AnnData | np.ndarray | pandas.DataFrame | Path | None:
     """Embed cells or genes.
 
     Parameters
@@ -108,10 +119,19 @@ def embed(
         As in ``tokenize``.
     obs
         Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
+    where
+        Cells to take: column of obs (or of a token folder) -> a value, or several; of several columns all must hold.
+        Then arrays, tables and data frames have rows for these cells only; an AnnData and an .h5ad output keep all
+        cells, with NaN in those that were not taken.
+    max_cells, seed
+        Most cells to take, drawn from those by the seed; a seed of None is 0.
     key_added
         Key in ``obsm`` (``varm`` for ``pool="gene"``) and ``uns``; None is ``"X_geneformer"``.
     copy
         For an AnnData: return a changed copy rather than change ``data``.
+    as_frame
+        Return a pandas DataFrame: what a ``.csv`` output would hold, indexed by the names of cells (or the ids of
+        genes). An AnnData stays as it is.
     dtype, device
         For a checkpoint folder: how and where to load it (``"auto"``: the fastest dtype; None: a GPU if there is one).
     token_budget
@@ -127,12 +147,15 @@ def embed(
         Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
     plot, color
         A picture to write: the UMAP of the cell embeddings, coloured by a column of obs (or of a token folder).
+    heatmap
+        Another picture: the embeddings of cells, a row for each, in the order of ``color``.
 
     Returns
     -------
-    AnnData, numpy.ndarray, Path or None
-        With ``out`` its path. Else for an AnnData None, or the copy; for files float32 [cells, C], or [tokens, C] for
-        ``pool="gene"``. Rows of cells without any known gene, and of genes never seen, are NaN.
+    AnnData, numpy.ndarray, pandas.DataFrame, Path or None
+        With ``out`` its path, with ``as_frame`` the table. Else for an AnnData None, or the copy; for files float32
+        [cells, C], or [tokens, C] for ``pool="gene"``. Rows of cells without any known gene, and of genes never seen,
+        are NaN.
 
     Raises
     ------
@@ -154,9 +177,12 @@ def embed(
     is_genes, key = pool == "gene", key_added or KEY
     target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES, is_genes=is_genes)
     suffix = None if target is None else target.path.suffix
+    selection = Selection.of(where, max_cells, seed)
+    pictures = [Path(path) for path in (plot, heatmap) if path is not None]
     request = Request(
-        is_anndata(data), is_token_folder(data), suffix, is_genes, plot is not None, isinstance(model, Encoder), copy
-    )
+        is_anndata(data), is_token_folder(data), suffix, is_genes, bool(pictures), isinstance(model, Encoder), copy,
+        as_frame,
+    )  # fmt: skip
     counts: dict[str, Any] = {
         "gene_column": gene_column,
         "allow_float": allow_float,
@@ -165,13 +191,14 @@ def embed(
         "n_counts": n_counts,
     }
     others = {"obs": obs, "key_added": key_added, "copy": copy, "dtype": dtype, "device": device, "color": color}
-    more = {"counts_layer": counts_layer, "memory_budget": memory_budget, "overwrite": overwrite, "plot": plot}
+    more = {
+        "counts_layer": counts_layer, "memory_budget": memory_budget, "overwrite": overwrite, "plot": plot,
+        "heatmap": heatmap, "as_frame": as_frame,
+    }  # fmt: skip
     check_options(EMBED, request, {**counts, **others, **more})
     if suffix == ".h5ad":
         check_h5ad(data, is_genes)
-    if plot is not None:
-        check_picture(plot)
-        check_free(Path(plot), overwrite=overwrite)
+    check_pictures(plot, heatmap, color, overwrite=overwrite)
     asked = asked_columns(obs, None if is_anndata(data) else color)
     reading = {**counts, "counts_layer": counts_layer, "obs": asked}
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,20 +210,24 @@ def embed(
         encoder.config.layer_index(layer)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
-        if plot is not None:
-            stack.enter_context(alone(Path(plot), overwrite=overwrite))
+        for picture in pictures:
+            stack.enter_context(alone(picture, overwrite=overwrite))
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
-        cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
+        is_compact = not (request.is_in_place or suffix == ".h5ad")
+        opened = open_cells(data, vocabulary, encoder.config, reading, progress, selection, is_compact=is_compact)
+        cells = stack.enter_context(opened)
         if plot is not None:
             check_enough(len(cells.lengths))
         run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
-        keep_within(run, memory, suffix, is_genes)
+        keep_within(run, memory, suffix, is_genes, is_frame=as_frame)
         provenance, labels = (
             run.provenance(model),
             labels_of(data, cells, color, asked),
         )
         result: Any
-        if target is None:
+        if as_frame:
+            result, embeddings = gene_frame(run, vocabulary) if is_genes else cell_frame(run)
+        elif target is None:
             result = embeddings = run.genes()[0] if is_genes else run.to_memory()
             if is_anndata(data):
                 placed = by_column(result, data, vocabulary, gene_column, allow_few_genes) if is_genes else result
@@ -204,13 +235,45 @@ def embed(
         else:
             (_write_genes if is_genes else _write_cells)(run, target, data, vocabulary, key, provenance)
             result = target.path
-        if plot is not None:
+        if pictures:
             shown = embeddings[cells.rows] if target is None else read_cells(target.path, cells.rows, key)
+        if plot is not None:
             plot_umap(shown, labels, plot, label=color)
+        if heatmap is not None:
+            assert labels is not None
+            plot_heatmap(shown, labels, heatmap, label=str(color), title=said_of(provenance))
     return result
 
 
-def keep_within(run: EncodingRun, memory: MemoryBudget | None, suffix: str | None, is_genes: bool) -> None:
+def check_pictures(
+    plot: str | os.PathLike[str] | None,
+    heatmap: str | os.PathLike[str] | None,
+    color: str | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse, before anything is computed, pictures that could not be written."""
+    if plot is not None:
+        check_picture(plot)
+    if heatmap is not None:
+        check_heatmap(heatmap)
+        if color is None:
+            raise UnsupportedError("heatmap (--heatmap) shows cells by a column: name it with color (--color)")
+        if plot is not None and Path(plot).absolute() == Path(heatmap).absolute():
+            raise UnsupportedError(f"plot and heatmap are two pictures, and both are to be {plot}; name two files")
+    for path in (plot, heatmap):
+        if path is not None:
+            check_free(Path(path), overwrite=overwrite)
+
+
+def said_of(provenance: Mapping[str, Any]) -> str:
+    """What embeddings are, for the title of a picture."""
+    return f"{provenance['model']}, layer {provenance['layer']}, pool {provenance['pool']}"
+
+
+def keep_within(
+    run: EncodingRun, memory: MemoryBudget | None, suffix: str | None, is_genes: bool, *, is_frame: bool = False
+) -> None:
     """Hold a run to a budget of memory, with what its writer loads and what is kept in memory to the end."""
     if memory is None:
         return
@@ -218,12 +281,14 @@ def keep_within(run: EncodingRun, memory: MemoryBudget | None, suffix: str | Non
         import anndata.io  # noqa: F401
     elif suffix in (".npy", ".parquet"):
         from pyarrow import parquet  # noqa: F401
-    width = run.width
+    elif is_frame:
+        import pandas  # noqa: F401
+    width, copies = run.width, _FRAME_COPIES if is_frame else 1
     if is_genes:  # sums in float64, means in float32 twice
         n_tokens = run.encoder.config.vocab_size
-        run.keep_within(memory, result_bytes=n_tokens * width * (8 + 2 * 4), waiting_bytes=8 * width)
+        run.keep_within(memory, result_bytes=n_tokens * width * (8 + (1 + copies) * 4), waiting_bytes=8 * width)
     else:
-        run.keep_within(memory, result_bytes=0 if suffix else run.cells.n_rows * width * 4)
+        run.keep_within(memory, result_bytes=0 if suffix else run.cells.n_rows * width * 4 * copies)
 
 
 def find_vocabulary(

@@ -14,6 +14,7 @@ import torch
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.files.checksums import fingerprint_of_tensors
@@ -31,6 +32,7 @@ from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
+from geneformer_fast.training.identity import SELECTION
 from geneformer_fast.training.loop import Objective
 from geneformer_fast.training.recipe import Recipe
 
@@ -43,6 +45,9 @@ def finetune_cells(
     out: str | os.PathLike[str],
     *,
     group: str | None = None,
+    where: Mapping[str, Any] | None = None,
+    max_cells: int | None = None,
+    seed: int | None = None,
     folds: int = 0,
     eval_share: float = 0.1,
     test_share: float | None = None,
@@ -79,6 +84,10 @@ def finetune_cells(
         Folder for scores, predictions, pictures and the model.
     group
         Column (donor, say) whose cells stay together: none is ever in two of training, evaluation and test.
+    where
+        Cells to learn from and to test with: column -> a value, or several; of several columns all must hold.
+    max_cells, seed
+        Most cells, drawn from those that have a label; a seed of None is that of the recipe.
     folds
         0: one division into training, evaluation and test cells. 2 or more: cross-validation, after which the final
         model learns from all cells but an evaluation share.
@@ -140,13 +149,13 @@ def finetune_cells(
     wanted = check_ready(search)
     test_share = share_for_testing(test_share, folds, 0.1)
     recipe = with_progress(recipe or CELLS, progress)
+    selection = Selection.of(where, max_cells, seed, default_seed=recipe.seed)
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)
         identity = identity_of(folder, base.config)
-        tasks = _tasks(folder, label, drop_unlabelled, ignore, min_cells)
+        tasks, cells = _selected_tasks(folder, selection, label, drop_unlabelled, ignore, min_cells)
         check_names({task.name: task.classes for task in tasks})
         losses = _losses(tasks, loss)
-        cells = np.flatnonzero(np.any([task.codes != IGNORED for task in tasks], axis=0))
         groups = None if group is None else group_values(folder, group, cells)
         work = CellWork(
             folder, identity, tasks, losses, ClassSampler(tasks[0].codes, sampler, cap), recipe.token_budget,
@@ -163,10 +172,11 @@ def finetune_cells(
             "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
             "is_searching": search is not None,
             "classes": {task.name: task.classes for task in tasks}, "config": base.config.to_dict(),
+            SELECTION: None if selection is None else selection.to_dict(),
             "data": digest(*(task.codes for task in tasks), folder.lengths(), *(s.test for s in splits)),
             **content_of(folder, base, wanted, every),
         }  # fmt: skip
-        origin = origin_of(model, identity, losses)
+        origin = origin_of(model, identity, losses, selection)
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
             engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
             return engine.run(splits, final, "cells", tell)
@@ -288,13 +298,16 @@ def content_of(tokens: TokenFolder, base: Encoder, search: Search | None, splits
     }
 
 
-def origin_of(model: Any, identity: Mapping[str, Any], losses: Mapping[str, str]) -> dict[str, Any]:
+def origin_of(
+    model: Any, identity: Mapping[str, Any], losses: Mapping[str, str], selection: Selection | None
+) -> dict[str, Any]:
     """What the card of a model says of its making."""
     return {
         "pretrained": "Encoder" if isinstance(model, Encoder) else Path(model).name,
         "vocabulary": identity.get("name"),
         "vocabulary_fingerprint": identity.get("fingerprint"),
         "losses": dict(losses),
+        **({} if selection is None else selection.to_dict()),
     }
 
 
@@ -305,12 +318,35 @@ def vocabulary_file(model: Any) -> Path | None:
     return Path(model) / "vocabulary.json"
 
 
+def _selected_tasks(
+    tokens: TokenFolder,
+    selection: Selection | None,
+    label: str | Sequence[str] | Mapping[str, float],
+    drop_unlabelled: bool,
+    ignore: Sequence[str],
+    min_cells: int,
+) -> tuple[list[Task], np.ndarray]:
+    """Tasks whose codes are those of the selected cells, and these cells; of a draw only cells with a label count."""
+    matching = None if selection is None else selection.matching(tokens)
+    tasks = _tasks(tokens, label, drop_unlabelled, ignore, min_cells, matching)
+    cells = _labelled(tasks)
+    if selection is not None and len(drawn := selection.drawn(cells)) < len(cells):
+        tasks = _tasks(tokens, label, drop_unlabelled, ignore, min_cells, drawn)
+        cells = _labelled(tasks)
+    return tasks, cells
+
+
+def _labelled(tasks: Sequence[Task]) -> np.ndarray:
+    return np.flatnonzero(np.any([task.codes != IGNORED for task in tasks], axis=0))
+
+
 def _tasks(
     tokens: TokenFolder,
     label: str | Sequence[str] | Mapping[str, float],
     drop_unlabelled: bool,
     ignore: Sequence[str],
     min_cells: int,
+    among: np.ndarray | None,
 ) -> list[Task]:
     named = {label: 1.0} if isinstance(label, str) else label
     weights = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
@@ -321,7 +357,8 @@ def _tasks(
     may_lack = drop_unlabelled or len(weights) > 1
     return [
         read_task(
-            tokens, name, drop_unlabelled=may_lack, ignore=ignore, min_cells=min_cells, weight=float(weight)
+            tokens, name, drop_unlabelled=may_lack, ignore=ignore, min_cells=min_cells, weight=float(weight),
+            among=among,
         )
         for name, weight in weights.items()
     ]  # fmt: skip

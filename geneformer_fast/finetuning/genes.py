@@ -14,8 +14,9 @@ import torch
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
+from geneformer_fast.errors import InputError, VocabularyError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.cells import content_of, digest, origin_of, vocabulary_file
@@ -34,11 +35,13 @@ from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.genes import map_genes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
+from geneformer_fast.training.identity import SELECTION
 from geneformer_fast.training.loop import Objective
 from geneformer_fast.training.recipe import Recipe
 
 TASK = "gene_class"
 _SHOWN = 5  # gene ids in a message
+_CELLS_AT_ONCE = 1024
 
 
 @checked
@@ -55,7 +58,9 @@ def finetune_genes(
     loss: str = "cross-entropy",
     freeze_layers: int = 0,
     freeze_embeddings: bool = False,
+    where: Mapping[str, Any] | None = None,
     max_cells: int | None = None,
+    seed: int | None = None,
     drop_unknown: bool = False,
     recipe: Recipe | None = None,
     search: Search | int | None = None,
@@ -93,8 +98,10 @@ def finetune_genes(
         As in :func:`finetune_cells`; classes are counted in genes.
     freeze_layers, freeze_embeddings
         As in :func:`finetune_cells`.
-    max_cells
-        Most cells, drawn with ``recipe.seed``; None takes all.
+    where
+        Cells to learn from and to test with, as in :func:`finetune_cells`.
+    max_cells, seed
+        Most cells, drawn from those that hold a labelled gene; a seed of None is that of the recipe.
     drop_unknown
         Whether genes that the vocabulary does not know, or no cell expresses, may be left out.
     recipe
@@ -118,6 +125,7 @@ def finetune_genes(
     wanted = check_ready(search)
     test_share = share_for_testing(test_share, folds, 0.2)
     recipe = with_progress(recipe or GENES, progress)
+    selection = Selection.of(where, max_cells, seed, default_seed=recipe.seed)
     class_of = read_gene_classes(classes)
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:
         base = pretrained(model, device)
@@ -129,8 +137,10 @@ def finetune_genes(
                 f"{base.config.vocabulary or 'the model'}'s gene dictionaries"
             )
         base.config.check_vocabulary(vocabulary.identity())
-        labelled = labelled_genes(class_of, vocabulary, folder, drop_unknown)
-        cells = _cells_with(folder, labelled, max_cells, recipe.seed)
+        chosen = None if selection is None else selection.matching(folder)
+        labelled = labelled_genes(class_of, vocabulary, folder, drop_unknown, chosen)
+        cells = _cells_with(folder, labelled, chosen)
+        cells = cells if selection is None else selection.drawn(cells)
         work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size, recipe.progress)
         splits, final = work.splits(folds, eval_share, test_share, recipe.seed)
         final = final if is_final else None
@@ -142,10 +152,11 @@ def finetune_genes(
             "kind": "genes", "loss": loss, "folds": folds, "eval_share": eval_share, "test_share": test_share,
             "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
             "is_searching": search is not None, "classes": labelled.classes, "config": base.config.to_dict(),
+            SELECTION: None if selection is None else selection.to_dict(),
             "data": digest(labelled.tokens, labelled.codes, cells, folder.lengths()),
             **content_of(folder, base, wanted, every),
         }  # fmt: skip
-        origin = origin_of(model, identity, {TASK: loss})
+        origin = origin_of(model, identity, {TASK: loss}, selection)
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
             engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
             return engine.run(splits, final, "genes", tell)
@@ -173,9 +184,13 @@ class LabelledGenes:
 
 
 def labelled_genes(
-    class_of: Mapping[str, str], vocabulary: Vocabulary, folder: TokenFolder, drop_unknown: bool
+    class_of: Mapping[str, str],
+    vocabulary: Vocabulary,
+    folder: TokenFolder,
+    drop_unknown: bool,
+    chosen: np.ndarray | None = None,
 ) -> LabelledGenes:
-    """Classes by token, for the genes that the vocabulary knows and some cell expresses.
+    """Classes by token, for the genes that the vocabulary knows and some cell expresses, or some of those chosen.
 
     Raises
     ------
@@ -187,7 +202,7 @@ def labelled_genes(
     # what is unknown is said below
     found = map_genes(ids, vocabulary, source_name="classes", allow_few_genes=True).column_to_token
     n_cells = np.zeros(vocabulary.n_tokens, dtype=np.int64)
-    for values, _ in folder.batches():
+    for values, _ in folder.batches(_groups_of(folder, chosen)):
         if len(values) and int(values.max()) >= len(n_cells):
             raise VocabularyError(
                 f"{folder.path} holds token {values.max()}, but {vocabulary.name} ends at {len(n_cells) - 1}; tokenize "
@@ -201,7 +216,8 @@ def labelled_genes(
         if unknown:
             said.append(f"{len(unknown)} are not in {vocabulary.name} ({_some(unknown)})")
         if unseen:
-            said.append(f"{len(unseen)} are expressed in no cell of {folder.path} ({_some(unseen)})")
+            which = "" if chosen is None else "selected "
+            said.append(f"{len(unseen)} are expressed in no {which}cell of {folder.path} ({_some(unseen)})")
         raise InputError(
             f"of {len(ids)} genes with a class {' and '.join(said)}; leave them out with --drop-unknown "
             "(drop_unknown=True), or correct their ids"
@@ -296,20 +312,21 @@ class GeneWork:
         return codes
 
 
-def _cells_with(folder: TokenFolder, labelled: LabelledGenes, max_cells: int | None, seed: int) -> np.ndarray:
-    """Cells that hold a labelled gene, or so many of them, drawn by a seed."""
-    if max_cells is not None and max_cells < 1:
-        raise UnsupportedError(f"max_cells must be at least 1, not {max_cells}")
-    found, start = [], 0
-    for values, cu_seqlens in folder.batches():
+def _cells_with(folder: TokenFolder, labelled: LabelledGenes, chosen: np.ndarray | None) -> np.ndarray:
+    """Those of the chosen cells (None: of all) that hold a labelled gene."""
+    found = []
+    for cells in _groups_of(folder, chosen):
+        values, cu_seqlens = folder.read(cells)
         is_labelled = np.isin(values, labelled.tokens)
         counts = np.add.reduceat(np.append(is_labelled, False), cu_seqlens[:-1]) * (np.diff(cu_seqlens) > 0)
-        found.append(start + np.flatnonzero(counts))
-        start += len(counts)
-    cells = np.concatenate(found)
-    if max_cells is not None and len(cells) > max_cells:
-        cells = np.sort(np.random.default_rng(seed).choice(cells, max_cells, replace=False))
-    return cells
+        found.append(cells[np.flatnonzero(counts)])
+    return np.concatenate(found)
+
+
+def _groups_of(folder: TokenFolder, chosen: np.ndarray | None) -> list[np.ndarray]:
+    """The chosen cells, so many at a time."""
+    cells = np.arange(folder.n_cells) if chosen is None else chosen
+    return [cells[start : start + _CELLS_AT_ONCE] for start in range(0, len(cells), _CELLS_AT_ONCE)]
 
 
 def _some(genes: list[str]) -> str:

@@ -83,6 +83,7 @@ def read_task(
     ignore: Sequence[str] = (),
     min_cells: int = 0,
     weight: float = 1.0,
+    among: np.ndarray | None = None,
 ) -> Task:
     """The classes of cells from one column.
 
@@ -100,6 +101,8 @@ def read_task(
         Classes of fewer cells are left out.
     weight
         Of the task.
+    among
+        Numbers of the cells that are looked at; the others have no label, whatever the column says. None: all.
 
     Raises
     ------
@@ -107,12 +110,16 @@ def read_task(
         No such column; cells lack a label; fewer than two classes are left; far too many.
     """
     values = column_values(tokens, column, role="label")
-    is_empty = values == None  # noqa: E711 - elementwise
+    cells = np.arange(len(values)) if among is None else among
+    is_empty = values[cells] == None  # noqa: E711 - elementwise
     if is_empty.any() and not drop_unlabelled:
         raise InputError(
-            f"{tokens.path}: {is_empty.sum():,} of {len(values):,} cells have no {column!r} (the first is cell "
-            f"{int(is_empty.argmax())}); leave them out with --drop-unlabelled (drop_unlabelled=True), or label them"
+            f"{tokens.path}: {is_empty.sum():,} of {len(cells):,} cells have no {column!r} (the first is cell "
+            f"{int(cells[is_empty.argmax()])}); leave them out with --drop-unlabelled (drop_unlabelled=True), or label "
+            "them"
         )
+    if among is not None:
+        values = _only(values, among)
     values[np.isin(values, list(ignore))] = None
     known = values[values != None].astype(str)  # noqa: E711
     names, counts = np.unique(known, return_counts=True) if len(known) else (np.array([]), np.array([], dtype=int))
@@ -128,6 +135,13 @@ def read_task(
         few = f" of at least {min_cells} cells" if min_cells > 1 else ""
         raise InputError(f"{tokens.path}: {column!r} has {found}{few}: there is nothing to tell apart")
     return Task(column, classes, codes, weight)
+
+
+def _only(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Values of some cells, and none of the others."""
+    kept = np.full(len(values), None, dtype=object)
+    kept[cells] = values[cells]
+    return kept
 
 
 def check_ignored(tokens: TokenFolder, columns: Sequence[str], ignore: Sequence[str]) -> None:

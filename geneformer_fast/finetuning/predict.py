@@ -17,6 +17,7 @@ from geneformer_fast import __version__
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import device_named
+from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import OutputError
 from geneformer_fast.extract.budget import MemoryBudget, memory_budget_of
 from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
@@ -57,6 +58,9 @@ def predict(
     allow_few_genes: bool = False,
     n_counts: str = "auto",
     obs: str | Mapping[str, str] | Sequence[str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    max_cells: int | None = None,
+    seed: int | None = None,
     key_added: str | None = None,
     copy: bool = False,
     dtype: str | torch.dtype = "auto",
@@ -82,6 +86,9 @@ def predict(
         As in :func:`geneformer_fast.embed`.
     obs
         Columns of obs that go into the table, as in ``tokenize``; a token folder brings all that it carries.
+    where, max_cells, seed
+        Which cells are taken, as in :func:`geneformer_fast.embed`; of genes it is the mean over these cells that is
+        told. Others have no prediction, and no row in a table.
     key_added
         What the columns are called; None is the task's name (the label column it was trained on).
     copy
@@ -112,6 +119,7 @@ def predict(
     VocabularyError, InputError, UnsupportedError
         As in :func:`geneformer_fast.embed`.
     """
+    selection = Selection.of(where, max_cells, seed)
     target = None if out is None else Output(out, overwrite=overwrite, suffixes=SUFFIXES)
     suffix = None if target is None else target.path.suffix
     if device is None:
@@ -143,7 +151,9 @@ def predict(
         vocabulary = find_vocabulary(dictionary, model, encoder.config)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
-        cells = stack.enter_context(open_cells(data, vocabulary, encoder.config, reading, progress))
+        is_compact = not (request.is_in_place or suffix == ".h5ad")
+        opened = open_cells(data, vocabulary, encoder.config, reading, progress, selection, is_compact=is_compact)
+        cells = stack.enter_context(opened)
         run = ClassifyingRun(encoder, cells, token_budget, progress)
         _keep_within(run, memory, suffix, card)
         provenance = _provenance(card, Path(model), encoder, cells)
@@ -196,6 +206,7 @@ def _provenance(card: Mapping[str, Any], model: Path, encoder: Encoder, cells: C
         "vocabulary": str(cells.vocabulary.get("name")),
         "vocabulary_fingerprint": str(cells.vocabulary.get("fingerprint")),
         "cells": len(cells.lengths),
+        **cells.selection,
     }
 
 
@@ -210,7 +221,7 @@ def _cell_table(
     cells: Cells, card: Mapping[str, Any], probabilities: Sequence[np.ndarray], key: str | None
 ) -> pa.Table:
     """One row per cell that has a known gene, with the columns that say which it is and where it came from."""
-    columns: dict[str, Any] = {"row": pa.array(cells.rows, pa.int64())}
+    columns: dict[str, Any] = {"row": pa.array(cells.places, pa.int64())}
     for name in cells.columns:
         column = cells.column(name)
         columns[name] = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

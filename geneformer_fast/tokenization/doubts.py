@@ -100,16 +100,17 @@ class CellNames:
 def totals_tally(task: Task) -> dict[str, int]:
     """Of the cells in an input's first block: how many were looked at, and how many have other totals than obs says."""
     tally = dict.fromkeys(("totals_looked_at", "totals_above", "totals_below"), 0)
-    block = task.block
-    if task.n_counts is None or block.start:
+    block, rows = task.block, task.prepared.rows
+    if task.n_counts is None or block.start != (0 if rows is None else rows[0]):
         return tally
     from geneformer_fast.tokenization.sources import loops
 
     is_counted = np.ones(len(task.prepared.columns.codes), dtype=np.bool_)
     found = loops.row_totals(block.indptr, block.indices, block.data, is_counted)
     is_used = (found > 0) & (task.n_counts > 0)
-    if task.is_wanted is not None:
-        is_used &= task.is_wanted
+    for is_left in (task.is_wanted, task.is_asked):
+        if is_left is not None:
+            is_used &= is_left
     stated = np.asarray(task.n_counts, dtype=np.float64)
     tally["totals_looked_at"] = int(is_used.sum())
     tally["totals_above"] = int((is_used & (found > _ABOVE * stated)).sum())

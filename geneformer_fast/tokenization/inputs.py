@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Inputs kept open between preparation and reading; further ones are opened again.
 _MOST_OPEN = 8
+# Cells between two that are asked for, beyond which they are not read.
+_MOST_BETWEEN = 256
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class PreparedInput:
         Arrow type of every carried column in this input.
     n_counts_column
         The obs column with total counts, None to compute them.
+    rows
+        Ascending rows that are asked for; None asks for all.
     """
 
     data: Any
@@ -122,6 +126,12 @@ class PreparedInput:
     n_counts_column: str | None
     has_filter: bool
     source: CountSource | None
+    rows: np.ndarray | None = None
+
+    @property
+    def n_asked(self) -> int:
+        """Cells that are asked for."""
+        return self.n_cells if self.rows is None else len(self.rows)
 
 
 @dataclass
@@ -136,6 +146,8 @@ class Task:
         [cells] totals, or None to compute them.
     is_wanted
         [cells] bool, what filter_pass says; None keeps all.
+    is_asked
+        [cells] bool, whether somebody asked for them; None asks for all.
     carried
         Columns of the whole input by their name in the token folder.
     """
@@ -146,15 +158,21 @@ class Task:
     n_counts: np.ndarray | None
     is_wanted: np.ndarray | None
     carried: dict[str, pa.Array]
+    is_asked: np.ndarray | None = None
 
 
 def prepare(
-    inputs: Iterable[Any], vocabulary: Vocabulary, options: ReadOptions, *, is_resumable: bool = False
+    inputs: Iterable[Any],
+    vocabulary: Vocabulary,
+    options: ReadOptions,
+    *,
+    is_resumable: bool = False,
+    rows: Sequence[np.ndarray] | None = None,
 ) -> list[PreparedInput]:
     """Look at every input: gene ids, carried columns, fingerprint; before anything is written.
 
     ``is_resumable`` says that a later run may go on with what this one made, so that all of an AnnData in memory has
-    to be told from another one.
+    to be told from another one. ``rows`` are those that are asked for of each input, ascending; None asks for all.
     """
     prepared: list[PreparedInput] = []
     known: dict[bytes, tuple[GeneMap, Columns]] = {}
@@ -178,6 +196,8 @@ def prepare(
         close_all(prepared)
         raise
     repeated = names.messages()
+    for entry, asked in zip(prepared, rows or (), strict=False):
+        entry.rows = asked
     for entry in prepared:
         if entry.name in repeated:
             entry.description["warnings"].append(repeated[entry.name])
@@ -297,12 +317,14 @@ def tasks(
     """The cells of all inputs from a position on, in blocks of at most ``rows``."""
     for index in range(source, len(prepared)):
         entry = prepared[index]
+        if not entry.n_asked:
+            continue
         opened = entry.source or options.open(entry.data, is_checked=True)
         try:
             n_counts = _n_counts(opened, entry)
             is_wanted = _filter(opened) if entry.has_filter else None
             carried = {new: carried_values(opened, old, types[new]) for old, new in options.carried.items()}
-            for block in opened.blocks(start=row if index == source else 0, rows=rows):
+            for block in _blocks(opened, entry, row if index == source else 0, rows):
                 span = slice(block.start, block.start + block.n_cells)
                 yield Task(
                     source=index,
@@ -311,10 +333,33 @@ def tasks(
                     n_counts=None if n_counts is None else n_counts[span],
                     is_wanted=None if is_wanted is None else is_wanted[span],
                     carried=carried,
+                    is_asked=_is_among(entry.rows, block),
                 )
         finally:
             opened.close()
             entry.source = None
+
+
+def _blocks(source: CountSource, entry: PreparedInput, start: int, rows: int) -> Iterator[CountBlock]:
+    """The cells of one input from a row on, those aside that nobody asked for and that lie far from those asked for."""
+    if entry.rows is None:
+        yield from source.blocks(start=start, rows=rows)
+        return
+    asked = entry.rows[entry.rows >= start]
+    breaks = np.flatnonzero(np.diff(asked) > _MOST_BETWEEN) + 1
+    for run in np.split(asked, breaks):
+        if len(run):
+            yield from source.blocks(start=int(run[0]), stop=int(run[-1]) + 1, rows=rows)
+
+
+def _is_among(rows: np.ndarray | None, block: CountBlock) -> np.ndarray | None:
+    """[cells] which cells of a block are asked for."""
+    if rows is None:
+        return None
+    found = np.zeros(block.n_cells, dtype=bool)
+    first, last = np.searchsorted(rows, [block.start, block.start + block.n_cells])
+    found[rows[first:last] - block.start] = True
+    return found
 
 
 def _numbers(values: Any, where: str) -> np.ndarray:
@@ -334,6 +379,13 @@ def _n_counts(source: CountSource, entry: PreparedInput) -> np.ndarray | None:
     if entry.n_counts_column is None:
         return None
     return _numbers(source.obs(entry.n_counts_column), f"{source.name}: obs column {entry.n_counts_column}")
+
+
+def passes_filter(source: CountSource, options: ReadOptions) -> np.ndarray:
+    """[n_cells] bool, which cells of an input are cells as far as its column filter_pass says so."""
+    if options.use_filter_pass and "filter_pass" in source.obs_columns:
+        return _filter(source)
+    return np.ones(source.n_cells, dtype=bool)
 
 
 def _filter(source: CountSource) -> np.ndarray:

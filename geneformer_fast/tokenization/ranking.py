@@ -54,16 +54,17 @@ def rank(task: Task, vocabulary: Vocabulary, max_len: int) -> Ranked:
         is_checked=True,  # by the source, while reading
         **specials,
     )
-    is_wanted = np.ones(block.n_cells, dtype=bool) if task.is_wanted is None else task.is_wanted
+    is_asked = np.ones(block.n_cells, dtype=bool) if task.is_asked is None else task.is_asked
+    is_wanted = is_asked if task.is_wanted is None else is_asked & task.is_wanted
     is_kept = is_wanted & (lengths > 0)
     if not is_wanted.all():
         values = values[np.repeat(is_kept, lengths)]
     kept = np.flatnonzero(is_kept)
     empty = np.flatnonzero(is_wanted & (lengths == 0)) + block.start
     tally = {
-        "read": block.n_cells,
+        "read": int(is_asked.sum()),
         "written": len(kept),
-        "filtered": int(block.n_cells - is_wanted.sum()),
+        "filtered": int(is_asked.sum() - is_wanted.sum()),
         "empty": len(empty),
         "empty_rows": empty[:NAMED_ROWS].tolist(),
         "full": int((lengths[kept] == max_len).sum()),

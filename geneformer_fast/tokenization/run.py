@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -187,6 +188,44 @@ def tokenize_anndata(
     return result
 
 
+def tokenize_rows(
+    data: Any,
+    vocabulary: Vocabulary,
+    options: reading.ReadOptions,
+    rows: Sequence[np.ndarray],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> TokenFolder | TokenizedCells:
+    """As :func:`tokenize`, of some cells.
+
+    Parameters
+    ----------
+    data
+        An AnnData, without ``out``; or whatever names files of counts, with ``out``.
+    vocabulary, options
+        Whose tokens, and how counts are read.
+    rows
+        Per input, of files in the order of ``expand_inputs``, ascending rows to take; others are not looked at.
+    out, workers, progress
+        As in :func:`tokenize`.
+
+    Raises
+    ------
+    InputError, OutputError
+        As :func:`tokenize`.
+    """
+    workers = _checked_workers(workers)
+    if out is None:
+        return _tokenize_in_memory(data, vocabulary, dataclasses.replace(options, carried={}), workers, rows)
+    entries = expand_inputs(_as_paths(data))
+    _tokenize_to_folder(
+        entries, Path(out), vocabulary, options, workers, False, False, SHARD_BYTES, progress, rows
+    )  # fmt: skip
+    return open_tokens(out)
+
+
 def resolve_vocabulary(dictionary: str | os.PathLike[str] | Vocabulary | None, preset: str | None) -> Vocabulary:
     """The vocabulary given, or the one in a folder of dictionaries."""
     if isinstance(dictionary, Vocabulary):
@@ -250,8 +289,9 @@ def _tokenize_to_folder(
     overwrite: bool,
     shard_bytes: int,
     progress: bool | None,
+    rows: Sequence[np.ndarray] | None = None,
 ) -> None:
-    prepared = reading.prepare(entries, vocabulary, options, is_resumable=True)
+    prepared = reading.prepare(entries, vocabulary, options, is_resumable=True, rows=rows)
     try:
         types = joined_types([entry.carried_types for entry in prepared], options)
         names = [entry.name for entry in prepared]
@@ -284,8 +324,8 @@ def _write(
 ) -> None:
     start = output.progress["source"], output.progress["row"]
     cells = [dict(tally) for tally in output.progress["cells"]] or [empty_tally(entry.name) for entry in prepared]
-    n_cells, n_done = sum(entry.n_cells for entry in prepared), sum(tally["read"] for tally in cells)
-    bar = Progress(n_cells, "tokenizing", "cells", progress, initial=n_done)
+    n_asked, n_done = sum(entry.n_asked for entry in prepared), sum(tally["read"] for tally in cells)
+    bar = Progress(n_asked, "tokenizing", "cells", progress, initial=n_done)
     ranked = _ranked_blocks(prepared, vocabulary, options, types, workers, start, schema)
     try:
         for block, batch in ranked:
@@ -336,9 +376,13 @@ def _ranked_blocks(
 
 
 def _tokenize_in_memory(
-    adata: Any, vocabulary: Vocabulary, options: reading.ReadOptions, workers: int
+    adata: Any,
+    vocabulary: Vocabulary,
+    options: reading.ReadOptions,
+    workers: int,
+    rows: Sequence[np.ndarray] | None = None,
 ) -> TokenizedCells:
-    prepared = reading.prepare([adata], vocabulary, options)
+    prepared = reading.prepare([adata], vocabulary, options, rows=rows)
     tally = empty_tally(prepared[0].name)
     blocks = []
     try:

@@ -25,8 +25,9 @@ def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
 
     block, entry = task.block, task.prepared
     is_needed = np.diff(block.indptr) > 0
-    if task.is_wanted is not None:
-        is_needed &= task.is_wanted
+    for is_left in (task.is_wanted, task.is_asked):
+        if is_left is not None:
+            is_needed &= is_left
     if task.n_counts is not None:
         n_counts = task.n_counts
     else:

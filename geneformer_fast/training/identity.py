@@ -27,6 +27,9 @@ CONTENT = {
     "data": "labels or splits",
     "search": "search",
 }
+#: Which cells were selected, in plain values. Fingerprints hold them too, so that runs of earlier versions need no such
+#: entry.
+SELECTION = "selection"
 
 
 def identity_of_run(
@@ -86,6 +89,8 @@ def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any],
     for key, value in asked.items():
         if key in CONTENT and key not in there:
             unknown += [] if value is None else [CONTENT[key]]
+            continue
+        if key == SELECTION and key not in there:
             continue
         old, value = current_names(there.get(key)), json.loads(json.dumps(value))  # a list in a file was a tuple
         if key == "recipe" and isinstance(old, dict):

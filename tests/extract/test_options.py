@@ -10,6 +10,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import toys
 from places import Place, columns_of, in_turn, places
@@ -118,7 +119,7 @@ def check_pool(at: Workplace, place: Place, **options: Any) -> None:
         assert [name for name in columns if not name.startswith("embedding")] == ["token", "gene", "n_cells"]
     else:
         assert (result.varm[KEY] if place.is_in_place else result).shape[1] == 32
-    for name, value in (("obs", ["kind"]), ("plot", "p.png")):
+    for name, value in (("obs", ["kind"]), ("plot", "p.png"), ("heatmap", "h.png")):
         at.refuses(place, "rows.* genes", pool="gene", **{name: value})
 
 
@@ -168,6 +169,58 @@ def check_obs(at: Workplace, place: Place, obs: dict[str, str]) -> None:
     assert columns["obs_names"][:3] == ["cell0", "cell1", "cell2"]
     missing = {"score": "there"} if place.source == "tokens" else {}
     at.refuses(place, "no column 'sex'", InputError, obs={"sex": "sex", **missing})
+
+
+def check_where(at: Workplace, place: Place, where: dict[str, str]) -> None:
+    """Those cells and no others, with the numbers that they have among all; an AnnData keeps its rows."""
+    kinds = anndata.read_h5ad(at.folder / "cells.h5ad").obs["kind"].tolist()
+    is_there = np.array([kind == "a" for i, kind in enumerate(kinds) if i != 3])
+    whole, some = at.values(place, dtype="float32"), at.embed(place, dtype="float32", where=where)
+    if isinstance(some, Path) and place.suffix != ".h5ad":
+        assert columns_of(some)["obs_names"] == [f"cell{i}" for i, kind in enumerate(kinds) if kind == "a" and i != 3]
+        some = read_cells(some, np.arange(is_there.sum()), KEY)
+    elif not isinstance(some, np.ndarray):
+        some = (anndata.read_h5ad(some) if isinstance(some, Path) else some).obsm[KEY]
+        assert len(some) == 12
+        some = some[~np.isnan(some).any(1)]
+    np.testing.assert_allclose(some, whole[is_there], atol=2e-6)
+    at.refuses(place, "no column 'sex' to choose cells by", InputError, where={"sex": "f"})
+
+
+def check_max_cells(at: Workplace, place: Place, max_cells: int) -> None:
+    whole = at.values(place, dtype="float32")
+    # This draw leaves out the cell without genes, which would have no embedding.
+    some = at.values(Place(place.source, None), dtype="float32", max_cells=max_cells, seed=1)
+    assert len(some) == max_cells
+    assert all(np.isclose(row, whole, atol=2e-6).all(1).any() for row in some)
+    at.refuses(place, "max_cells must be at least 1", max_cells=0)
+
+
+def check_seed(at: Workplace, place: Place, seed: int) -> None:
+    at.refuses(place, r"seed \(--seed\) is of the draw of cells", seed=seed)
+    place = Place(place.source, None)
+    drawn = [at.values(place, max_cells=4, seed=each, dtype="float32").round(4).tolist() for each in (0, seed, seed)]
+    assert drawn[0] == at.values(place, max_cells=4, dtype="float32").round(4).tolist()
+    assert drawn[0] != drawn[1] == drawn[2]
+
+
+def check_as_frame(at: Workplace, place: Place, as_frame: bool) -> None:
+    if place.suffix is not None:
+        at.refuses(place, "as_frame=True returns a table, so it needs no output file", as_frame=as_frame)
+        return
+    data, whole = at.data(place), at.values(place, dtype="float32")
+    frame = at.embed(place, data, as_frame=as_frame, dtype="float32", obs=["kind"])
+    assert frame.index.tolist() == [f"cell{i}" for i in range(12) if i != 3]
+    assert frame.columns[0] == "kind"
+    np.testing.assert_allclose(frame.filter(like="embedding_").to_numpy(), whole, atol=2e-6)
+    assert place.source != "anndata" or KEY not in data.obsm
+    # The same as the file that it stands for.
+    path = embed(data, at.folder / "model", at.out / "z.csv", dtype="float32", obs=["kind"], progress=False)
+    pd.testing.assert_frame_equal(frame.reset_index(), pd.read_csv(path), atol=1e-6, check_dtype=False)
+    genes = at.embed(place, as_frame=as_frame, pool="gene")
+    assert set(genes.index) <= set(toys.gene_ids())
+    assert list(genes.columns[:3]) == ["token", "n_cells", "embedding_0"]
+    assert not genes.isna().any().any()
 
 
 def check_key(at: Workplace, place: Place, key_added: str) -> None:
@@ -245,6 +298,22 @@ def check_plot(at: Workplace, place: Place, plot: str) -> None:
     assert (at.out / plot).read_text() == "mine"
 
 
+def check_heatmap(at: Workplace, place: Place, heatmap: str) -> None:
+    drawn = []
+    path = at.out / heatmap
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "plot_heatmap", lambda values, labels, *a, **k: drawn.append((len(values), *labels, a, k)))
+        at.embed(place, heatmap=path, color="kind", pool="mean", layer="last")
+    kinds = anndata.read_h5ad(at.folder / "cells.h5ad").obs["kind"].tolist()
+    title = "model, layer last, pool mean"
+    assert drawn == [(11, *kinds[:3], *kinds[4:], (path,), {"label": "kind", "title": title})]
+    at.refuses(place, r"shows cells by a column: name it with color \(--color\)", heatmap=path)
+    at.refuses(place, "two pictures, and both are to be", heatmap=path, plot=path, color="kind")
+    path.write_text("mine")
+    at.refuses(place, "exists already", OutputError, heatmap=path, color="kind", overwrite=False)
+    assert path.read_text() == "mine"
+
+
 def check_color(at: Workplace, place: Place, color: str) -> None:
     at.refuses(place, r"color \(--color\) colours a picture", color=color)
     drawn = []
@@ -274,6 +343,10 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "allow_few_genes": (True, check_allowance("gene")),
     "n_counts": ("computed", check_allowance("Total counts must be positive")),
     "obs": ({"kind": "label"}, check_obs),
+    "where": ({"kind": "a"}, check_where),
+    "max_cells": (4, check_max_cells),
+    "seed": (5, check_seed),
+    "as_frame": (True, check_as_frame),
     "key_added": ("X_mine", check_key),
     "copy": (True, check_copy),
     "dtype": ("bfloat16", check_loading),
@@ -283,6 +356,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "overwrite": (True, check_overwrite),
     "progress": (True, check_progress),
     "plot": ("p.png", check_plot),
+    "heatmap": ("h.png", check_heatmap),
     "color": ("kind", check_color),
 }
 
@@ -306,16 +380,18 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
         "pool": "mean", "layer": "last", "dictionary": "d", "counts_layer": "c", "gene_column": "g", "obs": "new=old",
         "n_counts": "computed",
         "key_added": "k", "dtype": "float16", "device": "cuda:3", "token_budget": "7",
-        "memory_budget": "2GB", "plot": "p.png", "color": "kind",
+        "memory_budget": "2GB", "plot": "p.png", "heatmap": "h.png", "color": "kind",
+        "where": "kind=a,b", "max_cells": "9", "seed": "3",
     }  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     flags = ["allow_float", "allow_duplicate_cells", "allow_few_genes", "overwrite"]
     arguments += [f"--{flag.replace('_', '-')}" for flag in flags]
     assert main(["embed", "in", "--model", "m", "--out", str(tmp_path / "o.npy"), *arguments]) == 0
     expected: dict[str, Any] = {**given, "obs": {"old": "new"}, "token_budget": 7}
+    expected |= {"where": {"kind": ["a", "b"]}, "max_cells": 9, "seed": 3}
     assert seen == {**expected, **dict.fromkeys(flags, True)}
-    # On the command line there is no AnnData to copy, and the terminal decides about progress.
-    assert set(seen) == set(OPTIONS) - {"copy", "progress"}
+    # On the command line there is no AnnData to copy, nobody takes a data frame, the terminal decides about progress.
+    assert set(seen) == set(OPTIONS) - {"copy", "as_frame", "progress"}
     parsed = build_parser(["embed"]).parse_args(["embed", "in", "--model", "m", "--out", "o"])
     others = {"command", "run", "interrupted", "inputs", "model", "out", "no_verify"}
     assert set(vars(parsed)) - others == set(seen)

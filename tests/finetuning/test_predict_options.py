@@ -144,6 +144,30 @@ def check_obs(at: Workplace, place: Place, obs: dict[str, str]) -> None:
         at.refuses(place, f"called '{taken}', and so is one of the result", InputError, obs={"donor": taken})
 
 
+def check_where(at: Workplace, place: Place, where: dict[str, Any]) -> None:
+    """Those cells and no others, with the predictions that they have among all; an AnnData keeps its rows."""
+    whole, some = at.columns(place), at.columns(place, where=where)
+    is_there = [i % 6 == 2 for i in range(20)]
+    if place.is_in_place or place.suffix == ".h5ad":
+        kept = [each for each, is_known in zip(some["kind_probability"], is_there, strict=True) if is_known]
+        others = [each for each, is_known in zip(some["kind_probability"], is_there, strict=True) if not is_known]
+        assert np.isnan(others).all()
+    else:
+        kept = some["kind_probability"]
+        assert some["row"] == [2, 8, 14]
+    np.testing.assert_allclose(kept, np.array(whole["kind_probability"])[is_there], atol=1e-6)
+    at.refuses(place, "no cell has donor 'd9'; there are d0, d1, d2", InputError, where={"donor": ["d1", "d9"]})
+
+
+def check_draw(at: Workplace, place: Place, **option: int) -> None:
+    if "seed" in option:
+        at.refuses(place, "is of the draw of cells: say how many", **option)
+    columns = [at.columns(place, max_cells=5, seed=each)["kind_probability"] for each in (1, 2)]
+    known = [{i: each for i, each in enumerate(column) if each == each} for column in columns]
+    assert [len(each) for each in known] == [5, 5]
+    assert known[0] != known[1]
+
+
 def check_key(at: Workplace, place: Place, key_added: str) -> None:
     columns = at.columns(place, key_added=key_added)
     assert set(columns["guess_predicted"]) <= set(TYPES)
@@ -222,6 +246,9 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
     "allow_few_genes": (True, check_allowance),
     "n_counts": ("sex", check_n_counts),
     "obs": ({"donor": "origin"}, check_obs),
+    "where": ({"donor": "d2"}, check_where),
+    "max_cells": (5, check_draw),
+    "seed": (1, check_draw),
     "key_added": ("guess", check_key),
     "copy": (True, check_copy),
     "dtype": ("bfloat16", check_loading),
@@ -251,12 +278,14 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     given = {
         "dictionary": "d", "counts_layer": "c", "gene_column": "g", "obs": "new=old", "key_added": "k",
         "dtype": "float16", "device": "cuda:3", "token_budget": "7", "memory_budget": "2GB", "n_counts": "n",
+        "where": "donor=d1", "max_cells": "9", "seed": "3",
     }  # fmt: skip
     flags = ["allow_float", "allow_duplicate_cells", "allow_few_genes", "overwrite"]
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     arguments += [f"--{flag.replace('_', '-')}" for flag in flags]
     assert main(["predict", "in", "--model", "m", "--out", str(tmp_path / "o.csv"), *arguments]) == 0
     expected: dict[str, Any] = {**given, "obs": {"old": "new"}, "token_budget": 7}
+    expected |= {"where": {"donor": ["d1"]}, "max_cells": 9, "seed": 3}
     assert seen == {**expected, **dict.fromkeys(flags, True)}
     assert set(seen) == set(OPTIONS) - {"copy", "progress"}
     parsed = build_parser(["predict"]).parse_args(["predict", "in", "--model", "m", "--out", "o"])

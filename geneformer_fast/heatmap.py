@@ -1,0 +1,188 @@
+"""A picture of embeddings as they are: cells by dimensions, in the order of a label."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geneformer_fast.errors import InputError, OutputError, UnsupportedError
+from geneformer_fast.files.writing import whole_file
+
+#: Rows of a picture that can be told apart, about; of more cells a sample is drawn.
+MOST_CELLS = 2_000
+#: Classes with a colour and a line of the legend each.
+MOST_CLASSES = 40
+# Standard deviations at which the colours end.
+_LIMIT = 2.5
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+def check_heatmap(path: str | os.PathLike[str]) -> None:
+    """Raise, before anything is computed, what :func:`plot_heatmap` would raise about this path."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise UnsupportedError(
+            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
+        ) from None
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in formats:
+        raise OutputError(f"{path}: pictures end in .png, .pdf or .svg (all formats: {', '.join(formats)})")
+
+
+def plot_heatmap(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    label: str,
+    title: str = "",
+    seed: int = 0,
+) -> Path:
+    """Write a picture of embeddings: one row per cell, one column per dimension, cells of one label together.
+
+    Colours are standard deviations from a dimension's mean over the cells that are shown. Dimensions that vary alike
+    stand together (average linkage of their correlations), and so do cells within a label (the order of their first
+    principal component there).
+
+    Parameters
+    ----------
+    embeddings
+        [cells, C]; of more than 2,000 cells a seeded sample is drawn.
+    labels
+        [cells] numbers, along which cells are sorted, or anything else as classes. Cells without one come last.
+    path
+        Picture to write; the suffix (.png, .pdf, .svg) decides the format. Missing folders are made.
+    label
+        What the labels are.
+    title
+        What stands above.
+    seed
+        Of the sample.
+
+    Raises
+    ------
+    InputError
+        There is no cell.
+    UnsupportedError
+        matplotlib is not installed.
+    OutputError
+        The picture cannot be written there.
+    """
+    check_heatmap(path)
+    path, n_cells = Path(path), len(embeddings)
+    if not n_cells:
+        raise InputError("a heatmap of no cells shows nothing")
+    sample = np.arange(n_cells)
+    if n_cells > MOST_CELLS:
+        sample = np.sort(np.random.default_rng(seed).choice(n_cells, MOST_CELLS, replace=False))
+    shown, labels = np.asarray(embeddings, dtype=np.float64)[sample], np.asarray(labels)[sample]
+    standard = standardized(shown)
+    codes, names = classes_of(labels)
+    order = row_order(standard, labels if codes is None else codes)
+    columns = column_order(standard)
+    counted = f"{len(sample):,} of {n_cells:,} cells" if len(sample) < n_cells else f"{n_cells:,} cells"
+    figure = _figure()
+    _draw(
+        figure, standard[np.ix_(order, columns)], (labels if codes is None else codes)[order], names, label,
+        f"{title}\n{counted}" if title else counted,
+    )  # fmt: skip
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return path
+
+
+def standardized(values: np.ndarray) -> np.ndarray:
+    """[n, C] in standard deviations from the mean of each column; columns that do not vary are 0."""
+    deviation = values.std(axis=0)
+    return (values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+
+
+def classes_of(labels: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
+    """([n] class of each cell, names with counts); of numbers no classes. Missing labels are the last class."""
+    if np.issubdtype(labels.dtype, np.number):
+        return None, []
+    texts = np.array(["" if value is None or value != value else str(value) for value in labels.tolist()])
+    names, codes, counts = np.unique(texts, return_inverse=True, return_counts=True)
+    if names[0] == "":
+        names, counts, codes = np.append(names[1:], "(none)"), np.roll(counts, -1), (codes - 1) % len(counts)
+    return codes, [f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)]
+
+
+def row_order(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """[n] cells by label, those of one label by their first principal component."""
+    within = np.zeros(len(values))
+    for key in np.unique(keys[keys == keys]):
+        at = np.flatnonzero(keys == key)
+        if len(at) > 2:
+            centred = values[at] - values[at].mean(axis=0)
+            within[at] = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+    return np.lexsort((within, keys))  # NaN last
+
+
+def column_order(values: np.ndarray) -> np.ndarray:
+    """[C] dimensions, those that vary alike beside each other."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if values.shape[1] < 3 or len(values) < 2:
+        return np.arange(values.shape[1])
+    correlation = values.T @ values / len(values)
+    distance = np.clip(1 - correlation, 0, 2)
+    distance = (distance + distance.T) / 2
+    np.fill_diagonal(distance, 0)
+    return leaves_list(linkage(squareform(distance, checks=False), "average"))
+
+
+def _figure() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(figure: Any, values: np.ndarray, keys: np.ndarray, names: list[str], label: str, title: str) -> None:
+    """The strip of labels, and the heatmap beside it."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    strip, axes = figure.subplots(1, 2, width_ratios=(1, 30), sharey=True)
+    image = axes.imshow(
+        values, cmap="PuOr_r", vmin=-_LIMIT, vmax=_LIMIT, aspect="auto", interpolation="nearest", rasterized=True
+    )
+    figure.colorbar(image, ax=axes, label="standard deviations from the mean of the dimension", extend="both")
+    if names:
+        colors = colors_of(len(names))
+        strip.imshow(
+            keys[:, None], cmap=ListedColormap(colors), vmin=-0.5, vmax=len(names) - 0.5, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
+        for line in np.flatnonzero(np.diff(keys)) + 0.5:
+            axes.axhline(line, color="black", lw=0.5)
+        patches = [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
+        more = [Patch(alpha=0, label=f"and {len(names) - MOST_CLASSES} more")] if len(names) > MOST_CLASSES else []
+        figure.legend(
+            handles=patches[:MOST_CLASSES] + more, title=label, loc="outside right upper", frameon=False,
+            fontsize="small",
+        )  # fmt: skip
+    else:
+        colored = strip.imshow(keys[:, None], cmap="viridis", aspect="auto", interpolation="nearest")
+        figure.colorbar(colored, ax=axes, label=label)
+    strip.set(xticks=[], yticks=[], ylabel=f"cells by {label}")
+    axes.set(xticks=[], xlabel=f"{values.shape[1]:,} dimensions, clustered", title=title)
+    axes.tick_params(left=False, labelleft=False)
+
+
+def colors_of(n: int) -> list[Any]:
+    """Colours of classes: eight that colour-blind readers tell apart, or of more as many as there are."""
+    if n <= len(_COLORS):
+        return list(_COLORS[:n])
+    import matplotlib
+
+    return [matplotlib.colormaps["turbo"](place) for place in np.linspace(0.02, 0.98, n)]
