@@ -38,14 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--counts", metavar="INPUT", help="with --mode tokenize: counts (default: made-up ones)")
     what.add_argument("--dictionary", metavar="FOLDER", help="with --counts: folder with the gene dictionaries")
-    what.add_argument("--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several")
+    what.add_argument(
+        "--preset",
+        choices=("v1", "v2", "bionemo"),
+        help="which dictionaries, if there are several; with --predict, whose",
+    )
     how = parser.add_argument_group("how it is computed")
     how.add_argument("--dtype", metavar="NAME", help="auto (the fastest here), float32, bfloat16 or float16")
     how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: all cores)")
     budget = how.add_argument(
-        "--token-budget", type=int, metavar="N", help="most tokens that are computed at once (default: by device)"
-    )
+        "--token-budget", type=int, metavar="N",
+        help="most tokens that are computed at once (default: by device); with --mode train about so many make a step",
+    )  # fmt: skip
     renamed(parser, "--batch-tokens", budget)
     how.add_argument("--layer", metavar="last|penultimate|N", help="where embedding stops (default: penultimate)")
     how.add_argument("--recompute", action="store_true", help="with --mode train: keep less, compute blocks twice")
@@ -184,29 +189,11 @@ def _check_page() -> None:
 
 def _predict(request: Request, *, is_json: bool) -> int:
     """Say what many cells would take."""
-    import contextlib
     import json
 
-    from geneformer_fast.profiling.lengths import Lengths
-    from geneformer_fast.profiling.prediction.predict import cells_like, predict
-    from geneformer_fast.profiling.scenarios.cells import check_readable
-    from geneformer_fast.profiling.scenarios.models import geometry_of
-    from geneformer_fast.tokenization.arrow import open_tokens
+    from geneformer_fast.profiling.prediction.asked import predicted
 
-    model = request.model or "geneformer-v1-10m"
-    config = geometry_of(model)
-    assert request.card is not None
-    assert request.cells is not None
-    if request.tokens is None:
-        cells = cells_like(request.cells, Lengths.parsed(request.lengths or "real"), config)
-    else:
-        with contextlib.closing(open_tokens(request.tokens)) as folder:
-            check_readable(folder, config)
-            cells = cells_like(request.cells, folder.lengths(), config, f"as in {folder.path.name}")
-    found = predict(
-        request.card, cells, model, config, mode=request.mode, layer=request.layer or "penultimate",
-        dtype=request.dtype, threads=request.threads, batch_tokens=request.token_budget,
-    )  # fmt: skip
+    found = predicted(request)
     print(json.dumps(found.to_dict(), indent=1) if is_json else found.as_text())
     return 0
 

@@ -34,6 +34,7 @@ from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.training.identity import SELECTION
 from geneformer_fast.training.loop import Objective
+from geneformer_fast.training.profiled import checked_place
 from geneformer_fast.training.recipe import Recipe
 
 
@@ -122,7 +123,8 @@ def finetune_cells(
         holds the same.
     profile
         Where a report of how fast the first model is trained goes (:func:`geneformer_fast.profile`): a ``.json``, an
-        ``.html``, or a folder for both; True: ``profile/`` in ``out``.
+        ``.html``, or a folder for both; True: ``profile/`` in ``out``. One that is there already is refused, or with
+        ``resume`` stays and nothing is profiled.
     progress
         Whether to show progress bars; None is what the recipe says, and if that is None too, bars on a terminal, and
         lines of the log elsewhere.
@@ -147,6 +149,7 @@ def finetune_cells(
         No such loss, sampler or option.
     """
     wanted = check_ready(search)
+    profile = checked_place(profile, Path(out), is_resuming=resume, is_replacing=overwrite)
     test_share = share_for_testing(test_share, folds, 0.1)
     recipe = with_progress(recipe or CELLS, progress)
     selection = Selection.of(where, max_cells, seed, default_seed=recipe.seed)

@@ -37,6 +37,7 @@ from geneformer_fast.tokenization.genes import map_genes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 from geneformer_fast.training.identity import SELECTION
 from geneformer_fast.training.loop import Objective
+from geneformer_fast.training.profiled import checked_place
 from geneformer_fast.training.recipe import Recipe
 
 TASK = "gene_class"
@@ -123,6 +124,7 @@ def finetune_genes(
         As in :func:`finetune_cells`.
     """
     wanted = check_ready(search)
+    profile = checked_place(profile, Path(out), is_resuming=resume, is_replacing=overwrite)
     test_share = share_for_testing(test_share, folds, 0.2)
     recipe = with_progress(recipe or GENES, progress)
     selection = Selection.of(where, max_cells, seed, default_seed=recipe.seed)

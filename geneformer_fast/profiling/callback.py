@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 from geneformer_fast.arguments import checked
-from geneformer_fast.errors import ProfileError, UnsupportedError
+from geneformer_fast.errors import OutputError, ProfileError, UnsupportedError
 
 try:
     from transformers.trainer_callback import TrainerCallback
@@ -17,6 +18,7 @@ except ImportError as error:
         "profiling transformers' Trainer needs transformers: pip install 'geneformer-fast[hf]'"
     ) from error
 
+from geneformer_fast.profiling.loop.writing import check_place
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.run import Run, profile
 
@@ -32,8 +34,13 @@ class ProfilerCallback(TrainerCallback):
     ----------
     out
         Where the report goes: a ``.json``, an ``.html``, or a folder for both. None: nowhere, see :attr:`report`.
-    n_warmup, n_steps, n_active, trace, energy, ceilings, name, tokens, settings
+    n_warmup, n_steps, n_active, trace, energy, ceilings, name, tokens, settings, overwrite
         As in :func:`geneformer_fast.profile`.
+
+    Raises
+    ------
+    OutputError
+        The report cannot go there, or one is there already; said before the training, and not after it.
 
     Notes
     -----
@@ -57,11 +64,14 @@ class ProfilerCallback(TrainerCallback):
         name: str | None = None,
         tokens: str = "",
         settings: dict[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
+        if out is not None:
+            check_place(Path(out), is_replacing=overwrite)
         self._out = out
         self._options: dict[str, Any] = {
             "n_warmup": n_warmup, "n_steps": n_steps, "n_active": n_active, "trace": trace, "energy": energy,
-            "ceilings": ceilings, "name": name, "tokens": tokens,
+            "ceilings": ceilings, "name": name, "tokens": tokens, "overwrite": overwrite,
         }  # fmt: skip
         self._settings = dict(settings or {})
         self._run: Run | None = None
@@ -119,7 +129,7 @@ class ProfilerCallback(TrainerCallback):
             return
         try:
             self._run.__exit__(None, None, None)
-        except ProfileError as fault:
+        except (ProfileError, OutputError) as fault:
             warnings.warn(f"the training is not in a report: {fault}", stacklevel=2)
 
     def _pause_run(self) -> None:

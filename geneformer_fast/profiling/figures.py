@@ -159,9 +159,12 @@ class Timing:
     first_step_s
         The very first step, with what is compiled and allocated in it.
     step_ms
-        Of the steps.
+        Of the steps. Where several are computed at once, their ends say nothing of how long each took: then the forward
+        pass of each, in its own thread.
     parts
         Seconds of the window by :data:`PARTS`; they add up to ``wall_s`` where none is missing.
+    n_at_once
+        Steps that were computed at the same time.
     """
 
     n_steps: int
@@ -171,6 +174,7 @@ class Timing:
     first_step_s: Figure
     step_ms: Spread
     parts: dict[str, Figure]
+    n_at_once: int = 1
 
 
 @dataclass(frozen=True)

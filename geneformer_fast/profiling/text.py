@@ -54,7 +54,7 @@ def _headline(report: Report, width: int) -> str:
 def _figures(reports: Sequence[Report], width: int) -> str:
     columns = [list(_rows(report)) for report in reports]
     labels = [label for label, _ in columns[0]]
-    rows: list[Row] = [(label, [dict(column)[label] for column in columns]) for label in labels]
+    rows: list[Row] = [(label, [dict(column).get(label, "") for column in columns]) for label in labels]
     if len(reports) > 1:
         rows.insert(0, ("", [report.subject.engine for report in reports]))
         turns = next((each.numbers.get("ratio") for each in reports[0].findings if each.name == "stock"), None)
@@ -69,7 +69,10 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "cells/s", written(cells.per_s)
     yield "tokens/s", written(cells.tokens_per_s)
     yield "cells", f"{cells.n:,} of {'unknown lengths' if cells.lengths is None else written(cells.lengths, 'tokens')}"
-    yield "step", f"{written(time.step_ms, 'ms')}, {time.n_steps:,} steps in {written(time.wall_s, 's')}"
+    if not isinstance(cells.read_gbps, Missing):  # of tokenizing alone
+        yield "read from files", written(cells.read_gbps, "GB/s")
+    at_once = f" of forward pass, {time.n_at_once} at once" if time.n_at_once > 1 else ""
+    yield "step", f"{written(time.step_ms, 'ms')}{at_once}, {time.n_steps:,} steps in {written(time.wall_s, 's')}"
     yield "first step", written(time.first_step_s, "s")
     useful = written(tokens.useful_share, "share")
     known = not isinstance(tokens.useful_share, Missing)

@@ -30,6 +30,24 @@ def checked_cells(cells: np.ndarray, tokens: TokenFolder) -> np.ndarray:
     return unique
 
 
+def checked_eval_cells(
+    cells: np.ndarray | None, eval_tokens: TokenFolder | None, train_cells: np.ndarray, tokens: TokenFolder
+) -> np.ndarray:
+    """[N] int64, ascending, each once, of ``eval_tokens``, else of ``tokens``; None: all of the one, none of the other.
+
+    Raises
+    ------
+    InputError
+        A cell is trained on as well.
+    """
+    if cells is None:
+        cells = np.arange(0 if eval_tokens is None else eval_tokens.n_cells)
+    found = checked_cells(cells, tokens if eval_tokens is None else eval_tokens)
+    if eval_tokens is None and (shared := np.intersect1d(train_cells, found)).size:
+        raise InputError(f"cell {shared[0]} is both in the training and in the evaluation cells; choose one")
+    return found
+
+
 def check_lengths(model: nn.Module, tokens: TokenFolder, lengths: np.ndarray) -> None:
     """Refuse cells that are longer than a model has positions, before anything is computed."""
     for module in model.modules():

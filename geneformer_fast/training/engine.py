@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def _has_float16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):  # built without oneDNN
         return False
+
+
+@dataclass
+class PendingStep:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    totals: torch.Tensor
+    grad_norm: torch.Tensor
+    learning_rate: float
+    pieces: list[Piece]
 
 
 class Engine:

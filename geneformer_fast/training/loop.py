@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from geneformer_fast.data.batches import BatchPlan, Piece, Sampler, evaluation_pieces
+from geneformer_fast.data.batches import BatchPlan, Piece, Sampler
 from geneformer_fast.data.loader import load_pieces
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, TrainingError, UnsupportedError
 from geneformer_fast.profiling.run import Run
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training import distributed
-from geneformer_fast.training.cells import check_lengths, checked_cells
-from geneformer_fast.training.checkpoint import (
-    checkpoints_in,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
+from geneformer_fast.training.cells import check_lengths, checked_cells, checked_eval_cells
+from geneformer_fast.training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from geneformer_fast.training.divergence import Divergence, not_finite_message
-from geneformer_fast.training.engine import Engine
+from geneformer_fast.training.engine import Engine, PendingStep
+from geneformer_fast.training.evaluations import Evaluations
 from geneformer_fast.training.history import History, LoopState, StepRecord, metrics_for_json, metrics_from
 from geneformer_fast.training.identity import identity_of_run
 from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
 from geneformer_fast.training.objective import Objective
-from geneformer_fast.training.profiled import Asked, place_of, profiled, rows_of_head
+from geneformer_fast.training.profiled import Asked, checked_place, profiled, rows_of_head
 from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import RunFolder, writing_alone
 from geneformer_fast.training.utilisation import Utilisation
@@ -97,8 +92,9 @@ def fit(
         refused. None takes their fingerprint.
     profile
         Where a report of how fast it trains goes (:func:`geneformer_fast.profile`): a ``.json``, an ``.html``, or a
-        folder for both; True: ``profile/`` in ``out``. Evaluations and checkpoints are left out. Or a run that is open
-        already, which is told of every step.
+        folder for both; True: ``profile/`` in ``out``. Evaluations and checkpoints are left out. One that is there
+        already is refused, or with ``resume`` stays and nothing is profiled. Or a run that is open already, which is
+        told of every step.
 
     Returns
     -------
@@ -110,8 +106,9 @@ def fit(
     InputError
         No cells, fewer than ranks, cells longer than the model has positions, or cells both in training and evaluation.
     OutputError
-        ``out`` holds another run, or the same one and ``resume`` is False; another process trains into it; or a file
-        cannot be written (a full disk): what is there stays whole, and ``resume`` goes on.
+        ``out`` holds another run, or the same one and ``resume`` is False; another process trains into it; a report
+        cannot go where ``profile`` says; or a file cannot be written (a full disk): what is there stays whole, and
+        ``resume`` goes on.
     ProfileError
         ``profile`` is a run that is not open.
     TrainingError
@@ -120,23 +117,13 @@ def fit(
         The recipe cannot run here, nothing of the model learns, or ``profile`` is True and ``out`` None.
     """
     run = _Run(model, tokens, objective, recipe, train_cells, eval_cells, eval_tokens, sampler)
-    run.on_step, run.on_eval, run.profile = on_step, on_eval, profile
-    place = None if out is None else Path(out)
-    with writing_alone(place, run.ranks, next(model.parameters()).device), ExitStack() as stack:
+    place, device = None if out is None else Path(out), next(model.parameters()).device
+    run.on_step, run.on_eval = on_step, on_eval
+    run.profile = checked_place(profile, place, ranks=run.ranks, device=device, is_resuming=resume)
+    with writing_alone(place, run.ranks, device), ExitStack() as stack:
         run.open(place, resume, stack, begins_with)
         run.train()
     return run.history
-
-
-@dataclass
-class _Pending:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    totals: torch.Tensor
-    grad_norm: torch.Tensor
-    learning_rate: float
-    pieces: list[Piece]
 
 
 class _Run:
@@ -168,11 +155,7 @@ class _Run:
         self.ranks = distributed.Ranks.current()
         self.eval_tokens = tokens if eval_tokens is None else eval_tokens
         self.train_cells = checked_cells(train_cells, tokens)
-        if eval_cells is None:
-            eval_cells = np.arange(0 if eval_tokens is None else eval_tokens.n_cells)
-        self.eval_cells = checked_cells(eval_cells, self.eval_tokens)
-        if eval_tokens is None and (shared := np.intersect1d(self.train_cells, self.eval_cells)).size:
-            raise InputError(f"cell {shared[0]} is both in the training and in the evaluation cells; choose one")
+        self.eval_cells = checked_eval_cells(eval_cells, eval_tokens, self.train_cells, tokens)
         if recipe.patience is not None and not len(self.eval_cells):
             raise InputError("patience needs cells to evaluate on")
         lengths = tokens.lengths()
@@ -193,11 +176,10 @@ class _Run:
         self.schedule = recipe.schedule_for(self.n_steps)
         self.history = History()
         self.divergence = Divergence(getattr(objective, "chance_loss", None))
-        self.step = self.n_worse = 0
+        self.step = 0
         self.folder: RunFolder | None = None
         self.logs: list[Log] = []
-        self._best_weights: dict[str, torch.Tensor] | None = None
-        self._pending: _Pending | None = None
+        self._pending: PendingStep | None = None
         self._begin = self._start = self._seconds_before = 0.0
         self._saved_step = 0
         for module in model.modules():
@@ -207,7 +189,6 @@ class _Run:
     def open(self, out: Path | None, resume: bool, stack: ExitStack, begins_with: str | None) -> None:
         """Make or find the run's folder, wrap the model, and go to the last checkpoint."""
         recipe, ranks = self.recipe, self.ranks
-        place_of(self.profile, out)  # refused before anything is made
         if out is not None:
             identity = identity_of_run(
                 self.model, recipe, self.tokens, self.eval_tokens, self.train_cells, self.eval_cells, begins_with
@@ -215,15 +196,19 @@ class _Run:
             self.folder = RunFolder(out, identity, is_resuming=resume, ranks=ranks)
         torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
         self.engine = Engine(self.model, self.objective.loss, recipe, ranks)
+        self.evaluations = Evaluations(
+            self.model, self.objective, recipe, self.engine, self.eval_tokens, self.eval_cells, self.history,
+            self.folder, self._unmeasured,
+        )  # fmt: skip
         if self.folder is not None and self.folder.last is not None:
             state = load_checkpoint(self.folder.last, self.model, self.engine.optimizer, ranks, LoopState)
             self.step = self._saved_step = state["step"]
-            self.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
+            self.evaluations.n_worse, self._seconds_before = state["n_worse"], state["seconds"]
             self.history.evaluations, self.history.best = (
                 metrics_from(state["evaluations"]),
                 metrics_from(state["best"]),
             )
-            self.history.is_stopped_early = recipe.patience is not None and self.n_worse >= recipe.patience
+            self.history.is_stopped_early = self.evaluations.is_patience_over
             if state["scaler"]:  # a run may go on in float16 that did not begin in it
                 self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
@@ -263,8 +248,7 @@ class _Run:
                 self._after_step(pieces[-1])
         self._settle()
         self._finish()
-        if recipe.is_best_restored and self.history.best is not None:
-            self._restore_best()
+        self.evaluations.restore_best()
         self.model.eval()
 
     def _position(self) -> float:
@@ -294,7 +278,7 @@ class _Run:
         grad_norm = engine.normalize(pieces[0].n_step_tokens, totals)
         # A GPU is not waited for: its numbers are looked at when the next step has been handed to it.
         self._settle()
-        self._pending = _Pending(self.step + 1, totals, grad_norm, learning_rate, pieces)
+        self._pending = PendingStep(self.step + 1, totals, grad_norm, learning_rate, pieces)
         if engine.device.type == "cpu":
             self._numbers(self._pending)  # nobody waits here, so that weights are never spoilt
         engine.update(learning_rate)
@@ -312,7 +296,7 @@ class _Run:
             return contextlib.nullcontext()
         return self._measured.paused()
 
-    def _numbers(self, pending: _Pending) -> tuple[float, float, float]:
+    def _numbers(self, pending: PendingStep) -> tuple[float, float, float]:
         """(loss, weight, norm of the gradient) of a step; an error if they are not finite."""
         (total, weight), norm = pending.totals.tolist(), float(pending.grad_norm)
         loss = total / weight if weight else 0.0
@@ -357,7 +341,7 @@ class _Run:
             if self.on_step is not None:
                 self.on_step(record)
 
-    def _utilisation(self, pending: _Pending, record: StepRecord) -> dict[str, float | None]:
+    def _utilisation(self, pending: PendingStep, record: StepRecord) -> dict[str, float | None]:
         """MFU and HFU of this device in one step."""
         assert self._shares is not None
         lengths = self.plan.lengths[np.concatenate([piece.cells for piece in pending.pieces])]
@@ -385,51 +369,19 @@ class _Run:
             self._save(self.folder)
 
     def _evaluate(self) -> None:
-        """Metrics of the evaluation cells, the best so far, and whether to stop."""
-        found = {name: float(value) for name, value in self.evaluate().items()}
-        metrics = {"step": float(self.step), **found}
-        self.history.evaluations.append(metrics)
-        if self.recipe.monitor not in metrics:
-            known = ", ".join(name for name in metrics if name != "step")
-            raise UnsupportedError(f"there is no metric {self.recipe.monitor!r} to monitor; there are {known}")
-        # What the first process found decides, so that all stop at the same step.
-        value = self.ranks.first(metrics[self.recipe.monitor], self.engine.device)
-        best = math.nan if self.history.best is None else self.history.best[self.recipe.monitor]
-        is_better = value > best if self.recipe.is_greater_better else value < best
-        if is_better or math.isnan(best):
-            self.history.best, self.n_worse = metrics, 0
-            if self.recipe.is_best_restored:
-                self._keep_best()
-        else:
-            self.n_worse += 1
-        self.history.is_stopped_early = self.recipe.patience is not None and self.n_worse >= self.recipe.patience
+        """Metrics of the evaluation cells, told to everybody."""
+        metrics = self.evaluations.look(self.step)
         for log in self.logs:
             log.evaluation({**metrics, "step": self.step})
         if self.ranks.is_first and self.on_eval is not None:
             self.on_eval(metrics)
         self._begin = time.perf_counter()
 
-    def evaluate(self) -> dict[str, float]:
-        """What the objective measures on the evaluation cells."""
-        lengths, budget = self.eval_tokens.lengths(), self.recipe.token_budget
-        ranks = self.ranks if getattr(self.objective, "is_sharing_evaluation", False) else distributed.Ranks()
-        pieces = evaluation_pieces(lengths, self.eval_cells, budget, rank=ranks.rank, world_size=ranks.world_size)
-        batches = load_pieces(
-            self.eval_tokens, pieces, self.objective.collate, seed=self.recipe.seed, workers=self.recipe.workers
-        )
-        self.model.eval()
-        try:
-            with self._unmeasured(), closing(batches), torch.no_grad(), self.engine.autocast():
-                return self.objective.metrics(self.model, (batch.to(self.engine.device) for _, batch in batches))
-        finally:
-            self.engine.reshard()
-            self.model.train()
-
     def _save(self, folder: RunFolder) -> None:
         state = {
             "evaluations": metrics_for_json(self.history.evaluations),
             "best": metrics_for_json(self.history.best),
-            "n_worse": self.n_worse,
+            "n_worse": self.evaluations.n_worse,
             "seconds": self._seconds(),
             "scaler": self.engine.scaler.state_dict(),
         }
@@ -442,15 +394,3 @@ class _Run:
         if self.ranks.is_first:
             folder.forget_all_but(self.history.best)
         self._begin = time.perf_counter()
-
-    def _keep_best(self) -> None:
-        if self.folder is not None:
-            save_weights(self.folder.weights_of(self.history.best), self.model, self.ranks)
-        else:
-            self._best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-
-    def _restore_best(self) -> None:
-        if self.folder is not None:
-            load_weights(self.folder.weights_of(self.history.best), self.model)
-        elif self._best_weights is not None:
-            self.model.load_state_dict(self._best_weights)

@@ -33,6 +33,7 @@ from geneformer_fast.training.distributed import Ranks, local_device, process_gr
 from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
+from geneformer_fast.training.profiled import checked_place
 from geneformer_fast.training.recipe import RECIPES, RENAMED, Recipe
 from geneformer_fast.training.run_folder import writing_alone
 
@@ -101,7 +102,7 @@ def pretrain(
         Called, before the first step, with how many cells are trained and validated on; such as ``print``.
     profile
         Where a report of how fast it trains goes: a ``.json``, an ``.html``, or a folder for both; True: ``profile/``
-        in ``out``.
+        in ``out``. One that is there already is refused, or with ``resume`` stays and nothing is profiled.
     progress
         Whether to show a progress bar; None is what the recipe says, and if that is None too, one on a terminal, and
         lines of the log elsewhere.
@@ -126,6 +127,7 @@ def pretrain(
     """
     place = local_device(device)
     with process_group(place) as ranks:
+        profile = checked_place(profile, Path(out), ranks=ranks, device=place, is_resuming=resume)
         folder = tokens if isinstance(tokens, TokenFolder) else open_tokens(tokens)
         how = recipe_of(recipe, config, changes if progress is None else {**changes, "progress": progress})
         model = _model(folder, config, init, adapt_vocabulary, how.seed)

@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from geneformer_fast.errors import OutputError, ProfileError, UnsupportedError
+from geneformer_fast.errors import GeneformerFastError, OutputError, ProfileError, UnsupportedError
+from geneformer_fast.profiling.loop.writing import check_place, reports_in
 from geneformer_fast.profiling.run import Run, profile
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.recipe import Recipe
@@ -23,6 +24,7 @@ IGNORED = -100
 #: Name of the folder, in that of the run, that a report goes to where nobody names another place.
 FOLDER = "profile"
 Asked = Run | str | os.PathLike[str] | bool | None
+P = TypeVar("P", bound=Asked)
 
 
 def place_of(asked: Asked, out: Path | None) -> Path | None:
@@ -42,14 +44,77 @@ def place_of(asked: Asked, out: Path | None) -> Path | None:
     return out / FOLDER
 
 
+# What the first process finds of a place, for all of them.
+_FREE, _KEPT, _REFUSED = 0.0, 1.0, 2.0
+
+
+def checked_place(
+    asked: P,
+    out: Path | None,
+    *,
+    is_resuming: bool,
+    is_replacing: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 - of a single process, and frozen
+    device: torch.device | None = None,
+) -> P | Path | bool:
+    """What is asked for, once it is sure that it can be done: looked at before anything is written.
+
+    Parameters
+    ----------
+    asked
+        As :func:`profiled` takes it.
+    out
+        Folder of the run.
+    is_resuming
+        Whether a run goes on: a report that an earlier part of it has left stays, with a warning, and this part is not
+        profiled.
+    is_replacing
+        Whether a report in the folder of the run goes, because all of that folder does.
+    ranks, device
+        Of this process where there are several; the first one looks, and all do the same.
+
+    Raises
+    ------
+    OutputError
+        No report can go there, or one is there already; in every process.
+    UnsupportedError
+        No place is named, and the run has no folder; what draws a page is not installed.
+    """
+    place = place_of(asked, out)
+    if place is None:
+        return asked
+    refusal: GeneformerFastError | None = None
+    found = _FREE
+    if ranks.is_first:
+        is_ours = is_replacing and out is not None and place.absolute() == (out / FOLDER).absolute()
+        there = reports_in(place)
+        if is_resuming and there and not is_ours:
+            found = _KEPT
+            warnings.warn(
+                f"{there[0]} is there already, of an earlier part of this run, and stays: the rest is not profiled; "
+                "name another place for a report of it",
+                stacklevel=3,
+            )
+        else:
+            try:
+                check_place(place, is_replacing=is_ours, how="remove it")
+            except GeneformerFastError as error:
+                refusal, found = error, _REFUSED
+    if device is not None:
+        found = ranks.first(found, device)
+    if found == _REFUSED:
+        raise refusal or OutputError(f"{place} cannot be written, as the first process says")
+    return False if found == _KEPT else place
+
+
 @contextlib.contextmanager
 def profiled(
     asked: Asked, step: nn.Module, *, out: Path | None, recipe: Recipe, ranks: Ranks, name: str, dtype: str, cells: str
 ) -> Iterator[Run | None]:
     """Measure the steps of a training run.
 
-    A training that is too short to be measured, or whose report cannot be written, ends as it would have, with a
-    warning.
+    A training that is too short to be measured, or whose report cannot be written in the end, ends as it would have,
+    with a warning.
 
     Parameters
     ----------

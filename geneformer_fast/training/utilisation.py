@@ -8,8 +8,7 @@ from torch import nn
 
 from geneformer_fast.profiling.ceilings import product_ceiling
 from geneformer_fast.profiling.figures import Figure, Missing, divided
-from geneformer_fast.profiling.flops.anatomy import Anatomy, anatomy_of
-from geneformer_fast.profiling.flops.work import Batch, count_of, encoder_in
+from geneformer_fast.profiling.flops.work import Batch, anatomy_in, count_of
 
 
 class Utilisation:
@@ -26,8 +25,7 @@ class Utilisation:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, is_recomputing: bool) -> None:
-        encoder = encoder_in(model)
-        self._anatomy: Anatomy | Missing = encoder if isinstance(encoder, Missing) else anatomy_of(encoder)
+        self._anatomy = anatomy_in(model)
         self._is_recomputing = is_recomputing
         self._ceiling = product_ceiling(device, str(dtype).removeprefix("torch."))
 

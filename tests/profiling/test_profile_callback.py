@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from geneformer_fast.errors import ProfileError
+from geneformer_fast.errors import OutputError, ProfileError
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.run import Run
 
@@ -152,6 +152,15 @@ def test_a_training_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_before_the_training_there_is_nothing() -> None:
     with pytest.raises(ProfileError, match="has not begun"):
         ProfilerCallback().report  # noqa: B018
+
+
+def test_a_report_that_is_there_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text("{}")
+    with pytest.raises(OutputError, match="exists already"):
+        ProfilerCallback(tmp_path / "profile.json")
+    callback = ProfilerCallback(tmp_path / "profile.json", n_warmup=0, n_steps=1, n_active=0, overwrite=True, **QUICK)
+    trained(model(), callback, tmp_path / "run", n=8)
+    assert Report.load(tmp_path / "profile.json") == callback.report
 
 
 def test_arguments_of_another_kind_are_named() -> None:

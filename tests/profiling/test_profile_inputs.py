@@ -59,7 +59,13 @@ def test_lengths_of_every_kind_of_integer(lengths: Any) -> None:
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [
-        ([1.0, float("nan")], "NaN"),
+        ([1.0, float("nan")], "NaN is among them"),
+        (np.array([1.0, np.nan]), "NaN is among them"),
+        ([1, 2.5], ": 2.5 is among them"),
+        ((1, 2.5), ": 2.5 is among them"),
+        (torch.tensor([1, 2.5]), ": 2.5 is among them"),
+        ([1.0, 2.0], ": 1.0 is among them"),
+        ([4, "five"], ": a str is among them"),
         ([3, -1], "must not be negative: there is -1"),
         ([1.5, 2.0], "whole numbers"),
         ([[1, 2]], "whole numbers"),

@@ -32,6 +32,8 @@ FOLLOWS = {
     "counts": (COUNTS, {"counts", "dictionary", "preset", "threads", "steps", "seconds", "out"}),
     "predict": (PREDICT, {"model", "tokens", "lengths", "cells", "dtype", "threads", "token_budget", "layer", "card",
                           "predict"}),
+    "predict tokenizing": ({**PREDICT, "mode": "tokenize"}, {"lengths", "cells", "threads", "preset", "card",
+                                                             "predict"}),
 }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_every_option_is_looked_at_here():
         ({"mode": "tokenize", "counts": "x.h5ad"}, "--dictionary is missing"),
         ({"predict": True, "cells": 10}, "--card is missing"),
         ({"predict": True, "card": "H200"}, "--cells is missing"),
-        ({**PREDICT, "mode": "tokenize"}, "--predict is about --mode embed and train"),
+        ({**PREDICT, "preset": "v1"}, "--preset is about --mode tokenize"),
     ],
 )
 def test_what_contradicts_itself_or_is_missing(asked, said):

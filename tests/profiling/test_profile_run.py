@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,40 @@ def test_what_an_evaluation_takes_is_left_out(clock: ToldTime) -> None:
     assert run.report.time.wall_s == 16
     assert run.report.time.parts["forward"] == 16
     assert run.report.cells.n == sum(given[1:])
+
+
+class Sleeping(nn.Module):
+    """Takes so many seconds, which other threads may use."""
+
+    def forward(self, seconds: torch.Tensor) -> torch.Tensor:
+        time.sleep(float(seconds))
+        return seconds
+
+
+def test_steps_computed_at_once_have_the_time_of_their_own_passes() -> None:
+    """Two at a time, which end together: the time between two ends is that of nobody."""
+    model, seconds = Sleeping(), torch.tensor([0.06] * 10)
+    with ThreadPoolExecutor(2) as pool, profile(model, n_warmup=2, n_steps=8, n_active=0, **QUICK) as run:
+        for done in pool.map(model, seconds):
+            run.step(n_cells=len(done[None]))
+    found = run.report.time
+    assert found.n_at_once == 2
+    assert 60 <= found.step_ms.p10 <= found.step_ms.p90
+    assert 1e3 * found.wall_s < 8 * found.step_ms.p90
+    assert isinstance(found.parts["forward"], Missing)
+    assert ") of forward pass, 2 at once, 8 steps in" in " ".join(str(run.report).split())
+
+
+def test_steps_of_several_passes_at_once_have_the_time_between_their_ends() -> None:
+    """As of one model on several devices: each step has two passes, and no two steps are computed at once."""
+    model, seconds = Sleeping(), torch.tensor([0.03, 0.03])
+    with ThreadPoolExecutor(2) as pool, profile(model, n_warmup=1, n_steps=4, n_active=0, **QUICK) as run:
+        for _ in range(6):
+            list(pool.map(model, seconds))
+            time.sleep(0.05)
+            run.step(n_cells=2)
+    assert run.report.time.n_at_once == 1
+    assert run.report.time.step_ms.p10 >= 80
 
 
 def test_wall_time_is_what_a_plain_loop_says() -> None:
@@ -290,6 +325,35 @@ def test_wrong_options_are_refused(options: Any, said: str, encoder: Encoder) ->
         profile(encoder, **options)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"lengths": []},
+        {"lengths": torch.empty(0, dtype=torch.int64)},
+        {"attention_mask": torch.ones(0, 3)},
+        {"n_cells": 0},
+    ],
+    ids=["list", "tensor", "mask", "number"],
+)
+def test_steps_of_no_cells_are_refused(told: Any) -> None:
+    with profile(None, n_warmup=0, n_active=0, **QUICK) as run:
+        with pytest.raises(ProfileError, match="a step of no cells was told"):
+            run.step(**told)
+        run.step(n_cells=2)
+    assert run.report.cells.n == 2
+
+
+def test_rates_of_no_cells_are_no_numbers(encoder: Encoder) -> None:
+    """A loop that gives the model nothing, as the last batch of a split may be: counted, and no rate of 0."""
+    with profile(encoder, n_warmup=0, n_active=0, **QUICK) as run, torch.inference_mode():
+        for _ in range(3):
+            encoder(Ragged.from_lengths(torch.empty(0, dtype=torch.int64), []))
+            run.step()
+    cells = run.report.cells
+    assert cells.n == 0
+    assert str(cells.per_s) == str(cells.tokens_per_s) == "not available (no cells came by)"
+
+
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(ProfileError, match="on the meta device"):
         profile(Encoder(CONFIG).to("meta"))
@@ -377,7 +441,58 @@ def test_precision_is_that_of_the_first_pass() -> None:
 @pytest.mark.parametrize("name", ["report.json", "report"])
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, name):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
-        profile(torch.nn.Linear(2, 2), out=tmp_path / "taken" / name)
-    assert profile(torch.nn.Linear(2, 2), out=tmp_path / "not" / "there" / name) is not None
+    for what in ("out", "trace"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            profile(torch.nn.Linear(2, 2), **{what: tmp_path / "taken" / name})
+        assert profile(torch.nn.Linear(2, 2), **{what: tmp_path / "not" / "there" / name}) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def once(encoder: Encoder, **options: Any) -> Run:
+    with profile(encoder, n_warmup=0, n_steps=1, n_active=0, **QUICK, **options) as run, torch.inference_mode():
+        encoder(packed([3]))
+        run.step()
+    return run
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html", "report"])
+def test_a_report_that_is_there_is_replaced_only_where_that_is_said(
+    name: str, encoder: Encoder, tmp_path: Path
+) -> None:
+    out = tmp_path / name
+    once(encoder, out=out)
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(OutputError, match=r"exists already: name another place for the report, or pass overwrite=True"):
+        profile(encoder, out=out)
+    assert [path.read_bytes() for path in files] == before
+    once(encoder, out=out, overwrite=True, name="again")
+    assert "again" in files[-1].read_text()
+    if name == "report":  # half of one is one
+        (out / "report.json").unlink()
+        with pytest.raises(OutputError, match=r"report\.html exists already"):
+            profile(encoder, out=out)
+
+
+def test_a_report_that_came_meanwhile_stays_and_ours_can_be_saved_elsewhere(encoder: Encoder, tmp_path: Path) -> None:
+    run = profile(encoder, n_warmup=0, n_steps=1, n_active=0, out=tmp_path / "report.json", **QUICK)
+
+    def loop() -> None:
+        with run, torch.inference_mode():
+            encoder(packed([3]))
+            run.step()
+            (tmp_path / "report.json").write_text("of somebody else")
+
+    with pytest.raises(OutputError, match="was written by somebody else meanwhile"):
+        loop()
+    assert (tmp_path / "report.json").read_text() == "of somebody else"
+    assert Report.load(run.report.save(tmp_path / "mine.json")).cells.n == 1
+
+
+def test_a_trace_that_is_there_is_replaced_only_where_that_is_said(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "trace.json.gz").write_text("of last week")
+    with pytest.raises(OutputError, match="exists already: name another place for the trace"):
+        profile(encoder, trace=tmp_path / "trace.json.gz")
+    with pytest.raises(OutputError, match="is a folder: name a file for the trace"):
+        profile(encoder, trace=tmp_path)
+    assert profile(encoder, trace=tmp_path / "trace.json.gz", overwrite=True) is not None

@@ -19,7 +19,9 @@ from geneformer_fast import Encoder, EncoderConfig
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.masking import MaskedBatch
-from geneformer_fast.errors import ProfileError, UnsupportedError
+from geneformer_fast.errors import OutputError, ProfileError, UnsupportedError
+from geneformer_fast.finetuning.cells import finetune_cells
+from geneformer_fast.finetuning.genes import finetune_genes
 from geneformer_fast.finetuning.objectives import LabelledCells
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.report import Report
@@ -173,6 +175,50 @@ def test_a_training_that_fails_says_its_own_error(tokens: TokenFolder) -> None:
 def test_without_a_folder_a_place_has_to_be_named(tokens: TokenFolder) -> None:
     with pytest.raises(UnsupportedError, match="name a place"):
         trained(model_of(tokens), tokens, profile=True)
+
+
+def bad_places(folder: Path) -> dict[str, Path]:
+    """Where no report can go, and why."""
+    (folder / "file").write_text("")
+    (folder / "old.json").write_text("{}")
+    (folder / "folder.json").mkdir()
+    return {
+        "a part of its path is a file": folder / "file" / "report.json", "is a folder": folder / "folder.json",
+        "is a file": folder / "file", "exists already": folder / "old.json",
+    }  # fmt: skip
+
+
+def test_bad_places_are_refused_before_anything_is_written(tokens: TokenFolder, tmp_path: Path) -> None:
+    """By every training, the folder of the run included; nothing that was there is touched."""
+    model, places = model_of(tokens), bad_places(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for why, place in places.items():
+        for train in (
+            lambda place=place: trained(model, tokens, out=tmp_path / "run", profile=place),
+            lambda place=place: trained(model, tokens, profile=place),
+            lambda place=place: pretrain(
+                tokens, tmp_path / "run", config=model.config, recipe=RECIPE, profile=place, device="cpu"
+            ),
+            lambda place=place: finetune_cells(
+                tokens.path, model, "cell_type", tmp_path / "run", profile=place, device="cpu"
+            ),
+            lambda place=place: finetune_genes(
+                tokens.path, model, {"a": ["b"]}, tmp_path / "run", profile=place, device="cpu"
+            ),
+        ):  # fmt: skip
+            with pytest.raises(OutputError, match=why):
+                train()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_goes_on_keeps_the_report_that_is_there(tokens: TokenFolder, tmp_path: Path) -> None:
+    config, options = model_of(tokens).config, {"recipe": RECIPE, "device": "cpu"}
+    pretrain(tokens, tmp_path / "run", config=config, profile=True, **options)
+    path = tmp_path / "run" / FOLDER / "report.json"
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"report\.json is there already, of an earlier part of this run, and stays"):
+        pretrain(tokens, tmp_path / "run", config=config, profile=True, resume=True, **options)
+    assert path.read_bytes() == before
 
 
 def test_profiling_changes_nothing_that_is_learned(tokens: TokenFolder, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class StockTraining:
         start = 0
         while start < len(order):
             longest = bounds[order[start] + 1] - bounds[order[start]]
-            chosen = order[start : start + max(1, self.ours.token_budget // longest)]
+            chosen = order[start : start + max(1, self.recipe.token_budget // longest)]
             cut = [slice(bounds[i], bounds[i + 1]) for i in chosen]
             shown = Ragged.from_cells([batch.tokens.values[each] for each in cut])
             asked = Ragged.from_cells([labels[each] for each in cut])

@@ -209,33 +209,6 @@ def head_flops(config: EncoderConfig, n_rows: float, head: str = "mlm", n_classe
     return operations_of((step for step in steps if step.part == "head"), Rows(head=n_rows), config.width)
 
 
-def training_flops(model: nn.Module, n_tokens: float, sum_of_squares: float, n_rows: float) -> Figure:
-    """Operations of one training step, forward and backward, without what is recomputed.
-
-    Parameters
-    ----------
-    model
-        An :class:`Encoder`, or a module that holds one and no other matrices. Layers may be frozen.
-    n_tokens, sum_of_squares
-        Tokens of all cells, and the sum of their squared lengths.
-    n_rows
-        Rows of the head.
-
-    Returns
-    -------
-    Figure
-        Missing where the work is not known.
-    """
-    encoder = encoder_in(model)
-    if isinstance(encoder, Missing):
-        return encoder
-    found = anatomy_of(encoder)
-    if isinstance(found, Missing):
-        return found
-    rows = Rows(n_tokens, sum_of_squares, n_rows)
-    return operations_of(products(found), rows, encoder.config.width, is_training=True)
-
-
 def encoder_in(model: nn.Module) -> Encoder | Missing:
     """The encoder that does all of a model's products."""
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
@@ -246,3 +219,9 @@ def encoder_in(model: nn.Module) -> Encoder | Missing:
     if other:
         return Missing(f"{type(model).__qualname__} holds {other[0]} beside its encoder, whose work is not known")
     return encoders[0]
+
+
+def anatomy_in(model: nn.Module, *, n_layers: int | None = None) -> Anatomy | Missing:
+    """The anatomy of the encoder that does all of a model's products."""
+    encoder = encoder_in(model)
+    return encoder if isinstance(encoder, Missing) else anatomy_of(encoder, n_layers=n_layers)

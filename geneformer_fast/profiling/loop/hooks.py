@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from geneformer_fast.profiling.loop.steps import BACKWARD, FORWARD, OPTIMIZER, O
 
 Mark = Callable[[str], None]
 Called = Callable[[tuple[Any, ...], dict[str, Any]], None]
+Took = Callable[[float], None]
 
 
 class Hooks:
@@ -33,6 +35,8 @@ class Hooks:
         Told what begins.
     called
         Told the arguments of every forward pass.
+    took
+        Told the seconds of every forward pass, by the host's clock.
 
     Attributes
     ----------
@@ -40,18 +44,19 @@ class Hooks:
         The one that stepped last, or that was given; None before any did.
     n_calls, n_updates
         Forward passes and steps of optimizers so far.
-    is_overlapping
-        Whether forward passes ran in several threads at once, so that none has a time of its own.
+    n_at_once
+        Most forward passes that ran at the same time, each in its thread: where they are several, the time between two
+        marks belongs to none of them.
     """
 
     def __init__(
-        self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None, mark: Mark, called: Called
+        self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None, mark: Mark, called: Called, took: Took
     ) -> None:
-        self._mark, self._called = mark, called
+        self._mark, self._called, self._took = mark, called, took
         self.optimizer = optimizer
-        self.n_calls = self.n_updates = 0
-        self.is_overlapping = False
+        self.n_calls = self.n_updates = self.n_at_once = 0
         self._depth: dict[int, int] = {}
+        self._begun: dict[int, float] = {}
         self._lock = threading.Lock()
         self._handles: list[Any] = []
         if model is not None:
@@ -76,9 +81,10 @@ class Hooks:
             if depth > 1:  # the model calls itself
                 return
             self.n_calls += 1
-            self.is_overlapping |= len(self._depth) > 1
+            self.n_at_once = max(self.n_at_once, len(self._depth))
             self._called(args, kwargs)
             self._mark(FORWARD)
+            self._begun[thread] = time.perf_counter()
 
     def _forward_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         thread = threading.get_ident()
@@ -87,6 +93,8 @@ class Hooks:
             if depth > 0:
                 return
             self._depth.pop(thread, None)
+            if thread in self._begun:
+                self._took(time.perf_counter() - self._begun.pop(thread))
             self._mark(BACKWARD if torch.is_grad_enabled() and _has_gradient(output) else OTHER)
 
     def _update_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

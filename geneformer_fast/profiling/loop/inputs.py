@@ -64,10 +64,8 @@ def told_lengths(lengths: Any) -> Lengths:
         found = np.asarray(lengths.detach() if isinstance(lengths, torch.Tensor) else lengths)
     except (TypeError, ValueError, RuntimeError):
         found = np.empty(0, dtype=object)
-    if found.dtype.kind == "f" and np.isnan(found).any():
-        raise ProfileError("lengths must be whole numbers, one for each cell: there is NaN among them")
     if found.ndim != 1 or (found.dtype.kind not in "iu" and found.size) or not _is_list(lengths):
-        raise ProfileError(f"lengths must be whole numbers, one for each cell, not {_kind(lengths)}")
+        raise ProfileError(f"lengths must be whole numbers, one for each cell{_odd_one(lengths, found)}")
     if found.size and found.min() < 0:
         raise ProfileError(f"lengths must not be negative: there is {found.min()} among them")
     return found.astype(np.int64)
@@ -205,7 +203,7 @@ def passes_of_step(
     elif found:
         passes = found
     elif n_cells is not None:
-        return [Seen(int(n_cells))]
+        passes = [Seen(int(n_cells))]
     else:
         why = "" if unread is None else f" ({unread})"
         raise ProfileError(
@@ -215,6 +213,8 @@ def passes_of_step(
     n_found = sum(each.n_cells for each in passes)
     if n_cells is not None and n_cells != n_found:
         raise ProfileError(f"n_cells is {n_cells}, and there are lengths of {n_found} cells")
+    if not n_found and passes is not found:
+        raise ProfileError("a step of no cells was told: call step() after batches that have some")
     if head_rows is None:
         return passes
     rows_of = [int(head_rows)] + [0] * len(passes)
@@ -274,6 +274,24 @@ def _is_batch(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return not isinstance(value, str | bytes | Mapping)
+
+
+def _odd_one(lengths: Any, found: np.ndarray) -> str:
+    """What is wrong with lengths: ``: 2.5 is among them``, of the first that is no whole number."""
+    values = lengths if isinstance(lengths, list | tuple) else found.tolist() if found.ndim == 1 else ()
+    odd = [each for each in values if not isinstance(each, numbers.Integral) or isinstance(each, bool)]
+    # Of an array of floats that are all whole its dtype says more.
+    worst = next(
+        (each for each in odd if not _is_whole_float(each)), odd[0] if odd and isinstance(lengths, list) else None
+    )
+    if worst is None or not _is_list(lengths):
+        return f", not {_kind(lengths)}"
+    shown = _kind(worst) if not isinstance(worst, numbers.Real) else "NaN" if worst != worst else str(worst)
+    return f": {shown} is among them"
+
+
+def _is_whole_float(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _kind(value: Any) -> str:

@@ -45,6 +45,7 @@ class Options:
     out: Path | None
     has_energy: bool
     has_ceilings: bool
+    is_replacing: bool = False
 
 
 def phases(options: Options, *, has_count: bool) -> Iterator[tuple[Phase, int]]:

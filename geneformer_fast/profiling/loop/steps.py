@@ -129,15 +129,18 @@ class StepClock:
         Of the steps; of very many, a regular selection.
     n_steps
         Steps measured.
+    pass_s, n_passes
+        Seconds of forward passes by the host's clock (a regular selection of very many), and how many there were.
     is_running
         Whether a stretch has begun.
     """
 
     def __init__(self, stamps: Stamps) -> None:
         self._stamps = stamps
-        self.wall_s, self.n_steps = 0.0, 0
+        self.wall_s, self.n_steps, self.n_passes = 0.0, 0, 0
         self.parts = dict.fromkeys((DATA, FORWARD, BACKWARD, OPTIMIZER, OTHER), 0.0)
         self.step_s: Selection[float] = Selection()
+        self.pass_s: Selection[float] = Selection()
         self.is_running = False
         self._marks: list[tuple[str, Any]] = []
         self._waiting: deque[tuple[list[tuple[str, Any]], Any]] = deque()
@@ -156,6 +159,12 @@ class StepClock:
         """From here on it is this part."""
         if self.is_running:
             self._marks.append((part, self._stamps.now()))
+
+    def end_pass(self, seconds: float) -> None:
+        """A forward pass is over that took so long in its thread."""
+        if self.is_running:
+            self.pass_s.add(seconds)
+            self.n_passes += 1
 
     def end_step(self) -> None:
         """A step is over, and the next batch is waited for."""

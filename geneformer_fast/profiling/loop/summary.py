@@ -101,15 +101,28 @@ def _timing(measured: Measured) -> Timing:
     first: Figure = measured.first_step_s
     if first != first:
         first = Missing("there was no warm-up")
+    n_at_once = _steps_at_once(measured)
+    step_s = clock.step_s if n_at_once == 1 else clock.pass_s
     return Timing(
         clock.n_steps,
         measured.options.n_warmup,
         clock.wall_s,
         measured.meters.cpu_s,
         first,
-        Spread.of([1e3 * seconds for seconds in clock.step_s.values]),
+        Spread.of([1e3 * seconds for seconds in step_s.values]),
         _parts(measured),
+        n_at_once,
     )
+
+
+def _steps_at_once(measured: Measured) -> int:
+    """Steps that were computed at the same time; 1 where a step consists of several forward passes, in threads or not.
+
+    A step that was being computed when the window began, or ended, is counted on one side only.
+    """
+    clock, n_at_once = measured.clock, measured.hooks.n_at_once
+    is_pass_a_step = clock.n_passes > 0 and abs(clock.n_passes - clock.n_steps) <= n_at_once
+    return n_at_once if n_at_once > 1 and is_pass_a_step else 1
 
 
 def _parts(measured: Measured) -> dict[str, Figure]:
@@ -119,7 +132,7 @@ def _parts(measured: Measured) -> dict[str, Figure]:
     why = ""
     if not hooks.n_calls:
         why = "no model was given" if measured.about.model is None else "the model's forward pass was never called"
-    elif hooks.is_overlapping:
+    elif hooks.n_at_once > 1:
         why = "forward passes ran in several threads at once"
     elif not clock.is_in_order:
         why = "the device came by the parts of steps in another order (several streams?)"

@@ -77,9 +77,12 @@ class Tally:
     def cells(self, wall_s: float) -> Cells:
         """Cells and tokens per second."""
         tokens: Figure = Missing(self.untold) if self.untold else float(self.n_real)
+        n_cells: Figure = self.n_cells
+        if not n_cells:
+            n_cells = tokens = Missing("no cells came by")
         return Cells(
             self.n_cells,
-            divided(self.n_cells, wall_s, "the window"),
+            divided(n_cells, wall_s, "the window"),
             divided(tokens, wall_s, "the window"),
             self._spread(),
         )

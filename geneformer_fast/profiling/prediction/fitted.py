@@ -138,9 +138,10 @@ class Fit:
         device = sum(self.coefficients.get(name, 0.0) * getattr(work, name) for name in ("flops", "numbers"))
         return device if is_device_alone else max(device, self.coefficients.get("launches", 0.0) * work.launches)
 
-    def interval(self, seconds: float) -> tuple[float, float] | None:
-        """From the shortest to the longest time that the error allows; None where it is not known."""
-        return None if self.error is None else (seconds / (1 + self.error), seconds * (1 + self.error))
+
+def interval(seconds: float, error: float | None) -> tuple[float, float] | None:
+    """From the shortest to the longest time that an error allows; None where it is not known."""
+    return None if error is None else (seconds / (1 + error), seconds * (1 + error))
 
 
 def fit(samples: Sequence[Sample]) -> Fit:

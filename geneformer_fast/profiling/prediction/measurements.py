@@ -48,6 +48,8 @@ class Measurement:
         Batches, or steps.
     is_device_alone
         Whether a CUDA graph was replayed, so that the host had nothing to do.
+    host_seconds
+        Of a card's host, until it had handed everything over; None where nobody looked.
     joules
         None where no energy was measured.
     source, commit, date
@@ -73,6 +75,75 @@ class Measurement:
     threads: int | None = None
     is_device_alone: bool = False
     joules: float | None = None
+    host_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One operation by itself on a card, forward and backward in 16 bits, as training runs it.
+
+    Attributes
+    ----------
+    operation
+        As ``geneformer_kernels`` calls it.
+    amounts
+        What its time may depend on: of attention ``pairs`` (squared lengths, added up, times heads) and ``rows``
+        (tokens times heads), of LayerNorm ``numbers`` (rows times width), of the masked loss ``flops`` and ``logits``.
+    seconds
+        The median.
+    head_dim
+        Of attention.
+    has_dropout
+        Whether attention dropped weights.
+    source, commit, date
+        As of :class:`Measurement`.
+    """
+
+    operation: str
+    amounts: dict[str, float]
+    seconds: float
+    source: str
+    commit: str
+    date: str
+    head_dim: int | None = None
+    has_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One measured pass from a file of counts to a folder of tokens.
+
+    Attributes
+    ----------
+    preset
+        Whose dictionaries.
+    problem
+        Which cells.
+    n_cells, n_tokens
+        Of them.
+    seconds
+        Of the pass; of the whole process where that was measured.
+    is_whole_process
+        Whether Python's start and imports are in it.
+    threads
+        Workers.
+    peak_bytes
+        Of the process.
+    source, commit, date
+        As of :class:`Measurement`.
+    """
+
+    preset: str
+    problem: str
+    n_cells: int
+    n_tokens: int
+    seconds: float
+    is_whole_process: bool
+    threads: int
+    source: str
+    commit: str
+    date: str
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +157,21 @@ class Machine:
     kind
         ``"cuda"`` or ``"cpu"``.
     measurements
-        Of it.
+        Of whole encoders.
+    operations
+        Of operations by themselves.
+    tokenized
+        Of tokenizing.
+    product_tflops
+        10**12 operations/s of large matrix products in 16 bits, of a card; None where nobody looked.
     """
 
     name: str
     kind: str
     measurements: list[Measurement] = field(default_factory=list)
+    operations: list[Timed] = field(default_factory=list)
+    tokenized: list[Tokenized] = field(default_factory=list)
+    product_tflops: float | None = None
 
 
 @dataclass(frozen=True)

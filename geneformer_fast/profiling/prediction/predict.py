@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from geneformer_fast.checkpoints.skeleton import skeleton
@@ -19,129 +16,21 @@ from geneformer_fast.extract.budget import batch_bytes, token_bytes
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET
 from geneformer_fast.profiling.figures import Figure, Missing, divided
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
-from geneformer_fast.profiling.lengths import Lengths
-from geneformer_fast.profiling.prediction.fitted import GOOD_ENOUGH, MemorySample, Sample, Work, fit, fit_memory
-from geneformer_fast.profiling.prediction.measurements import Machine, Measurement, machine_named
+from geneformer_fast.profiling.prediction.answer import ONE, Cells, Prediction, notes_of_error, several
+from geneformer_fast.profiling.prediction.fitted import (
+    GOOD_ENOUGH,
+    MemorySample,
+    Sample,
+    Work,
+    fit,
+    fit_memory,
+    interval,
+)
+from geneformer_fast.profiling.prediction.measurements import Machine, Measurement, Timed, machine_named
+from geneformer_fast.profiling.prediction.training import Step, fit_steps, is_like, operations_s
 
-#: Of the JSON that :meth:`Prediction.to_dict` gives.
-SCHEMA_VERSION = 1
 # Masked genes, as share of all tokens, for the head in training.
 _MASKED = 0.15
-# So many made-up cells show what many are like.
-_CELLS_LOOKED_AT = 4096
-_ONE = Missing("one problem was measured there, so that nothing was left to compare a prediction with")
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Cells to predict for.
-
-    Attributes
-    ----------
-    n
-        How many.
-    lengths
-        Of some of them, spread as all are.
-    what
-        In words.
-    """
-
-    n: int
-    lengths: np.ndarray
-    what: str
-
-    @property
-    def n_tokens(self) -> float:
-        """Tokens of all."""
-        return self.n * float(self.lengths.mean())
-
-    @property
-    def sum_of_squares(self) -> float:
-        """Of the lengths of all."""
-        return self.n * float((self.lengths.astype(np.float64) ** 2).mean())
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What many cells would take.
-
-    Attributes
-    ----------
-    machine, mode, model, dtype, threads
-        Of what.
-    cells, n_cells, n_tokens
-        Which cells.
-    batch_tokens
-        Most tokens computed at once.
-    seconds, cells_per_s
-        Time.
-    seconds_least, seconds_most
-        What the error allows.
-    error
-        The largest relative error of time over measured problems that the model had not seen.
-    is_good
-        Whether that is within 15 %.
-    peak_bytes, memory_error
-        Memory of the card, or of the process, and the same error of it.
-    joules
-        Energy.
-    n_measurements, sources
-        What it rests on.
-    notes
-        What else is to be known.
-    schema_version
-        :data:`SCHEMA_VERSION`.
-    """
-
-    machine: str
-    mode: str
-    model: str
-    dtype: str
-    threads: int | None
-    cells: str
-    n_cells: int
-    n_tokens: int
-    batch_tokens: int
-    seconds: Figure
-    cells_per_s: Figure
-    seconds_least: Figure
-    seconds_most: Figure
-    error: Figure
-    is_good: bool
-    peak_bytes: Figure
-    memory_error: Figure
-    joules: Figure
-    n_measurements: int
-    sources: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
-
-    def as_text(self) -> str:
-        """For the terminal."""
-        mean = self.n_tokens / self.n_cells
-        lines = [
-            f"{self.n_cells:,} cells ({self.cells}, {mean:,.0f} tokens on average), {self.mode} with {self.model}",
-            f"on {self.machine}, {self.dtype}"
-            + (f", {_several(self.threads, 'thread')}" if self.threads else "")
-            + f", at most {self.batch_tokens:,} tokens at once",
-            f"  time    {_written(self.seconds, _time)}" + self._interval(),
-            f"  rate    {_written(self.cells_per_s, _rate)}",
-            f"  memory  {_written(self.peak_bytes, lambda n: f'{n / 1e9:.2f} GB')}"
-            + ("" if isinstance(self.memory_error, Missing) else f", off by up to {self.memory_error:.0%}"),
-            f"  energy  {_written(self.joules, lambda joules: f'{joules / 3.6e6:.3g} kWh')}",
-            f"  from    {_several(self.n_measurements, 'measurement')}: {', '.join(self.sources)}",
-        ]
-        return "\n".join([*lines, *(f"  note    {note}" for note in self.notes)])
-
-    def _interval(self) -> str:
-        if isinstance(self.error, Missing):
-            return ", error not known"
-        least, most = (_written(each, _time) for each in (self.seconds_least, self.seconds_most))
-        return f" ({least} to {most}: off by up to {self.error:.0%} on problems that were left out)"
 
 
 def predict(
@@ -189,29 +78,24 @@ def predict(
         measured_batch = max(each.batch_tokens for each in chosen)
         batch_tokens = TOKEN_BUDGET[machine.kind] if mode == "embed" else measured_batch
     batch_tokens = max(batch_tokens, int(cells.lengths.max()))
+    head_rows = _MASKED * cells.n_tokens if mode == "train" else 0.0
     asked = Work(
-        _flops(config, blocks, cells.n_tokens, cells.sum_of_squares, mode, _MASKED * cells.n_tokens),
+        _flops(config, blocks, cells.n_tokens, cells.sum_of_squares, mode, head_rows),
         *_traffic(config, blocks, cells.n_tokens, math.ceil(cells.n_tokens / batch_tokens), mode, machine.kind),
     )
-    found = fit([_sample(each, machine.kind) for each in chosen])
-    seconds = found.seconds(asked)
-    bounds = found.interval(seconds)
+    time = _time_of(machine, chosen, config, cells, asked, head_rows)
+    seconds, error = time.seconds, time.error
+    bounds = interval(seconds, error)
+    rests_on: list[Measurement | Timed] = [*chosen, *time.operations]
     peak, memory_error = _memory(machine, chosen, config, batch_tokens)
     return Prediction(
         machine.name, mode, model, chosen[0].dtype, chosen[0].threads, cells.what, cells.n, round(cells.n_tokens),
         batch_tokens, seconds, divided(cells.n, seconds, "the time"),
-        _ONE if bounds is None else bounds[0], _ONE if bounds is None else bounds[1],
-        _ONE if found.error is None else found.error, found.error is not None and found.error <= GOOD_ENOUGH,
-        peak, memory_error, _energy(machine, chosen), len(chosen), sorted({each.source for each in chosen}),
-        _notes(machine, chosen, config, cells, found.error),
+        ONE if bounds is None else bounds[0], ONE if bounds is None else bounds[1],
+        ONE if error is None else error, error is not None and error <= GOOD_ENOUGH,
+        peak, memory_error, _energy(machine, chosen), len(rests_on), sorted({each.source for each in rests_on}),
+        [*_notes(machine, chosen, config, cells, error), *filter(None, [time.note])],
     )  # fmt: skip
-
-
-def cells_like(n: int, lengths: np.ndarray | Lengths, config: EncoderConfig, what: str = "") -> Cells:
-    """Cells as long as some are, or as made-up ones would be."""
-    if isinstance(lengths, Lengths):
-        return Cells(n, lengths.of(min(n, _CELLS_LOOKED_AT), config.max_len), str(lengths))
-    return Cells(n, lengths, what)
 
 
 def _chosen(machine: Machine, mode: str, dtype: str | None, threads: int | None) -> list[Measurement]:
@@ -226,11 +110,51 @@ def _chosen(machine: Machine, mode: str, dtype: str | None, threads: int | None)
         if (dtype in (None, "auto") or kind[0] == dtype) and (threads is None or kind[1] == threads)
     }
     if not fitting:
-        there = ", ".join(name + (f" with {_several(n, 'thread')}" if n else "") for name, n in kinds) or "nothing"
+        there = ", ".join(name + (f" with {several(n, 'thread')}" if n else "") for name, n in kinds) or "nothing"
         asked = " ".join(filter(None, (mode, dtype, f"with {threads} threads" if threads else "")))
         raise UnsupportedError(f"{machine.name}: {asked} was not measured there; of {mode} there is {there}")
     # Of kinds with as many problems, the one of more threads, and then the first: results begin with the fastest dtype.
     return max(fitting.values(), key=lambda found: (len({each.problem for each in found}), found[0].threads or 0))
+
+
+@dataclass(frozen=True)
+class _Time:
+    """A time, its error, what it rests on besides whole runs, and what is to be known of it."""
+
+    seconds: float
+    error: float | None
+    operations: Sequence[Timed] = ()
+    note: str = ""
+
+
+def _time_of(
+    machine: Machine, chosen: Sequence[Measurement], config: EncoderConfig, cells: Cells, asked: Work, head_rows: float
+) -> _Time:
+    """Of training on a card from its operations where they were measured, else from whole runs alone."""
+    alone = operations_s(machine, config, cells.n_tokens, cells.sum_of_squares, head_rows)
+    steps = [_step(machine, each) for each in chosen]
+    if chosen[0].mode == "train" and alone is not None and None not in steps:
+        found = fit_steps([step for step in steps if step is not None])
+        if found is not None:
+            seconds = found.seconds(alone, asked.numbers, asked.launches)
+            note = (
+                f"attention, LayerNorm and loss as measured one by one, products at the ceiling: {alone / seconds:.0%} "
+                f"of the time; the rest is fitted to {several(len(steps), 'run')} of whole steps, of cells of "
+                f"{' and '.join(sorted({f'{each.n_tokens / each.n_cells:,.0f}' for each in chosen}))} tokens"
+            )
+            return _Time(seconds, found.error, [each for each in machine.operations if is_like(each, config)], note)
+    whole = fit([_sample(each, machine.kind) for each in chosen])
+    return _Time(whole.seconds(asked), whole.error)
+
+
+def _step(machine: Machine, each: Measurement) -> Step | None:
+    """A measurement of training, and what its operations take by themselves; None where that is not known."""
+    config = PRESETS[each.model]
+    alone = operations_s(machine, config, each.n_tokens, each.sum_of_squares, each.head_rows)
+    if alone is None or each.host_seconds is None:
+        return None
+    traffic = _traffic(config, each.blocks, each.n_tokens, each.n_batches, each.mode, machine.kind)
+    return Step(each.problem, alone, *traffic, each.seconds, each.host_seconds)
 
 
 def _sample(each: Measurement, kind: str) -> Sample:
@@ -271,7 +195,7 @@ def _memory(
         return reason, reason
     per_unit, error = fit_memory(samples)
     fixed, units = _known_bytes(machine, chosen[0], config, batch_tokens)
-    return fixed + per_unit * units, _ONE if error is None else error
+    return fixed + per_unit * units, ONE if error is None else error
 
 
 def _known_bytes(machine: Machine, like: Measurement, config: EncoderConfig, batch_tokens: int) -> tuple[float, float]:
@@ -308,13 +232,7 @@ def _notes(
     first = chosen[0]
     dates, commits = (sorted({getattr(each, name) for each in chosen}) for name in ("date", "commit"))
     notes = [f"measured {' and '.join(dates)}, commit {', '.join(commits)}"]
-    if error is None:
-        notes.append("the error is not known: " + _ONE.not_available)
-    elif error > GOOD_ENOUGH:
-        notes.append(
-            f"this is not known to 15 %: predictions of what was left out were off by up to {error:.0%}; take the "
-            "interval, or measure with geneformer-fast profile"
-        )
+    notes += notes_of_error(error)
     known = [PRESETS[each.model] for each in chosen]
     if not any((c.n_layers, c.width, c.ff_width) == (config.n_layers, config.width, config.ff_width) for c in known):
         notes.append(
@@ -324,28 +242,11 @@ def _notes(
     longest = max(each.sum_of_squares / each.n_tokens for each in chosen)
     if cells.sum_of_squares / cells.n_tokens > 1.05 * longest:
         notes.append("no cells as long as these were measured there, so the error may be larger")
-    if machine.kind == "cuda":
+    if machine.kind == "cuda" and first.mode == "train":
+        notes.append("forward and backward pass, on batches that are on the card; the optimizer's step comes on top")
+    elif machine.kind == "cuda":
         notes.append("time of the encoder alone, on batches that are on the card; reading and copying may come on top")
     else:
         what = "reading tokens and pooling included" if first.mode == "embed" else "reading and masking included"
         notes.append(f"{what}; starting Python and loading the model come on top")
     return notes
-
-
-def _written(figure: Figure, form: Callable[[float], str]) -> str:
-    return str(figure) if isinstance(figure, Missing) else form(figure)
-
-
-def _rate(cells_per_s: float) -> str:
-    return f"{cells_per_s:,.0f} cells/s" if cells_per_s >= 100 else f"{cells_per_s:.3g} cells/s"
-
-
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.3g} s"

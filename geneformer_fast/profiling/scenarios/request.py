@@ -30,7 +30,8 @@ class Request:
     dtype, device, threads
         Precision of products, where, and with how many threads.
     token_budget
-        Most tokens that are computed at once.
+        Most tokens that are computed at once; in training about so many make a step, as ``batch_tokens`` of
+        ``pretrain`` has it, and are computed at once.
     layer
         Embedding stops there.
     recompute
@@ -120,9 +121,8 @@ _IDLE: tuple[Rule, ...] = (
     *((name, lambda r: r.mode != TOKENIZE, _OF_TOKENIZING) for name in ("counts", "dictionary", "preset")),
     *(
         (name, lambda r: r.predict, _PREDICTED)
-        for name in ("device", "compare", "sweep", "steps", "seconds", "counts", "dictionary", "preset")
+        for name in ("device", "compare", "sweep", "steps", "seconds", "counts", "dictionary")
     ),
-    ("predict", lambda r: r.mode == TOKENIZE, "is about --mode embed and train; tokenizing is not predicted"),
     ("recompute", lambda r: r.predict, "has not been measured on any card, so that nothing can be predicted of it"),
     ("out", lambda r: r.predict, "would stay empty: --predict says its answer (--json for machines)"),
     ("card", lambda r: not r.predict, "names measurements to predict from: pass --predict too"),
@@ -144,7 +144,11 @@ _IDLE: tuple[Rule, ...] = (
         lambda r: r.counts is None,
         "belongs to counts of yours: pass --counts too, or leave it out for made-up ones",
     ),
-    ("preset", lambda r: r.counts is None, "chooses among the dictionaries of --dictionary, and there is none"),
+    (
+        "preset",
+        lambda r: r.counts is None and not r.predict,
+        "chooses among the dictionaries of --dictionary, and there is none",
+    ),
 )
 # Option, when it cannot be done without, and why.
 _NEEDED: tuple[Rule, ...] = (

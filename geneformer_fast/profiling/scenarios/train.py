@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from geneformer_fast.data.batches import BatchPlan
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.profiling.report import Report
@@ -58,7 +59,7 @@ class Training:
         self.train_cells = np.sort(np.random.default_rng(0).choice(cells.n_cells, n_cells, replace=False))
 
     def with_budget(self, token_budget: int) -> Training:
-        """The same with other steps."""
+        """The same with steps of so many tokens."""
         other = copy.copy(self)
         other.token_budget = token_budget
         return other
@@ -73,14 +74,21 @@ class Training:
         """What is learned."""
         return MaskedGenes(TokenKinds.of(self.cells.identity, self.encoder.config), self.recipe.masking)
 
+    def step_tokens(self) -> int:
+        """Tokens of a step on average: an epoch is cut into whole steps, as ``pretrain`` cuts it."""
+        lengths = self.cells.lengths()
+        size = self.token_budget
+        n_steps = BatchPlan(lengths, self.train_cells, batch_tokens=size, token_budget=size).n_steps()
+        return round(int(lengths[self.train_cells].sum()) / n_steps)
+
     def chosen_recipe(self, n_steps: int) -> Recipe:
-        """The model's recipe, with steps of as many tokens as are computed at once."""
+        """The model's recipe, with steps of about ``token_budget`` tokens, each computed in one piece."""
         longest = int(self.cells.lengths()[self.train_cells].max())
         return Recipe.from_dict(
             {
-                **self.recipe.to_dict(), "steps": n_steps, "batch_cells": None,
-                # A step ends with the cell that reaches its size, and is to be computed in one piece.
-                "batch_tokens": max(longest, self.token_budget - longest), "token_budget": self.token_budget,
+                **self.recipe.to_dict(), "steps": n_steps, "batch_cells": None, "batch_tokens": self.token_budget,
+                # A step ends with the cell that reaches its size: there is room for all of that cell.
+                "token_budget": self.step_tokens() + longest,
                 "precision": self.request.dtype or "auto", "is_recomputing": self.request.recompute,
                 "progress": False,
             }
@@ -103,7 +111,7 @@ class Training:
         """What was chosen, for the report."""
         recipe = self.chosen_recipe(1)
         return {
-            "token_budget": self.token_budget, "step_tokens": recipe.batch_tokens, "clip": recipe.clip,
+            "token_budget": self.token_budget, "step_tokens": self.step_tokens(), "clip": recipe.clip,
             "recomputing": recipe.is_recomputing, "workers": recipe.workers, "masked_share": recipe.masking.share,
             "cells": len(self.train_cells),
         }  # fmt: skip
