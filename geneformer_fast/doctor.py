@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ REQUIRED = {
     "pydantic": "schemas of the JSON files that are read",
     "tqdm": "progress bars",
     "psutil": "memory figures",
-    "triton": "GPU kernels (Linux)",
+    "triton": "kernels on NVIDIA cards",
     "nvidia-ml-py": "driver and energy figures of NVIDIA cards",
 }
 OPTIONAL = {
@@ -113,14 +114,15 @@ def examine() -> Report:
         packages=packages,
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
-    for package in packages:
-        is_needed = package.extra is None and not (package.name == "triton" and platform.system() != "Linux")
-        if package.version is None and is_needed:
-            report.problems.append(f"{package.name} is not installed ({package.purpose}): pip install {package.name}")
     try:
         report.devices.extend(_devices())
     except ImportError as error:
         report.problems.append(f"torch cannot be imported: {error}")
+    report.problems[:0] = [
+        f"{package.name} is not installed ({package.purpose}): pip install {package.name}"
+        for package in packages
+        if package.version is None and _is_needed(package, report.devices)
+    ]
     for device in report.devices:
         for operation in device.operations:
             if operation.impl is None:
@@ -133,6 +135,13 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _is_needed(package: Package, devices: Sequence[Device]) -> bool:
+    """Whether the package must be here. Triton serves cards: beside a torch for CPUs, conda brings none."""
+    if package.name == "triton":
+        return any(device.kind == "cuda" for device in devices)
+    return package.extra is None
 
 
 def _devices() -> list[Device]:
@@ -229,7 +238,7 @@ def as_text(report: Report) -> str:
         elif package.extra is not None:
             state = f"not installed: pip install 'geneformer-fast[{package.extra}]'"
         else:
-            state = "MISSING"
+            state = "MISSING" if _is_needed(package, report.devices) else "not needed"
         lines.append(f"  {package.name:<14} {state:<14} {package.purpose}")
     if report.environment:
         lines += ["", "Environment", *(f"  {name}={value}" for name, value in report.environment.items())]

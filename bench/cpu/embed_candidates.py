@@ -15,6 +15,7 @@ import torch
 
 from bench.cpu.embed_rival import extractor_embeddings, stock_embeddings
 from bench.machine import ROOT
+from bench.weights import tame
 
 SHARED = ROOT.parent / "shared"
 #: The cells whose tokens, as the official tokenizer wrote them, give the distribution of lengths.
@@ -93,9 +94,8 @@ class Candidate:
 class Workplace:
     """A folder with a checkpoint (``model``) and the tokens of some cells (``tokens``).
 
-    ``is_tame``: what branches add to the stream is divided by the square root of their number (two per layer), as GPT-2
-    begins. Random weights without that amplify rounding more than trained ones do, in twelve layers of int8 until
-    nothing agrees.
+    ``is_tame``: branches add as little to the stream as :func:`bench.weights.tame` leaves them, without which nothing
+    agrees after twelve layers of int8.
     """
 
     folder: Path
@@ -121,7 +121,8 @@ class Workplace:
             torch.manual_seed(0)
             model = BertForMaskedLM(self.geometry.stock_config())
             if self.is_tame:
-                tame(model, self.geometry.n_layers)
+                layers = model.bert.encoder.layer
+                tame([half.output.dense for layer in layers for half in (layer.attention, layer)])
             model.save_pretrained(self.model)
         shutil.rmtree(self.tokens, ignore_errors=True)
         datasets.disable_progress_bars()
@@ -134,14 +135,6 @@ class Workplace:
         with open_tokens(self.tokens) as folder:
             values, bounds = folder.read(range(folder.n_cells))
         return np.split(values, bounds[1:-1])
-
-
-@torch.no_grad()
-def tame(model: Any, n_layers: int) -> None:
-    """Weights of a stock BERT so that its 2 n branches together add to the stream what one of them added."""
-    for layer in model.bert.encoder.layer:
-        for branch in (layer.attention.output, layer.output):
-            branch.dense.weight /= (2 * n_layers) ** 0.5
 
 
 def real_cells(family: str, n_cells: int, *, seed: int = 0) -> pa.Table:

@@ -23,17 +23,20 @@ _OTHER_PARTS = {
     "the encoder": tuple(f"geneformer_fast/{name}.py" for name in ("encoder", "block", "layers", "config", "ragged")),
     "training": ("geneformer_fast/training/*.py",),
     "accelerate()": ("geneformer_fast/drop_in/*.py",),
-    "the random encoders that are compared": ("bench/gpu/models.py",),
+    "the random encoders that are compared": ("bench/gpu/models.py", "bench/weights.py"),
     "tests for cards": ("tests/kernels/*.py", "tests/gpu/*.py"),
 }
 # Makes, compares and times candidates.
 _PROCEDURE = (
     *("bench/gpu/card.py", "bench/gpu/impls.py", "bench/gpu/measure.py", "bench/gpu/models.py", "bench/gpu/timer.py"),
     *("bench/gpu/workload.py", "bench/gpu/providers/*.py", "geneformer_fast/profiling/lengths.py"),
-    *("geneformer_fast/profiling/clock.py", "geneformer_fast/profiling/ceilings.py"),
+    *("geneformer_fast/profiling/clock.py", "geneformer_fast/profiling/ceilings.py", "bench/weights.py"),
 )
 #: What tests on a card import, by folder; a change anywhere in them repeats all.
-TESTED = ("kernels", "geneformer_fast", "tests", "bench/gpu/models.py", "bench/gpu/measure.py", "bench/gpu/workload.py")
+TESTED = (
+    *("kernels", "geneformer_fast", "tests", "bench/weights.py"),
+    *("bench/gpu/models.py", "bench/gpu/measure.py", "bench/gpu/workload.py"),
+)
 
 
 def digest_of(paths: Iterable[Path], *, root: Path = ROOT, also: str = "") -> str:
