@@ -27,7 +27,7 @@ COPY constraints.txt /wheels/
 COPY --from=wheel /wheels/*.whl /wheels/
 RUN set -- /wheels/*.whl \
     && pip install --no-cache-dir --constraint /wheels/constraints.txt "$1[hf,plot,profile,train,zarr]" \
-    && useradd --create-home cells \
+    && useradd --uid 1000 --create-home cells \
     && install --directory --mode=1777 /cache /data
 # What is compiled on first use is kept here, for any user; mount a volume to keep it between runs.
 ENV NVIDIA_VISIBLE_DEVICES=all \
@@ -37,7 +37,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     TRITON_CACHE_DIR=/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     MPLCONFIGDIR=/cache/matplotlib
-USER cells
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["geneformer-fast"]
 CMD ["doctor"]

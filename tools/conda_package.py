@@ -26,6 +26,8 @@ RECIPE = ROOT / "recipe" / "recipe.yaml"
 #: What packages are called in conda-forge where that is another name.
 CONDA_NAMES = {"torch": "pytorch"}
 BUILDING = ("pip", "setuptools")
+#: What the recipe does not ask for, since pytorch's builds bring it where it is of use.
+LEFT_TO_PYTORCH = ("triton",)
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -40,7 +42,7 @@ def for_this_python(text: str, source: Path) -> str:
 
 def make_channel(out: Path, links: Path) -> None:
     """A channel in ``out`` of everything that the recipe names, packages being links in ``links``."""
-    link_packages(links, [*base_requirements(), *BUILDING, "packaging"])
+    link_packages(links, [*base_requirements(), *BUILDING, "packaging"], without=LEFT_TO_PYTORCH)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         executable = Path(sys.base_prefix) / "bin" / f"python{_PYTHON}"
@@ -53,7 +55,8 @@ def make_channel(out: Path, links: Path) -> None:
         packages.mkdir(parents=True)
         (packages / "links.pth").write_text(f"{links}\n")
         _assemble(out, "python", platform.python_version(), files_dir=folder)
-    for name in (*(Requirement(text).name for text in base_requirements()), *BUILDING):
+    names = [*(Requirement(text).name for text in base_requirements()), *BUILDING]
+    for name in set(names) - set(LEFT_TO_PYTORCH):
         _assemble(out, CONDA_NAMES.get(name, name), Version(version(name)).public)
 
 
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=ROOT, help="the project's files (default: this checkout)")
     asked_for = parser.parse_args(arguments)
     package = build(asked_for.out, asked_for.source)
-    print(f"{package.path}: {len(package.files)} files, {package.test_count()} tests passed")
+    print(f"{package.path}: {len(package.files)} files, {package.test_count} tests passed")
     return 0
 
 
