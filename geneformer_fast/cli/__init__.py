@@ -1,8 +1,12 @@
 """The ``geneformer-fast`` command line: one module per command, loaded only when that command is asked for.
 
-A command module offers ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``; and, where there is more
-to say after Ctrl-C than that, ``interrupted(args) -> str``: what is there now, and how to go on. It imports what is
-heavy inside ``run``, so that help and argument errors appear at once.
+A command module offers ``NAME``, ``HELP``, ``EXAMPLE`` (a command, with which help ends), ``add_arguments(parser)`` and
+``run(args)``, which returns an :class:`~geneformer_fast.cli.answer.Answer`, or an exit code. Where there is more to say
+after Ctrl-C than that, also ``interrupted(args) -> str``: what is there now, and how to go on; and where arguments can
+be wrong in ways that are seen without anything heavy, ``check(args)``, which is called first. It imports what is heavy
+inside ``run``, so that help and argument errors appear at once.
+
+Results go to standard output, all else (progress, warnings, errors) to standard error.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from time import perf_counter
 from typing import Any
 
 from geneformer_fast import __version__
-from geneformer_fast.cli.options import twice_given
+from geneformer_fast.cli.answer import Answer, as_json
+from geneformer_fast.cli.logs import log_on_stderr
+from geneformer_fast.cli.options import Parser, Refused, add_common, twice_given
 from geneformer_fast.errors import GeneformerFastError
 from geneformer_fast.files.checksums import unverified
 
@@ -51,7 +58,7 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
     names
         The commands to load; None loads every command module, which help needs.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="geneformer-fast",
         description="Counts to ranked tokens to embeddings, for Geneformer and its cousins.",
         epilog="geneformer-fast COMMAND --help explains one command.",
@@ -60,14 +67,19 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS if names is None else names:
         module = import_module(COMMANDS[name])
-        command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        command = subparsers.add_parser(
+            module.NAME, help=module.HELP, description=module.HELP, epilog=_epilog(getattr(module, "EXAMPLE", ""))
+        )
         module.add_arguments(command)
-        if name in _CHECKING:
-            command.add_argument(
-                "--no-verify", action="store_true", help="read tokens, models and vocabularies without their checksums"
-            )
-        command.set_defaults(run=module.run, interrupted=getattr(module, "interrupted", None))
+        add_common(command, is_checking=name in _CHECKING)
+        command.set_defaults(
+            run=module.run, check=getattr(module, "check", None), interrupted=getattr(module, "interrupted", None)
+        )
     return parser
+
+
+def _epilog(example: str) -> str:
+    return f"example:\n  {example}" if example else ""
 
 
 def _needed(arguments: Sequence[str]) -> Iterable[str] | None:
@@ -90,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         What the command returned; 2 after an error that this package raised on purpose, or that the operating system
         named (a full disk), with ``error: ...`` on standard error and no traceback; 130 after Ctrl-C. Any other
-        exception is a bug and passes through.
+        exception is a bug and passes through. With ``--json`` standard output is one JSON object, after an error
+        ``{"error": ...}``.
 
     Raises
     ------
@@ -100,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_python_shows_them, warnings.formatwarning = warnings.formatwarning, _OneLine()
     try:
-        return _run(parsed(arguments))
+        args = parsed(arguments)
+        with log_on_stderr(is_quiet=args.quiet, is_verbose=args.verbose):
+            return _run(args)
+    except Refused as stop:
+        if "--json" in arguments:
+            print(as_json({"error": stop.said}))
+        raise
     finally:
         warnings.formatwarning = as_python_shows_them
 
@@ -115,16 +134,23 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Run a command; returns its exit code."""
-    is_checked = not getattr(args, "no_verify", False)
+    """Run a command, say what came of it, and return its exit code."""
     try:
-        with contextlib.nullcontext() if is_checked else unverified():
-            return int(args.run(args))
+        begin = perf_counter()
+        answer = _answer(args)
+        if args.json:
+            told = {"command": args.command, **answer.values}
+            print(as_json({**told, "seconds": round(perf_counter() - begin, 3)}))
+        elif answer.text and not args.quiet:
+            print(answer.text)
+        return answer.code
     except GeneformerFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _failed(args, str(error), kind=type(error).__name__)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {args.interrupted(args)}" if args.interrupted else "\ninterrupted", file=sys.stderr)
+        said = f"interrupted: {args.interrupted(args)}" if args.interrupted else "interrupted"
+        print(f"\n{said}", file=sys.stderr)
+        if args.json:
+            print(as_json({"error": said, "kind": "KeyboardInterrupt"}))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away: Python would complain again while flushing at exit.
@@ -135,8 +161,25 @@ def _run(args: argparse.Namespace) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _failed(args, f"{where}{error.strerror or error}", kind=type(error).__name__)
+
+
+def _answer(args: argparse.Namespace) -> Answer:
+    """What a command answers. Whatever a library prints meanwhile is no part of an answer in JSON."""
+    is_checked = not getattr(args, "no_verify", False)
+    with contextlib.nullcontext() if is_checked else unverified():
+        if args.check is not None:
+            args.check(args)
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            answer = args.run(args)
+    return answer if isinstance(answer, Answer) else Answer(code=int(answer))
+
+
+def _failed(args: argparse.Namespace, said: str, *, kind: str) -> int:
+    print(f"error: {said}", file=sys.stderr)
+    if args.json:
+        print(as_json({"error": said, "kind": kind}))
+    return EXIT_ERROR
 
 
 class _OneLine:

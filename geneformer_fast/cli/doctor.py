@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from geneformer_fast.cli.answer import Answer
+
 NAME = "doctor"
 HELP = "show versions, devices, and which implementation of every operation runs here and why"
+EXAMPLE = "geneformer-fast doctor --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's options."""
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    """There are none but those that all commands have."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 if something needed is missing."""
+def run(args: argparse.Namespace) -> Answer:
+    """Examine; exits with 1 if something needed is missing."""
     from geneformer_fast.doctor import as_text, examine
 
     report = examine()
-    if args.json:
-        import json
-
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(as_text(report))
-    return 1 if report.problems else 0
+    return Answer(as_text(report), report.to_dict(), 1 if report.problems else 0)

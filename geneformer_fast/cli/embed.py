@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.selection import add_selection_options, selection_options
 from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "embed"
 HELP = "embed cells or genes with an encoder"
+EXAMPLE = "geneformer-fast embed cells.h5ad --model quickstart/model --pool mean --layer last --out embedded.h5ad"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and the picture, if they exist")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from time import perf_counter
 
@@ -105,9 +108,19 @@ def run(args: argparse.Namespace) -> int:
         plot=args.plot,
         heatmap=args.heatmap,
         color=args.color,
+        progress=False if args.quiet else None,
     )
-    print(f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json")
-    return 0
+    text = f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json"
+    return Answer(text, values_of(Path(str(path))) | ({"plot": args.plot} if args.plot else {}))
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """A file that was written, and what its JSON says of it."""
+    import json
+
+    about = path.with_name(f"{path.name}.json")
+    said = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    return {**said, "out": path, "about": about}
 
 
 def interrupted(args: argparse.Namespace) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.selection import add_selection_options, selection_options
 
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
 
 NAME = "finetune"
 HELP = "teach a pretrained encoder classes of cells or genes, and report how well it tells them"
+
+EXAMPLE = "geneformer-fast finetune cells tokens --model pretrained/final --label cell_type --out finetuned"
+EXAMPLE_GENES = "geneformer-fast finetune genes tokens --model pretrained/final --classes genes.csv --out finetuned"
+
+logger = logging.getLogger(__name__)
 
 #: Option -> field of the recipe.
 _RECIPE = {
@@ -36,8 +43,10 @@ _OLD_NAMES = {"batch-cells": "--batch", "learning-rate": "--lr", "warmup-share":
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     kinds = parser.add_subparsers(dest="kind", metavar="cells|genes", required=True)
-    cells = kinds.add_parser("cells", help="classes of cells, from a column that the tokens carry")
-    genes = kinds.add_parser("genes", help="classes of genes, from a file")
+    cells = kinds.add_parser(
+        "cells", help="classes of cells, from a column that the tokens carry", epilog=f"example:\n  {EXAMPLE}"
+    )
+    genes = kinds.add_parser("genes", help="classes of genes, from a file", epilog=f"example:\n  {EXAMPLE_GENES}")
     for kind in (cells, genes):
         kind.add_argument("tokens", metavar="TOKENS", help="folder of tokens")
         kind.add_argument("--model", required=True, metavar="DIR", help="pretrained checkpoint folder")
@@ -99,10 +108,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier fine-tuning left in DIR")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.finetuning.search import Search
 
@@ -111,15 +119,14 @@ def run(args: argparse.Namespace) -> int:
         "freeze_layers": args.freeze_layers, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
-        "tell": None if args.quiet else print, "profile": args.profile,
+        "tell": logger.info, "profile": args.profile,
         **selection_options(args, has_seed=False),
     }  # fmt: skip
     done = _finetune(args, options)
-    if not args.quiet:
-        print(done)
-        if done.model is not None:
-            print(f"model: {done.model} (geneformer-fast predict, or transformers)")
-    return 0
+    text = str(done)
+    if done.model is not None:
+        text += f"\nmodel: {done.model} (geneformer-fast predict, or transformers)"
+    return Answer(text, {"out": done.folder, "model": done.model, "scores": done.scores})
 
 
 def interrupted(args: argparse.Namespace) -> str:

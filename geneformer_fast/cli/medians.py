@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.tokenize import add_inputs, count_options
 
 NAME = "medians"
 HELP = "compute corpus medians and make a vocabulary of them, for an own corpus or species"
+EXAMPLE = "geneformer-fast medians corpus/*.h5ad --family v2 --name mouse --out vocabulary"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+def run(args: argparse.Namespace) -> Answer:
+    """Run the command."""
     from geneformer_fast.tokenization.medians import medians
 
     vocabulary = medians(
@@ -48,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=False if args.quiet else None,
     )
-    if not args.quiet:
-        print(f"vocabulary {vocabulary.name!r}: {len(vocabulary.token_ids):,} genes, written to {args.out}")
-        print(f"next: geneformer-fast tokenize INPUT... --dictionary {args.out} --out DIR")
-    return 0
+    text = (
+        f"vocabulary {vocabulary.name!r}: {len(vocabulary.token_ids):,} genes, written to {args.out}\n"
+        f"next: geneformer-fast tokenize INPUT... --dictionary {args.out} --out DIR"
+    )
+    values = {"out": args.out, "genes": len(vocabulary.token_ids), **vocabulary.identity()}
+    return Answer(text, values)

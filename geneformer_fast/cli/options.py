@@ -1,14 +1,82 @@
-"""Options that several commands have, and options by their old names."""
+"""The parser of commands: help that says defaults, options that all have, and options by their old names."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 # Of what was parsed: option -> (its old name, what it was given by that name).
 _TAKEN = "taken_by_old_name"
+
+
+class Refused(SystemExit):
+    """Wrong arguments, which usage and error were printed for."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(2)
+        self.said = said
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Says of every option whether it is required, or what its default is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or "default" in text or isinstance(action, _WITHOUT_VALUE):
+            return text
+        if action.required:
+            return f"{text} (required)"
+        if action.nargs == 0:
+            return f"{text} (default: no)"
+        return text if action.default in (None, []) else f"{text} (default: %(default)s)"
+
+
+_WITHOUT_VALUE = (argparse._HelpAction, argparse._VersionAction)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with such help, whose errors can be caught with what they say."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and what is wrong, and exit with 2."""
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise Refused(message)
+
+
+def add_common(parser: argparse.ArgumentParser, *, is_checking: bool) -> None:
+    """The options that all commands have; ``is_checking``: one that reads what carries checksums has another."""
+    for each in (parser, *_inner(parser)):
+        # Those of an inner parser must not undo with their defaults what was said before its name.
+        default: Any = False if each is parser else argparse.SUPPRESS
+        if is_checking:
+            each.add_argument(
+                "--no-verify", action="store_true", default=default,
+                help="read tokens, models and vocabularies without their checksums",
+            )  # fmt: skip
+        said = each.add_argument_group("what is said")
+        pair = said.add_mutually_exclusive_group()
+        pair.add_argument(
+            "--quiet", action="store_true", default=default, help="only warnings and errors: no progress, no report"
+        )
+        pair.add_argument(
+            "--verbose", action="store_true", default=default, help="more of what is done, with the names of modules"
+        )
+        said.add_argument(
+            "--json", action="store_true", default=default, help="the result, or the error, as one JSON object"
+        )
+
+
+def _inner(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
 
 
 def renamed(parser: argparse.ArgumentParser, old: str, new: argparse.Action) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from geneformer_fast.cli.embed import not_written, state_of
+from geneformer_fast.cli.answer import Answer
+from geneformer_fast.cli.embed import not_written, state_of, values_of
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.selection import add_selection_options, selection_options
 from geneformer_fast.cli.tokenize import add_count_options, add_counts_layer, count_options
 
 NAME = "predict"
 HELP = "tell classes of cells or genes with a fine-tuned model"
+EXAMPLE = "geneformer-fast predict new.h5ad --model finetuned/final --out labels.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.finetuning.predict import predict
@@ -77,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
         token_budget=args.token_budget,
         memory_budget=args.memory_budget,
         overwrite=args.overwrite,
+        progress=False if args.quiet else None,
     )
-    print(f"{path}; what it holds is written in {path}.json")
-    return 0
+    return Answer(f"{path}; what it holds is written in {path}.json", values_of(Path(str(path))))
 
 
 def interrupted(args: argparse.Namespace) -> str:

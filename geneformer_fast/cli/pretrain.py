@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import Any
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.errors import UnsupportedError
 
 NAME = "pretrain"
 HELP = "train an encoder to name masked genes"
+EXAMPLE = "geneformer-fast pretrain tokens --config geneformer-v1-10m --epochs 3 --batch-cells 144 --out pretrained"
+
+logger = logging.getLogger(__name__)
 
 # Option -> field of the recipe, type, what it says.
 _FIELDS: dict[str, tuple[str, type, str]] = {
@@ -80,10 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     import os
 
@@ -108,13 +112,11 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         on_step=lambda record: last.__setitem__(slice(None), [record]),
         on_eval=evaluations.append,
-        tell=print if is_first and not args.quiet else None,
+        tell=logger.info if is_first else None,
         profile=args.profile,
         **changes_of(args),
     )
-    if is_first:
-        print(_summary(last, evaluations, final))
-    return 0
+    return Answer(_summary(last, evaluations, final), _values(last, evaluations, final)) if is_first else Answer()
 
 
 def interrupted(args: argparse.Namespace) -> str:
@@ -158,6 +160,15 @@ def _column(text: str | None) -> tuple[str, list[str]] | None:
     if not equals or not name or not values:
         raise UnsupportedError(f"--eval-column {text}: write COLUMN=VALUE, or COLUMN=VALUE,VALUE")
     return name, values.split(",")
+
+
+def _values(last: list[Any], evaluations: list[dict[str, float]], final: Any) -> dict[str, Any]:
+    said: dict[str, Any] = {"out": final.parent, "model": final}
+    if last:
+        said |= {"steps": last[0].step, "epochs": last[0].epoch, "loss": last[0].loss}
+    if evaluations:
+        said["evaluation"] = evaluations[-1]
+    return said
 
 
 def _summary(last: list[Any], evaluations: list[dict[str, float]], final: Any) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 NAME = "profile"
 HELP = "measure speed, memory and energy of embedding, training or tokenizing, and say what to change"
+EXAMPLE = "geneformer-fast profile --model geneformer-v1-10m --lengths real --seconds 10 --out report"
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group("what comes out")
     answer.add_argument("--out", metavar="DIR", help="folder to write: report.json, report.html and traces")
     answer.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
-    answer.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else")
-    answer.add_argument("--quiet", action="store_true", help="print nothing (with --out)")
     before = parser.add_argument_group("without measuring")
     before.add_argument(
         "--predict", action="store_true", help="say what --cells N would take on --card NAME, from measurements there"
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     before.add_argument("--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200'")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.errors import UnsupportedError
     from geneformer_fast.profiling.scenarios.request import Request
@@ -78,16 +80,12 @@ def run(args: argparse.Namespace) -> int:
     fields = Request.__dataclass_fields__
     request = Request(**{name: value for name, value in vars(args).items() if name in fields})
     request.check()
-    if args.quiet and (args.out is None or args.json):
-        raise UnsupportedError("--quiet prints nothing, so that nothing would come out: pass --out, and not --json")
+    if args.quiet and args.out is None and not args.json:
+        raise UnsupportedError("--quiet prints nothing, so that nothing would come out: pass --out, or --json")
     if request.predict:
-        return _predict(request, is_json=args.json)
-    if request.out is None:
-        report = _measured(request, None, tell=_teller(args))
-    else:
-        report = _written(request, Path(request.out), tell=_teller(args))
-    _show(report, request, is_json=args.json, is_quiet=args.quiet)
-    return 0
+        return _predict(request)
+    report = _measured(request, None) if request.out is None else _written(request, Path(request.out))
+    return Answer(_text(report, request), report.to_dict())
 
 
 def interrupted(args: argparse.Namespace) -> str:
@@ -95,7 +93,7 @@ def interrupted(args: argparse.Namespace) -> str:
     return "nothing was measured" if args.out is None else f"{args.out} is not written; run the same command again"
 
 
-def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
+def _measured(request: Request, place: Path | None) -> Report:
     """Everything that was asked for; traces go into a folder."""
     from dataclasses import replace
 
@@ -106,21 +104,21 @@ def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
 
     with opened(request) as scenario:
         if isinstance(scenario, Tokenizing):
-            tell(f"tokenizing {scenario.what}")
+            logger.info("%s", f"tokenizing {scenario.what}")
             return scenario.report()
         if request.compare is not None:
             check_comparable(scenario.encoder)
         settings: list[Setting] = []
         usual = scenario.token_budget
         if request.sweep:
-            tell(f"trying token budgets on {scenario.cells.what}")
-            settings = sweep(scenario, tell=lambda setting: tell(_line_of(setting)))
+            logger.info("%s", f"trying token budgets on {scenario.cells.what}")
+            settings = sweep(scenario, tell=lambda setting: logger.info("%s", _line_of(setting)))
             scenario = scenario.with_budget(best_of(settings).token_budget)
-        tell(f"measuring {scenario.name} on {scenario.cells.what}")
+        logger.info("%s", f"measuring {scenario.name} on {scenario.cells.what}")
         report = scenario.report(None if place is None else place / "trace.json.gz")
         report = replace(report, sweep=settings)
         if request.compare is not None:
-            tell("measuring transformers on the same cells")
+            logger.info("measuring transformers on the same cells")
             report = compared(scenario, report, None if place is None else place / "trace.transformers.json.gz")
         elif settings:
             report = replace(report, findings=findings(report))
@@ -129,7 +127,7 @@ def _measured(request: Request, place: Path | None, *, tell: Any) -> Report:
     return report
 
 
-def _written(request: Request, out: Path, *, tell: Any) -> Report:
+def _written(request: Request, out: Path) -> Report:
     """The report, in a folder that is there whole or not at all."""
     from geneformer_fast.files.locks import file_lock
     from geneformer_fast.files.writing import whole_folder
@@ -139,7 +137,7 @@ def _written(request: Request, out: Path, *, tell: Any) -> Report:
     with file_lock(out):
         check_place(out, is_replacing=request.overwrite)
         with whole_folder(out) as place:
-            report = _measured(request, place, tell=tell)
+            report = _measured(request, place)
             report.save(place / "report.json")
             (place / "report.html").write_text(report.to_html(), encoding="utf-8")
     return report
@@ -187,34 +185,21 @@ def _check_page() -> None:
         )
 
 
-def _predict(request: Request, *, is_json: bool) -> int:
+def _predict(request: Request) -> Answer:
     """Say what many cells would take."""
-    import json
-
     from geneformer_fast.profiling.prediction.asked import predicted
 
     found = predicted(request)
-    print(json.dumps(found.to_dict(), indent=1) if is_json else found.as_text())
-    return 0
+    return Answer(found.as_text(), found.to_dict())
 
 
-def _show(report: Report, request: Request, *, is_json: bool, is_quiet: bool) -> None:
-    import json
-
+def _text(report: Report, request: Request) -> str:
     from geneformer_fast.profiling.text import table
 
-    if is_json:
-        print(json.dumps(report.to_dict(), indent=1))
-    elif not is_quiet:
-        print(table(report))
-        if request.out is not None:
-            print(f"{Path(request.out) / 'report.html'} shows all of it, report.json beside it is for machines")
-
-
-def _teller(args: argparse.Namespace) -> Any:
-    """Says on standard error what is going on, where somebody looks."""
-    is_shown = not args.quiet and not args.json and sys.stderr.isatty()
-    return (lambda line: print(line, file=sys.stderr)) if is_shown else (lambda line: None)
+    if request.out is None:
+        return table(report)
+    place = Path(request.out) / "report.html"
+    return f"{table(report)}\n{place} shows all of it, report.json beside it is for machines"
 
 
 def _line_of(setting: Setting) -> str:

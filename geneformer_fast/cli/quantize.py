@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.embed import not_written, state_of
 from geneformer_fast.cli.options import renamed
 
 NAME = "quantize"
 HELP = "make a model of a quarter of the size, with weights of eight bits"
+EXAMPLE = "geneformer-fast quantize pretrained/final --calibrate tokens --check tokens --out quantized"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     renamed(parser, "--cells", cells)
     parser.add_argument(
-        "--check", metavar="TOKENS", help="token folder on which the new model is compared with MODEL, in a table"
+        "--check",
+        dest="check_on",
+        metavar="TOKENS",
+        help="token folder on which the new model is compared with MODEL, in a table",
     )
     parser.add_argument("--label", metavar="NAME", help="with --check: column with the right classes of a classifier")
     parser.add_argument(
@@ -53,22 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.errors import UnsupportedError
     from geneformer_fast.quantization.quantize import quantize
     from geneformer_fast.quantization.report import Report
 
-    if args.label is not None and args.check is None:
+    if args.label is not None and args.check_on is None:
         raise UnsupportedError("--label is about comparing models: pass --check TOKENS too")
-    if args.device is not None and args.calibrate is None and args.check is None:
+    if args.device is not None and args.calibrate is None and args.check_on is None:
         raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
     args.before = state_of(args.out)
-    out = Path(args.out)
-    if args.check is not None:
+    out, progress = Path(args.out), False if args.quiet else None
+    if args.check_on is not None:
         from geneformer_fast.quantization.check import check, check_askable
 
-        check_askable(args.model, args.check, label=args.label, device=args.device)
+        check_askable(args.model, args.check_on, label=args.label, device=args.device)
     quantize(
         Path(args.model),
         out,
@@ -80,11 +85,14 @@ def run(args: argparse.Namespace) -> int:
         max_cells=args.max_cells,
         device=None if args.calibrate is None else args.device,
         overwrite=args.overwrite,
+        progress=progress,
     )
-    print(f"{Report.read(out).as_text()}\n{out}")
-    if args.check is not None:
-        print(check(args.model, out, args.check, label=args.label, device=args.device).as_text())
-    return 0
+    report = Report.read(out)
+    text, values = f"{report.as_text()}\n{out}", {"out": out, **report.to_dict()}
+    if args.check_on is not None:
+        found = check(args.model, out, args.check_on, label=args.label, device=args.device, progress=progress)
+        text, values = f"{text}\n{found.as_text()}", {**values, "check": found.to_dict()}
+    return Answer(text, values)
 
 
 def interrupted(args: argparse.Namespace) -> str:

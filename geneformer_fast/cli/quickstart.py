@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from geneformer_fast.cli.answer import Answer
+
 NAME = "quickstart"
 HELP = "see everything work on synthetic cells, offline: tokens, a small trained model, embeddings, cell types"
+EXAMPLE = "geneformer-fast quickstart --out quickstart"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of cells, weights and held-out donors")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Answer:
     """Run the tour."""
     from geneformer_fast.quickstart.run import quickstart
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        if not args.quiet:
+            print(line, flush=True)
 
-    quickstart(args.out, n_cells=args.cells, max_seconds=args.seconds, seed=args.seed, say=say)
-    return 0
+    summary = quickstart(args.out, n_cells=args.cells, max_seconds=args.seconds, seed=args.seed, say=say)
+    return Answer(values=summary)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 NAME = "tokenize"
 HELP = "turn count matrices (.h5ad, .zarr, 10x, .loom) into ranked gene tokens"
 
-_INTERRUPTED = 130
+EXAMPLE = "geneformer-fast tokenize cells.h5ad --dictionary quickstart/vocabulary --obs cell_type --out tokens"
+
 _MOST_SHOWN = 5
 
 
@@ -26,7 +27,6 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     add_count_options(parser)
     parser.add_argument("--no-filter-pass", action="store_true", help="also take cells whose filter_pass is not 1")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
 
 
 def add_counts_layer(parser: argparse.ArgumentParser) -> argparse.Action:
@@ -102,38 +102,42 @@ def carried_columns(entries: list[str]) -> dict[str, str]:
     return carried
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+def run(args: argparse.Namespace) -> Answer:
+    """Run the command."""
     from geneformer_fast.tokenization.run import tokenize
 
-    try:
-        tokens = tokenize(
-            args.inputs,
-            args.out,
-            dictionary=args.dictionary,
-            preset=args.preset,
-            counts_layer=args.counts_layer,
-            obs=carried_columns(args.obs),
-            max_len=args.max_len,
-            filter_pass=not args.no_filter_pass,
-            **count_options(args),
-            workers=args.workers,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            progress=False if args.quiet else None,
-        )
-    except KeyboardInterrupt:
-        from geneformer_fast.tokenization import manifest
+    tokens = tokenize(
+        args.inputs,
+        args.out,
+        dictionary=args.dictionary,
+        preset=args.preset,
+        counts_layer=args.counts_layer,
+        obs=carried_columns(args.obs),
+        max_len=args.max_len,
+        filter_pass=not args.no_filter_pass,
+        **count_options(args),
+        workers=args.workers,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=False if args.quiet else None,
+    )
+    assert not isinstance(tokens, tuple)
+    content = tokens.manifest
+    assert content is not None
+    values = {
+        "out": tokens.path, "cells": totals_of(content["cells"]), "tokens": tokens.n_tokens,
+        "vocabulary": content["vocabulary"]["name"],
+        "inputs": [{name: entry[name] for name in ("path", "genes", "warnings")} for entry in content["inputs"]],
+    }  # fmt: skip
+    return Answer(summary(tokens), values)
 
-        folder = Path(args.out)
-        said = (
-            manifest.unfinished_message(folder) if manifest.state_of(folder) == "unfinished" else "nothing is written"
-        )
-        print(f"\ninterrupted: {said}", file=sys.stderr)
-        return _INTERRUPTED
-    if not args.quiet and not isinstance(tokens, tuple):
-        print(summary(tokens))
-    return 0
+
+def interrupted(args: argparse.Namespace) -> str:
+    """How far it is after Ctrl-C, and how to go on."""
+    from geneformer_fast.tokenization import manifest
+
+    folder = Path(args.out)
+    return manifest.unfinished_message(folder) if manifest.state_of(folder) == "unfinished" else "nothing is written"
 
 
 def summary(tokens: TokenFolder) -> str:
@@ -146,7 +150,7 @@ def summary(tokens: TokenFolder) -> str:
     if len(content["inputs"]) > _MOST_SHOWN:
         lines.append(f"... {len(content['inputs']) - _MOST_SHOWN} more inputs, see manifest.json")
     cells = content["cells"]
-    total = {key: sum(tally[key] for tally in cells) for key in ("read", "written", "filtered", "empty", "full")}
+    total = totals_of(cells)
     lines.append(
         f"cells: {total['read']:,} read, {total['written']:,} written ({tokens.n_tokens:,} tokens; {total['full']:,} "
         "cells reach the maximal length)"
@@ -165,6 +169,11 @@ def summary(tokens: TokenFolder) -> str:
         lines.append(f"  {zeros:,} stored zeros ignored (the official tokenizer makes tokens of them)")
     lines.append(f"vocabulary: {content['vocabulary']['name']}; written to {tokens.path}")
     return "\n".join(lines)
+
+
+def totals_of(tallies: list[dict[str, Any]]) -> dict[str, int]:
+    """Cells that were read, written, left out by filter_pass, empty, and of the full length, over all inputs."""
+    return {key: sum(tally[key] for tally in tallies) for key in ("read", "written", "filtered", "empty", "full")}
 
 
 def _totals_line(entry: dict[str, Any], tally: dict[str, Any]) -> list[str]:

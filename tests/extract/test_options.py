@@ -389,12 +389,15 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     assert main(["embed", "in", "--model", "m", "--out", str(tmp_path / "o.npy"), *arguments]) == 0
     expected: dict[str, Any] = {**given, "obs": {"old": "new"}, "token_budget": 7}
     expected |= {"where": {"kind": ["a", "b"]}, "max_cells": 9, "seed": 3}
-    assert seen == {**expected, **dict.fromkeys(flags, True)}
-    # On the command line there is no AnnData to copy, nobody takes a data frame, the terminal decides about progress.
-    assert set(seen) == set(OPTIONS) - {"copy", "as_frame", "progress"}
+    assert seen == {**expected, **dict.fromkeys(flags, True), "progress": None}
+    assert main(["embed", "in", "--model", "m", "--out", str(tmp_path / "o.npy"), "--quiet"]) == 0
+    assert seen["progress"] is False
+    # On the command line there is no AnnData to copy, and nobody takes a data frame.
+    assert set(seen) == set(OPTIONS) - {"copy", "as_frame"}
     parsed = build_parser(["embed"]).parse_args(["embed", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "interrupted", "inputs", "model", "out", "no_verify"}
-    assert set(vars(parsed)) - others == set(seen)
+    others = {"command", "run", "check", "interrupted", "inputs", "model", "out", "no_verify"}
+    others |= {"quiet", "verbose", "json", "progress"}  # of these only --quiet is about progress
+    assert set(vars(parsed)) - others == set(seen) - {"progress"}
 
 
 def test_names_that_the_table_needs_itself(at: Workplace) -> None:

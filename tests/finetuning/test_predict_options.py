@@ -286,11 +286,14 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     assert main(["predict", "in", "--model", "m", "--out", str(tmp_path / "o.csv"), *arguments]) == 0
     expected: dict[str, Any] = {**given, "obs": {"old": "new"}, "token_budget": 7}
     expected |= {"where": {"donor": ["d1"]}, "max_cells": 9, "seed": 3}
-    assert seen == {**expected, **dict.fromkeys(flags, True)}
-    assert set(seen) == set(OPTIONS) - {"copy", "progress"}
+    assert seen == {**expected, **dict.fromkeys(flags, True), "progress": None}
+    assert main(["predict", "in", "--model", "m", "--out", str(tmp_path / "o.csv"), "--quiet"]) == 0
+    assert seen["progress"] is False
+    assert set(seen) == set(OPTIONS) - {"copy"}
     parsed = build_parser(["predict"]).parse_args(["predict", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "interrupted", "inputs", "model", "out", "no_verify"}
-    assert set(vars(parsed)) - others == set(seen)
+    others = {"command", "run", "check", "interrupted", "inputs", "model", "out", "no_verify"}
+    others |= {"quiet", "verbose", "json", "progress"}  # of these only --quiet is about progress
+    assert set(vars(parsed)) - others == set(seen) - {"progress"}
 
 
 @pytest.fixture(scope="module")

@@ -387,6 +387,6 @@ def test_ctrl_c_says_which_folds_are_finished_and_how_to_go_on(home, tmp_path, c
     said = capsys.readouterr()
     assert "interrupted: 1 fold is finished, in" in said.err
     assert "run the same command with --resume (resume=True) to go on" in said.err
-    assert "fold-1: training" in said.out
+    assert "fold-1: training" in said.err
     assert main([*words, "--quiet", "--resume"]) == 0
     assert os.listdir(tmp_path / "out" / "folds")

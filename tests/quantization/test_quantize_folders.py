@@ -68,7 +68,7 @@ def test_a_layer_that_is_kept_is_said_to_be_in_the_dtype_that_is_stored(dtype: s
 
 def test_measured_on_cells(tmp_path: Path, model: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Such small models are turned by more than real ones.
-    options = {"least_cosine": 0.9, "bar": 20.0, "n_cells": 8}
+    options = {"least_cosine": 0.9, "bar": 20.0, "max_cells": 8}
     quantize(model, tmp_path / "a", calibrate=tokens, **options)
     quantize(load(model), tmp_path / "b", calibrate=tokens, **options)
     given = ["--least-cosine", "0.9", "--bar", "20", "--max-cells", "8", "--check", str(tokens), "--device", "cpu"]

@@ -143,7 +143,7 @@ def test_the_command(ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixtu
     toys.vocabulary().save(tmp_path / "model")
     command = [
         *("pretrain", str(ground.tokens.path), "--config", str(tmp_path / "model"), "--out", str(tmp_path / "run")),
-        *("--epochs", "1", "--batch-cells", "20", "--token-budget", "300", "--learning-rate", "0.01", "--quiet"),
+        *("--epochs", "1", "--batch-cells", "20", "--token-budget", "300", "--learning-rate", "0.01"),
         *("--eval-column", "kind=a,b", "--precision", "float32", "--recompute", "--set", "weight_decay=0.2"),
         *("--set", 'masking={"random": 0.02}', "--tensorboard", "--device", "cpu", "--seed", "3"),
     ]
@@ -151,7 +151,9 @@ def test_the_command(ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     assert "1.00 epochs, training loss" in said.out
     assert f"the model is in {tmp_path / 'run' / 'final'}" in said.out
-    assert said.err == ""
+    first, *others = said.err.splitlines()
+    assert first.startswith("training ")
+    assert all(line.startswith("evaluation after step ") for line in others)
     recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     assert (recipe["weight_decay"], recipe["batch_cells"], recipe["seed"]) == (0.2, 20, 3)
     assert (recipe["masking"]["random"], recipe["masking"]["share"]) == (0.02, 0.15)

@@ -277,7 +277,7 @@ def test_ctrl_c_names_the_step_and_how_to_go_on(ground: Ground, tmp_path: Path, 
 
     gf.save(ground.model(), tmp_path / "model")
     words = ["pretrain", str(ground.tokens.path), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "model")]
-    words += ["--steps", "9", "--batch-cells", "16", "--token-budget", "150", "--save-every", "2", "--quiet"]
+    words += ["--steps", "9", "--batch-cells", "16", "--token-budget", "150", "--save-every", "2"]
     words += ["--device", "cpu"]
     after = loop._Run._after_step
 
