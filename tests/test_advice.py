@@ -38,6 +38,8 @@ COMMANDS_OF = {
 ONLY_FOR = {
     ("tokenization/inputs.py", "--obs"): ("tokenize", "embed"),
     ("finetuning/names.py", "--key-added"): ("predict",),
+    ("extract/run.py", "--heatmap"): ("embed",),
+    ("extract/run.py", "--color"): ("embed",),
 }
 OF_THE_PROGRAM = {"--version", "--help"}
 #: Arguments of other programs that a module starts; no user reads them.
