@@ -97,4 +97,4 @@ def test_modes_are_those_of_the_command():
     known = {action.dest: action for action in parser._actions}
     assert tuple(known["mode"].choices) == MODES
     assert {field.name for field in dataclasses.fields(Request)} <= set(known)
-    assert set(known) - {field.name for field in dataclasses.fields(Request)} == {"help", "json", "quiet"}
+    assert set(known) - {field.name for field in dataclasses.fields(Request)} == {"help"}
