@@ -163,9 +163,12 @@ def float_weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None] | None:
     """Weights and biases of two feed-forward layers if both are to be multiplied as they would be unquantized.
 
-    A gradient would keep widened weights until it is needed: then each layer sees to itself.
+    A gradient would keep widened weights until it is needed: then each layer sees to itself. So does one that somebody
+    put something around (adapters of low rank), which weights alone do not tell.
     """
     layers = up, down
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        return None
     quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     if isinstance(x, Rows) or any(layer.is_dynamic or layer.scheme == "fp8" for layer in quantized):
         return None

@@ -80,6 +80,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "hdf5plugin": (f"{FAST}.tokenization.sources",),
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
+    "peft": (f"{FAST}.finetuning.lora",),
     "pydantic": (f"{FAST}.files.schema",),
     "tqdm": (f"{FAST}.progress",),
     "pynvml": (f"{FAST}.profiling.meters.cards", f"{FAST}.profiling.machine", f"{FAST}.doctor"),

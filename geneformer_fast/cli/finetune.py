@@ -95,6 +95,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     renamed(parser, "--freeze", layers)
     parser.add_argument("--freeze-embeddings", action="store_true", help="the embeddings stay too")
+    parser.add_argument(
+        "--lora", type=int, metavar="R",
+        help="train adapters of rank R in place of the blocks (LoRA, by peft); they want about ten times the learning "
+        "rate (default: train the blocks themselves)",
+    )  # fmt: skip
     parser.add_argument("--search", type=int, metavar="N", help="search hyperparameters with N trials per fold")
     parser.add_argument("--recipe", metavar="FILE", help="a recipe as .json; the options below change it")
     for option, (_, kind, metavar, text) in _RECIPE.items():
@@ -116,7 +121,8 @@ def run(args: argparse.Namespace) -> Answer:
 
     options: dict[str, Any] = {
         "folds": args.folds, "eval_share": args.eval_share, "test_share": args.test_share, "loss": args.loss,
-        "freeze_layers": args.freeze_layers, "freeze_embeddings": args.freeze_embeddings, "recipe": _recipe(args),
+        "freeze_layers": args.freeze_layers, "freeze_embeddings": args.freeze_embeddings, "lora": args.lora,
+        "recipe": _recipe(args),
         "search": None if args.search is None else Search(args.search), "is_final": not args.no_final,
         "device": args.device, "resume": args.resume, "overwrite": args.overwrite,
         "tell": logger.info, "profile": args.profile,

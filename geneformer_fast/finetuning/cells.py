@@ -57,6 +57,7 @@ def finetune_cells(
     cap: int | None = None,
     freeze_layers: int = 0,
     freeze_embeddings: bool = False,
+    lora: int | None = None,
     recipe: Recipe | None = None,
     search: Search | int | None = None,
     drop_unlabelled: bool = False,
@@ -105,6 +106,11 @@ def finetune_cells(
         Blocks from the bottom that stay as they are, and whether the embeddings do. Only with the embeddings frozen too
         are activations of frozen blocks not kept. Of a quantized model nothing learns but the classifier, which a
         warning says.
+    lora
+        Rank of adapters that learn in place of the blocks (Hu et al., arXiv:2106.09685): every linear layer of every
+        block that is not frozen gets one, with an alpha of twice the rank; embeddings and norms stay as they are, the
+        classifier learns as ever. They want about ten times the learning rate. In the end they are added to the
+        weights; ``out/adapter`` keeps them apart, as PEFT loads them.
     recipe
         How to train; None is :data:`~geneformer_fast.finetuning.recipes.CELLS`.
     search
@@ -166,14 +172,14 @@ def finetune_cells(
         )  # fmt: skip
         splits, final = work.splits(cells, groups, folds, eval_share, test_share, recipe.seed)
         final = final if is_final else None
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted, lora)
         every = [*splits, *([] if final is None else [final])]
         check_splits(work, base, choices, every)
         asked = {
             "kind": "cells", "tasks": {task.name: task.weight for task in tasks}, "losses": losses, "group": group,
             "folds": folds, "eval_share": eval_share, "test_share": test_share, "sampler": sampler, "cap": cap,
-            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
-            "is_searching": search is not None,
+            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "lora": lora,
+            "recipe": recipe.to_dict(), "is_searching": search is not None,
             "classes": {task.name: task.classes for task in tasks}, "config": base.config.to_dict(),
             SELECTION: None if selection is None else selection.to_dict(),
             "data": digest(*(task.codes for task in tasks), folder.lengths(), *(s.test for s in splits)),
@@ -181,7 +187,7 @@ def finetune_cells(
         }  # fmt: skip
         origin = origin_of(model, identity, losses, selection)
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
-            engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
+            engine = Engine(work, base, choices, place, origin, source_of(model), profile)
             return engine.run(splits, final, "cells", tell)
 
 
@@ -314,11 +320,9 @@ def origin_of(
     }
 
 
-def vocabulary_file(model: Any) -> Path | None:
-    """The ``vocabulary.json`` of a checkpoint folder, if it has one."""
-    if isinstance(model, Encoder) or not (Path(model) / "vocabulary.json").exists():
-        return None
-    return Path(model) / "vocabulary.json"
+def source_of(model: Any) -> Path | None:
+    """The folder of the pretrained model, where it comes from one."""
+    return None if isinstance(model, Encoder) else Path(model)
 
 
 def _selected_tasks(

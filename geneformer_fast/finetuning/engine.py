@@ -20,7 +20,8 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
-from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, with_head
+from geneformer_fast.finetuning.lora import Adapter, add_adapters, check_lora, merge_adapters, save_adapter
+from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, vocabulary_in, with_head
 from geneformer_fast.finetuning.outputs import (
     PREDICTIONS,
     RUN,
@@ -96,6 +97,7 @@ class Choices:
     freeze_layers: int
     freeze_embeddings: bool
     search: Search | None
+    lora: int | None = None
 
 
 def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[Split]) -> None:
@@ -107,9 +109,10 @@ def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[S
         A training set lacks a class.
     UnsupportedError
         An evaluation set that something chooses by is empty; there are fewer layers than are to be frozen, or none of
-        them would learn while it is searched how many do.
+        them would learn while it is searched how many do; adapters cannot be.
     """
     space = None if choices.search is None else choices.search.space.freeze_layers
+    check_lora(choices.lora, base, max((choices.freeze_layers, *(space or ()))))
     if base.quantization is not None:
         _say_what_learns(base, choices, is_searched=space is not None)
     for n_layers in (choices.freeze_layers, *(space or ())):
@@ -159,8 +162,8 @@ class Engine:
         Where to.
     origin
         What the model's card says of where it comes from.
-    vocabulary
-        A ``vocabulary.json`` to put beside the model.
+    source
+        Folder of the pretrained model, whose ``vocabulary.json`` is put beside the new one; None where it has none.
     profile
         Where a report of the first training goes, as for :func:`geneformer_fast.training.loop.fit`.
     """
@@ -172,11 +175,12 @@ class Engine:
         choices: Choices,
         folder: OutFolder,
         origin: Mapping[str, Any],
-        vocabulary: Path | None,
+        source: Path | None,
         profile: str | os.PathLike[str] | bool = False,
     ) -> None:
         self.work, self.base, self.choices, self.folder = work, base, choices, folder
-        self.origin, self.vocabulary = origin, vocabulary
+        self.origin, self.source = origin, source
+        self._adapter: Adapter | None = None  # of the last training
         self._profile = profile
         self._n_splits = 1
 
@@ -267,7 +271,11 @@ class Engine:
     ) -> tuple[Encoder, dict[str, float] | None]:
         n_classes = sum(map(len, self.work.classes.values()))
         encoder = with_head(self.base, self.work.kind, n_classes, seed=recipe.seed)
-        freeze(encoder, layers, embeddings=self.choices.freeze_embeddings)
+        rank = self.choices.lora
+        if rank is None:
+            freeze(encoder, layers, embeddings=self.choices.freeze_embeddings)
+        else:
+            add_adapters(encoder, rank, layers, seed=recipe.seed)
         objective, factor = self.work.objective(split)
         asked: str | os.PathLike[str] | bool = False
         if report is None:  # no trial of a search
@@ -277,6 +285,7 @@ class Engine:
             begins_with=self.folder.begins_with, profile=self.folder.path / FOLDER if asked is True else asked,
             **self.work.training(split),
         )  # fmt: skip
+        self._adapter = None if rank is None else merge_adapters(encoder)
         scale_classifier(encoder, factor)
         return encoder, history.best
 
@@ -292,7 +301,10 @@ class Engine:
             **how,
         }
         base = self.base.source.settings if self.base.source is not None else {}
-        save_classifier(encoder, self.folder.final, labels, card, self.vocabulary, base)
+        if self._adapter is not None:
+            card["lora"] = {"rank": self._adapter.rank, "alpha": self._adapter.alpha}
+            save_adapter(self._adapter, encoder, self.folder.adapter, self.source)
+        save_classifier(encoder, self.folder.final, labels, card, vocabulary_in(self.source), base)
 
     def _tidy(self, name: str) -> None:
         """Checkpoints of a finished fold have served their purpose."""

@@ -19,7 +19,7 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, VocabularyError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
-from geneformer_fast.finetuning.cells import content_of, digest, origin_of, vocabulary_file
+from geneformer_fast.finetuning.cells import content_of, digest, origin_of, source_of
 from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready, check_splits
 from geneformer_fast.finetuning.labels import read_gene_classes
 from geneformer_fast.finetuning.losses import IGNORED, logit_scale, make_loss
@@ -59,6 +59,7 @@ def finetune_genes(
     loss: str = "cross-entropy",
     freeze_layers: int = 0,
     freeze_embeddings: bool = False,
+    lora: int | None = None,
     where: Mapping[str, Any] | None = None,
     max_cells: int | None = None,
     seed: int | None = None,
@@ -97,7 +98,7 @@ def finetune_genes(
         the best epoch.
     loss
         As in :func:`finetune_cells`; classes are counted in genes.
-    freeze_layers, freeze_embeddings
+    freeze_layers, freeze_embeddings, lora
         As in :func:`finetune_cells`.
     where
         Cells to learn from and to test with, as in :func:`finetune_cells`.
@@ -146,13 +147,14 @@ def finetune_genes(
         work = GeneWork(folder, again, identity, labelled, cells, loss, base.config.vocab_size, recipe.progress)
         splits, final = work.splits(folds, eval_share, test_share, recipe.seed)
         final = final if is_final else None
-        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted)
+        choices = Choices(recipe, freeze_layers, freeze_embeddings, wanted, lora)
         every = [*splits, *([] if final is None else [final])]
         check_names({TASK: labelled.classes})
         check_splits(work, base, choices, every)
         asked = {
             "kind": "genes", "loss": loss, "folds": folds, "eval_share": eval_share, "test_share": test_share,
-            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "recipe": recipe.to_dict(),
+            "freeze_layers": freeze_layers, "freeze_embeddings": freeze_embeddings, "lora": lora,
+            "recipe": recipe.to_dict(),
             "is_searching": search is not None, "classes": labelled.classes, "config": base.config.to_dict(),
             SELECTION: None if selection is None else selection.to_dict(),
             "data": digest(labelled.tokens, labelled.codes, cells, folder.lengths()),
@@ -160,7 +162,7 @@ def finetune_genes(
         }  # fmt: skip
         origin = origin_of(model, identity, {TASK: loss}, selection)
         with out_folder(Path(out), asked, resume=resume, overwrite=overwrite) as place:
-            engine = Engine(work, base, choices, place, origin, vocabulary_file(model), profile)
+            engine = Engine(work, base, choices, place, origin, source_of(model), profile)
             return engine.run(splits, final, "genes", tell)
 
 

@@ -51,6 +51,12 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     return encoder.cast("float32")
 
 
+def vocabulary_in(folder: Path | None) -> Path | None:
+    """The ``vocabulary.json`` of a checkpoint folder, if it has one."""
+    path = None if folder is None else folder / SAVED_FILE
+    return path if path is not None and path.exists() else None
+
+
 def with_head(encoder: Encoder, kind: str, n_classes: int, *, seed: int = 0) -> Encoder:
     """A copy of an encoder with a fresh classifier on top.
 

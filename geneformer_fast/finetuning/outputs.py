@@ -11,6 +11,8 @@
     Of all test cells (or genes).
 ``final/``
     The model, as transformers loads it.
+``adapter/``
+    What a fine-tuning by LoRA learned, as PEFT loads it.
 ``search.db``
     Trials of a hyperparameter search.
 """
@@ -30,6 +32,7 @@ from geneformer_fast.files.checksums import DIGEST, check_digest, check_file, is
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.schema import number, read_json, whole
 from geneformer_fast.files.writing import write_json
+from geneformer_fast.finetuning.lora import FOLDER as ADAPTER
 from geneformer_fast.finetuning.search import STORAGE
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.identity import check_same
@@ -152,6 +155,11 @@ class OutFolder:
         """Folder of the model."""
         return self.path / FINAL
 
+    @property
+    def adapter(self) -> Path:
+        """Folder of what LoRA learned."""
+        return self.path / ADAPTER
+
     def fold(self, name: str) -> Path:
         """Folder of one fold, made if absent."""
         folder = self.path / FOLDS / name
@@ -159,7 +167,7 @@ class OutFolder:
         return folder
 
     def _clear(self) -> None:
-        for name in (FOLDS, FINAL, PROFILE):
+        for name in (FOLDS, FINAL, ADAPTER, PROFILE):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for pattern in (SPLITS, SCORES, PREDICTIONS, STORAGE, "confusion*.png", "roc*.png"):
             for file in self.path.glob(pattern):
