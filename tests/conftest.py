@@ -132,6 +132,14 @@ def threads_kept() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """A fine-tuning syncs hundreds of files: who waits for that is safe from a failure of power, and slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real cells, official dictionaries and numeric references that lies beside a checkout."""

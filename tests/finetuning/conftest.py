@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,5 +38,5 @@ def done(home: Path) -> Finetuned:
     """Three folds by donor, and a final model."""
     return gf.finetune_cells(
         home / "tokens", home / "model", "kind", home / "done", group="donor", folds=3,
-        recipe=dataclasses.replace(SHORT, epochs=12),
+        recipe=SHORT,
     )  # fmt: skip

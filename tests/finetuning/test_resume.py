@@ -80,7 +80,7 @@ def test_other_tokens_of_equal_lengths_are_refused(home, half, tmp_path):
 
 
 def test_the_machine_may_change_and_nothing_else(home, half):
-    with pytest.raises(OutputError, match=r"with learning_rate 0\.01, not 0\.5"):
+    with pytest.raises(OutputError, match=r"with learning_rate 0\.02, not 0\.5"):
         go_on(home, half, recipe=dataclasses.replace(ONE_EPOCH, learning_rate=0.5))
     with pytest.raises(OutputError, match=r"with eval share 0\.1, not 0\.2"):
         go_on(home, half, eval_share=0.2)

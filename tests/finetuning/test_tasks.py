@@ -58,8 +58,10 @@ def test_several_tasks_at_once(home, tmp_path):
 
 def test_the_command_line_does_what_the_function_does(home, tmp_path, capsys):
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"batch_cells": 8, "token_budget": 2048, "epochs": 9}))
-    options = ["--recipe", str(recipe), "--epochs", "1", "--learning-rate", "1e-2", "--seed", "1"]
+    recipe.write_text(
+        json.dumps({"batch_cells": 8, "token_budget": 2048, "epochs": 9, "eval_every": 14, "save_every": 14})
+    )
+    options = ["--recipe", str(recipe), "--epochs", "1", "--learning-rate", "2e-2", "--seed", "1"]
     common = [str(home / "tokens"), "--model", str(home / "model"), "--device", "cpu"]
     cells = ["finetune", "cells", *common, "--label", "kind", "--group", "donor", "--folds", "2", "--no-final"]
     sampled = ["--sampler", "under", "--loss", "focal:gamma=1", "--freeze-layers", "1", "--freeze-embeddings"]
