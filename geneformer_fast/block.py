@@ -14,10 +14,11 @@ from geneformer_kernels import (
 )
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.int8_rows import activate
-from geneformer_kernels.on_device import choose_for, is_plain, needs_gradient
+from geneformer_kernels.on_device import choose_for, is_plain, needs_gradient, why_not_float32_loops
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
@@ -79,6 +80,8 @@ class Block(nn.Module):
         context = self.attend(x, cells)
         if not dropout_p and self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
             return self._by_rows(context, stream, dtype, first_norm, second_norm, second_kind, reader)
+        if not dropout_p and self._is_near_in_float32(context, stream, first_norm, second_norm):
+            return self._by_float32(context, stream, first_norm, second_norm, second_kind, reader)
         attended = self.out(context)
         del context
         stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
@@ -156,6 +159,53 @@ class Block(nn.Module):
         if second_norm is None:
             return stream + x, x
         return add_norm(x, stream, second_norm, second_kind, dtype, reader=reader)
+
+    def _is_near_in_float32(
+        self, context: torch.Tensor, stream: torch.Tensor, first_norm: nn.LayerNorm, second_norm: nn.LayerNorm | None
+    ) -> bool:
+        """Whether one loop computes all that follows attention, each row while it is near: float32, on a CPU with AVX2.
+
+        What looks at a layer, or stands in for it, finds it called.
+        """
+        layers = self.out, self.up, self.down
+        if context.device.type != "cpu" or context.dtype != torch.float32 or torch.compiler.is_compiling():
+            return False
+        if not all(type(layer) is Linear and is_untouched(layer) for layer in layers) or _has_any_global_hook():
+            return False
+        modules = [module for module in (*layers, first_norm, second_norm) if module is not None]
+        if why_not_float32_loops(context, stream, *(each for module in modules for each in module.parameters())):
+            return False
+        steps = "linear", "residual_layernorm", "feed_forward"
+        is_whole = all(size % 16 == 0 for size in (self.config.width, self.config.ff_width))
+        return is_whole and all(choose_for(step, context) == Impl.NUMBA for step in steps)
+
+    def _by_float32(
+        self,
+        context: torch.Tensor,
+        stream: torch.Tensor,
+        first_norm: nn.LayerNorm,
+        second_norm: nn.LayerNorm | None,
+        second_kind: str,
+        reader: nn.Module | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+        """(stream, x) after what follows attention, by the loop."""
+        from geneformer_kernels.cpu.float32_block import Layer, Norm, after_attention
+
+        out, up, down = (Layer(layer.weight, layer.bias) for layer in (self.out, self.up, self.down))
+        first, second = Norm(first_norm.weight, first_norm.bias, first_norm.eps, self.config.norm == "post"), None
+        if second_norm is not None and not wants_rows(reader):
+            second = Norm(second_norm.weight, second_norm.bias, second_norm.eps, second_kind == "post")
+        stream, x = after_attention(context, stream, (out, up, down), (first, second), self.config.activation)
+        if second is not None:
+            return stream, x
+        if second_norm is None:
+            return stream + x, x
+        return add_norm(x, stream, second_norm, second_kind, torch.float32, reader=reader)
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether calling a module computes what its class says and nothing else: no hook, no method of its own."""
+    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def float_weights(

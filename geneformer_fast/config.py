@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +289,36 @@ def matmul_dtype(dtype: str | torch.dtype | None, device: str | torch.device) ->
     if name == "bfloat16" and target.kind == "cuda" and target.sm < 80:
         raise UnsupportedError(f"{target.name} has no bfloat16 (it would be emulated, slowly): use dtype='float16'")
     return getattr(torch, name)
+
+
+def warn_if_emulated(dtype: torch.dtype, device: str | torch.device, *, option: str = "dtype") -> None:
+    """Say that a CPU computes a dtype by converting it to float32 and back, which takes many times as long.
+
+    ``option`` is the name under which the caller was given the dtype.
+    """
+    import torch
+    from geneformer_kernels.target import target_of
+
+    if torch.device(device).type != "cpu":
+        return
+    is_native = {torch.bfloat16: target_of("cpu").has_fast_bf16, torch.float16: has_float16()}.get(dtype, True)
+    if not is_native:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU has no {name} of its own: products in it are emulated, 8 to 50 times slower than in float32; "
+            f"take {option} 'float32', or 'auto' (the fastest here)",
+            stacklevel=3,
+        )
+
+
+def has_float16() -> bool:
+    """Whether oneDNN multiplies float16 on this CPU."""
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):  # built without oneDNN
+        return False
 
 
 def _geneformer(n_layers: int, width: int, ff_width: int, version: int, dropout: float) -> EncoderConfig:

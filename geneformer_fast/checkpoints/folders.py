@@ -9,7 +9,7 @@ import torch
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, native
-from geneformer_fast.config import usable_device
+from geneformer_fast.config import usable_device, warn_if_emulated
 from geneformer_fast.encoder import Encoder
 
 
@@ -33,8 +33,9 @@ def load(
         torchao. It is read tensor by tensor: no more is in memory than the quantized model and one tensor.
     dtype
         Dtype of weights and matrix products: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, ``"auto"``
-        (the fastest here), or None for what the files hold. Embedding tables, LayerNorm and the residual stream stay
-        float32. Weights of eight bits stay as they are; their layers compute in it (None: in float32).
+        (the fastest here), or None for what the files hold; one that this CPU emulates is warned of. Embedding tables,
+        LayerNorm and the residual stream stay float32. Weights of eight bits stay as they are; their layers compute in
+        it (None: in float32).
     device
         Where to put it; None takes a GPU if there is one.
     verify
@@ -59,8 +60,11 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, device = Path(path), usable_device(device)
     if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
-        return native.load_native(folder, dtype=dtype, device=device, verify=verify)
-    return hf.load(folder, dtype=dtype, device=device, verify=verify)
+        encoder = native.load_native(folder, dtype=dtype, device=device, verify=verify)
+    else:
+        encoder = hf.load(folder, dtype=dtype, device=device, verify=verify)
+    warn_if_emulated(encoder.dtype, encoder.device)
+    return encoder
 
 
 @checked

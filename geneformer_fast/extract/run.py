@@ -14,7 +14,7 @@ import torch
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
-from geneformer_fast.config import EncoderConfig, device_named
+from geneformer_fast.config import EncoderConfig, device_named, warn_if_emulated
 from geneformer_fast.data.identity import FAMILIES
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
@@ -207,6 +207,8 @@ def embed(
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(memory_budget_of(memory_budget, device_named(place)))
         encoder = model.eval() if isinstance(model, Encoder) else load(model, dtype=dtype, device=place)
+        if isinstance(model, Encoder):
+            warn_if_emulated(encoder.dtype, encoder.device)
         encoder.config.layer_index(layer)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))

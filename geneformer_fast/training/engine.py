@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,33 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from geneformer_fast.config import matmul_dtype
+from geneformer_fast.config import matmul_dtype, warn_if_emulated
 from geneformer_fast.data.batches import Piece
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.training import distributed
 from geneformer_fast.training.optimizer import make_optimizer
 from geneformer_fast.training.recipe import Recipe
-
-
-def warn_if_emulated(dtype: torch.dtype) -> None:
-    """Say that this CPU computes a dtype by converting it to float32 and back, which takes many times as long."""
-    from geneformer_kernels.target import target_of
-
-    is_native = {torch.bfloat16: target_of("cpu").has_fast_bf16, torch.float16: _has_float16()}.get(dtype, True)
-    if not is_native:
-        name = str(dtype).removeprefix("torch.")
-        warnings.warn(
-            f"this CPU has no {name} of its own: products in it are emulated, 8 to 50 times slower than in float32; "
-            "take precision 'float32', or 'auto' (the fastest here)",
-            stacklevel=3,
-        )
-
-
-def _has_float16() -> bool:
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    except (AttributeError, RuntimeError):  # built without oneDNN
-        return False
 
 
 @dataclass
@@ -81,8 +59,8 @@ class Engine:
         self.dtype = matmul_dtype(recipe.precision, self.device) or torch.float32
         if self.dtype != torch.float32 and not torch.amp.is_autocast_available(self.device.type):
             raise UnsupportedError(f"{self.device.type} has no autocast: use precision 'float32'")
-        if self.device.type == "cpu" and ranks.is_first:
-            warn_if_emulated(self.dtype)
+        if ranks.is_first:
+            warn_if_emulated(self.dtype, self.device, option="precision")
         self.step = distributed.wrapped(model, loss, recipe.parallel, ranks)
         self.optimizer = make_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

@@ -161,6 +161,15 @@ def compiled_int8_candidate(target: Target, what: str) -> Candidate:
     return Candidate(Impl.NUMBA, True, f"{what} in compiled loops, {name}")
 
 
+def compiled_float32_candidate(dtype: str, target: Target, what: str) -> Candidate:
+    """The loops over float32 that numba compiles for a CPU with AVX2, in inference."""
+    if dtype != "float32":
+        return Candidate(Impl.NUMBA, False, "the compiled loops compute in float32")
+    if not target.has_float32_loops:
+        return Candidate(Impl.NUMBA, False, "the compiled loops run on CPUs with AVX2")
+    return Candidate(Impl.NUMBA, True, f"{what} in compiled loops, avx2")
+
+
 def capability(op: str, dtype: str, target: Target) -> str:
     """What the table says of the newest architecture it knows that is not newer than the target's."""
     known = [sm for name, sm, kind in CAPABILITY if name == op and kind == dtype and sm <= target.sm]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from geneformer_kernels.dispatch import Impl, asked_for, choose
 from geneformer_kernels.target import Target, target_of
@@ -69,6 +70,24 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def why_not_float32_loops(*tensors: torch.Tensor | None) -> str:
+    """Why loops that know addresses of float32 cannot take these tensors, parameters among them; "" where they can."""
+    if torch.compiler.is_compiling():
+        return "a compiled function is made of torch's operators"
+    if needs_gradient(*tensors) or forward_ad._current_level >= 0:
+        return "the compiled loops have no gradient"
+    given = [each for each in tensors if each is not None]
+    if any(type(each) not in (torch.Tensor, torch.nn.Parameter) or each.layout != torch.strided for each in given):
+        return "the compiled loops take plain tensors"
+    if not is_plain():
+        return "somebody watches torch's operators, or transforms functions of them"
+    if any(each.dtype != torch.float32 or each.is_neg() for each in given):
+        return "the compiled loops compute float32 from float32"
+    if torch.is_autocast_enabled(given[0].device.type):
+        return "autocast is on"
+    return ""
 
 
 def constant_for_compiler(function: Function) -> Function:

@@ -47,7 +47,8 @@ class Target:
     triton
         Version of the installed Triton as (major, minor), or None.
     features
-        CPU instruction sets that matter here: ``avx2``, ``avx512``, ``avx512_bf16``, ``amx_bf16``, ``arm_bf16``; and
+        CPU instruction sets that matter here: ``avx2``, ``fma``, ``avx512``, ``avx512_bf16``, ``amx_bf16``,
+        ``arm_bf16``, those of :data:`INT8_INSTRUCTIONS` and ``int8_dot``; and
         ``triton_interpreter`` in a process that started with ``TRITON_INTERPRET=1``.
     name
         What people call it.
@@ -99,6 +100,16 @@ class Target:
     def int8_instructions(self) -> str | None:
         """The fastest set of :data:`INT8_INSTRUCTIONS` here; None: products of int8 are torch's."""
         return next((name for name in reversed(INT8_INSTRUCTIONS) if name in self.features), None)
+
+    @property
+    def has_float32_loops(self) -> bool:
+        """Whether compiled loops can multiply float32 here: on a CPU with AVX2."""
+        return self.kind == "cpu" and {"avx2", "fma"} <= self.features
+
+    @property
+    def prefers_float32_loops(self) -> bool:
+        """Whether they are the fastest way: with AVX-512 libraries take twice as many numbers at a time."""
+        return self.has_float32_loops and "avx512" not in self.features
 
     @property
     def fastest_dtype(self) -> str:
@@ -178,6 +189,7 @@ def cpu_features() -> frozenset[str]:
         flags -= set() if re.search("VNNI|BF16|FP16|AMX|AVX10", limit) else {"avx512_vnni", "avx_vnni"}
     names = {
         "avx2": "avx2",
+        "fma": "fma",
         "avx512f": "avx512",
         "avx512_bf16": "avx512_bf16",
         "amx_bf16": "amx_bf16",
@@ -191,21 +203,23 @@ def cpu_features() -> frozenset[str]:
     found = {name for flag, name in names.items() if flag in flags}
     if limit.startswith("AVX2"):
         flags.discard("avx512_vnni")
+    if not is_left_to_numba("fma"):
+        found -= {"fma"}
     return frozenset(
         found - {"avx2"} | {name for name in INT8_INSTRUCTIONS if name in flags and is_left_to_numba(name)}
     )
 
 
 def is_left_to_numba(name: str) -> bool:
-    """Whether numba's environment lets it compile for a set of :data:`INT8_INSTRUCTIONS` that this CPU has."""
+    """Whether numba's environment lets it compile for ``"fma"``, or a set of :data:`INT8_INSTRUCTIONS`, of this CPU."""
     if os.environ.get("NUMBA_ENABLE_AVX", "1") == "0":
         return False
     features = os.environ.get("NUMBA_CPU_FEATURES")
     if features is None:
         return True
-    if name == "avx2" and os.environ.get("NUMBA_CPU_NAME", "").lower() in _WITH_AVX2:
-        return "-avx2" not in features.split(",")
-    return f"+{LLVM_FEATURES[name]}" in features.split(",")
+    if name in ("avx2", "fma") and os.environ.get("NUMBA_CPU_NAME", "").lower() in _WITH_AVX2:
+        return f"-{name}" not in features.split(",")
+    return f"+{LLVM_FEATURES.get(name, name)}" in features.split(",")
 
 
 def cpu_name() -> str:

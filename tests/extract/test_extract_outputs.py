@@ -69,7 +69,7 @@ def test_implementations_asked_for_by_name_compute(monkeypatch: pytest.MonkeyPat
         embed(toys.cells(9), toys.encoder(), dictionary=toys.vocabulary())
     assert calls
     with use_impl("numba", "varlen_attention"), pytest.raises(ImplUnavailableError, match="numba was asked for"):
-        embed(toys.cells(9), toys.encoder(), dictionary=toys.vocabulary())
+        embed(toys.cells(9), toys.encoder().cast("float64"), dictionary=toys.vocabulary())
 
 
 def test_copy_leaves_the_input_alone() -> None:

@@ -133,7 +133,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="decrease"):
         varlen_attention(q, k, v, cu_seqlens=torch.tensor([0, 9, 3, 469]))
     with pytest.raises(ImplUnavailableError, match=r"numba.*torch"):
-        varlen_attention(q, k, v, cu_seqlens=cu_seqlens, impl="numba")
+        varlen_attention(*(x.double() for x in (q, k, v)), cu_seqlens=cu_seqlens, impl="numba")
     for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=f"q must be float16, bfloat16, float32 or float64, not {dtype}"):
             varlen_attention(*(q.to(dtype),) * 3, cu_seqlens=cu_seqlens)

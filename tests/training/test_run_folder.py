@@ -335,14 +335,15 @@ def test_divergence_has_no_false_alarms_and_sees_a_plateau_above_guessing() -> N
 def test_emulated_precisions_are_said(ground: Ground, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from geneformer_kernels import target
 
+    from geneformer_fast import config
     from geneformer_fast.training import engine
 
     recipe = dataclasses.replace(TWO, precision=precision)
-    monkeypatch.setattr(engine, "_has_float16", lambda: False)
+    monkeypatch.setattr(config, "has_float16", lambda: False)
     monkeypatch.setattr(target, "target_of", lambda device: target.Target("cpu", features=frozenset({"avx2"})))
     with pytest.warns(UserWarning, match=f"no {precision} of its own.*take precision 'float32', or 'auto'"):
         engine.Engine(ground.model(), ground.objective().loss, recipe, engine.distributed.Ranks())
-    monkeypatch.setattr(engine, "_has_float16", lambda: True)
+    monkeypatch.setattr(config, "has_float16", lambda: True)
     fast = target.Target("cpu", features=frozenset({"avx512_bf16"}))
     monkeypatch.setattr(target, "target_of", lambda device: fast)
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from geneformer_fast.checkpoints import hf, load
-from geneformer_fast.config import PRESETS, EncoderConfig, usable_device
+from geneformer_fast.config import PRESETS, EncoderConfig, usable_device, warn_if_emulated
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.training.pretrain import config_of
@@ -51,7 +51,9 @@ def model_to_embed(name: str, *, dtype: str | None, device: torch.device) -> Enc
     """A model as ``embed`` loads it."""
     if is_folder(name):
         return load(name, dtype=dtype or "auto", device=device)
-    return _random(name, None, device).cast(dtype or "auto").eval()
+    model = _random(name, None, device).cast(dtype or "auto").eval()
+    warn_if_emulated(model.dtype, device)
+    return model
 
 
 def model_to_train(name: str, *, device: torch.device) -> Encoder:

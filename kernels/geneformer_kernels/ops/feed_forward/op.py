@@ -10,7 +10,14 @@ from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
 from geneformer_kernels.layernorm import added_and_normalised, check_norm
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_one_pass, needs_gradient
+from geneformer_kernels.on_device import (
+    DTYPE_NAMES,
+    choose_for,
+    draw_seed,
+    is_one_pass,
+    needs_gradient,
+    why_not_float32_loops,
+)
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.ops.feed_forward.device import (
     can_be_fused,
@@ -47,7 +54,8 @@ def feed_forward(
     activation
         ``"relu"``, ``"gelu"`` (error function), ``"gelu_tanh"`` or ``"swiglu"`` (``silu(gate) * up``).
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"``, ``"numba"`` (compiled loops of float32 on a CPU with AVX2, without a gradient), ``"torch"`` or
+        ``"reference"``; None chooses.
 
     Returns
     -------
@@ -76,11 +84,19 @@ def feed_forward(
     _check(x, up_weight, up_bias, down_weight, down_bias, activation)
     x = _computed_in(x)
     up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
-    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False)
+    parameters = up_weight, up_bias, down_weight, down_bias
+    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False, numba_cannot=_why_not_loops(x, *parameters))
     if chosen == Impl.TRITON:
         rows = x.reshape(-1, x.shape[-1])
         return feed_forward_fwd(rows, up_weight, up_bias, down_weight, down_bias, activation).view(x.shape)
     up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (up_bias, down_bias))
+    if chosen == Impl.NUMBA:
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.cpu import float32_products
+
+        rows = x.reshape(-1, x.shape[-1])
+        layers = (up_weight, up_bias), (down_weight, down_bias)
+        return float32_products.feed_forward(rows, *layers, activation).view(x.shape)
     if chosen == Impl.REFERENCE:
         return reference.feed_forward(x, up_weight, up_bias, down_weight, down_bias, activation)
     if activation == "relu" and is_for_onednn(x, up_weight, up_bias) and is_for_onednn(x, down_weight, down_bias):
@@ -120,10 +136,24 @@ def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, imp
     return _is_fused(x, ff_width, activation, chosen)
 
 
-def _choose(x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_layernorm: bool) -> str:
+def _choose(
+    x: torch.Tensor, ff_width: int, impl: Impl | str | None, *, has_layernorm: bool, numba_cannot: str = ""
+) -> str:
     sizes = {"width": x.shape[-1], "ff_width": ff_width}
     flags = {"needs_grad": needs_gradient(x), "has_layernorm": has_layernorm}
-    return choose_for("feed_forward", x, impl, shape=sizes | flags)
+    return choose_for("feed_forward", x, impl, shape=sizes | flags, numba_cannot=numba_cannot)
+
+
+def _why_not_loops(
+    x: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+) -> str:
+    if any(size % 16 or not size for size in down_weight.shape):
+        return "the compiled loops make multiples of 16 columns"
+    return why_not_float32_loops(x, up_weight, up_bias, down_weight, down_bias)
 
 
 def _is_fused(x: torch.Tensor, ff_width: int, activation: str, chosen: str) -> bool:
@@ -208,7 +238,8 @@ def feed_forward_layernorm(
     out_dtype = out_dtype or x.dtype
     x = _computed_in(x)
     width, ff_width = x.shape[-1], down_weight.shape[1]
-    chosen = _choose(x, ff_width, impl, has_layernorm=True)
+    why_not = _why_not_loops(x, up_weight, up_bias, down_weight, down_bias)
+    chosen = _choose(x, ff_width, impl, has_layernorm=True, numba_cannot=why_not)
     if _is_fused(x, ff_width, activation, chosen):
         seed = None if not dropout_p else draw_seed(x.device) if seed is None else seed
         needs_grad = needs_gradient(x, residual, up_weight, up_bias, down_weight, down_bias, weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.dispatch import Candidate, Impl, compiled_float32_candidate, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, pointer, precision_of
 from geneformer_kernels.target import Target
 
@@ -30,7 +30,11 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
         triton = Candidate(Impl.TRITON, False, "the Triton kernel computes in float32")
     torch = Candidate(Impl.TORCH, True, f"torch linear through {library}")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind != "cpu":
+        return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    loops = compiled_float32_candidate(dtype, target, "both layers for blocks of rows")
+    first = (loops, torch) if target.prefers_float32_loops else (torch, loops)
+    return *first, reference, triton
 
 
 def _triton_reason(dtype: str, target: Target) -> str:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from geneformer_kernels.arguments import FLOATS, check_optional, check_tensor
 from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for
+from geneformer_kernels.on_device import choose_for, why_not_float32_loops
 from geneformer_kernels.ops.linear import reference
 from geneformer_kernels.ranges import ranged
 
@@ -26,7 +26,8 @@ def linear(
     weight, bias
         [N, C] and [N] or None.
     impl
-        ``"torch"`` or ``"reference"``; None chooses.
+        ``"numba"`` (compiled loops of float32 on a CPU with AVX2, without a gradient), ``"torch"`` or ``"reference"``;
+        None chooses.
 
     Returns
     -------
@@ -51,8 +52,20 @@ def linear(
         # Autocast makes one dtype of them.
         if each is not None and each.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must be {x.dtype} as x is, not {each.dtype}")
-    if choose_for("linear", x, impl) == Impl.REFERENCE:
+    chosen = choose_for("linear", x, impl, numba_cannot=_why_not_loops(x, weight, bias))
+    if chosen == Impl.REFERENCE:
         return reference.linear(x, weight, bias)
+    if chosen == Impl.NUMBA:
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.cpu import float32_products
+
+        return float32_products.linear(x, weight, bias)
     if is_for_onednn(x, weight, bias):
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _why_not_loops(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+    if weight.shape[0] % 16 or not weight.numel():
+        return "the compiled loops make multiples of 16 columns"
+    return why_not_float32_loops(x, weight, bias)

@@ -10,7 +10,15 @@ from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout, keep_scale
 from geneformer_kernels.launch import too_wide
 from geneformer_kernels.layernorm import added_and_normalised, check_norm
-from geneformer_kernels.on_device import choose_for, draw_seed, is_one_pass, launching_on, needs_gradient, target_for
+from geneformer_kernels.on_device import (
+    choose_for,
+    draw_seed,
+    is_one_pass,
+    launching_on,
+    needs_gradient,
+    target_for,
+    why_not_float32_loops,
+)
 from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import plan
@@ -262,7 +270,8 @@ def residual_layernorm(
         [1] int64 on the device of ``x``: determines the mask of the Triton kernel; None draws one from torch's
         generator. The other implementations draw their masks from that generator themselves.
     impl
-        ``"triton"`` (C up to 4,096), ``"torch"`` or ``"reference"``; None chooses.
+        ``"triton"`` (C up to 4,096), ``"numba"`` (a compiled loop over float32 on a CPU with AVX2, without dropout and
+        gradient), ``"torch"`` or ``"reference"``; None chooses.
 
     Returns
     -------
@@ -290,9 +299,17 @@ def residual_layernorm(
     # The narrower of both: a card without bfloat16 refuses it on either side.
     narrow = x.dtype if out_dtype == torch.float32 or x.dtype == torch.float64 else out_dtype
     shape = {"width": x.shape[-1], "needs_grad": needs_gradient(x, residual, weight, bias)}
-    chosen = choose_for("residual_layernorm", x, impl, dtype=narrow, shape=shape, triton_cannot=too_wide(x.shape[-1]))
+    chosen = choose_for(
+        "residual_layernorm", x, impl, dtype=narrow, shape=shape, triton_cannot=too_wide(x.shape[-1]),
+        numba_cannot=_why_not_loops(x, residual, weight, bias, dropout_p, out_dtype),
+    )  # fmt: skip
     if chosen == "triton":
         return _residual_layernorm_triton(x, residual, weight, bias, eps, norm, out_dtype, dropout_p, seed)
+    if chosen == "numba":
+        # Imported late: numba is needed on this branch only.
+        from geneformer_kernels.cpu import float32_norm
+
+        return float32_norm.add_layer_norm(x, residual, weight, bias, eps, norm == "post")
     if dropout_p:
         x = dropout(x, dropout_p)
     if chosen == "reference":
@@ -304,6 +321,23 @@ def residual_layernorm(
         return add_layer_norm(x, residual, weight, bias, eps, norm)
     total, normed = added_and_normalised(x, residual, weight, bias, eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
+
+
+def _why_not_loops(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+) -> str:
+    if x.shape[-1] % 16:
+        return "the compiled loop takes rows of multiples of 16 numbers"
+    if dropout_p:
+        return "the compiled loop has no dropout"
+    if out_dtype != torch.float32:
+        return "the compiled loop writes float32"
+    return why_not_float32_loops(x, residual, weight, bias)
 
 
 def _residual_layernorm_triton(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from geneformer_kernels.dispatch import Candidate, Impl, compiled_int8_candidate, triton_candidate
+from geneformer_kernels.dispatch import (
+    Candidate,
+    Impl,
+    compiled_float32_candidate,
+    compiled_int8_candidate,
+    triton_candidate,
+)
 from geneformer_kernels.launch import KernelCase, Launch, check_width, pointer
 from geneformer_kernels.target import Target
 
@@ -23,7 +29,11 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     one_pass = ", one compiled pass for inference on up to two threads" if is_short else ""
     torch = Candidate(Impl.TORCH, True, f"torch add and layer_norm in float32{one_pass}")
     reference = Candidate(Impl.REFERENCE, True, "plain torch, any device and dtype")
-    return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    if target.kind != "cpu":
+        return (triton, torch, reference) if target.kind == "cuda" else (torch, reference, triton)
+    loops = compiled_float32_candidate(dtype, target, "one pass")
+    first = (loops, torch) if target.prefers_float32_loops else (torch, loops)
+    return *first, reference, triton
 
 
 def int8_candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:

@@ -18,7 +18,15 @@ from geneformer_kernels.arguments import (
     check_whole,
 )
 from geneformer_kernels.dispatch import Choice, Impl, is_forced, tell_once
-from geneformer_kernels.on_device import DTYPE_NAMES, choose_for, draw_seed, is_capturing, needs_gradient, target_for
+from geneformer_kernels.on_device import (
+    DTYPE_NAMES,
+    choose_for,
+    draw_seed,
+    is_capturing,
+    needs_gradient,
+    target_for,
+    why_not_float32_loops,
+)
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
@@ -67,16 +75,25 @@ def _choose(
     cu_seqlens: torch.Tensor,
     needs_grad: bool,
     dtype: torch.dtype | None = None,
+    numba_cannot: str = "",
 ) -> str:
     is_wide = head_dim > MAX_HEAD_DIM
     cannot = f"the Triton kernels serve head dimensions up to {MAX_HEAD_DIM}, not {head_dim}" if is_wide else ""
     shape = {"head_dim": head_dim, "needs_grad": needs_grad, "has_dropout": dropout_p > 0}
     if not torch.compiler.is_compiling():  # a compiled function serves batches of any number of tokens
         shape["length"] = x.shape[0] // max(len(cu_seqlens) - 1, 1)
-    choice = choose_for(OP, x, impl, dtype=dtype, shape=shape, triton_cannot=cannot)
+    choice = choose_for(OP, x, impl, dtype=dtype, shape=shape, triton_cannot=cannot, numba_cannot=numba_cannot)
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
+
+
+def _why_not_loops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> str:
+    if q.shape[-1] % 16:
+        return "the compiled loops take head dimensions that are multiples of 16"
+    if dropout_p > 0:
+        return "the compiled loops have no dropout"
+    return why_not_float32_loops(q, k, v)
 
 
 def _length_for_cudnn(
@@ -201,8 +218,10 @@ def varlen_attention(
         [1] int64 on the device of ``q``, which decides the mask; None draws one from torch's generator. Torch's kernels
         on a card draw their own: there it has no effect.
     impl
-        ``"triton"``, ``"torch"`` or ``"reference"``; None chooses. The reference has no dropout. Triton serves head
-        dimensions up to 128, those that are no multiple of 16 in a padded copy; wider ones go to torch.
+        ``"triton"``, ``"numba"``, ``"torch"`` or ``"reference"``; None chooses. The reference has no dropout. Triton
+        serves head dimensions up to 128, those that are no multiple of 16 in a padded copy; wider ones go to torch.
+        ``"numba"`` stands for compiled loops of float32 on a CPU with AVX2, for head dimensions that are multiples of
+        16, without dropout and gradient.
 
     Returns
     -------
@@ -225,9 +244,12 @@ def varlen_attention(
     """
     cells, scale = _check({"q": q, "k": k, "v": v}, cu_seqlens, scale, dropout_p, seed)
     needs_grad = needs_gradient(q, k, v)
-    choice = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad)
+    why_not = _why_not_loops(q, k, v, dropout_p)
+    choice = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad, numba_cannot=why_not)
     if choice == Impl.REFERENCE:
         return reference.varlen_attention(q, k, v, cells.cu_seqlens, scale)
+    if choice == Impl.NUMBA:
+        return sdpa.attend_float32(q, k, v, cells, scale)
     if length := _length_for_cudnn(q, impl, dropout_p, cells, needs_grad):
         return sdpa.attend_equal(q, k, v, length, scale)
     if choice == Impl.TORCH:
@@ -275,7 +297,9 @@ def varlen_attention_qkv(
     q, k, v = qkv.unbind(1)
     needs_grad = needs_gradient(qkv)
     # Asked with ``==``: torch 2.11's compiler does not know ``!=`` of a member of an enumeration.
-    is_triton = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad) == Impl.TRITON
+    why_not = _why_not_loops(q, k, v, dropout_p)
+    choice = _choose(q, q.shape[-1], impl, dropout_p, cells.cu_seqlens, needs_grad, numba_cannot=why_not)
+    is_triton = choice == Impl.TRITON
     if not is_triton or _length_for_cudnn(q, impl, dropout_p, cells, needs_grad):
         return varlen_attention(q, k, v, cu_seqlens=cells, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
     from geneformer_kernels.ops.varlen_attention import launches

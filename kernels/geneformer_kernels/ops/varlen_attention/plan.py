@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from geneformer_kernels.dispatch import Candidate, Impl, triton_candidate
+from geneformer_kernels.dispatch import Candidate, Impl, compiled_float32_candidate, triton_candidate
 from geneformer_kernels.launch import KernelCase, Launch, pointer
 from geneformer_kernels.target import Target
 
@@ -203,7 +203,9 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     by_reference = Candidate(Impl.REFERENCE, True, reference)
     by_triton = triton_candidate(OP, dtype, target, "Triton flash attention over packed cells")
     if target.kind == "cpu":
-        return by_torch, by_reference, by_triton
+        loops = compiled_float32_candidate(dtype, target, "tiles of six rows, scores near")
+        first = (loops, by_torch) if target.prefers_float32_loops else (by_torch, loops)
+        return *first, by_reference, by_triton
     if dtype == "float32":
         # Both halves of every operand of three-fold TF32 in registers: the kernels spill, CUTLASS's do not.
         return by_torch, by_triton, by_reference

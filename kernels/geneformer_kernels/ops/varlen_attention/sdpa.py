@@ -50,6 +50,18 @@ def attend(
     return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
 
 
+def attend_float32(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cells: AttentionCells, scale: float
+) -> torch.Tensor:
+    """Attention of float32 [T, H, D] on a CPU with AVX2, without gradients, by the loops that numba compiles."""
+    from geneformer_kernels.ops.varlen_attention.host_float32 import varlen_attention_float32
+
+    def by_torch(*cell: torch.Tensor) -> torch.Tensor:
+        return _sdpa_per_cell(*cell, [0, len(cell[0])], scale, 0.0)
+
+    return varlen_attention_float32(q, k, v, cells.cu_seqlens.tolist(), scale, by_torch)
+
+
 def _compiled(
     route: TorchPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float
 ) -> torch.Tensor:

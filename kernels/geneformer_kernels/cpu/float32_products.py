@@ -1,0 +1,160 @@
+"""Linear layers of float32 on a CPU with AVX2, whose numbers depend on neither threads nor the other rows.
+
+Rows go to threads in pieces, and through a layer in blocks: what passes between two layers stays in the second-level
+cache. Weights are packed at every call, as those of int8 are (``int8_pack.py``): that takes as long as the product of
+some twenty rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+
+from geneformer_kernels.cpu.compiled import LOOP
+from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile
+from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, activate, address_of
+from geneformer_kernels.cpu.shares import in_pieces
+
+#: Rows of a block: whole tiles, for which the weights are read once.
+BLOCK_ROWS = 16 * ROWS
+# Of K, what is taken at once: a panel of so much stays in the first-level cache.
+_CHUNK = 256
+
+
+class Packed(NamedTuple):
+    """A layer's weight as panels [N / 16, K, 16], its bias [N], and room for a tile of rows and of their results."""
+
+    panels: np.ndarray
+    bias: np.ndarray
+    tail: np.ndarray
+    tail_out: np.ndarray
+
+
+def serves(n_columns: int, width: int) -> bool:
+    """Whether these loops take a weight [N, K]."""
+    return n_columns > 0 and width > 0 and n_columns % COLUMNS == 0
+
+
+def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+    """A layer for loops; ``weight`` [N, K] and ``bias`` [N] or None, float32."""
+    n_columns, width = weight.shape
+    panels = torch.empty(n_columns // COLUMNS, width, COLUMNS, dtype=torch.float32).numpy()
+    rows = weight.detach().contiguous().numpy()
+    _pack(rows, panels)
+    own_bias = np.zeros(n_columns, np.float32) if bias is None else bias.detach().contiguous().numpy()
+    return Packed(panels, own_bias, *room(n_columns, width))
+
+
+def room(n_columns: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """For a tile of rows and of their results: of one thread."""
+    return np.zeros((ROWS, width), np.float32), np.zeros((ROWS, n_columns), np.float32)
+
+
+def for_thread(packed: Packed) -> Packed:
+    """The same with room of its own."""
+    return packed._replace(
+        **dict(zip(("tail", "tail_out"), room(len(packed.bias), packed.panels.shape[1]), strict=True))
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` of float32 [T, K]."""
+    out = torch.empty(len(x), len(weight), dtype=torch.float32)
+    packed, rows, results = pack(weight, bias), x.detach().contiguous().numpy(), out.numpy()
+
+    def compute(start: int, stop: int) -> None:
+        _linear(rows, for_thread(packed), results, start, stop)
+
+    in_pieces(compute, len(x), whole=BLOCK_ROWS)
+    return out
+
+
+def feed_forward(
+    x: torch.Tensor,
+    up: tuple[torch.Tensor, torch.Tensor | None],
+    down: tuple[torch.Tensor, torch.Tensor | None],
+    activation: str,
+) -> torch.Tensor:
+    """Two linear layers, each (weight, bias), with an activation between; float32 [T, C]."""
+    out = torch.empty(len(x), len(down[0]), dtype=torch.float32)
+    packed, down_packed = pack(*up), pack(*down)
+    rows, results, code = x.detach().contiguous().numpy(), out.numpy(), ACTIVATION_CODES[activation]
+
+    def compute(start: int, stop: int) -> None:
+        hidden = np.empty((min(BLOCK_ROWS, stop - start), len(packed.bias)), np.float32)
+        layers = for_thread(packed), for_thread(down_packed)
+        _feed_forward(rows, *layers, code, activation == "swiglu", hidden, results, start, stop)
+
+    in_pieces(compute, len(x), whole=BLOCK_ROWS)
+    return out
+
+
+@numba.njit(**LOOP)
+def _pack(weight, panels):
+    for i_panel in range(panels.shape[0]):
+        for j in range(panels.shape[1]):
+            for i in range(COLUMNS):
+                panels[i_panel, j, i] = weight[i_panel * COLUMNS + i, j]
+
+
+@numba.njit(**LOOP)
+def _linear(x, layer, out, start, stop):
+    for first in range(start, stop, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, stop)
+        multiply_rows(x[first:last], layer, out[first:last])
+
+
+@numba.njit(**LOOP)
+def _feed_forward(x, up, down, activation, is_gated, hidden, out, start, stop):
+    for first in range(start, stop, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, stop)
+        two_layers(x[first:last], up, down, activation, is_gated, hidden[: last - first], out[first:last])
+
+
+@numba.njit(**LOOP)
+def two_layers(x, up, down, activation, is_gated, hidden, out):
+    """A block's rows through both layers of a feed-forward half; ``hidden`` is room for what is between."""
+    multiply_rows(x, up, hidden)
+    width = down[0].shape[1]
+    for i in range(hidden.shape[0]):
+        activate(hidden[i, :width], activation)
+        if is_gated:
+            for j in range(width):
+                hidden[i, j] *= hidden[i, width + j]
+    multiply_rows(hidden, down, out)
+
+
+@numba.njit(**LOOP)
+def multiply_rows(x, layer, out):
+    """Rows of ``x``, as far as a layer takes numbers of them, times its weight, plus its bias."""
+    panels, bias, tail, tail_out = layer
+    n_rows, width = x.shape[0], panels.shape[1]
+    whole = n_rows // ROWS * ROWS
+    _multiply_tiles(address_of(x), 4 * x.shape[1], whole, panels, bias, out)
+    if whole < n_rows:
+        # Rows that are no whole tile, and others behind them whose results nobody sees.
+        for i in range(n_rows - whole):
+            tail[i] = x[whole + i, :width]
+        _multiply_tiles(address_of(tail), 4 * width, ROWS, panels, bias, tail_out)
+        for i in range(n_rows - whole):
+            out[whole + i] = tail_out[i]
+
+
+@numba.njit(**LOOP)
+def _multiply_tiles(x, x_row_bytes, n_rows, panels, bias, out):
+    width, out_row_bytes = panels.shape[1], 4 * out.shape[1]
+    panel_bytes, first_panel, to = width * STEP_BYTES, address_of(panels), address_of(out)
+    for i in range(n_rows):
+        out[i] = bias
+    for chunk in range(0, width, _CHUNK):
+        n_steps = min(_CHUNK, width - chunk)
+        for i_panel in range(panels.shape[0]):
+            panel = first_panel + i_panel * panel_bytes + chunk * STEP_BYTES
+            for row in range(0, n_rows, ROWS):
+                add_tile(
+                    x + row * x_row_bytes + 4 * chunk, x_row_bytes, panel, n_steps,
+                    to + row * out_row_bytes + i_panel * STEP_BYTES, out_row_bytes,
+                )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Products of float32 on a CPU with AVX2: the innermost loop, for loops that numba compiles.
+
+A tile is six rows times 16 columns. Its sums stay in twelve of the sixteen registers while all of K goes by, two hold
+numbers of a panel (16 columns, one after the other for each of K), one a number of a row: a step of K is twelve fused
+multiply-adds for eight loads, what the arithmetic units of every CPU with AVX2 can take (the shape is that of BLIS;
+Van Zee and van de Geijn, doi:10.1145/2764454).
+
+Each number of a result is a chain of fused multiply-adds over K in one order, from what was there or from zero: its
+bits depend neither on the rows around it nor on how many there are. Everything is an address or a number (int64).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from geneformer_kernels.cpu.llvm import FLOAT, INT64, call, everywhere, load, store
+
+#: Rows in work at a time, and columns of a panel.
+ROWS, COLUMNS = 6, 16
+#: Bytes of a step of a panel.
+STEP_BYTES = 4 * COLUMNS
+_LANES = 8
+_REGISTERS = COLUMNS // _LANES
+_UNROLL = 4
+
+_FLOATS = ir.VectorType(FLOAT, _LANES)
+
+Tile = list[list[Any]]
+
+
+def _add_step(builder: Any, totals: Tile, rows: list[Any], row_at: Any, panel: Any, panel_at: Any) -> Tile:
+    """Totals with one more of K."""
+    columns = [
+        load(builder, panel, builder.add(panel_at, INT64(4 * _LANES * i)), _FLOATS, align=4) for i in range(_REGISTERS)
+    ]
+    grown = []
+    for row, of_row in zip(rows, totals, strict=True):
+        number = everywhere(builder, load(builder, row, row_at, FLOAT, align=4), _FLOATS)
+        grown.append(
+            [
+                call(builder, f"llvm.fma.v{_LANES}f32", _FLOATS, number, column, total)
+                for column, total in zip(columns, of_row, strict=True)
+            ]
+        )
+    return grown
+
+
+def _add_steps(builder: Any, totals: Tile, rows: list[Any], panel: Any, first: Any, last: Any, n_at_once: int) -> Tile:
+    """Totals after the steps from ``first`` to below ``last``, so many at once; perhaps none."""
+    before, head, body, end = builder.block, *(builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    step = builder.phi(INT64)
+    phis = [[builder.phi(_FLOATS) for _ in of_row] for of_row in totals]
+    builder.cbranch(builder.icmp_signed("<", step, last), body, end)
+    builder.position_at_end(body)
+    grown: Tile = [list(of_row) for of_row in phis]
+    for i in range(n_at_once):
+        at = builder.add(step, INT64(i))
+        grown = _add_step(builder, grown, rows, builder.shl(at, INT64(2)), panel, builder.mul(at, INT64(STEP_BYTES)))
+    following = builder.add(step, INT64(n_at_once))
+    builder.branch(head)
+    step.add_incoming(first, before)
+    step.add_incoming(following, body)
+    for of_phi, of_total, of_grown in zip(phis, totals, grown, strict=True):
+        for phi, total, after in zip(of_phi, of_total, of_grown, strict=True):
+            phi.add_incoming(total, before)
+            phi.add_incoming(after, body)
+    builder.position_at_end(end)
+    return [list(of_row) for of_row in phis]
+
+
+def _multiplying(is_adding: bool) -> Any:
+    def multiply(
+        typing_context: Any, rows: Any, row_bytes: Any, panel: Any, n_steps: Any, out: Any, out_row_bytes: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            rows, row_bytes, panel, n_steps, out, out_row_bytes = arguments
+            starts = [builder.add(rows, builder.mul(row_bytes, INT64(row))) for row in range(ROWS)]
+            ends = [builder.add(out, builder.mul(out_row_bytes, INT64(row))) for row in range(ROWS)]
+            places = [INT64(4 * _LANES * i) for i in range(_REGISTERS)]
+            if is_adding:
+                totals = [[load(builder, end, place, _FLOATS, align=4) for place in places] for end in ends]
+            else:
+                totals = [[ir.Constant(_FLOATS, None) for _ in places] for _ in ends]
+            whole = builder.and_(n_steps, INT64(-_UNROLL))
+            totals = _add_steps(builder, totals, starts, panel, INT64(0), whole, _UNROLL)
+            totals = _add_steps(builder, totals, starts, panel, whole, n_steps, 1)
+            for end, of_row in zip(ends, totals, strict=True):
+                for place, total in zip(places, of_row, strict=True):
+                    store(builder, total, end, place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return intrinsic(multiply)
+
+
+#: (rows, bytes from row to row, panel, steps, out, bytes from row to row of it): ROWS rows times COLUMNS columns of a
+#: panel to ``out``, or added to what is there. All memory is read and written for whole tiles.
+multiply_tile, add_tile = _multiplying(False), _multiplying(True)

@@ -1,0 +1,229 @@
+"""Attention in float32 on a CPU with AVX2: blocks of rows and keys whose scores stay in the nearest caches.
+
+Torch's fused attention multiplies through MKL, whose products of 64 columns reach half of what large ones do, and takes
+three passes over scores between them. Here six rows meet sixteen keys in registers, scores become ``2**x`` in the
+first-level cache, and the sum of a row is known when its last key has been met (Dao et al., FlashAttention,
+arXiv:2205.14135, without its running maximum: keys are centred, so that scores are near 0, and a cell whose weights
+leave float32 all the same is computed by torch).
+
+A row's numbers are computed in an order that depends on its own cell only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, add_in_any_order, power_of_two_float32
+from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, multiply_tile
+from geneformer_kernels.cpu.row_arithmetic import address_of
+from geneformer_kernels.cpu.shares import in_shares
+
+# Rows of a block and keys of a chunk: their weights take 48 KB, a chunk's panel of values 16.
+_BLOCK_ROWS, _CHUNK = 8 * ROWS, 256
+# Weights of a row begin apart from those of the next by this, so that rows do not share places of a cache.
+_WEIGHTS_WIDTH = _CHUNK + COLUMNS
+# A sum of weights beyond this is computed otherwise: means of values as large as 2**67 are then float32 all the same.
+# With keys centred a row's mean score is 0, and the sum at least the number of keys.
+_MOST_TOTAL = np.float32(2.0**60)
+
+
+def varlen_attention_float32(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: list[int],
+    scale: float,
+    by_torch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Attention per cell for float32 q, k, v [T, H, D] without gradients; cells, or heads of cells, go to threads.
+
+    ``by_torch`` computes q, k and v of one cell whose weights, or results, are no float32 numbers here.
+    """
+    n_tokens, n_heads, head_dim = q.shape
+    factor = np.float32(scale * float(LOG2_E))
+    out = torch.empty(n_tokens, n_heads, head_dim, dtype=torch.float32)
+    rows = [_rows(x) for x in (q, k, v)]
+    out_rows = out.view(-1).numpy()
+    cells = [(start, stop) for start, stop in itertools.pairwise(bounds) if start < stop]
+    # Whole cells, unless some threads would have none.
+    n_shares = torch.get_num_threads()
+    step = n_heads if len(cells) >= 4 * n_shares or n_shares == 1 else 1
+    items = [(*cell, head, min(head + step, n_heads)) for cell in cells for head in range(0, n_heads, step)]
+    left: set[tuple[int, int]] = set()
+
+    def attend(items: list[tuple[int, int, int, int]]) -> None:
+        buffers = _buffers(max(stop - start for start, stop, _, _ in items), head_dim)
+        for start, stop, *heads in items:
+            places = start, stop, *heads, head_dim
+            if not _attend(*rows[0], *rows[1], *rows[2], *places, factor, out_rows, n_heads * head_dim, *buffers):
+                left.add((start, stop))
+
+    if items:
+        in_shares(attend, items, lambda item: (item[1] - item[0]) ** 2 * (item[3] - item[2]))
+    for start, stop in sorted(left):
+        cell = slice(start, stop)
+        out[cell] = by_torch(q[cell], k[cell], v[cell])
+    return out
+
+
+def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
+    """The memory of [T, H, D] as one row, and the distance from token to token in it."""
+    n_tokens, n_heads, head_dim = x.shape
+    if x.stride(2) != 1 or x.stride(1) != head_dim or x.stride(0) < n_heads * head_dim:
+        x = x.contiguous()
+    length = (n_tokens - 1) * x.stride(0) + n_heads * head_dim if n_tokens else 0
+    return x.as_strided((length,), (1,)).numpy(), x.stride(0)
+
+
+def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
+    """Keys, values, one panel of keys as they come, queries, weights, results, sums; torch aligns them to registers."""
+    n_panels = -(-longest // COLUMNS)
+    shapes = (
+        (n_panels, head_dim, COLUMNS),
+        (head_dim // COLUMNS, longest, COLUMNS),
+        (COLUMNS, head_dim),
+        (_BLOCK_ROWS, head_dim),
+        (_BLOCK_ROWS, _WEIGHTS_WIDTH),
+        (_BLOCK_ROWS, head_dim),
+        (_BLOCK_ROWS,),
+    )
+    return tuple(torch.zeros(shape, dtype=torch.float32).numpy() for shape in shapes)
+
+
+@numba.njit(**LOOP)
+def _attend(
+    q, q_step, k, k_step, v, v_step, start, stop, first_head, last_head, head_dim, scale, out, out_step,
+    keys, values, panel, queries, weights, mixed, sums,
+):  # fmt: skip
+    """Some heads of one cell; False if a sum of weights is too large, or a result is no number."""
+    length = stop - start
+    is_fine = True
+    for head in range(first_head, last_head):
+        column = head * head_dim
+        _pack_keys(k, k_step, start, length, column, scale, keys, panel)
+        _pack_values(v, v_step, start, length, column, values)
+        for first in range(0, length, _BLOCK_ROWS):
+            n_rows = min(_BLOCK_ROWS, length - first)
+            for i in range(n_rows):
+                at = (start + first + i) * q_step + column
+                queries[i] = q[at : at + head_dim]
+            n_tiles = -(-n_rows // ROWS)
+            queries[n_rows : n_tiles * ROWS] = 0
+            mixed[: n_tiles * ROWS] = 0
+            sums[:] = 0
+            for chunk in range(0, length, _CHUNK):
+                n_keys = min(_CHUNK, length - chunk)
+                _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums)
+                _mix(weights, values, length, chunk, n_keys, n_tiles, mixed)
+            for i in range(n_rows):
+                at = (start + first + i) * out_step + column
+                is_fine &= _divide(mixed[i], sums[i], out[at : at + head_dim])
+    return is_fine
+
+
+@numba.njit(**LOOP)
+def _pack_keys(k, k_step, start, length, column, scale, keys, panel):
+    """Keys, centred and scaled, as [panel, number of a head, key]; zeros behind the last one."""
+    head_dim = panel.shape[1]
+    mean = np.zeros(head_dim, np.float32)
+    for i in range(start, start + length):
+        at = i * k_step + column
+        _add(k[at : at + head_dim], mean)
+    for j in range(head_dim):
+        mean[j] /= np.float32(length)
+    for i_panel in range(-(-length // COLUMNS)):
+        for i in range(COLUMNS):
+            i_key = i_panel * COLUMNS + i
+            at = (start + i_key) * k_step + column
+            if i_key < length:
+                _centre(k[at : at + head_dim], mean, scale, panel[i])
+            else:
+                panel[i] = 0
+        for j in range(head_dim):
+            for i in range(COLUMNS):
+                keys[i_panel, j, i] = panel[i, j]
+
+
+@numba.njit(**LOOP)
+def _pack_values(v, v_step, start, length, column, values):
+    """Values as panels of columns of a head, [panel, key, column]."""
+    width = length * COLUMNS
+    flat = values.reshape(-1)
+    for i_panel in range(values.shape[0]):
+        for i in range(length):
+            at = (start + i) * v_step + column + i_panel * COLUMNS
+            to = i_panel * width + i * COLUMNS
+            flat[to : to + COLUMNS] = v[at : at + COLUMNS]
+
+
+@numba.njit(**LOOP)
+def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums):
+    """Unnormalised weights of a block's rows and a chunk's keys; their sums are added to those of the rows."""
+    head_dim = queries.shape[1]
+    row_bytes, weights_row_bytes = 4 * head_dim, 4 * _WEIGHTS_WIDTH
+    query, key, to = address_of(queries), address_of(keys), address_of(weights)
+    for i_panel in range(-(-n_keys // COLUMNS)):
+        panel = key + (chunk // COLUMNS + i_panel) * head_dim * STEP_BYTES
+        for i_tile in range(n_tiles):
+            row = i_tile * ROWS
+            multiply_tile(
+                query + row * row_bytes, row_bytes, panel, head_dim,
+                to + row * weights_row_bytes + i_panel * STEP_BYTES, weights_row_bytes,
+            )  # fmt: skip
+    for i in range(n_rows):
+        sums[i] += _power(weights[i, :n_keys])
+
+
+@numba.njit(**LOOP)
+def _mix(weights, values, length, chunk, n_keys, n_tiles, mixed):
+    """Adds a chunk's values under their weights to the rows of a block."""
+    row_bytes, weights_row_bytes = 4 * mixed.shape[1], 4 * _WEIGHTS_WIDTH
+    weight, value, to = address_of(weights), address_of(values), address_of(mixed)
+    for i_panel in range(values.shape[0]):
+        panel = value + (i_panel * length + chunk) * STEP_BYTES
+        for i_tile in range(n_tiles):
+            row = i_tile * ROWS
+            add_tile(
+                weight + row * weights_row_bytes, weights_row_bytes, panel, n_keys,
+                to + row * row_bytes + i_panel * STEP_BYTES, row_bytes,
+            )  # fmt: skip
+
+
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+def _add(row, total):
+    for j in range(len(total)):
+        total[j] += row[j]
+
+
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+def _centre(row, mean, scale, out):
+    for j in range(len(out)):
+        out[j] = (row[j] - mean[j]) * scale
+
+
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+def _power(row):
+    """Replaces scores by ``2**score``, at most 2**127; returns the sum."""
+    total = np.float32(0)
+    for j in range(len(row)):
+        power = np.float32(127) if row[j] > np.float32(127) else row[j]
+        row[j] = power_of_two_float32(power)
+        total = add_in_any_order(total, row[j])
+    return total
+
+
+@numba.njit(**LOOP)
+def _divide(row, total, out):
+    """Writes a row's results; whether its sum of weights and all of them are numbers that can be trusted."""
+    is_fine = total < _MOST_TOTAL
+    factor = np.float32(1) / total
+    largest = np.float32(0)
+    for j in range(len(out)):
+        out[j] = row[j] * factor
+        largest = add_in_any_order(largest, out[j] - out[j])  # 0, but for what is infinite or no number
+    return is_fine and largest == np.float32(0)
