@@ -155,8 +155,9 @@ def test_targets() -> None:
     ],
 )
 def test_what_onednn_may_not_use_is_not_there(limit: str | None, left: set[str], monkeypatch) -> None:
-    flags = {"flags": "fpu avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_bf16 amx_int8"}
+    flags = {"flags": "fpu fma avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_bf16 amx_int8"}
     monkeypatch.setattr(target_module, "_cpuinfo", lambda key: flags.get(key, ""))
+    left = left | {"fma"}
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
         if limit is not None:

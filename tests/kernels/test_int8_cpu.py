@@ -262,6 +262,8 @@ def test_what_numba_may_compile(environment: dict[str, str], left: set[str], mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert {name for name in INT8_INSTRUCTIONS if is_left_to_numba(name)} == left
+    # Fused multiply-adds come with the name of a CPU that has AVX2, and features are taken at their word.
+    assert is_left_to_numba("fma") == ("avx2" in left and "generic" not in environment.values())
 
 
 def test_measured_rows_are_those_of_the_results() -> None:

@@ -24,9 +24,10 @@ ROUND_FLOAT32 = np.float32(12582912.0)
 POWER_COEFFICIENTS = tuple(np.float32(c) for c in (5.517166681e-02, 2.426111351e-01, 6.932609870e-01, 9.999280728e-01))
 _C3, _C2, _C1, _C0 = POWER_COEFFICIENTS
 # The same of degree 5 with 1 as its constant: relative error 9.1e-08 before rounding.
-_D5, _D4, _D3, _D2, _D1 = (
-    np.float32(c) for c in (1.326472721e-03, 9.671512812e-03, 5.550733745e-02, 2.402224208e-01, 6.931469776e-01)
+POWER_COEFFICIENTS_FLOAT32 = tuple(
+    np.float32(c) for c in (1.326472721e-03, 9.671512812e-03, 5.550733745e-02, 2.402224208e-01, 6.931469776e-01, 1)
 )
+_D5, _D4, _D3, _D2, _D1, _ = POWER_COEFFICIENTS_FLOAT32
 
 
 def _float_of_bits(typing_context: Any, bits: Any) -> Any:

@@ -55,9 +55,8 @@ def room(n_columns: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 def for_thread(packed: Packed) -> Packed:
     """The same with room of its own."""
-    return packed._replace(
-        **dict(zip(("tail", "tail_out"), room(len(packed.bias), packed.panels.shape[1]), strict=True))
-    )
+    tail, tail_out = room(len(packed.bias), packed.panels.shape[1])
+    return packed._replace(tail=tail, tail_out=tail_out)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

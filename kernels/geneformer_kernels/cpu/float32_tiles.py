@@ -1,4 +1,4 @@
-"""Products of float32 on a CPU with AVX2: the innermost loop, for loops that numba compiles.
+"""Products and powers of float32 on a CPU with AVX2: the innermost loops, for loops that numba compiles.
 
 A tile is six rows times 16 columns. Its sums stay in twelve of the sixteen registers while all of K goes by, two hold
 numbers of a panel (16 columns, one after the other for each of K), one a number of a row: a step of K is twelve fused
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from geneformer_kernels.cpu.llvm import FLOAT, INT64, call, everywhere, load, store
+from geneformer_kernels.cpu.compiled import POWER_COEFFICIENTS_FLOAT32, ROUND_FLOAT32
+from geneformer_kernels.cpu.llvm import FLOAT, INT32, INT64, call, constant, everywhere, load, store
 
 #: Rows in work at a time, and columns of a panel.
 ROWS, COLUMNS = 6, 16
@@ -27,7 +29,7 @@ _LANES = 8
 _REGISTERS = COLUMNS // _LANES
 _UNROLL = 4
 
-_FLOATS = ir.VectorType(FLOAT, _LANES)
+_FLOATS, _INTS = ir.VectorType(FLOAT, _LANES), ir.VectorType(INT32, _LANES)
 
 Tile = list[list[Any]]
 
@@ -103,3 +105,62 @@ def _multiplying(is_adding: bool) -> Any:
 #: (rows, bytes from row to row, panel, steps, out, bytes from row to row of it): ROWS rows times COLUMNS columns of a
 #: panel to ``out``, or added to what is there. All memory is read and written for whole tiles.
 multiply_tile, add_tile = _multiplying(False), _multiplying(True)
+
+
+def _all(value: float | np.floating) -> Any:
+    return constant(_FLOATS, float(np.float32(value)))
+
+
+def _power_of_two(builder: Any, power: Any) -> Any:
+    """As ``compiled.power_of_two_float32``, and at most 2**127; of a NaN with bits of its own anything."""
+    for bound, relation in ((_all(-126), ">"), (_all(127), "<")):
+        power = builder.select(builder.fcmp_ordered(relation, bound, power), bound, power)
+    shifted = builder.fadd(power, _all(ROUND_FLOAT32))
+    rest = builder.fsub(power, builder.fsub(shifted, _all(ROUND_FLOAT32)))
+    fraction = _all(POWER_COEFFICIENTS_FLOAT32[0])
+    for coefficient in POWER_COEFFICIENTS_FLOAT32[1:]:
+        fraction = call(builder, f"llvm.fma.v{_LANES}f32", _FLOATS, fraction, rest, _all(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), constant(_INTS, 23))
+    return builder.bitcast(builder.add(builder.bitcast(fraction, _INTS), exponent), _FLOATS)
+
+
+def _raise_two(typing_context: Any, row: Any, n_columns: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, n_columns = arguments
+        before, body, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(body)
+        builder.position_at_end(body)
+        column = builder.phi(INT64)
+        totals = [builder.phi(_FLOATS) for _ in range(_REGISTERS)]
+        following = builder.add(column, INT64(COLUMNS))
+        column.add_incoming(INT64(0), before)
+        column.add_incoming(following, body)
+        n_there = everywhere(builder, builder.trunc(builder.sub(n_columns, column), INT32), _INTS)
+        grown = []
+        for i, total in enumerate(totals):
+            at = builder.mul(builder.add(column, INT64(_LANES * i)), INT64(4))
+            lanes = ir.Constant(_INTS, [INT32(_LANES * i + lane) for lane in range(_LANES)])
+            powers = _power_of_two(builder, load(builder, row, at, _FLOATS, align=4))
+            is_there = builder.icmp_signed("<", lanes, n_there)
+            powers = builder.select(is_there, powers, ir.Constant(_FLOATS, None))
+            store(builder, powers, row, at, align=4)
+            grown.append(builder.fadd(total, powers))
+        for phi, total in zip(totals, grown, strict=True):
+            phi.add_incoming(ir.Constant(_FLOATS, None), before)
+            phi.add_incoming(total, body)
+        builder.cbranch(builder.icmp_signed("<", following, n_columns), body, end)
+        builder.position_at_end(end)
+        sums = builder.fadd(*grown)
+        width = _LANES
+        while width > 1:
+            width //= 2
+            order = ir.Constant(_INTS, [INT32((i + width) % _LANES) for i in range(_LANES)])
+            sums = builder.fadd(sums, builder.shuffle_vector(sums, ir.Constant(_FLOATS, ir.Undefined), order))
+        return builder.extract_element(sums, INT32(0))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+#: (row, columns): ``2**x``, at most 2**127, in place of at least one number; their sum. Up to whole COLUMNS of memory
+#: zeros are written behind them.
+raise_two: Any = intrinsic(_raise_two)

@@ -18,8 +18,8 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, add_in_any_order, power_of_two_float32
-from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, multiply_tile
+from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, as_bits
+from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, multiply_tile, raise_two
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_shares
 
@@ -100,18 +100,16 @@ def _attend(
     q, q_step, k, k_step, v, v_step, start, stop, first_head, last_head, head_dim, scale, out, out_step,
     keys, values, panel, queries, weights, mixed, sums,
 ):  # fmt: skip
-    """Some heads of one cell; False if a sum of weights is too large, or a result is no number."""
+    """Some heads of one cell; False if a sum of weights is too large, or a query, key or result is no number."""
     length = stop - start
     is_fine = True
     for head in range(first_head, last_head):
         column = head * head_dim
-        _pack_keys(k, k_step, start, length, column, scale, keys, panel)
+        is_fine &= _pack_keys(k, k_step, start, length, column, scale, keys, panel)
         _pack_values(v, v_step, start, length, column, values)
         for first in range(0, length, _BLOCK_ROWS):
             n_rows = min(_BLOCK_ROWS, length - first)
-            for i in range(n_rows):
-                at = (start + first + i) * q_step + column
-                queries[i] = q[at : at + head_dim]
+            is_fine &= _take_queries(q, q_step, start + first, n_rows, column, queries)
             n_tiles = -(-n_rows // ROWS)
             queries[n_rows : n_tiles * ROWS] = 0
             mixed[: n_tiles * ROWS] = 0
@@ -119,16 +117,14 @@ def _attend(
             for chunk in range(0, length, _CHUNK):
                 n_keys = min(_CHUNK, length - chunk)
                 _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums)
-                _mix(weights, values, length, chunk, n_keys, n_tiles, mixed)
-            for i in range(n_rows):
-                at = (start + first + i) * out_step + column
-                is_fine &= _divide(mixed[i], sums[i], out[at : at + head_dim])
+                _mix(weights, values, chunk, n_keys, n_tiles, mixed)
+            is_fine &= _divide(mixed, sums, n_rows, out, (start + first) * out_step + column, out_step)
     return is_fine
 
 
 @numba.njit(**LOOP)
 def _pack_keys(k, k_step, start, length, column, scale, keys, panel):
-    """Keys, centred and scaled, as [panel, number of a head, key]; zeros behind the last one."""
+    """Keys, centred and scaled, as [panel, number of a head, key], zeros behind them; whether all are numbers."""
     head_dim = panel.shape[1]
     mean = np.zeros(head_dim, np.float32)
     for i in range(start, start + length):
@@ -147,18 +143,27 @@ def _pack_keys(k, k_step, start, length, column, scale, keys, panel):
         for j in range(head_dim):
             for i in range(COLUMNS):
                 keys[i_panel, j, i] = panel[i, j]
+    return _are_numbers(mean)
+
+
+@numba.njit(**LOOP)
+def _take_queries(q, q_step, start, n_rows, column, queries):
+    """Rows of a block; whether all are numbers."""
+    for i in range(n_rows):
+        at = (start + i) * q_step + column
+        for j in range(queries.shape[1]):
+            queries[i, j] = q[at + j]
+    return _are_numbers(queries.reshape(-1)[: n_rows * queries.shape[1]])
 
 
 @numba.njit(**LOOP)
 def _pack_values(v, v_step, start, length, column, values):
     """Values as panels of columns of a head, [panel, key, column]."""
-    width = length * COLUMNS
-    flat = values.reshape(-1)
-    for i_panel in range(values.shape[0]):
-        for i in range(length):
-            at = (start + i) * v_step + column + i_panel * COLUMNS
-            to = i_panel * width + i * COLUMNS
-            flat[to : to + COLUMNS] = v[at : at + COLUMNS]
+    for i in range(length):
+        at = (start + i) * v_step + column
+        for i_panel in range(values.shape[0]):
+            for j in range(COLUMNS):
+                values[i_panel, i, j] = v[at + i_panel * COLUMNS + j]
 
 
 @numba.njit(**LOOP)
@@ -176,16 +181,16 @@ def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums):
                 to + row * weights_row_bytes + i_panel * STEP_BYTES, weights_row_bytes,
             )  # fmt: skip
     for i in range(n_rows):
-        sums[i] += _power(weights[i, :n_keys])
+        sums[i] += raise_two(to + i * weights_row_bytes, n_keys)
 
 
 @numba.njit(**LOOP)
-def _mix(weights, values, length, chunk, n_keys, n_tiles, mixed):
+def _mix(weights, values, chunk, n_keys, n_tiles, mixed):
     """Adds a chunk's values under their weights to the rows of a block."""
     row_bytes, weights_row_bytes = 4 * mixed.shape[1], 4 * _WEIGHTS_WIDTH
     weight, value, to = address_of(weights), address_of(values), address_of(mixed)
     for i_panel in range(values.shape[0]):
-        panel = value + (i_panel * length + chunk) * STEP_BYTES
+        panel = value + (i_panel * values.shape[1] + chunk) * STEP_BYTES
         for i_tile in range(n_tiles):
             row = i_tile * ROWS
             add_tile(
@@ -206,24 +211,22 @@ def _centre(row, mean, scale, out):
         out[j] = (row[j] - mean[j]) * scale
 
 
-@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
-def _power(row):
-    """Replaces scores by ``2**score``, at most 2**127; returns the sum."""
-    total = np.float32(0)
-    for j in range(len(row)):
-        power = np.float32(127) if row[j] > np.float32(127) else row[j]
-        row[j] = power_of_two_float32(power)
-        total = add_in_any_order(total, row[j])
-    return total
+@numba.njit(**LOOP)
+def _divide(mixed, sums, n_rows, out, start, out_step):
+    """Writes rows' results; whether their sums of weights and all of them are numbers that can be trusted."""
+    is_fine = _are_numbers(mixed.reshape(-1)[: n_rows * mixed.shape[1]])
+    for i in range(n_rows):
+        is_fine &= sums[i] < _MOST_TOTAL
+        factor, at = np.float32(1) / sums[i], start + i * out_step
+        for j in range(mixed.shape[1]):
+            out[at + j] = mixed[i, j] * factor
+    return is_fine
 
 
 @numba.njit(**LOOP)
-def _divide(row, total, out):
-    """Writes a row's results; whether its sum of weights and all of them are numbers that can be trusted."""
-    is_fine = total < _MOST_TOTAL
-    factor = np.float32(1) / total
-    largest = np.float32(0)
-    for j in range(len(out)):
-        out[j] = row[j] * factor
-        largest = add_in_any_order(largest, out[j] - out[j])  # 0, but for what is infinite or no number
-    return is_fine and largest == np.float32(0)
+def _are_numbers(row):
+    """Whether nothing is infinite, or NaN: magnitudes are in the order of their bits, and numbers come first."""
+    largest = np.uint32(0)
+    for j in range(len(row)):
+        largest = max(largest, as_bits(row[j]) & np.uint32(0x7FFFFFFF))
+    return largest < np.uint32(0x7F800000)

@@ -56,8 +56,8 @@ def attend_float32(
     """Attention of float32 [T, H, D] on a CPU with AVX2, without gradients, by the loops that numba compiles."""
     from geneformer_kernels.ops.varlen_attention.host_float32 import varlen_attention_float32
 
-    def by_torch(*cell: torch.Tensor) -> torch.Tensor:
-        return _sdpa_per_cell(*cell, [0, len(cell[0])], scale, 0.0)
+    def by_torch(cell_q: torch.Tensor, cell_k: torch.Tensor, cell_v: torch.Tensor) -> torch.Tensor:
+        return _sdpa_per_cell(cell_q, cell_k, cell_v, [0, len(cell_q)], scale, 0.0)
 
     return varlen_attention_float32(q, k, v, cells.cu_seqlens.tolist(), scale, by_torch)
 
