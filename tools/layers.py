@@ -81,6 +81,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
     "optuna": (f"{FAST}.finetuning.search",),
     "peft": (f"{FAST}.finetuning.lora",),
+    "wandb": (f"{FAST}.training.weights_and_biases",),
     "pydantic": (f"{FAST}.files.schema",),
     "tqdm": (f"{FAST}.progress",),
     "pynvml": (f"{FAST}.profiling.meters.cards", f"{FAST}.profiling.machine", f"{FAST}.doctor"),

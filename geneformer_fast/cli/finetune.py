@@ -34,6 +34,7 @@ _RECIPE = {
     "patience": ("patience", int, "N", "stop after so many evaluations without a better one"),
     "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)"),
     "token-budget": ("token_budget", int, "N", "tokens that go through the model at once"),
+    "wandb": ("wandb", str, "PROJECT", "report to a project of Weights & Biases (default: to none)"),
     "seed": ("seed", int, "N", "of the draw of cells, folds, orders, fresh weights and dropout"),
 }
 

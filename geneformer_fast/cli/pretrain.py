@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, (_, kind, text) in _FIELDS.items():
         parser.add_argument(option, type=kind, metavar="N" if kind is not str else "NAME", help=text)
     parser.add_argument("--recompute", action="store_true", help="keep less in memory, compute blocks twice")
+    parser.add_argument("--wandb", metavar="PROJECT", help="report to a project of Weights & Biases (default: to none)")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, as JSON"
@@ -138,6 +139,8 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
             changes[field] = value
     if args.recompute:
         changes["is_recomputing"] = True
+    if args.wandb is not None:
+        changes["wandb"] = args.wandb
     if args.tensorboard:
         changes["tensorboard"] = True
     if args.quiet:

@@ -37,6 +37,7 @@ from geneformer_fast.finetuning.predictions import read_parquet, write_parquet
 from geneformer_fast.finetuning.search import Report, Search, check_search, search
 from geneformer_fast.finetuning.splits import Split, told
 from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.training.logs import check_logs
 from geneformer_fast.training.loop import Objective, fit
 from geneformer_fast.training.profiled import FOLDER
 from geneformer_fast.training.recipe import Recipe
@@ -112,6 +113,7 @@ def check_splits(work: Work, base: Encoder, choices: Choices, splits: Sequence[S
         them would learn while it is searched how many do; adapters cannot be.
     """
     space = None if choices.search is None else choices.search.space.freeze_layers
+    check_logs(choices.recipe)
     check_lora(choices.lora, base, max((choices.freeze_layers, *(space or ()))))
     if base.quantization is not None:
         _say_what_learns(base, choices, is_searched=space is not None)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines, TensorBoard, progress."""
+"""What a run says while it goes: JSON lines, TensorBoard, Weights & Biases, progress."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.writing import system_errors, whole_file
 from geneformer_fast.progress import Progress
+from geneformer_fast.training.recipe import Recipe
+from geneformer_fast.training.weights_and_biases import WeightsAndBiases, library
 
 LOG = "log.jsonl"
 
@@ -162,3 +164,37 @@ class Bar:
     def close(self) -> None:
         """End of the bar."""
         self._bar.close()
+
+
+def check_logs(recipe: Recipe) -> None:
+    """Refuse, before anything is made, to report to what is not installed.
+
+    Raises
+    ------
+    UnsupportedError
+        Names it.
+    """
+    if recipe.wandb is not None:
+        library()
+
+
+def logs_of(recipe: Recipe, n_steps: int, first_step: int, folder: Path | None) -> list[Log]:
+    """Everything that is told of a run's steps.
+
+    Parameters
+    ----------
+    recipe
+        Says what.
+    n_steps, first_step
+        Of the run, and done before.
+    folder
+        Of the run; without one only progress is shown.
+    """
+    logs: list[Log] = [Bar(n_steps, first_step, recipe.progress)]
+    if folder is not None:
+        logs.append(JsonLines(folder, first_step))
+        if recipe.tensorboard:
+            logs.append(TensorBoard(folder, first_step))
+        if recipe.wandb is not None:
+            logs.append(WeightsAndBiases(folder, recipe.wandb, recipe.to_dict()))
+    return logs

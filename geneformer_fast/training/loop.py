@@ -31,7 +31,7 @@ from geneformer_fast.training.engine import Engine, PendingStep
 from geneformer_fast.training.evaluations import Evaluations
 from geneformer_fast.training.history import History, LoopState, StepRecord, metrics_for_json, metrics_from
 from geneformer_fast.training.identity import identity_of_run
-from geneformer_fast.training.logs import Bar, JsonLines, Log, TensorBoard
+from geneformer_fast.training.logs import Log, check_logs, logs_of
 from geneformer_fast.training.objective import Objective
 from geneformer_fast.training.profiled import Asked, checked_place, profiled, rows_of_head
 from geneformer_fast.training.recipe import Recipe
@@ -189,6 +189,7 @@ class _Run:
     def open(self, out: Path | None, resume: bool, stack: ExitStack, begins_with: str | None) -> None:
         """Make or find the run's folder, wrap the model, and go to the last checkpoint."""
         recipe, ranks = self.recipe, self.ranks
+        check_logs(recipe)
         if out is not None:
             identity = identity_of_run(
                 self.model, recipe, self.tokens, self.eval_tokens, self.train_cells, self.eval_cells, begins_with
@@ -212,11 +213,7 @@ class _Run:
             if state["scaler"]:  # a run may go on in float16 that did not begin in it
                 self.engine.scaler.load_state_dict(state["scaler"])
         if ranks.is_first:
-            self.logs.append(Bar(self.n_steps, self.step, recipe.progress))
-            if self.folder is not None:
-                self.logs.append(JsonLines(self.folder.path, self.step))
-                if recipe.tensorboard:
-                    self.logs.append(TensorBoard(self.folder.path, self.step))
+            self.logs += logs_of(recipe, self.n_steps, self.step, None if self.folder is None else self.folder.path)
         for log in self.logs:
             stack.callback(log.close)
 

@@ -19,7 +19,7 @@ PARALLEL = ("ddp", "fsdp")
 #: What may differ when a run continues: where and how it is computed and watched, not what is computed.
 MACHINE = (
     *("token_budget", "precision", "is_recomputing", "workers", "parallel"),
-    *("log_every", "save_every", "keep", "progress", "tensorboard"),
+    *("log_every", "save_every", "keep", "progress", "tensorboard", "wandb"),
 )
 #: Old name -> name of fields: recipes in files, and runs that were begun by earlier versions, have the old ones.
 RENAMED = {"warmup_ratio": "warmup_share", "floor_ratio": "floor_share", "is_showing_progress": "progress"}
@@ -80,6 +80,8 @@ class Recipe:
         Steps between lines of the log.
     tensorboard
         Whether to write TensorBoard files too.
+    wandb
+        Project of Weights & Biases to report to; None reports to none.
     progress
         Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
     """
@@ -117,6 +119,7 @@ class Recipe:
     parallel: str = "ddp"
     log_every: int = 1
     tensorboard: bool = False
+    wandb: str | None = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
