@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NEW=OLD",
         help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do, as "
-        "obs_names, or --obs barcode=obs_names",
+        "obs_names, or --obs barcode=obs_names (default: no column)",
     )
     add_selection_options(parser)
     key = parser.add_argument(
@@ -71,11 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory to take, libraries and weights included, such as 2GB, 1.5GiB or 500MB (default: no limit)",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture")
+    parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture (default: none)")
     parser.add_argument(
-        "--heatmap", metavar="FILE", help="write a heatmap as a picture: cells in the order of --color, by dimensions"
+        "--heatmap",
+        metavar="FILE",
+        help="write a heatmap as a picture: cells in the order of --color, by dimensions (default: none)",
     )
-    parser.add_argument("--color", metavar="COLUMN", help="column of obs that the pictures show cells by")
+    parser.add_argument(
+        "--color", metavar="COLUMN", help="column of obs that the pictures show cells by (default: none)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and the picture, if they exist")
 
 

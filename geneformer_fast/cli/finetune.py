@@ -22,20 +22,29 @@ EXAMPLE_GENES = "geneformer-fast finetune genes tokens --model pretrained/final 
 
 logger = logging.getLogger(__name__)
 
-#: Option -> field of the recipe.
+#: Option -> field of the recipe, type, metavar, what it says, and the defaults for cells and for genes.
 _RECIPE = {
-    "epochs": ("epochs", float, "N", "passes over the training cells"),
-    "batch-cells": ("batch_cells", int, "N", "cells per step"),
-    "learning-rate": ("learning_rate", float, "X", "the peak"),
-    "schedule": ("schedule", str, "NAME", "constant, linear, cosine or polynomial"),
-    "warmup-steps": ("warmup_steps", int, "N", "steps until the peak"),
-    "warmup-share": ("warmup_share", float, "SHARE", "share of all steps until the peak, instead of their number"),
-    "weight-decay": ("weight_decay", float, "X", "of AdamW"),
-    "patience": ("patience", int, "N", "stop after so many evaluations without a better one"),
-    "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)"),
-    "token-budget": ("token_budget", int, "N", "tokens that go through the model at once"),
-    "wandb": ("wandb", str, "PROJECT", "report to a project of Weights & Biases (default: to none)"),
-    "seed": ("seed", int, "N", "of the draw of cells, folds, orders, fresh weights and dropout"),
+    "epochs": ("epochs", float, "X", "passes over the training cells", ("10", "1")),
+    "batch-cells": ("batch_cells", int, "N", "cells per step", ("12", "12")),
+    "learning-rate": ("learning_rate", float, "X", "peak of the learning rate, per step", ("5e-05", "5e-05")),
+    "schedule": ("schedule", str, "NAME", "constant, linear, cosine or polynomial", ("linear", "linear")),
+    "warmup-steps": ("warmup_steps", int, "N", "optimizer steps until the peak", ("none", "none")),
+    "warmup-share": (
+        *("warmup_share", float, "X", "share of all steps until the peak, 0 to 1, instead of their number"),
+        ("0.1", "0.1"),
+    ),
+    "weight-decay": ("weight_decay", float, "X", "of AdamW, per step and learning rate", ("0.001", "0.001")),
+    "patience": ("patience", int, "N", "stop after so many evaluations without a better one", ("never", "never")),
+    "precision": ("precision", str, "NAME", "float32, bfloat16 or float16 (by autocast)", ("float32", "float32")),
+    "token-budget": (
+        *("token_budget", int, "N", "most tokens in memory at once; larger steps are accumulated"),
+        ("16384", "16384"),
+    ),
+    "wandb": ("wandb", str, "PROJECT", "report to a project of Weights & Biases", ("none", "none")),
+    "seed": (
+        *("seed", int, "N", "whole number that cells, folds, orders, fresh weights and dropout are drawn by"),
+        ("42", "42"),
+    ),
 }
 
 _OLD_NAMES = {"batch-cells": "--batch", "learning-rate": "--lr", "warmup-share": "--warmup"}
@@ -44,10 +53,8 @@ _OLD_NAMES = {"batch-cells": "--batch", "learning-rate": "--lr", "warmup-share":
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     kinds = parser.add_subparsers(dest="kind", metavar="cells|genes", required=True)
-    cells = kinds.add_parser(
-        "cells", help="classes of cells, from a column that the tokens carry", epilog=f"example:\n  {EXAMPLE}"
-    )
-    genes = kinds.add_parser("genes", help="classes of genes, from a file", epilog=f"example:\n  {EXAMPLE_GENES}")
+    cells = _kind(kinds, "cells", "classes of cells, from a column that the tokens carry", EXAMPLE)
+    genes = _kind(kinds, "genes", "classes of genes, from a file", EXAMPLE_GENES)
     for kind in (cells, genes):
         kind.add_argument("tokens", metavar="TOKENS", help="folder of tokens")
         kind.add_argument("--model", required=True, metavar="DIR", help="pretrained checkpoint folder")
@@ -56,43 +63,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label", required=True, action="append", metavar="COLUMN[=WEIGHT]",
         help="column to tell; several for several tasks at once, with the weights of their losses",
     )  # fmt: skip
-    cells.add_argument("--group", metavar="COLUMN", help="cells of one donor stay together: the column that names it")
+    cells.add_argument(
+        "--group", metavar="COLUMN",
+        help="cells of one donor stay together: the column that names it (default: all cells are told apart)",
+    )  # fmt: skip
     genes.add_argument("--classes", required=True, metavar="FILE", help=".json, .csv or .tsv: gene id and class")
     genes.add_argument(
         "--dictionary", metavar="DIR", help="gene dictionaries (default: the model folder's vocabulary.json)"
     )
-    _add_split(cells, folds=0, eval_share=0.1, test_share=0.1)
-    _add_split(genes, folds=5, eval_share=0.0, test_share=0.2)
-    cells.add_argument("--sampler", choices=("none", "over", "under"), default="none", help="of the training cells")
-    cells.add_argument("--cap", type=int, metavar="N", help="most cells per class and epoch")
+    _add_split(cells, "cells", folds=0, eval_share=0.1, test_share=0.1)
+    _add_split(genes, "genes", folds=5, eval_share=0.0, test_share=0.2)
+    cells.add_argument(
+        "--sampler",
+        choices=("none", "over", "under"),
+        default="none",
+        help="classes of training cells: draw rare ones more, or common ones less, often",
+    )
+    cells.add_argument("--cap", type=int, metavar="N", help="most cells per class and epoch (default: all)")
     cells.add_argument("--drop-unlabelled", action="store_true", help="leave cells without a label out")
-    cells.add_argument("--ignore", action="append", default=[], metavar="LABEL", help="a label that stands for none")
-    cells.add_argument("--min-cells", type=int, default=0, metavar="N", help="leave out classes of fewer cells")
+    cells.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="a label that stands for none (default: none does)",
+    )
+    cells.add_argument(
+        "--min-cells", type=int, default=0, metavar="N", help="leave out classes of fewer cells than this"
+    )
     genes.add_argument("--drop-unknown", action="store_true", help="leave genes out that are not in the tokens")
     for kind in (cells, genes):
         add_selection_options(kind, has_seed=False)
-        _add_training(kind)
+        _add_training(kind, is_genes=kind is genes)
 
 
-def _add_split(parser: argparse.ArgumentParser, *, folds: int, eval_share: float, test_share: float) -> None:
+def _kind(kinds: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(name, help=text, description=f"{HELP}: {text}", epilog=f"example:\n  {example}")
+    assert isinstance(parser, argparse.ArgumentParser)
+    return parser
+
+
+def _add_split(parser: argparse.ArgumentParser, of: str, *, folds: int, eval_share: float, test_share: float) -> None:
     parser.add_argument(
         "--folds", type=int, default=folds, metavar="K",
-        help=f"cross-validation; 0 for one division into training, evaluation and test (default: {folds})",
+        help=f"folds of cross-validation; 0 for one division into training, evaluation and test (default: {folds})",
     )  # fmt: skip
-    parser.add_argument("--eval-share", type=float, default=eval_share, metavar="X", help="chooses the best epoch")
     parser.add_argument(
-        "--test-share", type=float, metavar="X", help=f"0 for none; without folds (default: {test_share})"
+        "--eval-share",
+        type=float,
+        default=eval_share,
+        metavar="X",
+        help=f"share of all {of} that chooses the best epoch, 0 to 1",
+    )
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        metavar="X",
+        help=f"share of all {of} that is tested, without folds; 0 for none (default: {test_share})",
     )
     parser.add_argument("--no-final", action="store_true", help="after folds, make no model of all of it")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
+def _add_training(parser: argparse.ArgumentParser, *, is_genes: bool) -> None:
     parser.add_argument(
         "--loss", default="cross-entropy", metavar="NAME[:OPTION=X,...]",
         help="cross-entropy, weighted, class-balanced, focal, bce, dice, ldam or logit-adjusted; focal:gamma=1.5",
     )  # fmt: skip
     layers = parser.add_argument(
-        "--freeze-layers", type=int, default=0, metavar="N", help="blocks from the bottom that stay"
+        "--freeze-layers", type=int, default=0, metavar="N", help="blocks from the bottom that stay as they are"
     )
     renamed(parser, "--freeze", layers)
     parser.add_argument("--freeze-embeddings", action="store_true", help="the embeddings stay too")
@@ -101,15 +139,21 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="train adapters of rank R in place of the blocks (LoRA, by peft); they want about ten times the learning "
         "rate (default: train the blocks themselves)",
     )  # fmt: skip
-    parser.add_argument("--search", type=int, metavar="N", help="search hyperparameters with N trials per fold")
-    parser.add_argument("--recipe", metavar="FILE", help="a recipe as .json; the options below change it")
-    for option, (_, kind, metavar, text) in _RECIPE.items():
-        added = parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=text)
+    parser.add_argument(
+        "--search", type=int, metavar="N", help="search hyperparameters with N trials per fold (default: no search)"
+    )
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="a recipe as .json; the options below change it (default: Geneformer's)"
+    )
+    for option, (_, kind, metavar, text, defaults) in _RECIPE.items():
+        said = f"{text} (default: {defaults[is_genes]})"
+        added = parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=said)
         if option in _OLD_NAMES:
             renamed(parser, _OLD_NAMES[option], added)
     parser.add_argument(
         "--profile", nargs="?", const=True, default=False, metavar="PLACE",
-        help="report how fast the first model is trained: a .json, an .html or a folder (default: profile/ in DIR)",
+        help="report how fast the first model is trained: a .json, an .html or a folder; profile/ in DIR without PLACE "
+        "(default: no)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")

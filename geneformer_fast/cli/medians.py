@@ -20,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=("v1", "v2", "bionemo"), default="v2", help="special tokens and length")
     parser.add_argument("--name", default="custom", help="what the vocabulary is called")
     dictionary = parser.add_argument(
-        "--dictionary", metavar="DIR", help="gene dictionaries whose aliases turn the files' ids into gene ids"
+        "--dictionary",
+        metavar="DIR",
+        help="gene dictionaries whose aliases turn the files' ids into gene ids (default: ids are taken as they are)",
     )
     renamed(parser, "--mapping", dictionary)
     preset = parser.add_argument(
-        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several"
+        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries (default: the only ones in DIR)"
     )
     renamed(parser, "--mapping-preset", preset)
     parser.add_argument("--min-cells", type=int, default=1, metavar="N", help="leave out genes found in fewer cells")

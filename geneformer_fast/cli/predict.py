@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NEW=OLD",
-        help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do",
+        help="column of obs that goes into the table; --obs cell_type=celltype. The names of cells always do "
+        "(default: no column)",
     )
     add_selection_options(parser)
     key = parser.add_argument(

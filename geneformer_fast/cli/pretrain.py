@@ -17,26 +17,39 @@ EXAMPLE = "geneformer-fast pretrain tokens --config geneformer-v1-10m --epochs 3
 
 logger = logging.getLogger(__name__)
 
-# Option -> field of the recipe, type, what it says.
-_FIELDS: dict[str, tuple[str, type, str]] = {
-    "--epochs": ("epochs", float, "passes over the cells"),
-    "--steps": ("steps", int, "optimizer steps, instead of epochs"),
-    "--batch-cells": ("batch_cells", int, "cells per step, over all processes"),
-    "--batch-tokens": ("batch_tokens", int, "tokens per step, instead of cells"),
-    "--token-budget": ("token_budget", int, "most tokens in memory at once; larger steps are accumulated"),
-    "--learning-rate": ("learning_rate", float, "the peak"),
-    "--schedule": ("schedule", str, "linear, cosine, polynomial or constant"),
-    "--warmup-steps": ("warmup_steps", int, "steps until the peak"),
-    "--warmup-share": ("warmup_share", float, "share of all steps until the peak, instead of their number"),
-    "--precision": ("precision", str, "float32, bfloat16, float16 or auto (the fastest here)"),
-    "--parallel": ("parallel", str, "under torchrun: ddp or fsdp"),
-    "--eval-every": ("eval_every", int, "steps between validations (default: every epoch)"),
-    "--save-every": ("save_every", int, "steps between checkpoints (default: every epoch)"),
-    "--keep": ("keep", int, "checkpoints kept"),
-    "--patience": ("patience", int, "stop after so many validations without a better one"),
-    "--seed": ("seed", int, "of weights, orders, masks and dropout"),
-    "--workers": ("workers", int, "threads that read and mask ahead"),
+#: Option -> field of the recipe, type, what it says, and the default of the recipe of geneformer-v1-10m, where another
+#: recipe may have another one.
+_FIELDS: dict[str, tuple[str, type, str, str | None]] = {
+    "--epochs": ("epochs", float, "passes over the cells", "3"),
+    "--steps": ("steps", int, "optimizer steps, instead of epochs", "none"),
+    "--batch-cells": ("batch_cells", int, "cells per step, over all processes", "144"),
+    "--batch-tokens": ("batch_tokens", int, "tokens per step, over all processes, instead of cells", "none"),
+    "--token-budget": (
+        *("token_budget", int, "most tokens in memory at once; larger steps are accumulated"),
+        "16384",
+    ),
+    "--learning-rate": ("learning_rate", float, "peak of the learning rate, per step", "0.001"),
+    "--schedule": ("schedule", str, "linear, cosine, polynomial or constant", "linear"),
+    "--warmup-steps": ("warmup_steps", int, "optimizer steps until the peak", "10000"),
+    "--warmup-share": (
+        *("warmup_share", float, "share of all steps until the peak, 0 to 1, instead of their number"),
+        "none",
+    ),
+    "--precision": ("precision", str, "float32, bfloat16, float16 or auto (the fastest here)", "float32"),
+    "--parallel": ("parallel", str, "under torchrun: ddp or fsdp", "ddp"),
+    "--eval-every": ("eval_every", int, "steps between validations (default: every epoch)", None),
+    "--save-every": (
+        "save_every",
+        int,
+        "steps between checkpoints (default: every epoch, and every 1,000 steps)",
+        None,
+    ),
+    "--keep": ("keep", int, "checkpoints that are kept", "2"),
+    "--patience": ("patience", int, "stop after so many validations without a better one (default: never)", None),
+    "--seed": ("seed", int, "whole number that weights, orders, masks and dropout are drawn by", "42"),
+    "--workers": ("workers", int, "threads that read and mask ahead", "1"),
 }
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="NAME", help="a published recipe's name, or a JSON file (default: the one of --config)"
     )
-    parser.add_argument("--init", metavar="FOLDER", help="go on from this checkpoint's weights")
+    parser.add_argument("--init", metavar="FOLDER", help="go on from this checkpoint's weights (default: fresh ones)")
     adapt = parser.add_argument(
         "--adapt-vocabulary", action="store_true", help="give the model the vocabulary of the tokens, not the preset's"
     )
@@ -62,19 +75,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-share",
         type=float,
         metavar="SHARE",
-        help="share of cells held out (default: 0.01, at most 10,000 cells)",
+        help="share of cells held out, 0 to 1 (default: 0.01, at most 10,000 cells)",
     )
-    held_out.add_argument("--eval-tokens", metavar="FOLDER", help="token folder to validate on")
+    held_out.add_argument("--eval-tokens", metavar="FOLDER", help="token folder to validate on (default: --eval-share)")
     held_out.add_argument(
-        "--eval-column", metavar="COLUMN=VALUE[,VALUE]", help="hold out the cells with these values of a column"
-    )
-    for option, (_, kind, text) in _FIELDS.items():
-        parser.add_argument(option, type=kind, metavar="N" if kind is not str else "NAME", help=text)
+        "--eval-column", metavar="COLUMN=VALUE[,VALUE]",
+        help="hold out the cells with these values of a column (default: --eval-share)",
+    )  # fmt: skip
+    for option, (_, kind, text, default) in _FIELDS.items():
+        said = text if default is None else f"{text} (default: the recipe's; geneformer-v1-10m: {default})"
+        parser.add_argument(option, type=kind, metavar=_METAVARS[kind], help=said)
     parser.add_argument("--recompute", action="store_true", help="keep less in memory, compute blocks twice")
     parser.add_argument("--wandb", metavar="PROJECT", help="report to a project of Weights & Biases (default: to none)")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, as JSON"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the recipe, as JSON (default: the recipe's)",
     )
     parser.add_argument(
         "--profile",
@@ -82,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="PLACE",
-        help="report how fast it trains: a .json, an .html or a folder (default: profile/ in --out)",
+        help="report how fast it trains: a .json, an .html or a folder; profile/ in --out without PLACE (default: no)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
@@ -133,7 +152,7 @@ def interrupted(args: argparse.Namespace) -> str:
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the recipe that the command line changes."""
     changes = {}
-    for option, (field, _, _) in _FIELDS.items():
+    for option, (field, *_) in _FIELDS.items():
         value = getattr(args, option.removeprefix("--").replace("-", "_"))
         if value is not None:
             changes[field] = value

@@ -29,26 +29,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model",
         metavar="FOLDER|PRESET",
-        help="checkpoint folder, or a preset such as geneformer-v1-10m, which gets random weights",
+        help="checkpoint folder, or a preset such as geneformer-v1-10m, which gets random weights (required, but for "
+        "what has no model; default with --predict: geneformer-v1-10m)",
     )
-    what.add_argument("--tokens", metavar="FOLDER", help="token folder, from geneformer-fast tokenize")
+    what.add_argument(
+        "--tokens",
+        metavar="FOLDER",
+        help="token folder, from geneformer-fast tokenize (default: made-up cells)",
+    )
     what.add_argument(
         "--lengths",
         metavar="real|uniform:LOW-HIGH|N",
-        help="made-up cells instead: as long as real blood cells, evenly from LOW to HIGH tokens, or of N tokens each",
+        help="made-up cells instead: as long as real blood cells, evenly from LOW to HIGH tokens, or of N tokens each "
+        "(required without --tokens; default with --predict: real)",
     )
     what.add_argument(
-        "--cells", type=int, metavar="N", help="how many cells to take (default: as many as the time allows)"
+        "--cells",
+        type=int,
+        metavar="N",
+        help="how many cells to take, at most all of --tokens (default: as many as the time allows)",
     )
     what.add_argument("--counts", metavar="INPUT", help="with --mode tokenize: counts (default: made-up ones)")
-    what.add_argument("--dictionary", metavar="FOLDER", help="with --counts: folder with the gene dictionaries")
+    what.add_argument(
+        "--dictionary", metavar="FOLDER", help="with --counts: folder with the gene dictionaries (required there)"
+    )
     what.add_argument(
         "--preset",
         choices=("v1", "v2", "bionemo"),
-        help="which dictionaries, if there are several; with --predict, whose",
+        help="which dictionaries, if there are several; with --predict, whose (default: the only ones in FOLDER)",
     )
     how = parser.add_argument_group("how it is computed")
-    how.add_argument("--dtype", metavar="NAME", help="auto (the fastest here), float32, bfloat16 or float16")
+    how.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: auto, the fastest here)")
     how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: all cores)")
     budget = how.add_argument(
@@ -58,18 +69,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     renamed(parser, "--batch-tokens", budget)
     how.add_argument("--layer", metavar="last|penultimate|N", help="where embedding stops (default: penultimate)")
     how.add_argument("--recompute", action="store_true", help="with --mode train: keep less, compute blocks twice")
-    how.add_argument("--compare", choices=("stock",), help="stock: transformers beside ours on the same cells")
+    how.add_argument(
+        "--compare", choices=("stock",), help="stock: transformers beside ours on the same cells (default: none)"
+    )
     how.add_argument("--sweep", action="store_true", help="find the best token budget, and what memory it leaves")
-    how.add_argument("--seconds", type=float, metavar="S", help="how long to measure (default: about 10 s)")
-    how.add_argument("--steps", type=int, metavar="N", help="how many steps to measure, instead of seconds")
+    how.add_argument("--seconds", type=float, metavar="S", help="seconds to measure (default: about 10)")
+    how.add_argument(
+        "--steps", type=int, metavar="N", help="how many steps to measure, instead of seconds (default: --seconds)"
+    )
     answer = parser.add_argument_group("what comes out")
-    answer.add_argument("--out", metavar="DIR", help="folder to write: report.json, report.html and traces")
+    answer.add_argument(
+        "--out", metavar="DIR", help="folder to write: report.json, report.html and traces (default: none)"
+    )
     answer.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
     before = parser.add_argument_group("without measuring")
     before.add_argument(
         "--predict", action="store_true", help="say what --cells N would take on --card NAME, from measurements there"
     )
-    before.add_argument("--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200'")
+    before.add_argument(
+        "--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200' (required there)"
+    )
 
 
 def run(args: argparse.Namespace) -> Answer:

@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         choices=("int8", "int8-weights", "fp8"),
         default="int8",
-        help="int8 (the default): int8 weights, multiplied with activations that are rounded to int8 as they come, "
-        "where that is faster; int8-weights: activations are not rounded; fp8: both in e4m3, for Ada and Hopper",
+        help="int8: int8 weights, multiplied with activations that are rounded to int8 as they come, "
+        "where that is faster; int8-weights: activations are not rounded; fp8: both in e4m3, for Ada and Hopper "
+        "(default: int8)",
     )
     parser.add_argument(
         "--keep-embeddings",
@@ -35,11 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TOKENS",
-        help="token folder to measure each layer on: one that loses too much is smoothed, or stays in floating point",
+        help="token folder to measure each layer on: one that loses too much is smoothed, or stays in floating point "
+        "(default: none, all layers follow the scheme)",
     )
-    parser.add_argument("--bar", type=float, metavar="DB", help="with --calibrate: least signal over noise of a layer")
     parser.add_argument(
-        "--least-cosine", type=float, metavar="X", help="with --calibrate: least cosine of a cell's embeddings (0.9995)"
+        "--bar",
+        type=float,
+        metavar="DB",
+        help="with --calibrate: least signal over noise of a layer, in dB (default: 30; fp8: 25)",
+    )
+    parser.add_argument(
+        "--least-cosine",
+        type=float,
+        metavar="X",
+        help="with --calibrate: least cosine of a cell's embeddings (default: 0.9995)",
     )
     cells = parser.add_argument(
         "--max-cells", type=int, metavar="N", help="with --calibrate: most cells that are looked at (default: 256)"
@@ -49,9 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         dest="check_on",
         metavar="TOKENS",
-        help="token folder on which the new model is compared with MODEL, in a table",
+        help="token folder on which the new model is compared with MODEL, in a table (default: none)",
     )
-    parser.add_argument("--label", metavar="NAME", help="with --check: column with the right classes of a classifier")
+    parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="with --check: column with the right classes of a classifier (default: the one it was trained on)",
+    )
     parser.add_argument(
         "--device", help="with --calibrate or --check: cpu, cuda, cuda:1 ... (default: cpu to calibrate)"
     )

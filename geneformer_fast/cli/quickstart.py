@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cells", type=int, default=3000, metavar="N", help="cells to make (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=90.0, metavar="S", help="train no longer than this (default: %(default)s)"
+        "--seconds", type=float, default=90.0, metavar="S", help="seconds of training, at most (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of cells, weights and held-out donors")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="whole number that cells, weights and held-out donors are drawn by"
+    )
 
 
 def run(args: argparse.Namespace) -> Answer:

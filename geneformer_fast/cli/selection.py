@@ -24,7 +24,9 @@ def add_selection_options(parser: argparse.ArgumentParser, *, has_seed: bool = T
         "--max-cells", type=int, metavar="N", help="take so many cells, drawn by --seed (default: all cells)"
     )
     if has_seed:
-        parser.add_argument("--seed", type=int, metavar="N", help="of the draw of --max-cells (default: 0)")
+        parser.add_argument(
+            "--seed", type=int, metavar="N", help="whole number that --max-cells are drawn by (default: 0)"
+        )
 
 
 def selection_options(args: argparse.Namespace, *, has_seed: bool = True) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def add_counts_layer(parser: argparse.ArgumentParser) -> argparse.Action:
 def add_count_options(parser: argparse.ArgumentParser) -> None:
     """How counts are read: the arguments of every command that reads them; see ``count_options``."""
     parser.add_argument(
-        "--gene-column", metavar="NAME", help="column of var with gene ids; var_names for its row names"
+        "--gene-column",
+        metavar="NAME",
+        help="column of var with gene ids; var_names for its row names (default: ensembl_id, gene_ids, gene_id, "
+        "feature_id or ensembl, where var has one, else its row names)",
     )
     parser.add_argument("--allow-float", action="store_true", help="let TPM-like values that are no integers pass")
     parser.add_argument("--allow-duplicate-cells", action="store_true", help="let cells of equal names pass")
@@ -50,7 +53,8 @@ def add_count_options(parser: argparse.ArgumentParser) -> None:
         "--n-counts",
         default="auto",
         metavar="COLUMN",
-        help="total counts per cell: an obs column, 'computed', or 'auto' (n_counts where obs has it; the default)",
+        help="total counts per cell: an obs column, 'computed', or 'auto', which is n_counts where obs has it, else "
+        "computed (default: auto)",
     )
 
 
@@ -70,14 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; datasets.load_from_disk opens it")
     parser.add_argument("--dictionary", required=True, metavar="FOLDER", help="folder with the gene dictionaries")
-    parser.add_argument("--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries, if there are several")
+    parser.add_argument(
+        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries (default: the only ones in FOLDER)"
+    )
     parser.add_argument(
         "--obs",
         action="append",
         default=[],
         metavar="NEW=OLD",
         help="carry an obs column along; --obs cell_type=celltype. The names of cells always are, as obs_names, or "
-        "--obs barcode=obs_names",
+        "--obs barcode=obs_names (default: no column)",
     )
     parser.add_argument(
         "--max-len", type=int, metavar="N", help="most tokens per cell, CLS and EOS included (default: the model's)"
