@@ -396,8 +396,9 @@ print(json.dumps({"smallest": smallest, "peak": peak, "loaded": loaded, "is_clea
 """
 
 
-# All loops of int8 are compiled for half a minute; those of fp8 are a few of them.
-@pytest.mark.parametrize("scheme", [None, pytest.param("int8", marks=pytest.mark.slow), "fp8"])
+# All loops of int8 are compiled for half a minute. What a batch of fp8 takes is tested above, and in
+# kernels/test_operators.py that it is multiplied without them.
+@pytest.mark.parametrize("scheme", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8"))])
 def test_the_process_stays_below_the_smallest_budget_and_loads_what_it_needs(
     scheme: str | None, tmp_path: Path
 ) -> None:

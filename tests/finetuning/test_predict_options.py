@@ -261,7 +261,7 @@ OPTIONS: dict[str, tuple[Any, Callable[..., None]]] = {
 }
 
 
-@pytest.mark.parametrize(("option", "place"), in_turn(OPTIONS, PLACES, every=5))
+@pytest.mark.parametrize(("option", "place"), in_turn(OPTIONS, PLACES, every=8))
 def test_no_option_is_ignored(option: str, place: Place, at: Workplace) -> None:
     value, check = OPTIONS[option]
     check(at, place, **{option: value})

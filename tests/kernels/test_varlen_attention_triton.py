@@ -249,17 +249,19 @@ def test_dropout_seeds(device: str) -> None:
     a = run(qkv, d_out, cu_seqlens, dropout_p=0.5, seed=first)
     for x, again in zip(a, run(qkv, d_out, cu_seqlens, dropout_p=0.5, seed=first), strict=True):
         assert torch.equal(x, again)
-    assert not torch.equal(a[0], run(qkv, d_out, cu_seqlens, dropout_p=0.5, seed=second)[0])
+
+    def out(**dropout) -> torch.Tensor:
+        return varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, impl="triton", **dropout)
+
+    assert not torch.equal(a[0], out(dropout_p=0.5, seed=second))
     drawn = []
     for torch_seed in (0, 0, 1):
         torch.manual_seed(torch_seed)
-        drawn.append(run(qkv, d_out, cu_seqlens, dropout_p=0.5)[0])
+        drawn.append(out(dropout_p=0.5))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    plain = run(qkv, d_out, cu_seqlens)[0]
-    assert torch.equal(plain, run(qkv, d_out, cu_seqlens, dropout_p=0.0, seed=first)[0])
-    almost_nothing = run(qkv, d_out, cu_seqlens, dropout_p=1 - 1e-9)[0]
-    assert not almost_nothing.any()
+    assert torch.equal(out(), out(dropout_p=0.0, seed=first))
+    assert not out(dropout_p=1 - 1e-9).any()
 
 
 @pytest.mark.usefixtures("small_tiles")

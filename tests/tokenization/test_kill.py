@@ -85,9 +85,9 @@ def _killed_at_step(step, corpus, out, **options):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_killed_before_every_single_step(corpus, tmp_path, every):
-    """Before every fifth where that is no slow test: shards and their records are not written in five changes each."""
+    """Before every seventh where that is no slow test: shards and their records are not written in seven changes."""
     _tokenize(corpus, tmp_path / "whole")
     finished = folder_bytes(tmp_path / "whole")
     assert sum(name.endswith(".arrow") for name in finished) >= 3
@@ -115,7 +115,7 @@ def test_killed_while_overwriting(corpus, tmp_path):
     old = folder_bytes(tmp_path / "old")
     _tokenize(corpus, tmp_path / "new")
     new = folder_bytes(tmp_path / "new")
-    for step in range(0, 40, 5):
+    for step in range(0, 40, 7):
         out = tmp_path / f"over{step}"
         shutil.copytree(tmp_path / "old", out)
         _killed_at_step(step, corpus, out, overwrite=True)

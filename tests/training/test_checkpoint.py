@@ -7,11 +7,13 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import killed_run
 import numpy as np
@@ -127,10 +129,18 @@ def test_the_last_k_are_kept(ground: Ground, tmp_path: Path) -> None:
         ]
 
 
+@pytest.fixture(scope="module")
+def trained(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run that has ended, to be copied, and its history."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    return run, ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(ground: Ground, tmp_path: Path, file: str) -> None:
-    run = tmp_path / "run"
-    history = ground.fit(ground.model(), dataclasses.replace(SHORT, save_every=3), out=run)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
+    ground: Ground, trained: tuple[Path, Any], tmp_path: Path, file: str
+) -> None:
+    run, history = shutil.copytree(trained[0], tmp_path / "run"), trained[1]
     *_, before, last = checkpoints_in(run / "checkpoints")
     (last / file).write_bytes((last / file).read_bytes()[:40])
     with pytest.raises(CheckpointError, match=rf"{last.name}/{file}.*remove this checkpoint's folder"):
@@ -198,9 +208,10 @@ def test_random_states_that_are_none_are_refused_before_any_is_set(
 
 @pytest.mark.parametrize("wrong", ["kind", "missing", "shape", "dtype"])
 def test_moments_that_are_none_are_refused(
-    ground: Ground, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+    ground: Ground, trained: tuple[Path, Any], tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ground.fit(model := ground.model(), SHORT, out=tmp_path / "run")
+    model = ground.model()
+    shutil.copytree(trained[0], tmp_path / "run")
     *_, path = checkpoints_in(tmp_path / "run" / "checkpoints")
     monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
     moments = load_file(path / "optimizer.safetensors")

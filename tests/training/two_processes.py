@@ -19,7 +19,7 @@ from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.training.distributed import Ranks, process_group
 
 #: Of every run. Pieces are small, so that ranks have several, and not equally many.
-RUN = dict(device="cpu", epochs=2, batch_cells=10, token_budget=100, learning_rate=3e-3, progress=False)
+RUN = dict(device="cpu", epochs=2, batch_cells=16, token_budget=100, learning_rate=3e-3, progress=False)
 HELD_OUT = dict(eval_share=0.2)
 
 
