@@ -143,15 +143,19 @@ def test_an_encoder_whose_cells_see_each_other_is_not_timed(monkeypatch: pytest.
     assert "something else" in result["variants"]["full"]["left_out"]["ours"]
 
 
-def test_what_a_comparison_allows_lies_between_rounding_and_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", ["geneformer-v2-104m", "bionemo-106m"])
+def test_what_a_comparison_allows_lies_between_rounding_and_another_function(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a deep encoder: random weights that are not tame amplify rounding to 6 % (ours) and 12 % (stock)."""
     pytest.importorskip("transformers")
-    from bench.gpu.models import StockBert, in_half, packed_hidden, random_encoder
+    from bench.gpu.models import StockBert, StockPreNorm, in_half, packed_hidden, random_encoder
     from bench.gpu.providers.encoder import TOLERANCE
     from bench.gpu.workload import Mix, Workload
     from geneformer_fast import Encoder, EncoderConfig, encoder
 
-    config = EncoderConfig(24, 64, 4, 128, 97, 128)
+    sizes = dict(n_layers=24, width=64, n_heads=4, ff_width=128, vocab_size=97, max_len=128)
+    config = EncoderConfig.from_dict({**EncoderConfig.preset(preset).to_dict(), **sizes})
     model, load = random_encoder(config, CPU), Workload.of(config, Mix("uniform", 4, 1 << 30, low=20, high=128))
     (batch,) = load.packed(1 << 30, CPU)
 
@@ -162,7 +166,8 @@ def test_what_a_comparison_allows_lies_between_rounding_and_another_function(mon
     mean = hidden(model).mean(0)
     truth = hidden(model) - mean
     ours = hidden(in_half(model, torch.bfloat16)) - mean
-    stock = packed_hidden(StockBert(model, "sdpa").to(torch.bfloat16), load.padded(1 << 30, CPU), 4) - mean
+    rival = (StockBert(model, "sdpa") if config.norm == "post" else StockPreNorm(model)).to(torch.bfloat16)
+    stock = packed_hidden(rival, load.padded(1 << 30, CPU), len(load.cells)) - mean
     plain = encoder.attention_cells
 
     def one_cell(cu_seqlens: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -170,7 +175,6 @@ def test_what_a_comparison_allows_lies_between_rounding_and_another_function(mon
 
     monkeypatch.setattr(encoder, "attention_cells", one_cell)
     other = hidden(model) - mean
-    print(relative_error(ours, truth), relative_error(stock, truth), relative_error(other, truth))
     assert max(relative_error(ours, truth), relative_error(stock, truth)) < TOLERANCE["hidden"] / 2
     assert relative_error(other, truth) > 2 * TOLERANCE["hidden"]
 

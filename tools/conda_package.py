@@ -90,8 +90,8 @@ def build(out: Path, source: Path) -> rattler_build.Package:
     result = rendered.run_build(output_dir=channel, channels=[channel.as_uri()])
     package = rattler_build.Package.from_file(result.packages[0])
     for test in package.run_tests(channel=[channel.as_uri()]):
-        print("\n".join(test.output))
         if not test.success:
+            print("\n".join(test.output))
             raise RuntimeError(f"test {test.test_index} of {package.filename} failed")
     return package
 

@@ -7,6 +7,8 @@ whether an install without extras works: CI runs it on a fresh machine, the cond
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -76,7 +78,8 @@ def explain_commands() -> None:
     """``--help`` of every command: none may need an extra for that."""
     for name in COMMANDS:
         try:
-            main([name, "--help"])
+            with contextlib.redirect_stdout(io.StringIO()):
+                main([name, "--help"])
         except SystemExit as end:
             if end.code:
                 sys.exit(f"geneformer-fast {name} --help ended with exit code {end.code}")
