@@ -16,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast import __version__
+from geneformer_fast.checkpoints.hf import is_bert
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
+from geneformer_fast.finetuning.card import finetuned_card
 from geneformer_fast.finetuning.lora import Adapter, add_adapters, check_lora, merge_adapters, save_adapter
-from geneformer_fast.finetuning.models import freeze, save_classifier, scale_classifier, vocabulary_in, with_head
+from geneformer_fast.finetuning.models import CARD, freeze, save_classifier, scale_classifier, vocabulary_in, with_head
 from geneformer_fast.finetuning.outputs import (
     PREDICTIONS,
     RUN,
@@ -220,6 +223,8 @@ class Engine:
                 self._save(encoder, how)
             self._tidy("final")
         write_json(self.folder.path / SCORES, scores)
+        if self.folder.final.exists():
+            self._describe(scores)
         return Finetuned(self.folder.path, self.folder.final if self.folder.final.exists() else None, scores)
 
     def _fold(self, number: int, split: Split, *, is_final: bool) -> None:
@@ -307,6 +312,13 @@ class Engine:
             card["lora"] = {"rank": self._adapter.rank, "alpha": self._adapter.alpha}
             save_adapter(self._adapter, encoder, self.folder.adapter, self.source)
         save_classifier(encoder, self.folder.final, labels, card, vocabulary_in(self.source), base)
+
+    def _describe(self, scores: Mapping[str, Any]) -> None:
+        """The card of the final model, now that its scores are known."""
+        final = self.folder.final
+        about = read_json(final / CARD, OutputError)
+        card = finetuned_card(final, about, self.work.tokens, scores, self.source, is_bert=is_bert(self.base))
+        card.save(final)
 
     def _tidy(self, name: str) -> None:
         """Checkpoints of a finished fold have served their purpose."""

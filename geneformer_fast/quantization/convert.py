@@ -34,6 +34,7 @@ from geneformer_fast.files.streaming import TensorWriter, pieces
 from geneformer_fast.files.writing import followed, is_leftover, whole_folder
 from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.build import all_choices, hollow, layers_of, quantized_weight, row_factors
+from geneformer_fast.quantization.card import quantized_card
 from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.report import REPORT, Report
 
@@ -110,6 +111,7 @@ def quantize_folder(
             sizes, dtypes = (conversion.before, conversion.after), dtypes_of(conversion.encoder)
             report = Report.of(scheme, shown, *sizes, calibration, dtypes=dtypes)
             report.save(made)
+            quantized_card(out, report, folder, is_bert=hf.is_bert(conversion.encoder)).save(made)
     return report
 
 

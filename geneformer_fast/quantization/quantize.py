@@ -12,6 +12,7 @@ from torch import nn
 
 from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.checkpoints import load, save
+from geneformer_fast.checkpoints.hf import is_bert
 from geneformer_fast.checkpoints.mapping import Entry
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
@@ -20,6 +21,7 @@ from geneformer_fast.layers import check_compute_dtype
 from geneformer_fast.quantization.build import all_choices, quantized
 from geneformer_fast.quantization.calibrate import FLAGS
 from geneformer_fast.quantization.calibrate import calibrate as measured_on
+from geneformer_fast.quantization.card import quantized_card
 from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.convert import (
     alone_in,
@@ -163,6 +165,7 @@ def quantize(
         save(ours, unfinished)
         report = Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration, dtypes=dtypes_of(ours))
         report.save(unfinished)
+        quantized_card(out, report, folder, is_bert=is_bert(ours)).save(unfinished)
     return out
 
 

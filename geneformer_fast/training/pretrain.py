@@ -14,6 +14,7 @@ import torch
 
 from geneformer_fast.arguments import checked, with_new_names
 from geneformer_fast.checkpoints import hf, load, save
+from geneformer_fast.checkpoints.model_card import ModelCard
 from geneformer_fast.checkpoints.native import MODEL_TYPE
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.weights import CONFIG
@@ -27,6 +28,7 @@ from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
+from geneformer_fast.training.card import pretrained_card
 from geneformer_fast.training.cells import split_cells
 from geneformer_fast.training.checkpoint import whole_weights
 from geneformer_fast.training.distributed import Ranks, local_device, process_group
@@ -139,7 +141,7 @@ def pretrain(
         # Fresh weights are the seed's, which the recipe names; how torch draws them may differ between machines.
         begins_with = "fresh" if init is None else fingerprint_of_tensors(model.state_dict())
         with writing_alone(Path(out), ranks, place):
-            fit(
+            history = fit(
                 model.to(place),
                 folder,
                 MaskedGenes(TokenKinds.of(identity, model.config), how.masking),
@@ -155,7 +157,11 @@ def pretrain(
                 profile=profile,
             )
             vocabulary = _vocabulary_file(identity, init, config)
-            return _save_final(model, Path(out), vocabulary, ranks)
+            card = pretrained_card(
+                Path(out) / FINAL, model, folder, how, history, n_train=len(train_cells),
+                n_eval=len(eval_cells) if eval_cells is not None else 0 if other is None else other.n_cells, init=init,
+            )  # fmt: skip
+            return _save_final(model, Path(out), vocabulary, card, ranks)
 
 
 def recipe_of(
@@ -287,7 +293,7 @@ def _vocabulary_file(identity: Mapping[str, Any], *places: Any) -> Path | None:
     return None
 
 
-def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks) -> Path:
+def _save_final(model: Encoder, out: Path, vocabulary: Path | None, card: ModelCard, ranks: Ranks) -> Path:
     """The model's folder, there whole or not at all."""
     weights = whole_weights(model)
     path = out / FINAL
@@ -299,5 +305,6 @@ def _save_final(model: Encoder, out: Path, vocabulary: Path | None, ranks: Ranks
             save(plain, partial)
             if vocabulary is not None:
                 shutil.copyfile(vocabulary, partial / SAVED_FILE)
+            card.save(partial)
     ranks.barrier()
     return path
