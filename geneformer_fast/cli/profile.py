@@ -94,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.errors import UnsupportedError
+    from geneformer_fast.profiling.meters.silence import import_torch_quietly
+
+    import_torch_quietly()
     from geneformer_fast.profiling.scenarios.request import Request
 
     fields = Request.__dataclass_fields__

@@ -22,8 +22,8 @@ from geneformer_fast import Encoder, EncoderConfig, Ragged, quantize
 from geneformer_fast.profiling.figures import Ceilings, Missing, Operation
 from geneformer_fast.profiling.flops.needs import Need
 from geneformer_fast.profiling.meters import operations
-from geneformer_fast.profiling.meters.events import start_quietly
 from geneformer_fast.profiling.meters.operations import OperationWatch, Watched, with_needs
+from geneformer_fast.profiling.meters.silence import start_quietly
 
 LENGTHS = (5, 1, 17, 9)
 STEPS = 2

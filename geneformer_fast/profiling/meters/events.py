@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,23 +72,6 @@ class Place:
 
 
 _NOWHERE = Place()
-# Of Kineto, which torch's profiler is made of; errors are 4, and what begins and ends is one more.
-_LOG_LEVEL, _SILENT = "KINETO_LOG_LEVEL", "6"
-
-
-def start_quietly(profiler: Any) -> None:
-    """Start ``torch.profiler``, whose library otherwise writes a line to stderr whenever it begins and ends.
-
-    It looks at its variable once, when it is first used. Who has set it wants what it says.
-    """
-    if _LOG_LEVEL in os.environ:
-        profiler.start()
-        return
-    os.environ[_LOG_LEVEL] = _SILENT
-    try:
-        profiler.start()
-    finally:
-        del os.environ[_LOG_LEVEL]
 
 
 def read_events(recorded: Iterable[Any]) -> list[Event]:

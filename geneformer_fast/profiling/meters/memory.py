@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geneformer_fast.profiling.figures import KINDS, Alive, Figure, Memory, Missing, divided
 from geneformer_fast.profiling.meters.alive import Change, Known, Moment, Peak, peak_of
-from geneformer_fast.profiling.meters.events import MEMORY, Sorted, read_events, sorted_out, start_quietly
+from geneformer_fast.profiling.meters.events import MEMORY, Sorted, read_events, sorted_out
 from geneformer_fast.profiling.meters.resident import ResidentPeak
+from geneformer_fast.profiling.meters.silence import start_quietly
 
 #: Rows of what was alive; the rest of it is one more.
 MOST_ALIVE = 20

@@ -23,9 +23,9 @@ from geneformer_fast.profiling.meters.events import (
     parts_of_host,
     read_events,
     sorted_out,
-    start_quietly,
     totals,
 )
+from geneformer_fast.profiling.meters.silence import start_quietly
 
 #: Events of which a trace is written: 4 million take about 100 MB when compressed.
 MOST_EVENTS = 2_000_000
