@@ -162,6 +162,10 @@ def _add_training(parser: argparse.ArgumentParser, *, is_genes: bool) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
+    if args.profile:
+        from geneformer_fast.profiling.meters.silence import import_torch_quietly
+
+        import_torch_quietly()
     from geneformer_fast.finetuning.search import Search
 
     options: dict[str, Any] = {

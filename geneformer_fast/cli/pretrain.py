@@ -111,6 +111,10 @@ def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     import os
 
+    if args.profile:
+        from geneformer_fast.profiling.meters.silence import import_torch_quietly
+
+        import_torch_quietly()
     from geneformer_fast.training.history import StepRecord
     from geneformer_fast.training.pretrain import pretrain
 

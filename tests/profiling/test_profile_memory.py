@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from geneformer_fast.profiling.meters.events import MEMORY, Place
 from geneformer_fast.profiling.meters.memory import MemoryWatch
 from geneformer_fast.profiling.meters.resident import ResidentPeak, resident
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 1 << 20
 LINEAR, FEED, HEAD = Place("linear", 1, 0, "forward"), Place("feed_forward", 2, 0, "forward"), Place("head", 3)
 GELU_BACKWARD = Place("aten::gelu backward", 4, 0, "backward")
@@ -322,3 +326,25 @@ def test_records_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.parts["activations"] == 300
     assert found.parts["other"] == 200
     assert adds_up(found)
+
+
+def test_a_command_that_loads_torch_itself_says_nothing_of_memory_that_was_there_before() -> None:
+    """In a process of its own, since torch looks at its variable while it is loaded; which is as it was then."""
+    program = """
+from geneformer_fast.profiling.meters.silence import import_torch_quietly
+import_torch_quietly()
+import os, torch
+from geneformer_fast.profiling.meters.memory import MemoryWatch
+assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+before = torch.ones(1 << 16)
+with MemoryWatch(torch.nn.Linear(2, 2)) as watch:
+    del before
+print(watch.memory().peak_bytes > 0)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -36,8 +36,8 @@ def opened(request: Request) -> Iterator[Scenario]:
     request.check()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedError(
-            "geneformer-fast profile measures one process; several that train together are profiled by `pretrain "
-            "--profile FILE` under torchrun"
+            "geneformer-fast profile measures one process; several that train together are profiled under torchrun by "
+            "geneformer-fast pretrain --profile FILE, or by geneformer_fast.profile(model) around a loop of your own"
         )
     with threads(request.threads):
         if request.mode == TOKENIZE:
