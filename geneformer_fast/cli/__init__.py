@@ -25,6 +25,7 @@ from geneformer_fast import __version__
 from geneformer_fast.cli.answer import Answer, as_json
 from geneformer_fast.cli.logs import log_on_stderr
 from geneformer_fast.cli.options import Parser, Refused, add_common, twice_given
+from geneformer_fast.cli.stopping import one_interrupt_is_enough
 from geneformer_fast.errors import GeneformerFastError
 from geneformer_fast.files.checksums import unverified
 
@@ -137,7 +138,8 @@ def _run(args: argparse.Namespace) -> int:
     """Run a command, say what came of it, and return its exit code."""
     try:
         begin = perf_counter()
-        answer = _answer(args)
+        with one_interrupt_is_enough():
+            answer = _answer(args)
         if args.json:
             told = {"command": args.command, **answer.values}
             print(as_json({**told, "seconds": round(perf_counter() - begin, 3)}))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Of ``report.json``. It grows when a field changes its meaning; new fields do not change it.
 SCHEMA_VERSION = 1
+# Beyond all that is counted here.
+_MOST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,13 @@ class Report:
         Raises
         ------
         InputError
-            A field is missing or holds something else; or a later version wrote it.
+            A field is missing or holds something else; or another version wrote it, or nobody said which.
         """
-        version = value.get("schema_version") if isinstance(value, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise InputError(
-                f"{where} was written by a later version of geneformer-fast (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}); read it with that version"
-            )
-        return build(cls, value, where, InputError)
+        _check_versions(value, where)
+        found: Report = build(cls, value, where, InputError)
+        if (name := _too_large(value)) is not None:
+            raise InputError(f"{where}: {name} is larger than any count; correct it, or restore it from a good copy")
+        return found
 
     def to_frame(self) -> pandas.DataFrame:
         """Every figure in a row of its own, this report's and those of the engines it is compared with.
@@ -156,3 +156,33 @@ class Report:
             It is no report.
         """
         return cls.from_dict(read_json(Path(path), InputError), str(path))
+
+
+def _check_versions(value: Any, where: str) -> None:
+    """Refuse what another version wrote, of the report itself and of those it is compared with."""
+    if not isinstance(value, dict):
+        return  # which the schema says
+    if "schema_version" not in value:
+        raise InputError(f"{where}: schema_version is missing, so this is no report of geneformer-fast")
+    version = value["schema_version"]
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{where} was written by a later version of geneformer-fast (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}); read it with that version"
+        )
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise InputError(
+            f"{where}: there is no schema {version} of reports; correct it, or restore it from a good copy"
+        )
+    compared = value.get("compared")
+    for place, other in enumerate(compared if isinstance(compared, list) else ()):
+        _check_versions(other, f"{where}: compared.{place}")
+
+
+def _too_large(value: Any, name: str = "") -> str | None:
+    """The first whole number that no counter reaches, and no float holds."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (_too_large(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
+        return next((each for each in found if each is not None), None)
+    return name if isinstance(value, int) and abs(value) > _MOST else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -14,11 +15,12 @@ import torch
 from torch import nn
 
 from geneformer_fast.errors import GeneformerFastError, OutputError, ProfileError, UnsupportedError
-from geneformer_fast.profiling.loop.writing import check_place, reports_in
+from geneformer_fast.profiling.loop.writing import check_place, paths_of, reports_in
 from geneformer_fast.profiling.run import Run, profile
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 #: A label that asks for nothing.
 IGNORED = -100
 #: Name of the folder, in that of the run, that a report goes to where nobody names another place.
@@ -161,6 +163,9 @@ def profiled(
         run.__exit__(None, None, None)
     except (ProfileError, OutputError) as error:
         warnings.warn(f"there is no report of the training: {error}", stacklevel=3)
+        return
+    if ranks.is_first:
+        logger.info("how fast it trains is told in %s", paths_of(place)[-1])
 
 
 def _settings(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:

@@ -33,13 +33,32 @@ def _text(content: dict[str, Any]) -> None:
     content["cells"]["per_s"] = "many"
 
 
-def _later(content: dict[str, Any]) -> None:
-    content["schema_version"] = SCHEMA_VERSION + 1
+def _with_version(version: Any) -> Any:
+    return lambda content: content.update(schema_version=version)
+
+
+def _compared_with_a_later_one(content: dict[str, Any]) -> None:
+    content["compared"][0]["schema_version"] = SCHEMA_VERSION + 1
+
+
+def _beyond_counting(content: dict[str, Any]) -> None:
+    content["tokens"]["batches"][1][2] = 10**400
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(_without, "time.wall_s is missing"), (_text, "cells.per_s"), (_later, "later version")],
+    [
+        (_without, "time.wall_s is missing"),
+        (_text, "cells.per_s"),
+        (_with_version(SCHEMA_VERSION + 1), "was written by a later version"),
+        (_with_version(0), "there is no schema 0 of reports"),
+        (_with_version(-1), "there is no schema -1 of reports"),
+        (_with_version("1"), 'schema_version is "1"'),
+        (_with_version(None), "schema_version is null"),
+        (lambda content: content.pop("schema_version"), "schema_version is missing, so this is no report"),
+        (_compared_with_a_later_one, "compared.0 was written by a later version"),
+        (_beyond_counting, "tokens.batches.1.2 is larger than any count"),
+    ],
 )
 def test_what_is_no_report_is_refused(spoil: Any, said: str, tmp_path: Path) -> None:
     content = sample_report().to_dict()
@@ -47,6 +66,23 @@ def test_what_is_no_report_is_refused(spoil: Any, said: str, tmp_path: Path) -> 
     (tmp_path / "report.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=said):
         Report.load(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "[" * 10**5]
+)
+def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(damage: Any, tmp_path: Path) -> None:
+    path = sample_report().save(tmp_path / "report.json")
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=r"report\.json(: holds no JSON object| cannot be read)") as error:
+        Report.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_report_of_before_a_field_was_there_is_read(tmp_path: Path) -> None:
+    content = sample_report().to_dict()
+    del content["time"]["n_at_once"], content["cells"]["read_gbps"], content["tokens"]["n_real_squares"]
+    assert Report.from_dict(content).time.n_at_once == 1
 
 
 def test_figures_are_computed_with_or_say_why_not() -> None:

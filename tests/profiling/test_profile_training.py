@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -211,9 +212,13 @@ def test_bad_places_are_refused_before_anything_is_written(tokens: TokenFolder, 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_that_goes_on_keeps_the_report_that_is_there(tokens: TokenFolder, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_keeps_the_report_that_is_there(
+    tokens: TokenFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, options = model_of(tokens).config, {"recipe": RECIPE, "device": "cpu"}
-    pretrain(tokens, tmp_path / "run", config=config, profile=True, **options)
+    with caplog.at_level(logging.INFO, "geneformer_fast"):
+        pretrain(tokens, tmp_path / "run", config=config, profile=True, **options)
+    assert f"how fast it trains is told in {tmp_path / 'run' / FOLDER / 'report.html'}" in caplog.messages
     path = tmp_path / "run" / FOLDER / "report.json"
     before = path.read_bytes()
     with pytest.warns(UserWarning, match=r"report\.json is there already, of an earlier part of this run, and stays"):
