@@ -36,6 +36,7 @@ _HOME = {
     "profile": "geneformer_fast.profiling.run",
     "ProfilerCallback": "geneformer_fast.profiling.callback",
     "Report": "geneformer_fast.profiling.report",
+    "example_cells": "geneformer_fast.quickstart.example",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from geneformer_fast.profiling.report import Report
     from geneformer_fast.profiling.run import profile
     from geneformer_fast.quantization.quantize import quantize
+    from geneformer_fast.quickstart.example import example_cells
     from geneformer_fast.ragged import Ragged
     from geneformer_fast.tokenization.arrow import open_tokens
     from geneformer_fast.tokenization.medians import medians

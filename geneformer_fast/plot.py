@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +14,20 @@ import torch
 from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.files.writing import whole_file
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # UMAP takes minutes beyond this, and more points hide each other.
 MOST_CELLS = 20_000
 _LEAST_CELLS = 4
-MOST_CLASSES = 40
+
+#: The palette of Okabe and Ito, which people with any colour vision can tell apart, with a grey in place of black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#666666")
+#: Classes beyond the colours have them again in another shape.
+MARKERS = ("o", "^", "s", "D", "v")
+#: Classes with a look of their own. The smallest ones beyond that share one.
+MOST_CLASSES = len(COLORS) * len(MARKERS)
+INK, FAINT = "#222222", "#c4c4c4"
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -46,6 +57,7 @@ def plot_umap(
     path: str | os.PathLike[str],
     *,
     label: str | None = None,
+    title: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a picture of the UMAP of embeddings (McInnes et al., arXiv:1802.03426).
@@ -55,11 +67,14 @@ def plot_umap(
     embeddings
         [cells, C]; of more than 20,000 cells a seeded sample is drawn.
     labels
-        [cells] values to colour by: numbers on a scale, anything else as classes. None colours all alike.
+        [cells] values to colour by: numbers on a scale, anything else as classes, with their numbers of cells in the
+        legend. None colours all alike.
     path
         Picture to write; the suffix (.png, .pdf, .svg) decides the format. Missing folders are made.
     label
         What the colours mean.
+    title
+        What the embeddings are, above the picture; the number of cells follows it.
     seed
         Of the sample and of UMAP.
 
@@ -73,29 +88,72 @@ def plot_umap(
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from umap import UMAP
 
     path = Path(path)
     n_cells = len(embeddings)
     sample = np.arange(n_cells)
     if n_cells > MOST_CELLS:
         sample = np.sort(np.random.default_rng(seed).choice(n_cells, MOST_CELLS, replace=False))
-    check_enough(n_cells)
-    neighbours = min(15, len(sample) - 1)
-    init = "spectral" if len(sample) > 20 else "random"
-    # n_jobs=1 is what a fixed seed means to UMAP; said here, it does not warn about it.
-    with _threads_kept():
-        points = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1).fit_transform(embeddings[sample])
+    points = umap_points(embeddings[sample], seed=seed)
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = f"{len(sample):,} of {n_cells:,} cells" if len(sample) < n_cells else f"{n_cells:,} cells"
     _scatter(axes, points, None if labels is None else labels[sample], label)
-    axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title=shown)
+    axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+    axes.set_title(f"{title}, {shown}" if title else shown, fontsize="medium", wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return path
+
+
+def umap_points(embeddings: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """[cells, 2] coordinates by UMAP; torch keeps its number of threads."""
+    from umap import UMAP
+
+    check_enough(len(embeddings))
+    neighbours = min(15, len(embeddings) - 1)
+    init = "spectral" if len(embeddings) > 20 else "random"
+    # n_jobs=1 is what a fixed seed means to UMAP; said here, it does not warn about it.
+    with _threads_kept():
+        umap = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1)
+        return np.asarray(umap.fit_transform(embeddings))
+
+
+def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, *, size: float) -> list[Any]:
+    """Draw points [cells, 2] in a colour and shape for each class.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    points, labels
+        Of the cells.
+    size
+        Area of a point, in square points.
+
+    Returns
+    -------
+    list
+        What a legend shows, ``NAME (cells)`` in the order of the names. Where there are too many classes to tell apart,
+        the smallest ones are drawn in one grey and stand at the end.
+    """
+    names, codes, counts = np.unique(labels.astype(str), return_inverse=True, return_counts=True)
+    large = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
+    looks = {code: (COLORS[i % len(COLORS)], MARKERS[i // len(COLORS)]) for i, code in enumerate(large)}
+    drawn = {}
+    style = {"s": size, "linewidths": 0, "alpha": 0.85}
+    rest = ~np.isin(codes, large)
+    if rest.any():
+        shown = f"{len(names) - len(large):,} smaller ones ({rest.sum():,})"
+        drawn[len(names)] = axes.scatter(*points[rest].T, color=FAINT, marker=".", label=shown, **style)
+    # Large classes first, so that rare ones are drawn on top of them.
+    for code in sorted(large, key=lambda code: -counts[code]):
+        color, marker = looks[code]
+        shown = f"{names[code]} ({counts[code]:,})"
+        drawn[code] = axes.scatter(*points[codes == code].T, color=color, marker=marker, label=shown, **style)
+    return [drawn[code] for code in sorted(drawn)]
 
 
 @contextmanager
@@ -112,30 +170,23 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def _scatter(axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:  # type: ignore[no-untyped-def]
+def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:
     size = float(np.clip(40_000 / len(points), 2, 30))
-    style = {"s": size, "linewidths": 0, "alpha": 0.8}
     if labels is None:
-        axes.scatter(*points.T, color="tab:blue", **style)
+        axes.scatter(*points.T, color=COLORS[0], s=size, linewidths=0, alpha=0.8)
         return
     if np.issubdtype(np.asarray(labels).dtype, np.number):
-        colored = axes.scatter(*points.T, c=labels, cmap="viridis", **style)
+        colored = axes.scatter(*points.T, c=labels, cmap="viridis", s=size, linewidths=0, alpha=0.8)
         axes.figure.colorbar(colored, label=label)
         return
-    import matplotlib
-
-    names, codes, counts = np.unique(labels.astype(str), return_inverse=True, return_counts=True)
-    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "turbo"]
-    for code, name in enumerate(names):
-        at = codes == code
-        color = colors(code if len(names) <= 20 else code / (len(names) - 1))
-        shown = f"{name} ({counts[code]:,})" if code < MOST_CLASSES else "_"
-        axes.scatter(*points[at].T, color=color, label=shown, **style)
+    drawn = draw_classes(axes, points, labels, size=size)
     axes.legend(
+        handles=drawn,
         title=label,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
         frameon=False,
         fontsize="small",
         markerscale=(30 / size) ** 0.5,
+        ncols=1 + (len(drawn) > 25),
     )

@@ -240,7 +240,7 @@ def embed(
         if pictures:
             shown = embeddings[cells.rows] if target is None else read_cells(target.path, cells.rows, key)
         if plot is not None:
-            plot_umap(shown, labels, plot, label=color)
+            plot_umap(shown, labels, plot, label=color, title=said_of(provenance))
         if heatmap is not None:
             assert labels is not None
             plot_heatmap(shown, labels, heatmap, label=str(color), title=said_of(provenance))
