@@ -32,11 +32,11 @@ REQUIRED = {
 }
 OPTIONAL = {
     "zarr": ("zarr", "reading .zarr"),
-    "transformers": ("hf", "comparing with Hugging Face models"),
+    "transformers": ("hf", "comparing with Hugging Face models, quickstart"),
     "datasets": ("hf", "opening token folders with load_from_disk"),
     "matplotlib": ("plot", "pictures, quickstart"),
-    "umap-learn": ("plot", "embed --plot"),
-    "scikit-learn": ("plot", "baselines and classifiers of quickstart"),
+    "umap-learn": ("plot", "embed --plot, quickstart"),
+    "scikit-learn": ("train", "scores of fine-tuning"),
     "pandas": ("train", "tables of training runs"),
     "pytest": ("dev", "tests"),
 }

@@ -143,7 +143,7 @@ def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, *, size: fl
     large = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
     looks = {code: (COLORS[i % len(COLORS)], MARKERS[i // len(COLORS)]) for i, code in enumerate(large)}
     drawn = {}
-    style = {"s": size, "linewidths": 0, "alpha": 0.85}
+    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85}
     rest = ~np.isin(codes, large)
     if rest.any():
         shown = f"{len(names) - len(large):,} smaller ones ({rest.sum():,})"
@@ -173,10 +173,10 @@ def _threads_kept() -> Iterator[None]:
 def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:
     size = float(np.clip(40_000 / len(points), 2, 30))
     if labels is None:
-        axes.scatter(*points.T, color=COLORS[0], s=size, linewidths=0, alpha=0.8)
+        axes.scatter(points[:, 0], points[:, 1], color=COLORS[0], s=size, linewidths=0, alpha=0.8)
         return
     if np.issubdtype(np.asarray(labels).dtype, np.number):
-        colored = axes.scatter(*points.T, c=labels, cmap="viridis", s=size, linewidths=0, alpha=0.8)
+        colored = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", s=size, linewidths=0, alpha=0.8)
         axes.figure.colorbar(colored, label=label)
         return
     drawn = draw_classes(axes, points, labels, size=size)

@@ -1,155 +1,31 @@
-"""The quickstart: cells that look like cells, training that learns, and the whole tour at a small scale."""
+"""The quickstart: the same cells and the same fine-tuning through stock transformers and ours, at a small scale."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
+import shutil
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from pictures import n_colors, pixels
 from scipy import sparse
+from small_tour import made_up_comparison
 from toys import draw_without_umap
 
 import geneformer_fast
 from geneformer_fast import cli
-from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.quickstart import evaluate, synthetic, train
+from geneformer_fast.errors import GeneformerFastError, OutputError, UnsupportedError
+from geneformer_fast.quickstart import finetune, side_by_side, stock, weights
 from geneformer_fast.quickstart.run import quickstart
-from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.training.loop import fit
+from geneformer_fast.quickstart.tour import WORK, Work
 
-pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 
-
-@pytest.fixture(scope="module")
-def cells() -> anndata.AnnData:
-    return synthetic.synthetic_cells(synthetic.Recipe(n_cells=1200), seed=3)
-
-
-class TestCells:
-    def test_shape_and_columns(self, cells):
-        assert cells.shape == (1200, 1000)
-        assert {"cell_type", "lineage", "donor", "batch", "n_counts", "filter_pass"} <= set(cells.obs)
-        assert cells.obs["cell_type"].nunique() == 8
-        assert cells.obs["donor"].nunique() == 10
-        assert cells.obs_names.is_unique
-        # A donor's cells were all processed in one batch.
-        assert cells.obs.groupby("donor", observed=True)["batch"].nunique().max() == 1
-
-    def test_ids_look_like_ensembl_and_are_no_real_ones(self, cells):
-        ids = cells.var["ensembl_id"]
-        assert ids.str.fullmatch(r"ENSG\d{11}").all()
-        assert ids.is_unique
-        assert (ids.str[4:].astype(np.int64) > 10_000_000_000).all()
-
-    def test_counts_are_whole_sparse_and_sum_to_n_counts(self, cells):
-        assert (cells.X.data == np.floor(cells.X.data)).all()
-        assert cells.X.data.min() > 0
-        np.testing.assert_array_equal(np.asarray(cells.X.sum(1)).ravel(), cells.obs["n_counts"])
-        assert 0.1 < cells.X.nnz / np.prod(cells.shape) < 0.6
-
-    def test_means_span_orders_of_magnitude(self, cells):
-        means = np.asarray(cells.X.mean(0)).ravel()
-        low, high = np.percentile(means, [1, 99.5])
-        assert high / max(low, 1e-3) > 1000
-
-    def test_library_sizes_are_log_normal(self, cells):
-        logs = np.log(cells.obs["n_counts"])
-        assert 0.3 < logs.std() < 0.7
-        assert abs(logs.mean() - logs.median()) < 0.1
-
-    def test_counts_vary_more_than_poisson(self, cells):
-        same_type = cells[cells.obs["cell_type"] == "CD4 T-like"].X.toarray()
-        means, variances = same_type.mean(0), same_type.var(0)
-        is_expressed = means > 1
-        assert np.median(variances[is_expressed] / means[is_expressed]) > 1.3
-
-    def test_markers_mark(self, cells):
-        scaled = cells.X.toarray() / cells.obs["n_counts"].to_numpy()[:, None]
-        for name in cells.obs["cell_type"].cat.categories:
-            genes = (cells.var["role"] == f"marker:{name}").to_numpy()
-            is_own = (cells.obs["cell_type"] == name).to_numpy()
-            assert scaled[is_own][:, genes].mean() > 1.5 * scaled[~is_own][:, genes].mean(), name
-
-    def test_the_seed_decides(self):
-        recipe = synthetic.Recipe(n_cells=120)
-        first, same, other = (synthetic.synthetic_cells(recipe, seed=seed) for seed in (1, 1, 2))
-        assert (first.X != same.X).nnz == 0
-        assert (first.X != other.X).nnz > 0
-
-    def test_types_can_be_told_apart_but_not_trivially(self, cells):
-        labels = cells.obs["cell_type"].astype(str).to_numpy()
-        is_held_out = evaluate.hold_out(cells.obs["donor"].astype(str).to_numpy(), 3)
-        score = evaluate.score_features(evaluate.pca_features(cells.X, is_held_out), labels, is_held_out)
-        majority = evaluate.score_majority(labels, is_held_out)
-        assert majority.accuracy < 0.35
-        assert 0.8 < score.accuracy < 0.99
-
-
-class TestHoldingOut:
-    def test_whole_donors_are_held_out(self):
-        donors = np.array(["a", "b", "c", "d"] * 5)
-        is_held_out = evaluate.hold_out(donors, 2, seed=1)
-        assert set(donors[is_held_out]).isdisjoint(donors[~is_held_out])
-        assert len(set(donors[is_held_out])) == 2
-
-    def test_majority_score_by_hand(self):
-        labels = np.array(["x", "x", "x", "y", "x", "y"])
-        score = evaluate.score_majority(labels, np.array([False] * 4 + [True] * 2))
-        assert score.accuracy == 0.5
-        # F1 of x is 2 * 1 / (2 * 1 + 1) = 2/3, of y 0.
-        assert score.macro_f1 == pytest.approx(1 / 3)
-
-    def test_nothing_of_held_out_cells_reaches_the_classifier(self):
-        rng = np.random.default_rng(0)
-        features, labels = rng.normal(size=(200, 5)), rng.integers(2, size=200).astype(str)
-        is_held_out = np.arange(200) >= 100
-        features[is_held_out] += 1e6 * (labels[is_held_out] == "1")[:, None]
-        assert evaluate.score_features(features, labels, is_held_out).accuracy < 0.7
-
-
-@pytest.fixture(scope="module")
-def two_kinds(tmp_path_factory) -> TokenFolder:
-    """Cells of two kinds over 40 genes: the first kind expresses half of them, the second the other half."""
-    rng = np.random.default_rng(0)
-    counts = np.zeros((200, 40), dtype=np.float32)
-    for i, row in enumerate(counts):
-        row[20 * (i % 2) + rng.permutation(20)[:12]] = rng.permutation(12) + 1
-    genes = [f"ENSG{90_000_000_000 + i:011d}" for i in range(40)]
-    words = geneformer_fast.Vocabulary.from_medians(dict.fromkeys(genes, 1.0), name="two-kinds")
-    adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=genes))
-    return geneformer_fast.tokenize(adata, tmp_path_factory.mktemp("kinds") / "t", dictionary=words, progress=False)
-
-
-class TestTraining:
-    def test_the_loss_falls_below_guessing_by_frequency_when_genes_go_together(self, two_kinds):
-        recipe = dataclasses.replace(train.RECIPE, steps=150, batch_cells=20, learning_rate=5e-3)
-        config = geneformer_fast.EncoderConfig(
-            2, 32, 2, 64, 44, 16, dropout=0.0, attention_dropout=0.0, vocabulary="two-kinds"
-        )
-        torch.manual_seed(0)
-        model = geneformer_fast.Encoder(config, head="mlm")
-        seen, unseen = np.arange(160), np.arange(160, 200)
-        # Frequency knows 40 genes, log 40 = 3.7 nats; who has understood a cell's kind is left with its 20, 3.0.
-        by_frequency = train.frequency_loss(model, two_kinds, seen, unseen)
-        assert by_frequency == pytest.approx(np.log(40), abs=0.1)
-        assert train.held_out_loss(model, two_kinds, unseen, recipe) > by_frequency - 0.1
-        objective = train.objective_of(model, two_kinds, recipe)
-        fit(model, two_kinds, objective, recipe, train_cells=seen)
-        assert train.held_out_loss(model, two_kinds, unseen, recipe) < by_frequency - 0.3
-
-    def test_the_thread_count_comes_back(self, two_kinds):
-        model = geneformer_fast.Encoder(
-            geneformer_fast.EncoderConfig(1, 16, 1, 16, 44, 16, vocabulary="two-kinds"), "mlm"
-        )
-        before = torch.get_num_threads()
-        with train.best_threads(model, two_kinds, np.arange(60), train.RECIPE) as n_threads:
-            assert torch.get_num_threads() == n_threads
-        assert torch.get_num_threads() == before
-        assert all(parameter.grad is None for parameter in model.parameters())
+SMALL = Work(n_cells=50, n_compared=6, n_layers=2, width=32, n_heads=2, ff_width=32, steps=3, batch_cells=3)
 
 
 @pytest.fixture(scope="module")
@@ -158,57 +34,199 @@ def tour(tmp_path_factory):
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         draw_without_umap(patch)
-        summary = quickstart(out, n_cells=300, max_seconds=3, say=lines.append)
-    return out, summary, "\n".join(lines)
+        report = quickstart(out, work=SMALL, say=lines.append)
+    return out, report, "\n".join(lines)
 
 
 class TestTour:
     def test_it_leaves_what_it_promises(self, tour):
-        out, summary, text = tour
-        assert summary == json.loads((out / "summary.json").read_text())
-        assert summary["is_finished"] is True
-        assert (out / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-        assert (out / "quickstart.png").stat().st_size > 20_000
-        for name in ("cells.h5ad", "tokens", "vocabulary", "model", "embeddings.npy"):
+        out, report, text = tour
+        assert report == json.loads((out / "report.json").read_text())
+        assert report["is_finished"] is True
+        for name in ("cells.h5ad", "tokens", "vocabulary", "model", "embeddings.npy", "embeddings.cells.parquet"):
             assert (out / name).exists(), name
+        assert n_colors(pixels(out / "quickstart.png")) > 8
         assert "[7/7]" in text
         assert "geneformer-fast tokenize" in text
 
-    def test_the_loss_fell_and_is_shown(self, tour):
-        _, summary, text = tour
-        losses = summary["losses_nats"]
-        assert losses["trained"] < losses["untrained"] - 0.1
-        assert f"{losses['trained']:.2f} after" in text
+    def test_the_embeddings_are_those_of_stock_transformers(self, tour):
+        out, report, text = tour
+        from transformers import BertModel
 
-    def test_scores_stand_beside_baselines(self, tour):
-        _, summary, text = tour
-        scores = summary["scores"]
-        assert set(scores) >= {"majority class", "untrained encoder", "encoder", "PCA of log counts"}
-        assert scores["encoder"]["accuracy"] > scores["majority class"]["accuracy"]
-        for name, score in scores.items():
-            (line,) = (line for line in text.splitlines() if line.strip().startswith(name))
-            assert f"{score['accuracy']:.3f}" in line
-            assert f"{score['macro_f1']:.3f}" in line
+        rows = np.arange(6)
+        with geneformer_fast.open_tokens(out / "tokens") as tokens:
+            values, bounds = tokens.read(rows)
+        cells = np.split(values, bounds[1:-1])
+        model = BertModel.from_pretrained(out / "model", add_pooling_layer=False).eval()
+        witness = stock.stock_embeddings(model, cells, batch_size=1)
+        ours = geneformer_fast.embed(
+            out / "tokens", geneformer_fast.load(out / "model", dtype="float32"), pool="cls", layer="last"
+        )[rows]
+        told = report["embedding"]
+        assert np.abs(ours - witness).max() < 1e-4
+        assert told["largest_difference"] < 1e-4
+        # What is said is what was measured, not a number that always stands there.
+        assert told["largest_value"] == pytest.approx(np.abs(witness).max(), rel=1e-4)
+        assert f"{told['largest_difference']:.1e}" in text
+        assert told["n_tokens"] == sum(map(len, cells))
 
-    def test_speeds_are_numbers(self, tour):
-        assert all(speed > 0 for speed in tour[1]["speed"].values())
+    def test_ratios_are_of_what_was_measured(self, tour):
+        _, report, text = tour
+        told = report["embedding"]
+        measured = told["measured"]
+        assert {"extractor", "stock", "ours"} <= set(measured)
+        ours = list(measured.values())[-1]
+        for name in ("extractor", "stock"):
+            assert told["times_faster"][name] == ours["cells_per_s"] / measured[name]["cells_per_s"]
+            assert told["times_smaller"][name] == measured[name]["peak_bytes"] / ours["peak_bytes"]
+            assert f"{told['times_faster'][name]:.1f} times as fast as {measured[name]['what']}" in text
+        for each in measured.values():
+            assert 50e6 < each["peak_bytes"] < 8e9
+            (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{each['what']}  "))
+            assert f"{each['cells_per_s']:.1f}" in line
+            assert f"{each['peak_bytes'] / 1e6:,.0f} MB" in line
+
+    def test_both_trainings_have_the_same_losses(self, tour):
+        _, report, text = tour
+        told = report["finetuning"]
+        assert len(told["losses"]) == len(told["stock_losses"]) == SMALL.steps
+        assert max(np.abs(np.subtract(told["losses"], told["stock_losses"]))) == told["largest_difference"] < 1e-3
+        assert told["times_faster"] == told["stock_seconds"] / told["seconds"]
+        assert f"{told['stock_seconds']:.1f} s" in text
+        assert f"{told['times_faster']:.1f} times as fast" in text
+
+    def test_the_finetuned_model_names_lineages(self, tour):
+        out = tour[0]
+        adata = anndata.read_h5ad(out / "cells.h5ad")
+        geneformer_fast.predict(adata, out / "finetuned" / "final", dtype="float32")
+        assert set(adata.obs["lineage_predicted"]) <= set(adata.obs["lineage"].cat.categories)
+        np.testing.assert_allclose(adata.obsm["lineage_probabilities"].sum(1), 1, rtol=1e-5)
+
+    def test_the_model_tells_types_apart_though_nobody_trained_it(self, tour):
+        """A neighbour is of the same lineage far more often than by chance (half of the cells are T cells)."""
+        out = tour[0]
+        lineage = anndata.read_h5ad(out / "cells.h5ad").obs["lineage"].to_numpy()
+        embeddings = np.load(out / "embeddings.npy")
+        apart = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1) + np.diag(np.full(50, np.inf))
+        assert (lineage[apart.argmin(1)] == lineage).mean() > 0.75
+
+    def test_cells_are_whole_and_their_types_go_along(self, tour):
+        out, report, _ = tour
+        assert report["cells"]["n_cells"] == 50
+        with geneformer_fast.open_tokens(out / "tokens") as tokens:
+            assert {"cell_type", "lineage"} <= set(tokens.columns)
+            assert len(set(tokens.column("cell_type").to_pylist())) == 10
 
     def test_the_model_and_its_vocabulary_load_and_agree(self, tour):
         out = tour[0]
-        model = geneformer_fast.load(out / "model")
-        vocabulary = geneformer_fast.Vocabulary.from_folder(out / "model")
-        model.config.check_vocabulary(vocabulary.identity())
-        assert model.config.vocab_size == vocabulary.n_tokens
+        for folder in (out / "model", out / "finetuned" / "final"):
+            model = geneformer_fast.load(folder)
+            vocabulary = geneformer_fast.Vocabulary.from_folder(folder)
+            model.config.check_vocabulary(vocabulary.identity())
+            assert model.config.vocab_size == vocabulary.n_tokens
 
-    def test_a_second_tour_replaces_the_first_and_keeps_what_is_not_its_own(self, tour, monkeypatch):
-        draw_without_umap(monkeypatch)
+    def test_work_is_fixed(self, tour):
+        assert tour[1]["work"] == {**{name: getattr(SMALL, name) for name in vars(SMALL)}, "seed": 0}
+        assert WORK.n_cells == 500
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()
+
+
+class TestStock:
+    def test_batches_and_padding_change_nothing(self, model):
+        rng = np.random.default_rng(0)
+        cells = [rng.integers(1, 50, size=length) for length in (3, 1, 17, 9, 30)]
+        with torch.inference_mode():
+            alone = [model.bert(torch.as_tensor(cell)[None]).last_hidden_state[0, 0].numpy() for cell in cells]
+        for size in (1, 2, 5):
+            np.testing.assert_allclose(
+                stock.extractor_embeddings(model, cells, batch_size=size), alone, atol=1e-5, err_msg=str(size)
+            )
+            np.testing.assert_allclose(
+                stock.stock_embeddings(model.bert, cells, batch_size=size), alone, atol=1e-5, err_msg=str(size)
+            )
+
+    def test_logits_decide_the_extractors_batches(self):
+        lengths = np.array([10, 1000])
+        assert stock.logits_bytes(100, lengths, 10_000) == 100 * 1000 * 10_000 * 4
+        assert stock.extractor_batch_size(lengths, 10_000, 1 << 30) == 26
+        assert stock.extractor_batch_size(lengths, 10_000, 1 << 40) == 100
+        assert stock.extractor_batch_size(lengths, 10_000, 1) == 1
+
+
+class TestSchedule:
+    def test_every_cell_comes_before_one_comes_again(self):
+        batches = list(finetune.Schedule(steps=20, batch_cells=3, learning_rate=1.0).batches(30))
+        assert len(batches) == 20
+        assert all(len(batch) == 3 for batch in batches)
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches[:10])), np.arange(30))
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches[10:])), np.arange(30))
+        assert not np.array_equal(batches[0], batches[10])
+
+    def test_cells_of_a_large_step_come_again_within_it(self):
+        (batch,) = finetune.Schedule(steps=1, batch_cells=7, learning_rate=1.0).batches(3)
+        assert len(batch) == 7
+
+
+class TestWeights:
+    def test_genes_that_go_together_point_together(self):
+        rng = np.random.default_rng(0)
+        first, second = rng.poisson(20, (40, 3)), rng.poisson(20, (40, 3))
+        first[:20] += 200
+        second[20:] += 200
+        vectors = weights.gene_vectors(sparse.csr_matrix(np.hstack([first, second]).astype(np.float32)), 2)
+        assert vectors.shape == (6, 2)
+        assert np.square(vectors).mean() == pytest.approx(1, rel=1e-5)
+        # The first component is what tells the two groups of cells apart.
+        side = np.sign(vectors[:, 0])
+        assert abs(side[:3].sum()) == abs(side[3:].sum()) == 3
+        assert side[0] != side[3]
+
+    def test_tokens_of_an_average_cell_add_up_to_nothing(self, tour):
         out = tour[0]
+        counts = anndata.read_h5ad(out / "cells.h5ad")
+        model = geneformer_fast.load(out / "model", dtype="float32")
+        with geneformer_fast.open_tokens(out / "tokens") as tokens:
+            values, bounds = tokens.read(np.arange(counts.n_obs))
+        cells = geneformer_fast.Ragged.from_cells(list(np.split(values, bounds[1:-1])))
+        with torch.inference_mode():
+            states = model(cells, layer="embeddings").values
+        genes = np.flatnonzero(values > 3)  # without CLS and EOS
+        assert states[genes].mean(0).abs().max() < 0.02
+        assert states[genes].std(0).min() > 0.1
+
+
+def test_a_process_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    with pytest.raises(GeneformerFastError, match=r"embedding with transformers as in Geneformer's extractor failed"):
+        side_by_side.compare(tmp_path, tmp_path, [np.arange(3)], 50, tmp_path, device="cpu", auto="float32")
+
+
+def test_a_second_tour_replaces_the_first_and_keeps_what_is_not_its_own(tmp_path, monkeypatch):
+    from geneformer_fast.quickstart import run
+
+    monkeypatch.setattr(run, "_tour", lambda tour: {"seed": tour.seed})  # the tour itself is shown above
+    for name in ("summary.json", "report.json"):
+        out = tmp_path / name
+        (out / "tokens").mkdir(parents=True)
+        (out / name).write_text('{"made_by": "geneformer-fast quickstart"}')
         (out / "notes.txt").write_text("mine")
         (out / "tokens" / "stale").write_text("")
-        summary = quickstart(out, n_cells=120, max_seconds=1, say=lambda line: None)
-        assert summary["cells"]["n_cells"] == 120
+        assert quickstart(out, n_cells=60, seed=3, say=lambda line: None) == {"seed": 3}
         assert (out / "notes.txt").read_text() == "mine"
-        assert not (out / "tokens" / "stale").exists()
+        assert not (out / "tokens").exists()
+        assert json.loads((out / "report.json").read_text())["is_finished"] is False
+        assert not (out / "summary.json").exists()
 
 
 @pytest.mark.parametrize("content", [None, "not json", "[]", '{"made_by": "somebody else"}'])
@@ -216,21 +234,31 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path, content, 
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "precious").write_text("data")
     if content is not None:
-        (tmp_path / "summary.json").write_text(content)
+        (tmp_path / "report.json").write_text(content)
     with pytest.raises(OutputError, match="did not make"):
-        quickstart(tmp_path, n_cells=120)
+        quickstart(tmp_path)
     assert (tmp_path / "tokens" / "precious").read_text() == "data"
     assert cli.main(["quickstart", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_file_in_the_way_and_too_few_cells_are_refused(tmp_path):
+def test_a_file_in_the_way_and_wrong_numbers_of_cells_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         quickstart(tmp_path / "file")
-    with pytest.raises(UnsupportedError, match="--cells 5: too few"):
-        quickstart(tmp_path / "new", n_cells=5)
+    for n_cells in (5, 501):
+        with pytest.raises(UnsupportedError, match=f"--cells {n_cells}: the example has 500 cells"):
+            quickstart(tmp_path / "new", n_cells=n_cells)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_missing_is_said_with_its_extra(tmp_path, monkeypatch):
+    from geneformer_fast.quickstart import run
+
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in ("umap", "transformers") else object())
+    with pytest.raises(UnsupportedError, match=re.escape("needs umap and transformers")) as caught:
+        quickstart(tmp_path / "new")
+    assert "geneformer-fast[hf,plot]" in str(caught.value)
 
 
 def test_two_tours_at_once_and_hidden_files(tmp_path, capsys, monkeypatch):
@@ -238,11 +266,33 @@ def test_two_tours_at_once_and_hidden_files(tmp_path, capsys, monkeypatch):
     from geneformer_fast.quickstart import run
 
     (tmp_path / ".DS_Store").write_text("")
-    (tmp_path / ".summary.json.partial").write_text("{")
+    (tmp_path / ".report.json.partial").write_text("{")
     with folder_lock(tmp_path):
         assert cli.main(["quickstart", "--out", str(tmp_path), "--cells", "120"]) == 2
     said = capsys.readouterr().err
     assert "being written by another process" in said
     assert said.count("\n") == 1
-    monkeypatch.setattr(run, "_tour", lambda out, *_: {"begun in": out})  # the tour itself is shown above
-    assert quickstart(tmp_path, n_cells=120, max_seconds=1, say=lambda line: None) == {"begun in": tmp_path}
+    monkeypatch.setattr(run, "_tour", lambda tour: {"begun in": tour.out})
+    assert quickstart(tmp_path, n_cells=120, say=lambda line: None) == {"begun in": tmp_path}
+
+
+def test_the_picture_needs_no_display_and_has_both_colours_of_bars(tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    from geneformer_fast.quickstart.picture import Panels, draw
+
+    draw_without_umap(monkeypatch)
+    rng = np.random.default_rng(0)
+    trained = finetune.Trained([2.0, 1.0], [2.0, 1.0], 3.0, 1.0)
+    panels = Panels(
+        embeddings=rng.normal(size=(30, 4)),
+        labels=np.array(["T", "B", "NK"] * 10),
+        model="model",
+        pool="pool",
+        comparison=made_up_comparison(),
+        trained=trained,
+        machine="machine",
+    )
+    draw(panels, tmp_path / "picture.png")
+    image = pixels(tmp_path / "picture.png")
+    assert image.shape[1] == 1800
+    assert n_colors(image) >= 3

@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from toys import draw_without_umap
+from small_tour import small_tour
 
 pytest.importorskip("sklearn")
 
@@ -41,12 +41,8 @@ COMMANDS = [line for line in command_lines() if not line.startswith(INSTALL)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the quickstart has run, small."""
-    from geneformer_fast.quickstart.run import quickstart
-
     where = tmp_path_factory.mktemp("reader")
-    with pytest.MonkeyPatch.context() as patch:
-        draw_without_umap(patch)
-        quickstart(where / "quickstart", n_cells=200, max_seconds=1, say=lambda line: None)
+    small_tour(where / "quickstart")
     return where
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +71,7 @@ def draw_without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = ModuleType("umap")
     module.UMAP = FirstTwo
+    module.__spec__ = ModuleSpec("umap", None)  # who looks whether it is installed finds it
     monkeypatch.setitem(sys.modules, "umap", module)
 
 

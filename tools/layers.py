@@ -63,6 +63,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "transformers": (
         *(f"{FAST}.drop_in", f"{FAST}.checkpoints.hf", f"{FAST}.profiling.callback", f"{FAST}.profiling.compare"),
+        f"{FAST}.quickstart",
     ),
     "datasets": (f"{FAST}.drop_in",),
     "anndata": (

@@ -1,4 +1,4 @@
-"""``geneformer-fast quickstart``: the whole way from counts to cell types, offline, in a minute or two."""
+"""``geneformer-fast quickstart``: real cells, stock transformers beside us, and a fine-tuning, offline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from geneformer_fast.cli.answer import Answer
 
 NAME = "quickstart"
-HELP = "see everything work on synthetic cells, offline: tokens, a small trained model, embeddings, cell types"
+HELP = "see everything work on real cells, offline: tokens, embeddings and fine-tuning beside stock transformers"
 EXAMPLE = "geneformer-fast quickstart --out quickstart"
 
 
@@ -17,12 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("quickstart"), metavar="DIR", help="folder (default: %(default)s)"
     )
-    parser.add_argument("--cells", type=int, default=3000, metavar="N", help="cells to make (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=90.0, metavar="S", help="seconds of training, at most (default: %(default)s)"
+        "--cells",
+        type=int,
+        default=500,
+        metavar="N",
+        help="cells of the example to take, 50 to 500 (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="whole number that cells, weights and held-out donors are drawn by"
+        "--seed", type=int, default=0, metavar="N", help="of weights and the order of cells (default: %(default)s)"
     )
 
 
@@ -34,5 +37,5 @@ def run(args: argparse.Namespace) -> Answer:
         if not args.quiet:
             print(line, flush=True)
 
-    summary = quickstart(args.out, n_cells=args.cells, max_seconds=args.seconds, seed=args.seed, say=say)
-    return Answer(values=summary)
+    report = quickstart(args.out, n_cells=args.cells, seed=args.seed, say=say)
+    return Answer(values=report)

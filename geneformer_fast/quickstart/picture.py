@@ -1,35 +1,51 @@
-"""One picture of the tour: the embedded cells, the falling loss, and the scores beside their baselines."""
+"""One picture of the tour: embedded cells by type, and time, memory and losses beside stock transformers."""
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from geneformer_fast.files.writing import whole_file
+from geneformer_fast.plot import COLORS, INK, draw_classes, umap_points
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.axes import Axes
 
-    from geneformer_fast.quickstart.evaluate import Score
-    from geneformer_fast.quickstart.run import Losses
+    from geneformer_fast.quickstart.finetune import Trained
+    from geneformer_fast.quickstart.side_by_side import Comparison
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart, with a grey more.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#666666")
-INK, FAINT = "#222222", "#9a9a9a"
+_OURS, _STOCK = COLORS[0], COLORS[1]
 
 
 @dataclass(frozen=True)
 class Panels:
-    """What to draw: embeddings [n, C] and labels [n] of held-out cells, losses, scores by name."""
+    """What to draw.
+
+    Attributes
+    ----------
+    embeddings, labels
+        [cells, C], and [cells] types.
+    model, pool
+        What the model is, and what the embeddings are of it.
+    comparison, trained
+        What was measured.
+    machine
+        Where.
+    """
 
     embeddings: np.ndarray
     labels: np.ndarray
-    step_losses: list[float]
-    losses: Losses
-    scores: dict[str, Score]
+    model: str
+    pool: str
+    comparison: Comparison
+    trained: Trained
+    machine: str
 
 
 def draw(panels: Panels, path: Path) -> None:
@@ -37,80 +53,76 @@ def draw(panels: Panels, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 7.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    cells, loss, bars = figure.subplots(1, 3, width_ratios=(1.35, 1.1, 1))
-    _draw_cells(cells, panels)
-    _draw_loss(loss, panels)
-    _draw_scores(bars, panels)
+    left, right = cast("np.ndarray", figure.subfigures(1, 2, width_ratios=[1.15, 1]))
+    _draw_cells(left.subplots(), panels)
+    speed, memory, loss = right.subplots(3, 1, height_ratios=[1, 1, 1.5])
+    comparison = panels.comparison
+    n_cells = f"{comparison.n_cells} cells"
+    rates = [each.cells_per_s for each in comparison.measured.values()]
+    peaks = [each.peak_bytes / 1e6 for each in comparison.measured.values()]
+    _draw_bars(speed, comparison, rates, f"Embedding {n_cells}: cells per second", comparison.times_faster, "as fast")
+    _draw_bars(memory, comparison, peaks, "Peak memory of the process: MB", comparison.times_smaller, "less")
+    _draw_loss(loss, panels.trained)
+    figure.supxlabel(panels.machine, fontsize=9, color="#666666", x=0.995, ha="right")
     with whole_file(path) as temporary:
         figure.savefig(temporary)
 
 
 def _draw_cells(axes: Axes, panels: Panels) -> None:
-    points = _flatten(panels.embeddings)
-    names, counts = np.unique(panels.labels, return_counts=True)
-    # Large types first, so that rare ones are drawn on top of them.
-    for i, name in sorted(enumerate(names), key=lambda pair: -counts[pair[0]]):
-        chosen = panels.labels == name
-        x, y = points[chosen].T
-        axes.scatter(x, y, s=7, alpha=0.8, linewidths=0, color=COLORS[i % len(COLORS)], label=str(name))
-    axes.set_title(f"{len(points):,} cells of unseen donors, t-SNE of their embeddings", fontsize=10, color=INK)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    drawn = draw_classes(axes, umap_points(panels.embeddings), panels.labels, size=22)
+    axes.set_title(
+        f"{len(panels.labels):,} sorted blood cells: UMAP of {panels.pool}\n" + textwrap.fill(panels.model, 68),
+        fontsize=11,
+        color=INK,
+        loc="left",
+    )
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.legend(
-        markerscale=2.2, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4,
-        columnspacing=1.0, handletextpad=0.2,
+        handles=drawn, title="cell type, by sort gate (cells)", loc="upper center", bbox_to_anchor=(0.5, -0.05),
+        ncols=2, fontsize=10, frameon=False, markerscale=1.5, handletextpad=0.2,
     )  # fmt: skip
-    _plain(axes, hidden=("top", "right", "bottom", "left"))
-
-
-def _flatten(embeddings: np.ndarray) -> np.ndarray:
-    """Two coordinates per cell, by t-SNE (van der Maaten and Hinton, JMLR 2008): unlike UMAP it compiles nothing."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    from sklearn.preprocessing import StandardScaler
-
-    scaled = StandardScaler().fit_transform(embeddings)
-    components = PCA(min(30, *scaled.shape), random_state=0).fit_transform(scaled)
-    perplexity = min(30.0, (len(components) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
-
-
-def _draw_loss(axes: Axes, panels: Panels) -> None:
-    steps = np.arange(1, len(panels.step_losses) + 1)
-    axes.plot(steps, panels.step_losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
-    window = max(1, len(steps) // 25)
-    smooth = np.convolve(panels.step_losses, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=COLORS[0], linewidth=1.8, label="training cells")
-    axes.axhline(
-        panels.losses.by_frequency, color=FAINT, linestyle="--", linewidth=1.2, label="guess by gene frequency"
-    )
-    axes.plot(
-        steps[-1:], [panels.losses.trained], "o", color=COLORS[3], markersize=6, label="unseen donors, at the end"
-    )
-    axes.set_title("Loss at masked genes", fontsize=10, color=INK)
-    axes.set_xlabel("training step", fontsize=9)
-    axes.set_ylabel("cross entropy (nats)", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
     _plain(axes)
 
 
-def _draw_scores(axes: Axes, panels: Panels) -> None:
-    places = np.arange(len(panels.scores), dtype=float)
-    for offset, kind, color in ((-0.19, "accuracy", COLORS[0]), (0.19, "macro_f1", COLORS[4])):
-        heights = [getattr(score, kind) for score in panels.scores.values()]
-        axes.bar(places + offset, heights, 0.36, color=color, label=kind.replace("macro_f1", "macro-F1"))
-        for place, height in zip(places + offset, heights, strict=True):
-            axes.text(place, height + 0.015, f"{height:.2f}", ha="center", fontsize=8, color=INK)
-    axes.set_xticks(places, [name.replace(" ", "\n", 1) for name in panels.scores])
-    axes.set_ylim(0, 1.12)
-    axes.set_title("Cell types of unseen donors", fontsize=10, color=INK)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+def _draw_bars(
+    axes: Axes, comparison: Comparison, values: list[float], title: str, times: Callable[[str], float], what: str
+) -> None:
+    names = list(comparison.measured)
+    places = np.arange(len(names))[::-1]
+    axes.barh(places, values, 0.68, color=[_OURS if name.startswith("ours") else _STOCK for name in names])
+    for place, value, name in zip(places, values, names, strict=True):
+        shown = f" {value:,.1f}" if value < 100 else f" {value:,.0f}"
+        if name == names[-1]:  # how ours, as users get it, compares with both ways of transformers
+            shown += f"  ({times('extractor'):.1f}x and {times('stock'):.1f}x {what})"
+        axes.text(value, place, shown, va="center", fontsize=10, color=INK)
+    axes.set_yticks(places, [textwrap.fill(each.what, 24) for each in comparison.measured.values()])
+    axes.set_xlim(0, max(max(values) * 1.2, values[-1] + 1.05 * max(values)))
+    axes.set_title(title, fontsize=11, color=INK, loc="left")
+    axes.xaxis.set_visible(False)
+    _plain(axes, hidden=("top", "right", "bottom"))
+
+
+def _draw_loss(axes: Axes, trained: Trained) -> None:
+    steps = np.arange(1, len(trained.losses) + 1)
+    axes.plot(
+        steps, trained.stock_losses, color=_STOCK, linewidth=4, alpha=0.6,
+        label=f"transformers: {trained.stock_seconds:.1f} s",
+    )  # fmt: skip
+    axes.plot(
+        steps, trained.losses, color=_OURS, linewidth=1.4, marker=".", markersize=4,
+        label=f"after accelerate(): {trained.seconds:.1f} s",
+    )  # fmt: skip
+    axes.set_title("Fine-tuning: the same losses, step by step", fontsize=11, color=INK, loc="left")
+    axes.set_xlabel(f"step (losses differ by at most {trained.largest_difference:.1g})", fontsize=10)
+    axes.set_ylabel("cross entropy (nats)", fontsize=10)
+    axes.set_ylim(0, None)
+    axes.legend(fontsize=10, frameon=False, loc="upper right")
     _plain(axes)
 
 
 def _plain(axes: Axes, hidden: tuple[str, ...] = ("top", "right")) -> None:
     for side in hidden:
         axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=8.5, colors=INK)
+    axes.tick_params(labelsize=10, colors=INK)
