@@ -60,7 +60,7 @@ class ModelCard:
     base
         Folder of the model that it was made from; None for one that was trained from nothing.
     relation
-        ``"finetune"`` or ``"quantized"``, with ``base``.
+        ``"finetune"``, ``"adapter"`` or ``"quantized"``, with ``base``.
     library, task
         In the Hub's terms: what loads the model, and what it does.
     scores

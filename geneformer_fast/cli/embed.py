@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> Answer:
         progress=False if args.quiet else None,
     )
     text = f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json"
-    return Answer(text, values_of(Path(str(path))) | ({"plot": args.plot} if args.plot else {}))
+    pictures = {name: place for name, place in (("plot", args.plot), ("heatmap", args.heatmap)) if place}
+    return Answer(text, values_of(Path(str(path))) | pictures)
 
 
 def values_of(path: Path) -> dict[str, Any]:

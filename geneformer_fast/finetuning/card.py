@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.checkpoints.model_card import ModelCard, Score, as_code, listed, name_of, table
 from geneformer_fast.data.described import described
+from geneformer_fast.finetuning.models import ARCHITECTURE
 from geneformer_fast.finetuning.scores import SUMMED_UP
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.card import plain_recipe
@@ -21,6 +23,12 @@ _MOST_CLASSES = 30
 _USE = """import geneformer_fast as gf
 
 table = gf.predict("cells.h5ad", "{name}")"""
+
+_ADAPTED = """from peft import PeftModel
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("{base}", num_labels={n_classes})
+model = PeftModel.from_pretrained(model, "adapter")"""
 
 
 def finetuned_card(
@@ -70,6 +78,23 @@ def finetuned_card(
         library="transformers" if is_bert else "geneformer-fast",
         task=_TASKS[kind],
         scores=found,
+    )
+
+
+def adapter_card(card: ModelCard, base: Path | None, about: Mapping[str, Any]) -> ModelCard:
+    """The card of an adapter that lies beside a model, from that of the model."""
+    n_classes = sum(len(task["classes"]) for task in about["tasks"])
+    name = "BASE" if base is None else name_of(base)
+    use = _ADAPTED.format(architecture=ARCHITECTURE[about["kind"]], base=name, n_classes=n_classes)
+    rest = [section for section in card.sections if section[0] != "Use"]
+    return dataclasses.replace(
+        card,
+        title=f"{card.title}, adapter",
+        lead=f"Adapters of rank {about['lora']['rank']} (LoRA) for {name}, and the head on top; merged they are "
+        f"{card.title}. {card.lead}",
+        sections=rest if card.library == "geneformer-fast" else [("Use", as_code(use, "python")), *rest],
+        library="peft",
+        relation="adapter",
     )
 
 

@@ -22,7 +22,7 @@ from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.finetuning import scores as scoring
-from geneformer_fast.finetuning.card import finetuned_card
+from geneformer_fast.finetuning.card import adapter_card, finetuned_card
 from geneformer_fast.finetuning.lora import Adapter, add_adapters, check_lora, merge_adapters, save_adapter
 from geneformer_fast.finetuning.models import CARD, freeze, save_classifier, scale_classifier, vocabulary_in, with_head
 from geneformer_fast.finetuning.outputs import (
@@ -314,11 +314,13 @@ class Engine:
         save_classifier(encoder, self.folder.final, labels, card, vocabulary_in(self.source), base)
 
     def _describe(self, scores: Mapping[str, Any]) -> None:
-        """The card of the final model, now that its scores are known."""
+        """The card of the final model, and of its adapter, now that its scores are known."""
         final = self.folder.final
         about = read_json(final / CARD, OutputError)
         card = finetuned_card(final, about, self.work.tokens, scores, self.source, is_bert=is_bert(self.base))
         card.save(final)
+        if self.folder.adapter.exists():
+            adapter_card(card, self.source, about).save(self.folder.adapter)
 
     def _tidy(self, name: str) -> None:
         """Checkpoints of a finished fold have served their purpose."""

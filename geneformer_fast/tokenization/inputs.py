@@ -347,9 +347,15 @@ def _blocks(source: CountSource, entry: PreparedInput, start: int, rows: int) ->
         return
     asked = entry.rows[entry.rows >= start]
     breaks = np.flatnonzero(np.diff(asked) > _MOST_BETWEEN) + 1
-    for run in np.split(asked, breaks):
-        if len(run):
-            yield from source.blocks(start=int(run[0]), stop=int(run[-1]) + 1, rows=rows)
+    for run in [asked] if source.is_one_pass else np.split(asked, breaks):
+        if not len(run):
+            continue
+        for block in source.blocks(start=int(run[0]), stop=int(run[-1]) + 1, rows=rows):
+            first, last = np.searchsorted(run, [block.start, block.start + block.n_cells])
+            if first < last:
+                yield block
+            else:
+                block.release()
 
 
 def _is_among(rows: np.ndarray | None, block: CountBlock) -> np.ndarray | None:

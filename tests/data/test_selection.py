@@ -164,6 +164,53 @@ def test_several_files_are_one_draw_and_only_what_is_near_is_read(
     assert one["source_file"].tolist() == [str(files[1])], "a file without any of the cells"
 
 
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense", "mtx"])
+def test_however_counts_are_stored(layout: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has to be read as a whole is read once, not once for every cell."""
+    import scipy.io
+    import scipy.sparse as sp
+
+    adata = cells(700)
+    path = tmp_path / "cells.h5ad"
+    if layout == "mtx":
+        path = tmp_path / "cells"
+        path.mkdir()
+        scipy.io.mmwrite(path / "matrix.mtx", sp.coo_matrix(adata.X.T.astype(int)))
+        (path / "barcodes.tsv").write_text("\n".join(adata.obs_names) + "\n")
+        (path / "genes.tsv").write_text("".join(f"{gene}\t{gene}\n" for gene in adata.var_names))
+    else:
+        adata.X = {"csr": adata.X, "csc": sp.csc_matrix(adata.X), "dense": adata.X.toarray()}[layout]
+        adata.write_h5ad(path)
+    calls: list[int] = []
+    blocks = CountSource.blocks
+
+    def watched(self: CountSource, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return blocks(self, *args, **options)
+
+    expected = gf.embed(path, home / "model", dtype="float32", progress=False)
+    monkeypatch.setattr(CountSource, "blocks", watched)
+    rows = [2, 3, 300, 690]
+    found = gf.embed(
+        path, home / "model", where={"obs_names": [f"cell{i}" for i in rows]}, dtype="float32", progress=False
+    )
+    np.testing.assert_allclose(found, expected[rows], atol=2e-6)
+    assert len(calls) == (3 if layout in ("csr", "dense") else 1)
+
+
+@pytest.mark.parametrize("backed", [None, "r"])
+def test_an_anndata_in_memory_and_backed(backed: Any, home: Path) -> None:
+    adata = anndata.read_h5ad(home / "cells.h5ad", backed=backed)
+    gf.embed(adata, home / "model", where={"kind": "B"}, max_cells=5, dtype="float32", progress=False)
+    found = adata.obsm["X_geneformer"]
+    taken = np.flatnonzero(~np.isnan(found).any(1))
+    assert len(found) == N
+    assert len(taken) == 5
+    assert set(taken % 3) == {0}
+    whole = gf.embed(home / "cells.h5ad", home / "model", dtype="float32", progress=False)
+    np.testing.assert_allclose(found[taken], whole[taken], atol=2e-6)
+
+
 def test_cells_that_are_no_cells_are_not_drawn_and_empty_ones_are_nan(home: Path, tmp_path: Path) -> None:
     adata = cells(empty=(3,))
     adata.obs["filter_pass"] = (np.arange(N) != 5).astype(int)

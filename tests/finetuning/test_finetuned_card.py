@@ -55,6 +55,10 @@ def test_one_split_some_cells_adapters_and_the_licence_of_the_base(home, tmp_pat
         'cells with: `{"batch": ["0", "1"]}`', "cells drawn: 60 (seed 1)", "from which this model was made: apache-2.0",
     ):  # fmt: skip
         assert words in text
+    said, adapter = read(done.folder / "adapter")
+    assert (adapter["library_name"], adapter["base_model_relation"]) == ("peft", "adapter")
+    assert 'BertForSequenceClassification.from_pretrained("base", num_labels=5)' in said
+    assert "Adapters of rank 2 (LoRA) for base" in said
     # A run that was killed before its card goes on to it.
     (done.model / "README.md").unlink()
     gf.finetune_cells(

@@ -84,11 +84,18 @@ class Sample:
 
 
 class CountMatrix(Protocol):
-    """Cells x genes, readable in row blocks."""
+    """Cells x genes, readable in row blocks.
+
+    Attributes
+    ----------
+    is_one_pass
+        Whether any rows, however few, cost a pass over all entries.
+    """
 
     shape: tuple[int, int]
     value_dtype: np.dtype
     is_dense: bool
+    is_one_pass: bool
 
     def sample(self) -> Sample:
         """Values from the beginning, the middle and the end."""

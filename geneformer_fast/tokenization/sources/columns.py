@@ -18,7 +18,7 @@ class ColumnSubset:
         self._matrix = matrix
         self.shape = (matrix.shape[0], int(np.count_nonzero(keep)))
         self.value_dtype = matrix.value_dtype
-        self.is_dense = matrix.is_dense
+        self.is_dense, self.is_one_pass = matrix.is_dense, matrix.is_one_pass
         self._new_column = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)
 
     def sample(self) -> Sample:

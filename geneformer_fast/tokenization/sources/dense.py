@@ -25,7 +25,7 @@ class DenseMatrix:
         True where the array is genes x cells.
     """
 
-    is_dense = True
+    is_dense, is_one_pass = True, False
 
     def __init__(self, array: Any, *, cells_in_columns: bool = False) -> None:
         if len(array.shape) != 2:

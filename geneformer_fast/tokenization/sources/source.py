@@ -57,6 +57,8 @@ class CountSource:
         Type of the counts in blocks.
     is_dense
         Whether the matrix is stored densely (the official arithmetic differs then).
+    is_one_pass
+        Whether any cells, however few, cost a pass over all of the file.
     gene_ids_from
         Which column of var the gene ids come from, ``"var_names"`` for its row names.
     """
@@ -83,7 +85,7 @@ class CountSource:
         self.n_cells, self.n_genes = matrix.shape
         self.counts_from = counts_from
         self.value_dtype = matrix.value_dtype
-        self.is_dense = matrix.is_dense
+        self.is_dense, self.is_one_pass = matrix.is_dense, matrix.is_one_pass
         self._matrix = matrix
         self._obs = obs
         self._var = var

@@ -41,7 +41,7 @@ class CsrMatrix:
         The three arrays do not fit each other or the shape.
     """
 
-    is_dense = False
+    is_dense, is_one_pass = False, False
 
     def __init__(self, data: Vector, indices: Vector, indptr: np.ndarray, shape: tuple[int, int]) -> None:
         self._data = data
@@ -110,7 +110,7 @@ def checked_indptr(indptr: np.ndarray, n_rows: int, n_data: int, n_indices: int)
 class MemoryCsr:
     """A scipy CSR matrix in memory: blocks are views, nothing is copied."""
 
-    is_dense = False
+    is_dense, is_one_pass = False, False
 
     def __init__(self, matrix: Any) -> None:
         self._data = matrix.data

@@ -57,7 +57,7 @@ class SpooledMatrix:
         All values as a vector where there is one, to look at a sample without a pass.
     """
 
-    is_dense = False
+    is_dense, is_one_pass = False, True
 
     def __init__(
         self,
