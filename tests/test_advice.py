@@ -38,6 +38,7 @@ COMMANDS_OF = {
 ONLY_FOR = {
     ("tokenization/inputs.py", "--obs"): ("tokenize", "embed"),
     ("finetuning/names.py", "--key-added"): ("predict",),
+    ("training/occupied.py", "--overwrite"): ("finetune",),
     ("extract/run.py", "--heatmap"): ("embed",),
     ("extract/run.py", "--color"): ("embed",),
 }

@@ -17,11 +17,11 @@ import torch
 
 from geneformer_fast.checkpoints import quantized
 from geneformer_fast.checkpoints.mapping import BERT_BIAS, Entry, bert_entries, to_ours, to_theirs
+from geneformer_fast.checkpoints.present import check_present
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.stored import stored_tensors
 from geneformer_fast.checkpoints.tied import DECODER_BIAS, DECODER_WEIGHT, bias_in, sort_leftovers
 from geneformer_fast.checkpoints.weights import (
-    ADAPTER,
     CONFIG,
     check_floats,
     check_layers,
@@ -187,19 +187,8 @@ def table_of(encoder: Encoder) -> list[Entry]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder; pass a local checkpoint folder with config.json and model.safetensors "
-            "(download one first, for example with the huggingface_hub command line)"
-        )
-    path = folder / CONFIG
-    if not path.exists():
-        if (folder / ADAPTER).exists():
-            raise CheckpointError(
-                f"{folder} holds a PEFT adapter and no model; merge it into its base model (merge_and_unload) and save"
-            )
-        raise CheckpointError(f"{folder} has no {CONFIG}")
-    return schema.read_json(path, CheckpointError)
+    check_present(folder)
+    return schema.read_json(folder / CONFIG, CheckpointError)
 
 
 @dataclass

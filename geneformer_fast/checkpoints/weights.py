@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from geneformer_fast.checkpoints.described import schemes_in
+from geneformer_fast.checkpoints.present import CONFIG
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError, OutputError
 from geneformer_fast.files import schema
@@ -31,7 +32,7 @@ from geneformer_fast.files.streaming import write_pieces
 from geneformer_fast.files.tensors import read_tensors as read_safetensors
 from geneformer_fast.files.writing import is_plain_name, whole_file, write_tensors
 
-CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+WEIGHTS = "model.safetensors"
 #: Names of weights, the first that is there is read; what ends in ``.index.json`` names shards.
 FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

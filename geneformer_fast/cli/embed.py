@@ -83,6 +83,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and the picture, if they exist")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_model
+    from geneformer_fast.cli.tokenize import carried_columns
+    from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options
+    from geneformer_fast.extract.outputs import Output, check_free
+
+    check_model(args.model)
+    check_dictionary(args.dictionary)
+    is_tokens = check_counts_or_tokens(args.inputs)
+    out = Output(args.out, overwrite=args.overwrite, suffixes=SUFFIXES, is_genes=args.pool == "gene")
+    has_plot = args.plot is not None or args.heatmap is not None
+    request = Request(False, is_tokens, out.path.suffix, args.pool == "gene", has_plot)
+    others = {"obs": carried_columns(args.obs), "key_added": args.key_added, "color": args.color, "plot": args.plot}
+    more = {"heatmap": args.heatmap, "memory_budget": args.memory_budget, "counts_layer": args.counts_layer}
+    check_options(EMBED, request, {**count_options(args), **others, **more})
+    if out.path.suffix == ".h5ad":
+        check_h5ad(args.inputs[0] if len(args.inputs) == 1 else args.inputs, request.is_genes)
+    for picture in (args.plot, args.heatmap):
+        if picture is not None:
+            check_free(Path(picture), overwrite=args.overwrite)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from time import perf_counter

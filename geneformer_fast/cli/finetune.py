@@ -145,9 +145,11 @@ def _add_training(parser: argparse.ArgumentParser, *, is_genes: bool) -> None:
     parser.add_argument(
         "--recipe", metavar="FILE", help="a recipe as .json; the options below change it (default: Geneformer's)"
     )
-    for option, (_, kind, metavar, text, defaults) in _RECIPE.items():
+    either = parser.add_mutually_exclusive_group()
+    for option, (field, kind, metavar, text, defaults) in _RECIPE.items():
         said = f"{text} (default: {defaults[is_genes]})"
-        added = parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=said)
+        place = either if field.startswith("warmup") else parser
+        added = place.add_argument(f"--{option}", type=kind, metavar=metavar, help=said)
         if option in _OLD_NAMES:
             renamed(parser, _OLD_NAMES[option], added)
     parser.add_argument(
@@ -158,6 +160,24 @@ def _add_training(parser: argparse.ArgumentParser, *, is_genes: bool) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier fine-tuning left in DIR")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from pathlib import Path
+
+    from geneformer_fast.cli.places import check_dictionary, check_file, check_model, check_tokens
+    from geneformer_fast.training.occupied import check_finetuning_folder
+
+    if args.kind == "cells":
+        _labels(args.label)
+    else:
+        check_file(args.classes, "--classes")
+        check_dictionary(args.dictionary)
+    selection_options(args, has_seed=False)
+    check_tokens(args.tokens)
+    check_model(args.model)
+    check_finetuning_folder(Path(args.out), is_resuming=args.resume, is_replacing=args.overwrite)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -225,7 +245,7 @@ def _labels(entries: list[str]) -> str | dict[str, float]:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from geneformer_fast.finetuning import recipes
-    from geneformer_fast.training.pretrain import recipe_of
+    from geneformer_fast.training.named import recipe_of
 
     recipe = recipes.CELLS if args.kind == "cells" else recipes.GENES
     if args.recipe is not None:

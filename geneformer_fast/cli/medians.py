@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
@@ -31,6 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     renamed(parser, "--mapping-preset", preset)
     parser.add_argument("--min-cells", type=int, default=1, metavar="N", help="leave out genes found in fewer cells")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.cli.places import check_counts, check_dictionary
+    from geneformer_fast.tokenization.dictionaries import check_vocabulary_folder
+
+    check_dictionary(args.dictionary)
+    check_counts(args.inputs)
+    check_vocabulary_folder(Path(args.out), args.overwrite)
 
 
 def run(args: argparse.Namespace) -> Answer:

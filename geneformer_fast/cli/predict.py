@@ -60,6 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once; what depends on the model's classes comes when it is loaded."""
+    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_model
+    from geneformer_fast.cli.tokenize import carried_columns
+    from geneformer_fast.extract.options import PREDICT, PREDICTED, Request, check_h5ad, check_options
+    from geneformer_fast.extract.outputs import Output
+
+    check_model(args.model)
+    check_dictionary(args.dictionary)
+    is_tokens = check_counts_or_tokens(args.inputs)
+    out = Output(args.out, overwrite=args.overwrite, suffixes=PREDICTED)
+    request = Request(False, is_tokens, out.path.suffix, is_genes=False)
+    more = {"obs": carried_columns(args.obs), "counts_layer": args.counts_layer, "memory_budget": args.memory_budget}
+    check_options(PREDICT, request, {**count_options(args), **more})
+    if out.path.suffix == ".h5ad":
+        check_h5ad(args.inputs[0] if len(args.inputs) == 1 else args.inputs, is_genes=False)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.cli.tokenize import carried_columns

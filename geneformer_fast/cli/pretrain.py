@@ -50,6 +50,11 @@ _FIELDS: dict[str, tuple[str, type, str, str | None]] = {
     "--workers": ("workers", int, "threads that read and mask ahead", "1"),
 }
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+#: Options of which one is given.
+_EITHER = (
+    *(("--epochs", "--steps"), ("--batch-cells", "--batch-tokens")),
+    ("--warmup-steps", "--warmup-share"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-column", metavar="COLUMN=VALUE[,VALUE]",
         help="hold out the cells with these values of a column (default: --eval-share)",
     )  # fmt: skip
+    groups = [(options, parser.add_mutually_exclusive_group()) for options in _EITHER]
     for option, (_, kind, text, default) in _FIELDS.items():
+        place = next((group for options, group in groups if option in options), parser)
         said = text if default is None else f"{text} (default: the recipe's; geneformer-v1-10m: {default})"
-        parser.add_argument(option, type=kind, metavar=_METAVARS[kind], help=said)
+        place.add_argument(option, type=kind, metavar=_METAVARS[kind], help=said)
     parser.add_argument("--recompute", action="store_true", help="keep less in memory, compute blocks twice")
     parser.add_argument("--wandb", metavar="PROJECT", help="report to a project of Weights & Biases (default: to none)")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
@@ -105,6 +112,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from pathlib import Path
+
+    from geneformer_fast.cli.places import check_model, check_tokens
+    from geneformer_fast.training.named import recipe_of
+    from geneformer_fast.training.occupied import check_run_folder
+
+    recipe_of(args.recipe, args.config, changes_of(args))
+    _column(args.eval_column)
+    for tokens in (args.tokens, args.eval_tokens):
+        if tokens is not None:
+            check_tokens(tokens)
+    if args.init is not None:
+        check_model(args.init)
+    check_run_folder(Path(args.out), is_resuming=args.resume)
 
 
 def run(args: argparse.Namespace) -> Answer:

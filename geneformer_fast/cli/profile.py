@@ -13,7 +13,7 @@ from geneformer_fast.cli.options import renamed
 if TYPE_CHECKING:
     from geneformer_fast.profiling.figures import Setting
     from geneformer_fast.profiling.report import Report
-    from geneformer_fast.profiling.scenarios.request import Request
+    from geneformer_fast.profiling.request import Request
 
 NAME = "profile"
 HELP = "measure speed, memory and energy of embedding, training or tokenizing, and say what to change"
@@ -91,19 +91,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Answer:
-    """Run the command."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.cli.places import check_counts, check_dictionary, check_tokens
     from geneformer_fast.errors import UnsupportedError
-    from geneformer_fast.profiling.meters.silence import import_torch_quietly
 
-    import_torch_quietly()
-    from geneformer_fast.profiling.scenarios.request import Request
-
-    fields = Request.__dataclass_fields__
-    request = Request(**{name: value for name, value in vars(args).items() if name in fields})
+    request = _request(args)
     request.check()
     if args.quiet and args.out is None and not args.json:
         raise UnsupportedError("--quiet prints nothing, so that nothing would come out: pass --out, or --json")
+    check_dictionary(request.dictionary)
+    if request.counts is not None:
+        check_counts([request.counts])
+    if request.tokens is not None:
+        check_tokens(request.tokens)
+    if request.out is not None:
+        check_place(Path(request.out), is_replacing=request.overwrite)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from geneformer_fast.profiling.request import Request
+
+    fields = Request.__dataclass_fields__
+    return Request(**{name: value for name, value in vars(args).items() if name in fields})
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Run the command."""
+    from geneformer_fast.profiling.meters.silence import import_torch_quietly
+
+    import_torch_quietly()
+    request = _request(args)
     if request.predict:
         return _predict(request)
     report = _measured(request, None) if request.out is None else _written(request, Path(request.out))

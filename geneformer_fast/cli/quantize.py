@@ -72,16 +72,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR")
 
 
-def run(args: argparse.Namespace) -> Answer:
-    """Run the command."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.cli.places import check_model, check_tokens
     from geneformer_fast.errors import UnsupportedError
-    from geneformer_fast.quantization.quantize import quantize
-    from geneformer_fast.quantization.report import Report
+    from geneformer_fast.quantization.places import check_out
 
     if args.label is not None and args.check_on is None:
         raise UnsupportedError("--label is about comparing models: pass --check TOKENS too")
     if args.device is not None and args.calibrate is None and args.check_on is None:
         raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
+    check_model(args.model)
+    for tokens in (args.calibrate, args.check_on):
+        if tokens is not None:
+            check_tokens(tokens)
+    check_out(Path(args.out), Path(args.model), overwrite=args.overwrite)
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Run the command."""
+    from geneformer_fast.quantization.quantize import quantize
+    from geneformer_fast.quantization.report import Report
+
     args.before = state_of(args.out)
     out, progress = Path(args.out), False if args.quiet else None
     if args.check_on is not None:

@@ -108,6 +108,19 @@ def carried_columns(entries: list[str]) -> dict[str, str]:
     return carried
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.cli.places import check_counts, check_dictionary
+    from geneformer_fast.tokenization import manifest
+
+    carried_columns(args.obs)
+    manifest.refuse_both(args.resume, args.overwrite)
+    check_dictionary(args.dictionary)
+    check_counts(args.inputs)
+    out = Path(args.out)
+    manifest.check_state(out, manifest.state_of(out), resume=args.resume, overwrite=args.overwrite)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
     from geneformer_fast.tokenization.run import tokenize

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from geneformer_fast.data.kinds import TokenKinds
-from geneformer_fast.data.random import CellRandom
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.files.schema import check_fields
-from geneformer_fast.ragged import Ragged
+
+if TYPE_CHECKING:
+    # A recipe, which says how genes are masked, is looked at before anything heavy is loaded.
+    import torch
+
+    from geneformer_fast.data.kinds import TokenKinds
+    from geneformer_fast.data.random import CellRandom
+    from geneformer_fast.ragged import Ragged
 
 _ASKED, _FATE, _RANDOM = range(3)  # independent streams of random numbers
 
@@ -102,6 +104,9 @@ def mask_genes(tokens: Ragged, kinds: TokenKinds, masking: Masking, random: Cell
     MaskedBatch
         Its ``rows`` ascend; a batch of very short cells may ask for nothing.
     """
+    import numpy as np
+    import torch
+
     values, cu_seqlens = tokens.values.numpy(), tokens.cu_seqlens.numpy()
     kept = [kinds.special[name] for name in ("pad", "mask") if name in kinds.special]
     is_never_asked = np.zeros(max(kinds.n_tokens, int(values.max(initial=0)) + 1), dtype=bool)

@@ -1,7 +1,24 @@
-"""Embeddings of cells and genes: counts or tokens in; obsm, arrays or tables out."""
+"""Embeddings of cells and genes: counts or tokens in; obsm, arrays or tables out.
+
+Loaded on first use, so that what is light below can be had without torch.
+"""
 
 from __future__ import annotations
 
-from geneformer_fast.extract.run import embed
+from typing import TYPE_CHECKING, Any
 
+_HOME = {"embed": "geneformer_fast.extract.run"}
 __all__ = ["embed"]
+
+if TYPE_CHECKING:
+    from geneformer_fast.extract.run import embed
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,11 @@ from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
+from geneformer_fast.extract.options import is_anndata, is_token_folder
 from geneformer_fast.files.writing import reason_of
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
-from geneformer_fast.tokenization.manifest import DATASET_DICT, STATE, UNFINISHED
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata, tokenize_rows
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
@@ -311,19 +310,6 @@ def labels_of(data: Any, cells: Cells, color: str | None, asked: Mapping[str, st
     return column.to_numpy() if is_number else np.asarray(column.to_pylist(), dtype=object)
 
 
-def is_anndata(data: Any) -> bool:
-    """Whether this is an AnnData; does not import anndata to find out."""
-    module = sys.modules.get("anndata")
-    return module is not None and isinstance(data, module.AnnData)
-
-
 def copy_of(adata: Any) -> Any:
     """A copy in memory, also of an AnnData that is backed by a file."""
     return adata.to_memory(copy=True) if adata.isbacked else adata.copy()
-
-
-def is_token_folder(data: Any) -> bool:
-    """Whether this is a folder of tokens, finished or not."""
-    if not isinstance(data, str | os.PathLike):
-        return False
-    return Path(data).is_dir() and any((Path(data) / name).exists() for name in (STATE, UNFINISHED, DATASET_DICT))

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.tokenization.manifest import DATASET_DICT, STATE, UNFINISHED
+
+#: What embeddings may be written to.
+SUFFIXES = (".npy", ".arrow", ".parquet", ".csv", ".h5ad")
+#: What predictions may be written to.
+PREDICTED = (".parquet", ".csv", ".h5ad")
 
 
 @dataclass(frozen=True)
@@ -128,3 +135,16 @@ def check_h5ad(data: Any, is_genes: bool) -> None:
         )
     if is_genes:
         raise UnsupportedError("rows of genes go into a table (.parquet, .csv), not into an .h5ad output")
+
+
+def is_anndata(data: Any) -> bool:
+    """Whether this is an AnnData; does not import anndata to find out."""
+    module = sys.modules.get("anndata")
+    return module is not None and isinstance(data, module.AnnData)
+
+
+def is_token_folder(data: Any) -> bool:
+    """Whether this is a folder of tokens, finished or not."""
+    if not isinstance(data, str | os.PathLike):
+        return False
+    return Path(data).is_dir() and any((Path(data) / name).exists() for name in (STATE, UNFINISHED, DATASET_DICT))

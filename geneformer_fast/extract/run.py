@@ -41,7 +41,7 @@ from geneformer_fast.extract.files import (
 )
 from geneformer_fast.extract.frames import cell_frame, gene_frame
 from geneformer_fast.extract.genes import by_column, gene_columns
-from geneformer_fast.extract.options import EMBED, Request, check_h5ad, check_options
+from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
 from geneformer_fast.heatmap import check_heatmap, plot_heatmap
 from geneformer_fast.plot import check_enough, check_picture, plot_umap
@@ -55,7 +55,6 @@ POOLS = ("cls", "mean", "gene")
 KEY = "X_geneformer"
 # A data frame's numbers, the array they come from, and those of the cells among it.
 _FRAME_COPIES = 3
-SUFFIXES = (".npy", ".arrow", ".parquet", ".csv", ".h5ad")
 
 
 @checked

@@ -36,11 +36,12 @@ from geneformer_fast.finetuning.lora import FOLDER as ADAPTER
 from geneformer_fast.finetuning.search import STORAGE
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.identity import check_same
+from geneformer_fast.training.occupied import FINETUNING, RESUME, check_finetuning_folder, check_is_no_file
 from geneformer_fast.training.profiled import FOLDER as PROFILE
-from geneformer_fast.training.run_folder import RESUME, check_is_no_file, has_content, remove_unfinished
+from geneformer_fast.training.run_folder import remove_unfinished
 
 ASKED, SPLITS, SCORES, PREDICTIONS, FINAL, FOLDS, RUN = (
-    *("finetune.json", "splits.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
+    *(FINETUNING, "splits.json", "scores.json", "predictions.parquet", "final", "folds", "run"),
 )
 
 _PREDICTED = "predictions_sha256"
@@ -127,18 +128,12 @@ class OutFolder:
 
     def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.path = path
+        check_finetuning_folder(path, is_resuming=resume, is_replacing=overwrite)
         if (path / ASKED).exists():
             if overwrite:
                 self._clear()
-            elif resume:
-                check_same(path, read_json(path / ASKED, OutputError), asked, what="fine-tuning")
             else:
-                raise OutputError(
-                    f"{path} holds a fine-tuning already; go on with it (--resume), replace it (--overwrite), or name "
-                    "another folder"
-                )
-        elif has_content(path):
-            raise OutputError(f"{path} holds files that finetune did not make; name another folder")
+                check_same(path, read_json(path / ASKED, OutputError), asked, what="fine-tuning")
         for folder in (path, *(path / FOLDS).glob("*")):
             remove_unfinished(folder)
         write_json(path / ASKED, asked)

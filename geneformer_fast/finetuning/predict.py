@@ -23,7 +23,7 @@ from geneformer_fast.extract.budget import MemoryBudget, memory_budget_of
 from geneformer_fast.extract.cells import Cells, asked_columns, copy_of, is_anndata, is_token_folder, open_cells
 from geneformer_fast.extract.encoding import scheme_of
 from geneformer_fast.extract.files import check_columns, hdf5_closing
-from geneformer_fast.extract.options import PREDICT, Request, check_h5ad, check_options
+from geneformer_fast.extract.options import PREDICT, PREDICTED, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, write_table
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import names as naming
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from geneformer_fast.encoder import Encoder
 
-SUFFIXES = (".parquet", ".csv", ".h5ad")
+SUFFIXES = PREDICTED
 # Of a row and class: logits and probabilities in float32, what is between them in float64, the column of the table and
 # what that is written as; and of a row and task, the prediction as text and its probability.
 _RESULT_BYTES, _TASK_BYTES = 4 + 4 + 4 * 8 + 2 * 4, 160

@@ -27,24 +27,20 @@ from geneformer_fast.checkpoints.weights import (
     write_around,
 )
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import CheckpointError, OutputError, UnsupportedError
+from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.files.checksums import SUMS, is_verifying
 from geneformer_fast.files.locks import file_lock
 from geneformer_fast.files.streaming import TensorWriter, pieces
-from geneformer_fast.files.writing import followed, is_leftover, whole_folder
+from geneformer_fast.files.writing import followed, whole_folder
 from geneformer_fast.layers import EightBits
 from geneformer_fast.quantization.build import all_choices, hollow, layers_of, quantized_weight, row_factors
 from geneformer_fast.quantization.card import quantized_card
 from geneformer_fast.quantization.choices import Choice
-from geneformer_fast.quantization.report import REPORT, Report
+from geneformer_fast.quantization.places import check_out, others_in
+from geneformer_fast.quantization.report import Report
 
 if TYPE_CHECKING:
     from geneformer_fast.quantization.calibrate import Calibration
-
-# Weights of any framework, and what else of a training may lie beside them: of the model before, and not small.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-# What lies beside a model, with settings and reports in JSON.
-_BESIDE = (SUMS, "README.md", ".gitattributes", "vocab.txt")
 
 
 def quantize_folder(
@@ -105,7 +101,7 @@ def quantize_folder(
             written = conversion.write(made / WEIGHTS, chosen)
             said = settings_text(written, out)
             write_around(conversion.encoder.config, written, made / WEIGHTS, made / CONFIG, made / SUMS, said=said)
-            for path in _others(folder):
+            for path in others_in(folder):
                 shutil.copyfile(path, made / path.name)
             shown = conversion.of_weights(chosen) if calibration is None else chosen
             sizes, dtypes = (conversion.before, conversion.after), dtypes_of(conversion.encoder)
@@ -158,43 +154,6 @@ def without_numbers(folder: Path) -> Encoder:
         return Conversion(folder, settings, stored).encoder
 
 
-def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
-    """See that a folder may be written.
-
-    Raises
-    ------
-    OutputError
-        It is the model's own (``folder``), in it or above it, or the one that this process is in; it holds a model
-        already and ``overwrite`` is not set; or it holds something else, which would be lost.
-    """
-    ours, theirs = out.resolve(), None if folder is None else folder.resolve()
-    if Path.cwd().is_relative_to(ours):
-        raise OutputError(f"{out} is or holds the folder that you are in, and would be replaced; name another folder")
-    if theirs is not None and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
-        raise OutputError(f"{out} is, holds or lies in the folder of the model; name another folder")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a folder")
-    if (out / CONFIG).exists():
-        if not overwrite:
-            raise OutputError(
-                f"{out} holds a model already; choose another folder or pass overwrite=True (--overwrite)"
-            )
-        _check_replaced(out, set() if folder is None else {path.name for path in _others(folder)})
-    elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
-        raise OutputError(f"{out} holds files and no model; name another folder")
-
-
-def _check_replaced(out: Path, others: set[str]) -> None:
-    """See that nothing is lost with a model that is replaced but what may lie beside one."""
-    for path in sorted(out.iterdir()):
-        is_of_model = path.suffix in (*_WEIGHTS, ".json") or path.name in _BESIDE or path.name in others
-        if path.is_dir() or not (is_of_model or is_leftover(path)):
-            raise OutputError(
-                f"{out} holds {path.name}, which is no part of a model and would be lost; move it, or name another "
-                "folder"
-            )
-
-
 @contextlib.contextmanager
 def alone_in(out: Path, folder: Path | None, *, overwrite: bool) -> Iterator[None]:
     """Nobody else writes the folder meanwhile, nor has since :func:`check_out`, which is called again.
@@ -207,14 +166,6 @@ def alone_in(out: Path, folder: Path | None, *, overwrite: bool) -> Iterator[Non
     with file_lock(out):
         check_out(out, folder, overwrite=overwrite)
         yield
-
-
-def _others(folder: Path) -> Iterator[Path]:
-    """Files that are no weights, and say nothing about them."""
-    for path in sorted(folder.iterdir()):
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and path.name not in (CONFIG, SUMS, REPORT) and not is_leftover(path):
-            yield path
 
 
 class Conversion:

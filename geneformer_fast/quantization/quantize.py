@@ -26,13 +26,13 @@ from geneformer_fast.quantization.choices import Choice
 from geneformer_fast.quantization.convert import (
     alone_in,
     bytes_of,
-    check_out,
     dtypes_of,
     quantize_folder,
     refuse_float64,
     refuse_quantized,
 )
 from geneformer_fast.quantization.hugging_face import check_theirs, encoder_of, quantized_theirs
+from geneformer_fast.quantization.places import check_out
 from geneformer_fast.quantization.report import Report
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder

@@ -14,12 +14,12 @@ from geneformer_fast.errors import CheckpointError
 from geneformer_fast.files import schema
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
+from geneformer_fast.quantization.places import REPORT
 
 if TYPE_CHECKING:
     from geneformer_fast.quantization.calibrate import Calibration
     from geneformer_fast.quantization.choices import Choice
 
-REPORT = "quantization.json"
 FORMAT = "geneformer-fast quantization"
 FORMAT_VERSION = 1
 #: What is in no layer that a choice was made for: biases of LayerNorm, tables of few rows, heads.

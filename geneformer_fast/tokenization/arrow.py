@@ -75,13 +75,7 @@ class TokenFolder:
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool | None = None) -> None:
         self.path = Path(folder)
         self.on_read: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-        state = manifest.state_of(self.path)
-        if state == "absent":
-            raise OutputError(f"{self.path}: no such token folder")
-        if state == "unfinished":
-            raise OutputError(manifest.unfinished_message(self.path))
-        if not self.path.is_dir() or not (self.path / manifest.STATE).exists():
-            raise OutputError(manifest.no_tokens_message(self.path))
+        manifest.check_finished(self.path)
         written = manifest.read_state(self.path)
         has_manifest = (self.path / manifest.MANIFEST).exists()
         self.manifest = manifest.read_manifest(self.path, state=written, verify=verify) if has_manifest else None

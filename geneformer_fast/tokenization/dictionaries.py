@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from geneformer_fast.errors import VocabularyError
+from geneformer_fast.errors import OutputError, VocabularyError
 from geneformer_fast.files.checksums import DIGEST, VERIFY, check_digest
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.tokenization.pickles import read_pickle
@@ -46,6 +46,14 @@ class _Release:
     @property
     def family(self) -> str:
         return "v2" if "<cls>" in self.read("token_dictionary") else "v1"
+
+
+def check_vocabulary_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder in which no vocabulary may be saved."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is no folder; name another one")
+    if (folder / SAVED_FILE).exists() and not overwrite:
+        raise OutputError(f"{folder} holds a vocabulary already; name another folder or pass --overwrite")
 
 
 def read_folder(folder: Path, preset: str | None) -> Vocabulary:

@@ -243,6 +243,33 @@ def state_of(folder: Path) -> str:
     return "empty" if all(is_leftover(path) for path in folder.iterdir()) else "foreign"
 
 
+def refuse_both(resume: bool, overwrite: bool) -> None:
+    """Raise OutputError where a folder is to be gone on with and replaced."""
+    if resume and overwrite:
+        raise OutputError("resume and overwrite exclude each other: one keeps what is there, the other removes it")
+
+
+def check_state(folder: Path, state: str, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError where a folder in this state (:func:`state_of`) may not be written."""
+    if state == "foreign":
+        raise OutputError(f"{folder} exists and is no token folder; nothing in it is touched. Name another one")
+    if state == "finished" and not (resume or overwrite):
+        raise OutputError(f"{folder} holds finished tokens; name another folder or pass --overwrite")
+    if state == "unfinished" and not (resume or overwrite):
+        raise OutputError(unfinished_message(folder))
+
+
+def check_finished(folder: Path) -> None:
+    """Raise OutputError where there is no finished token folder."""
+    state = state_of(folder)
+    if state == "absent":
+        raise OutputError(f"{folder}: no such token folder")
+    if state == "unfinished":
+        raise OutputError(unfinished_message(folder))
+    if not folder.is_dir() or not (folder / STATE).exists():
+        raise OutputError(no_tokens_message(folder))
+
+
 def no_tokens_message(folder: Path) -> str:
     """What to say about a folder that holds no tokens itself; of several splits it names the folders that do."""
     inside = sorted(path.name for path in folder.iterdir() if (path / STATE).is_file()) if folder.is_dir() else []

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.arguments import checked, renamed
-from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.errors import InputError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization.dictionaries import check_vocabulary_folder
 from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
 from geneformer_fast.tokenization.identifiers import id_text, is_missing, without_version
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
@@ -23,7 +24,7 @@ from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_valu
 from geneformer_fast.tokenization.run import resolve_vocabulary
 from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.totals import cell_totals
-from geneformer_fast.tokenization.vocabulary import SAVED_FILE, Vocabulary
+from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -107,7 +108,7 @@ def medians(
         raise InputError("preset (--preset) chooses among the dictionaries of dictionary= (--dictionary); give both")
     given = None if dictionary is None else resolve_vocabulary(dictionary, preset)
     if out is not None:
-        _check_folder(Path(out), overwrite)
+        check_vocabulary_folder(Path(out), overwrite)
     with contextlib.nullcontext() if out is None else _writing_alone(Path(out), overwrite):
         is_object = hasattr(data, "obs_names")
         entries = [data] if is_object else expand_inputs(data)  # type: ignore[arg-type]
@@ -152,20 +153,13 @@ def _writing_alone(folder: Path, overwrite: bool) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         with folder_lock(folder):
-            _check_folder(folder, overwrite)  # again, since another process may have ended meanwhile
+            check_vocabulary_folder(folder, overwrite)  # again, since another process may have ended meanwhile
             yield
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is no folder; name another one")
-    if (folder / SAVED_FILE).exists() and not overwrite:
-        raise OutputError(f"{folder} holds a vocabulary already; name another folder or pass --overwrite")
 
 
 def _all_genes(entries: Iterable[Any], options: reading.ReadOptions) -> list[str]:

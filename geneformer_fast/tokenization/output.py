@@ -65,8 +65,7 @@ class TokenOutput:
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        if resume and overwrite:
-            raise OutputError("resume and overwrite exclude each other: one keeps what is there, the other removes it")
+        manifest.refuse_both(resume, overwrite)
         self.folder = folder
         self._schema = schema
         self._sources = list(sources)
@@ -81,11 +80,11 @@ class TokenOutput:
         self.progress: dict[str, Any] = {"source": 0, "row": 0, "n_cells": 0, "n_tokens": 0, "shards": [], "cells": []}
         self._made = self.progress
         if (state := manifest.state_of(folder)) != "unfinished":  # which it also is while another process writes it
-            self._check_state(state, resume, overwrite)
+            manifest.check_state(folder, state, resume=resume, overwrite=overwrite)
         with contextlib.ExitStack() as lock:
             lock.enter_context(folder_lock(folder))
             state = manifest.state_of(folder)  # again, since another process may have finished it meanwhile
-            self._check_state(state, resume, overwrite)
+            manifest.check_state(folder, state, resume=resume, overwrite=overwrite)
             self._lock = lock.pop_all()
         try:
             if state in ("finished", "unfinished") and resume:
@@ -97,16 +96,6 @@ class TokenOutput:
         except BaseException:
             self.close()
             raise
-
-    def _check_state(self, state: str, resume: bool, overwrite: bool) -> None:
-        if state == "foreign":
-            raise OutputError(
-                f"{self.folder} exists and is no token folder; nothing in it is touched. Name another one"
-            )
-        if state == "finished" and not (resume or overwrite):
-            raise OutputError(f"{self.folder} holds finished tokens; name another folder or pass --overwrite")
-        if state == "unfinished" and not (resume or overwrite):
-            raise OutputError(manifest.unfinished_message(self.folder))
 
     def _clear(self) -> None:
         """Remove a token folder's files; from the first step on it says it is unfinished."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_fast.arguments import checked, with_new_names
+from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.model_card import ModelCard
 from geneformer_fast.checkpoints.native import MODEL_TYPE
@@ -35,15 +35,12 @@ from geneformer_fast.training.distributed import Ranks, local_device, process_gr
 from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes
+from geneformer_fast.training.named import recipe_of
 from geneformer_fast.training.profiled import checked_place
-from geneformer_fast.training.recipe import RECIPES, RENAMED, Recipe
+from geneformer_fast.training.recipe import Recipe
 from geneformer_fast.training.run_folder import writing_alone
 
 FINAL = "final"
-_RIVALS = (
-    *(("batch_cells", "batch_tokens"), ("batch_tokens", "batch_cells")),
-    *(("epochs", "steps"), ("warmup_share", "warmup_steps")),
-)
 
 
 @checked
@@ -162,34 +159,6 @@ def pretrain(
                 n_eval=len(eval_cells) if eval_cells is not None else 0 if other is None else other.n_cells, init=init,
             )  # fmt: skip
             return _save_final(model, Path(out), vocabulary, card, ranks)
-
-
-def recipe_of(
-    recipe: Recipe | str | os.PathLike[str] | None,
-    config: Any = None,
-    changes: Mapping[str, Any] | None = None,
-    *,
-    where: str | os.PathLike[str] | None = None,
-) -> Recipe:
-    """A recipe from whatever names it, with fields changed; ``where`` is the file that the changes are from.
-
-    Raises
-    ------
-    UnsupportedError
-        There is no such recipe or field.
-    """
-    if recipe is None:
-        recipe = RECIPES.get(config, Recipe()) if isinstance(config, str) else Recipe()
-    elif not isinstance(recipe, Recipe) and str(recipe).endswith(".json"):
-        recipe = Recipe.from_dict(read_json(Path(recipe), UnsupportedError), where=recipe)
-    elif not isinstance(recipe, Recipe):
-        recipe = Recipe.preset(str(recipe))
-    changes = with_new_names("recipe" if where is None else str(where), RENAMED, changes or {})
-    # The two ways to state a length, a batch, and a warm-up exclude each other: the one that is asked for wins.
-    for name, rival in _RIVALS:
-        if changes.get(name) is not None and rival not in changes:
-            changes[rival] = None
-    return Recipe.from_dict({**recipe.to_dict(), **changes}, where=where)
 
 
 def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:

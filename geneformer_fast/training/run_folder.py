@@ -30,10 +30,8 @@ from geneformer_fast.files.writing import remove_leftovers, write_json
 from geneformer_fast.training.checkpoint import checkpoints_in
 from geneformer_fast.training.distributed import Ranks
 from geneformer_fast.training.identity import check_same
+from geneformer_fast.training.occupied import RESUME, RUN, check_is_no_file, check_run_folder
 
-RUN = "run.json"
-#: How to go on, in the words of whoever asks for it.
-RESUME = "--resume (resume=True)"
 _locked: ContextVar[tuple[Path, ...]] = ContextVar("_locked", default=())
 
 
@@ -66,17 +64,6 @@ def writing_alone(folder: Path | None, ranks: Ranks, device: torch.device) -> It
             yield
         finally:
             _locked.reset(token)
-
-
-def check_is_no_file(folder: Path) -> None:
-    """Refuse a file where a folder is to be."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder for the run")
-
-
-def has_content(folder: Path) -> bool:
-    """Whether a folder holds anything but hidden files."""
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -118,13 +105,9 @@ class RunFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, is_resuming: bool, ranks: Ranks) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        check_is_no_file(path)
+        check_run_folder(path, is_resuming=is_resuming)
         if (path / RUN).exists():
-            if not is_resuming:
-                raise OutputError(f"{path} holds a run already; continue it with {RESUME}, or name another folder")
             check_same(path, read_json(path / RUN, OutputError), identity, what="run")
-        elif has_content(path):
-            raise OutputError(f"{path} holds files that are no training run; name another folder")
         ranks.barrier()  # everybody has looked before anybody writes
         if ranks.is_first:
             for folder in (path, self.checkpoints):

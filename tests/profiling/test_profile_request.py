@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.profiling.scenarios.request import MODES, Request
+from geneformer_fast.profiling.request import MODES, Request
 
 EMBED = {"mode": "embed", "model": "geneformer-v1-10m", "lengths": "real"}
 TRAIN = {**EMBED, "mode": "train"}

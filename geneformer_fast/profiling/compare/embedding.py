@@ -13,10 +13,10 @@ from geneformer_fast.errors import ProfileError
 from geneformer_fast.extract.encoding import WINDOW_CELLS
 from geneformer_fast.profiling.compare.quiet import ENGINE, quiet
 from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.request import SECONDS
 from geneformer_fast.profiling.scenarios import Embedding
 from geneformer_fast.profiling.scenarios.cells import evenly
 from geneformer_fast.profiling.scenarios.passes import measured, tried
-from geneformer_fast.profiling.scenarios.request import SECONDS
 from geneformer_fast.ragged import Ragged
 
 # Agreement of embeddings, as cosine similarity per cell, centred over cells: two ways in 16 bits differ by roundings,

@@ -19,10 +19,10 @@ from geneformer_fast.data.loader import load_pieces
 from geneformer_fast.data.masking import MaskedBatch
 from geneformer_fast.profiling.compare.quiet import ENGINE, quiet
 from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.request import SECONDS
 from geneformer_fast.profiling.run import profile
 from geneformer_fast.profiling.scenarios import Training
 from geneformer_fast.profiling.scenarios.passes import N_ACTIVE
-from geneformer_fast.profiling.scenarios.request import SECONDS
 from geneformer_fast.profiling.scenarios.train import N_WARMUP, STEPS_AFTER
 from geneformer_fast.ragged import Ragged
 

@@ -8,9 +8,9 @@ from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.prediction.answer import Cells, Prediction, cells_like
 from geneformer_fast.profiling.prediction.predict import predict
 from geneformer_fast.profiling.prediction.tokenizing import predict_tokenizing
+from geneformer_fast.profiling.request import TOKENIZE, Request
 from geneformer_fast.profiling.scenarios.cells import check_readable
 from geneformer_fast.profiling.scenarios.models import geometry_of
-from geneformer_fast.profiling.scenarios.request import TOKENIZE, Request
 from geneformer_fast.tokenization.arrow import open_tokens
 
 #: Whose geometry is taken where nobody names a model.

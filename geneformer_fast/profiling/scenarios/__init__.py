@@ -10,10 +10,10 @@ import numba
 import torch
 
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.profiling.request import EMBED, TOKENIZE, Request
 from geneformer_fast.profiling.scenarios.cells import open_profile_cells
 from geneformer_fast.profiling.scenarios.embed import Embedding
 from geneformer_fast.profiling.scenarios.models import model_to_embed, model_to_train, place_of
-from geneformer_fast.profiling.scenarios.request import EMBED, TOKENIZE, Request
 from geneformer_fast.profiling.scenarios.tokenize import Tokenizing, opened_counts
 from geneformer_fast.profiling.scenarios.train import Training
 

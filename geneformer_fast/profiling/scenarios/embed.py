@@ -14,9 +14,9 @@ import torch
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, WINDOW_CELLS, EncodingRun, token_batches
 from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.request import EMBED, SECONDS, Request
 from geneformer_fast.profiling.scenarios.cells import ProfileCells, to_embed
 from geneformer_fast.profiling.scenarios.passes import measured, tried
-from geneformer_fast.profiling.scenarios.request import EMBED, SECONDS, Request
 
 #: As ``geneformer_fast.embed``.
 LAYER = "penultimate"

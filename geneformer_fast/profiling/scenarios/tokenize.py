@@ -14,9 +14,9 @@ from typing import Any
 from geneformer_fast.profiling.figures import Missing, divided
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.request import SECONDS, TOKENIZE, Request
 from geneformer_fast.profiling.run import profile
 from geneformer_fast.profiling.scenarios.counts import made_up_vocabulary, write_made_up_counts
-from geneformer_fast.profiling.scenarios.request import SECONDS, TOKENIZE, Request
 from geneformer_fast.tokenization.pipeline import default_workers
 from geneformer_fast.tokenization.run import resolve_vocabulary, tokenize
 from geneformer_fast.tokenization.sources import expand_inputs

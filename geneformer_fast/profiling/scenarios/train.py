@@ -16,10 +16,10 @@ from geneformer_fast.data.batches import BatchPlan
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.profiling.report import Report
+from geneformer_fast.profiling.request import SECONDS, TRAIN, Request
 from geneformer_fast.profiling.run import Run, profile
 from geneformer_fast.profiling.scenarios.cells import ProfileCells
 from geneformer_fast.profiling.scenarios.passes import N_ACTIVE
-from geneformer_fast.profiling.scenarios.request import SECONDS, TRAIN, Request
 from geneformer_fast.training.history import StepRecord
 from geneformer_fast.training.loop import fit
 from geneformer_fast.training.masked_genes import MaskedGenes

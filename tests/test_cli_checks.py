@@ -1,0 +1,153 @@
+"""What is wrong with arguments is said at once: before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toys
+
+import geneformer_fast as gf
+from geneformer_fast import cli
+
+PROBE = """
+import json, sys
+from geneformer_fast.cli import main
+try:
+    code = main(json.loads(sys.argv[1]))
+except SystemExit as stop:
+    code = stop.code
+print(json.dumps([code, [name for name in ("torch", "anndata", "numba", "pandas", "umap") if name in sys.modules]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells, tokens, a vocabulary, a model, and outputs that are there already."""
+    folder = tmp_path_factory.mktemp("place")
+    words = toys.vocabulary()
+    toys.cells(5).write_h5ad(folder / "cells.h5ad")
+    gf.tokenize(folder / "cells.h5ad", folder / "tokens", dictionary=words, progress=False)
+    words.save(folder / "vocabulary")
+    gf.save(toys.encoder(words), folder / "model")
+    (folder / "there.npy").write_text("x")
+    (folder / "there.csv").write_text("x")
+    for name, file in (("run", "run.json"), ("tuned", "finetune.json"), ("report", "report.json")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("{}")
+    (folder / "classes.csv").write_text("gene,class\n")
+    return folder
+
+
+GOOD = {
+    "tokenize": "cells.h5ad --dictionary vocabulary --out new",
+    "medians": "cells.h5ad --out new",
+    "embed": "tokens --model model --out new.npy",
+    "predict": "cells.h5ad --model model --out new.csv",
+    "pretrain": "tokens --out new",
+    "finetune cells": "tokens --model model --label kind --out new",
+    "finetune genes": "tokens --model model --classes classes.csv --out new",
+    "quantize": "model --out new",
+    "profile": "--model model --tokens tokens --out new",
+}
+#: Command, what is put in the place of what, and what is said then.
+BAD = [
+    ("tokenize", "cells.h5ad", "absent.h5ad", "absent.h5ad: no such file or folder"),
+    ("tokenize", "vocabulary", "absent", "absent: no such folder; give the folder that holds the gene dictionaries"),
+    ("tokenize", "--out new", "--out tokens", "tokens holds finished tokens"),
+    ("tokenize", "--out new", "--out model", "model exists and is no token folder"),
+    ("tokenize", "--out new", "--out new --resume --overwrite", "resume and overwrite exclude each other"),
+    ("tokenize", "--out new", "--out new --obs =x", "write --obs NAME"),
+    ("medians", "cells.h5ad", "absent*", "nothing matches it as a pattern"),
+    ("medians", "--out new", "--out vocabulary", "holds a vocabulary already"),
+    ("embed", "tokens", "absent", "absent: no such file or folder"),
+    ("embed", "--model model", "--model tokens", "tokens has no config.json"),
+    ("embed", "new.npy", "there.npy", "there.npy exists already"),
+    ("embed", "new.npy", "new.txt", "the name must end in one of .npy"),
+    ("embed", "new.npy", "new.npy --allow-float", "allow_float (--allow-float) is about reading counts"),
+    ("embed", "new.npy", "new.h5ad", "an .h5ad output is a copy of an .h5ad input"),
+    ("embed", "new.npy", "new.npy --plot there.npy", "there.npy exists already"),
+    ("embed", "new.npy", "new.npy --color kind", "color (--color) colours a picture"),
+    ("predict", "--model model", "--model absent", "absent is not a folder; pass a local checkpoint folder"),
+    ("predict", "new.csv", "there.csv", "there.csv exists already"),
+    ("predict", "new.csv", "new.npy", "the name must end in one of .parquet"),
+    ("pretrain", "tokens", "absent", "absent: no such token folder"),
+    ("pretrain", "--out new", "--out run", "run holds a run already"),
+    ("pretrain", "--out new", "--out model", "model holds files that are no training run"),
+    ("pretrain", "--out new", "--out new --learning-rate -1", "learning_rate must be above 0"),
+    ("pretrain", "--out new", "--out new --recipe best", "no recipe named 'best'"),
+    ("pretrain", "--out new", "--out new --init absent", "absent is not a folder"),
+    ("pretrain", "--out new", "--out new --eval-column kind", "write COLUMN=VALUE"),
+    ("finetune cells", "--label kind", "--label kind=x", "the weight must be a number"),
+    ("finetune cells", "--out new", "--out tuned", "tuned holds a fine-tuning already"),
+    ("finetune cells", "tokens", "absent", "absent: no such token folder"),
+    ("finetune cells", "--out new", "--out new --where kind", "write COLUMN=VALUE"),
+    ("finetune genes", "classes.csv", "absent.csv", "--classes absent.csv: there is no such file"),
+    ("finetune genes", "--model model", "--model absent", "absent is not a folder"),
+    ("quantize", "--out new", "--out model", "model is, holds or lies in the folder of the model"),
+    ("quantize", "--out new", "--out run", "run holds files and no model"),
+    ("quantize", "--out new", "--out new --label kind", "--label is about comparing models"),
+    ("quantize", "--out new", "--out new --check absent", "absent: no such token folder"),
+    ("profile", "--out new", "--out report", "report exists already"),
+    ("profile", "--tokens tokens", "--tokens absent", "absent: no such token folder"),
+    ("profile", "--out new", "--out new --mode tokenize", "--model is about a model"),
+]
+
+
+def words_of(command: str, old: str = "", new: str = "") -> list[str]:
+    assert old in GOOD[command]
+    return [*command.split(), *GOOD[command].replace(old, new, 1).split()]
+
+
+@pytest.mark.parametrize(("command", "old", "new", "said"), BAD)
+def test_what_is_said(
+    command: str, old: str, new: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(f"geneformer_fast.cli.{command.split()[0]}.run", pytest.fail)
+    assert cli.main(words_of(command, old, new)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_nothing_is_wrong_with_what_is_right(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    args = cli.parsed(words_of(command))
+    assert args.check(args) is None
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_and_nothing_heavy_was_loaded_for_it(command: str, place: Path) -> None:
+    """A process of its own for every command, with the fault that is found last."""
+    given = [json.dumps(words_of(name, old, new)) for name, old, new, _ in BAD if name == command]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, given[-1]], cwd=place, capture_output=True, text=True, timeout=120,
+        env=paths_of_this_checkout(),
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, []], done.stderr
+
+
+def paths_of_this_checkout() -> dict[str, str]:
+    import os
+
+    root = Path(gf.__file__).parent.parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("pretrain t --out o --epochs 1 --steps 3", "not allowed with argument --epochs"),
+        ("pretrain t --out o --batch-cells 1 --batch-tokens 3", "not allowed with argument --batch-cells"),
+        ("pretrain t --out o --warmup-steps 1 --warmup-share 0.1", "not allowed with argument --warmup-steps"),
+        ("finetune cells t --model m --label l --out o --warmup-steps 1 --warmup-share 0.1", "not allowed with"),
+    ],
+)
+def test_options_that_contradict_each_other(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parsed(line.split())
+    assert said in capsys.readouterr().err
