@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -11,21 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import interpreted
 import pytest
 import quick_interpreter
-import torch
-
-# Triton reads this when it is imported, and transformers imports it, so it is settled before the first test file is
-# loaded. On a machine with a card the kernels are compiled for it, and the tests marked gpu run.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones. Tests on a card do without hypothesis.
-if find_spec("hypothesis") is not None:
-    from hypothesis import settings
-
-    settings.register_profile("reproducible", derandomize=True)
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Test files at a time when the whole default suite is asked for: some of them hold gigabytes.
@@ -72,9 +61,49 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers share the cores, instead of each of them using all."""
+    """What must be settled before the first test file is loaded, where any is: not in the process that has workers.
+
+    Workers share the cores, instead of each of them using all.
+    """
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    interpreted.settle()
+    # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones. Tests on a card do without it.
+    if find_spec("hypothesis") is not None:
+        from hypothesis import settings
+
+        settings.register_profile("reproducible", derandomize=True)
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
     if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        import torch
+
         torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
+
+
+class Backwards(pytest.Dir):
+    """A folder whose last test file is loaded first."""
+
+    def collect(self) -> Any:
+        return reversed([*super().collect()])
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Every other worker begins at the end: in a fresh checkout each then prepares half of the files for all.
+
+    pytest rewrites assertions once for all processes, but all begin at the same time.
+    """
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    is_odd = number.isdigit() and int(number) % 2 == 1
+    return Backwards.from_parent(parent, path=path) if is_odd else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers must agree on one order, which is that of names."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    files = [[*group] for _, group in itertools.groupby(items, key=lambda item: item.path)]
+    items[:] = itertools.chain.from_iterable(sorted(files, key=lambda file: file[0].path))
 
 
 def pytest_collection_finish() -> None:
@@ -104,8 +133,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """``-m gpu`` on a machine without a card skips; what is known to take long has no limit of seconds."""
     if any(item.get_closest_marker(name) is not None for name in ("slow", "gpu", "bench")):
         faulthandler.cancel_dump_traceback_later()
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -115,6 +147,7 @@ def pytest_runtest_call() -> Iterator[None]:
         return (yield)
     except Exception as error:
         # Not at the top: tests of the tokenizer do without the kernels.
+        import torch
         from geneformer_kernels import on_device
         from old_cards import refused_by_old_card
 
@@ -127,6 +160,8 @@ def pytest_runtest_call() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def threads_kept() -> Iterator[None]:
     """Every test finds torch with as many threads as the first one did: sums depend on it, in their last bits."""
+    import torch
+
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import interpreted
 import pytest
 import torch
+
+interpreted.settle()
 
 
 @dataclass(frozen=True)

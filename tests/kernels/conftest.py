@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Iterator
 
+import interpreted
 import numpy as np
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted.settle()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,7 +13,6 @@ from geneformer_kernels.ops.varlen_attention import cells as module
 from geneformer_kernels.ops.varlen_attention import launches, library, reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan
-from torch._dynamo.backends.common import aot_autograd
 
 from geneformer_fast import Encoder, EncoderConfig
 from geneformer_fast.ragged import Ragged
@@ -193,6 +192,8 @@ def test_compiled_they_are_part_of_the_graph(device: str) -> None:
         return graph.forward
 
     torch._dynamo.reset()
+    from torch._dynamo.backends.common import aot_autograd  # which loads the compiler
+
     compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
     with torch.no_grad():
         for lengths in (LENGTHS, OTHERS):

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
-from sklearn.neighbors import NearestNeighbors
 from toys import cells, encoder, vocabulary
 
 import geneformer_fast as gf
@@ -72,6 +70,8 @@ def test_neighbours_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch, a
     rng = np.random.default_rng(0)
     one = rng.normal(size=(53, 8))
     other = one + rng.normal(size=one.shape) * 0.3
+    from sklearn.neighbors import NearestNeighbors
+
     sets = []
     for x in (one, other):
         near = NearestNeighbors(n_neighbors=15, algorithm="brute").fit(x).kneighbors(return_distance=False)
@@ -188,6 +188,8 @@ def test_a_classifier_is_scored_where_tokens_carry_its_column(tokens: Path, clas
     truth = gf.open_tokens(tokens).column("kind").to_pylist()
     drawn = np.random.default_rng(0).permutation(60)
     predicted = gf.predict(tokens, classifier, progress=False)["kind_predicted"].to_numpy()
+    from sklearn.metrics import f1_score
+
     expected = f1_score(truth, predicted, average="macro")
     assert measures["kind: macro-F1"].exact == pytest.approx(expected)
     assert measures["kind: macro-F1"].quantized != measures["kind: macro-F1"].exact
@@ -202,6 +204,8 @@ def test_the_column_of_labels_may_be_named(tokens: Path, classifier: Path) -> No
     # Labels that are no class of the model are left out; what is left has one class.
     labels = np.array(gf.open_tokens(tokens).column("other").to_pylist())
     predicted = gf.predict(tokens, classifier, progress=False)["kind_predicted"].to_numpy()
+    from sklearn.metrics import f1_score
+
     expected = f1_score(labels[labels == "b"], predicted[labels == "b"], average="macro")
     assert named.exact == pytest.approx(expected)
     with pytest.raises(InputError, match="no column 'absent'"):
