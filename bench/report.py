@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import finetune_report
+from bench import finetune_report, float32_report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,9 @@ def _machine(results: Sequence[Result]) -> str:
     features = f", {', '.join(extras)}" if extras else ""
     blocks = [f"### {at['machine']}, {at['n_cores']} cores, {at['memory_gib']:.0f} GiB{features}"]
     of_case: Callable[[str], list[Result]] = lambda prefix: [r for r in results if r["case"].startswith(prefix)]  # noqa: E731
-    blocks += [_embedding(result) for result in sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))]
+    embedded = sorted(of_case("embed_"), key=lambda r: r["geometry"] + _order(r))
+    blocks += [_embedding(result) for result in embedded if "held_to" not in result]
+    blocks += [_float32(result) for result in embedded if "held_to" in result]
     blocks += [_training(result) for result in of_case("train_")]
     blocks += [_quantized(result) for result in of_case("quantized_")]
     tables = (
@@ -111,6 +113,11 @@ def _embedding(result: Result) -> str:
              for pair, goal in result["goals"].items()]  # fmt: skip
     header = ("", "cells/s (p10 to p90)", "ours is faster", "ours, last layer, is faster", "peak memory")
     return _block(title, header, rows, [result], f"Goals: {', '.join(goals)}." if goals else "")
+
+
+def _float32(result: Result) -> str:
+    title = float32_report.title(result, NAMES[result["geometry"]], _threads(result["threads"]))
+    return _block(title, float32_report.HEADER, float32_report.rows(result), [result], float32_report.goals(result))
 
 
 def _quantized(result: Result) -> str:

@@ -46,6 +46,14 @@ TRAIN = {
     "ratios": {"ours / trainer": 19.9}, "goals": {"ours / trainer": 4},
     "curve": {"n_steps": 40, "largest_difference_from_trainer": {"ours": 0.00123, "trainer": 0.0}},
 }  # fmt: skip
+FLOAT32 = {
+    **EMBED, "case": "embed_v1-10m_2-threads_avx2", "held_to": "AVX2", "ceiling_tflops": 0.1234,
+    "candidates": {
+        "float32": {**candidate("this project, float32", 12.3, is_ours=True), "share_of_ceiling": 0.812},
+        "stock-float32": {**candidate("best stock parts, float32", 7.89), "share_of_ceiling": 0.471},
+    },
+    "ratios": {"float32 / stock-float32": 1.56}, "goals": {"float32 / stock-float32": 1.6}, "least_share": 0.75,
+}  # fmt: skip
 TOKENIZE = {
     "case": "tokenize_v2", "provenance": {**PROVENANCE, "is_dirty": True}, "what": "a file to a folder",
     "n_cells": 100_000, "n_tokens": 7, "goal": 200, "ratio": 314.15,
@@ -110,7 +118,7 @@ FINETUNE = {
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "imaginary-9000-4-cores"
     folder.mkdir(parents=True)
-    for result in (EMBED, TRAIN, TOKENIZE, RANK, MEMORY, VERIFY, ACCURACY, FINETUNE):
+    for result in (EMBED, FLOAT32, TRAIN, TOKENIZE, RANK, MEMORY, VERIFY, ACCURACY, FINETUNE):
         (folder / f"{result['case']}.json").write_text(json.dumps(result))
     return tmp_path / "results"
 
@@ -125,6 +133,11 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["**this project**"] == ["123 (111 to 136)", "", "", "512 MB"]
     assert rows["as the extractor does: padded, batches of 8"] == ["9.9 (8.9 to 10.9)", "12.5x", "", "512 MB"]
+    assert rows["**this project, float32**"] == ["12.3 (11.1 to 13.5)", "", "81%", "512 MB"]
+    assert rows["best stock parts, float32, batches of 8"] == ["7.9 (7.1 to 8.7)", "1.56x", "47%", "512 MB"]
+    assert "everything held to AVX2" in text
+    assert "reach 123 GFLOP/s here" in text
+    assert "Goals: float32 against stock-float32 1.6x, 75% of what large products reach." in text
     assert rows["**this project, bfloat16**"] == ["24.6 (22.1 to 27.1)", "24.6", "", "", "", "512 MB"]
     assert rows["transformers' Trainer: padded, 8 cells at once"] == [
         "1.2 (1.1 to 1.4)",
@@ -165,7 +178,7 @@ def test_tables_are_well_formed(results: Path) -> None:
         widths = {len(row) for row in rows_of(block)}
         assert len(widths) <= 1, f"rows of different width:\n{block}"
     heads = re.findall(r"^\|(?: ---:? \|)+$", report.render(results), re.MULTILINE)
-    assert len(heads) == 8
+    assert len(heads) == 9
 
 
 def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

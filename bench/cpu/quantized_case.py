@@ -90,21 +90,25 @@ CANDIDATES = {
 }
 
 
-def side_by_side(place: Workplace, names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+def side_by_side(
+    place: Workplace, names: Sequence[str], rounds: int, candidates: Mapping[str, Candidate] | None = None
+) -> dict[str, dict[str, Any]]:
     """Every candidate once per round, in another order every time; what was measured, per candidate.
+
+    ``candidates`` are :data:`CANDIDATES` unless others are given; one of them is ``float32``.
 
     Raises
     ------
     RuntimeError
         Two candidates do not compute the same.
     """
-    cells = place.token_lists()
-    runs = {name: CANDIDATES[name].load(place) for name in names}
-    batch_sizes = {name: 0 if CANDIDATES[name].is_ours else _tuned(runs[name], cells) for name in names}
+    candidates, cells = candidates or CANDIDATES, place.token_lists()
+    runs = {name: candidates[name].load(place) for name in names}
+    batch_sizes = {name: 0 if candidates[name].is_ours else _tuned(runs[name], cells) for name in names}
     results = {name: runs[name](cells, batch_sizes[name]) for name in names}
     cosines = {name: centred_cosine(result, results["float32"]) for name, result in results.items()}
     for name, cosine in cosines.items():
-        if CANDIDATES[name].is_ours and not cosine >= (LEAST_COSINE_ROWS if name == "int8" else LEAST_COSINE):
+        if candidates[name].is_ours and not cosine >= (LEAST_COSINE_ROWS if name == "int8" else LEAST_COSINE):
             raise RuntimeError(f"{name} and float32 disagree (cosine {cosine:.6f}): their times mean nothing")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
@@ -113,8 +117,8 @@ def side_by_side(place: Workplace, names: Sequence[str], rounds: int) -> dict[st
             seconds[name].append(ms / 1e3)
     return {
         name: {
-            "what": CANDIDATES[name].what,
-            "is_ours": CANDIDATES[name].is_ours,
+            "what": candidates[name].what,
+            "is_ours": candidates[name].is_ours,
             "batch_size": batch_sizes[name],
             "cells_per_s": percentiles(len(cells) / np.array(seconds[name])),
             "seconds": percentiles(np.array(seconds[name])),

@@ -145,15 +145,15 @@ def multiply_rows(x, layer, out):
 @numba.njit(**LOOP)
 def _multiply_tiles(x, x_row_bytes, n_rows, panels, bias, out):
     width, out_row_bytes = panels.shape[1], 4 * out.shape[1]
-    panel_bytes, first_panel, to = width * STEP_BYTES, address_of(panels), address_of(out)
-    for i in range(n_rows):
-        out[i] = bias
+    panel_bytes, first_panel, first_out = width * STEP_BYTES, address_of(panels), address_of(out)
     for chunk in range(0, width, _CHUNK):
         n_steps = min(_CHUNK, width - chunk)
         for i_panel in range(panels.shape[0]):
             panel = first_panel + i_panel * panel_bytes + chunk * STEP_BYTES
             for row in range(0, n_rows, ROWS):
-                add_tile(
-                    x + row * x_row_bytes + 4 * chunk, x_row_bytes, panel, n_steps,
-                    to + row * out_row_bytes + i_panel * STEP_BYTES, out_row_bytes,
-                )  # fmt: skip
+                to = first_out + row * out_row_bytes + i_panel * STEP_BYTES
+                start, start_row_bytes = to, out_row_bytes
+                if chunk == 0:
+                    start, start_row_bytes = address_of(bias) + i_panel * STEP_BYTES, 0
+                rows = x + row * x_row_bytes + 4 * chunk
+                add_tile(start, start_row_bytes, rows, x_row_bytes, panel, n_steps, to, out_row_bytes)

@@ -76,35 +76,33 @@ def _add_steps(builder: Any, totals: Tile, rows: list[Any], panel: Any, first: A
     return [list(of_row) for of_row in phis]
 
 
-def _multiplying(is_adding: bool) -> Any:
-    def multiply(
-        typing_context: Any, rows: Any, row_bytes: Any, panel: Any, n_steps: Any, out: Any, out_row_bytes: Any
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            rows, row_bytes, panel, n_steps, out, out_row_bytes = arguments
-            starts = [builder.add(rows, builder.mul(row_bytes, INT64(row))) for row in range(ROWS)]
-            ends = [builder.add(out, builder.mul(out_row_bytes, INT64(row))) for row in range(ROWS)]
-            places = [INT64(4 * _LANES * i) for i in range(_REGISTERS)]
-            if is_adding:
-                totals = [[load(builder, end, place, _FLOATS, align=4) for place in places] for end in ends]
-            else:
-                totals = [[ir.Constant(_FLOATS, None) for _ in places] for _ in ends]
-            whole = builder.and_(n_steps, INT64(-_UNROLL))
-            totals = _add_steps(builder, totals, starts, panel, INT64(0), whole, _UNROLL)
-            totals = _add_steps(builder, totals, starts, panel, whole, n_steps, 1)
-            for end, of_row in zip(ends, totals, strict=True):
-                for place, total in zip(places, of_row, strict=True):
-                    store(builder, total, end, place, align=4)
-            return context.get_dummy_value()
+def _add_tile(
+    typing_context: Any, start: Any, start_row_bytes: Any, rows: Any, row_bytes: Any, panel: Any, n_steps: Any,
+    out: Any, out_row_bytes: Any,
+) -> Any:  # fmt: skip
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, start_row_bytes, rows, row_bytes, panel, n_steps, out, out_row_bytes = arguments
+        starts, rows, ends = (
+            [builder.add(first, builder.mul(apart, INT64(row))) for row in range(ROWS)]
+            for first, apart in ((start, start_row_bytes), (rows, row_bytes), (out, out_row_bytes))
+        )
+        places = [INT64(4 * _LANES * i) for i in range(_REGISTERS)]
+        totals = [[load(builder, each, place, _FLOATS, align=4) for place in places] for each in starts]
+        whole = builder.and_(n_steps, INT64(-_UNROLL))
+        totals = _add_steps(builder, totals, rows, panel, INT64(0), whole, _UNROLL)
+        totals = _add_steps(builder, totals, rows, panel, whole, n_steps, 1)
+        for end, of_row in zip(ends, totals, strict=True):
+            for place, total in zip(places, of_row, strict=True):
+                store(builder, total, end, place, align=4)
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
-
-    return intrinsic(multiply)
+    return types.void(*[types.int64] * 8), generate
 
 
-#: (rows, bytes from row to row, panel, steps, out, bytes from row to row of it): ROWS rows times COLUMNS columns of a
-#: panel to ``out``, or added to what is there. All memory is read and written for whole tiles.
-multiply_tile, add_tile = _multiplying(False), _multiplying(True)
+#: (start, bytes from row to row of it, rows, bytes, panel, steps, out, bytes): ``out = start + rows @ panel`` for ROWS
+#: rows and the COLUMNS of a panel. Memory is read and written for whole tiles. ``start`` may be ``out``, or one row for
+#: all, no bytes apart from the next.
+add_tile: Any = intrinsic(_add_tile)
 
 
 def _all(value: float | np.floating) -> Any:
@@ -127,30 +125,11 @@ def _power_of_two(builder: Any, power: Any) -> Any:
 def _raise_two(typing_context: Any, row: Any, n_columns: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, n_columns = arguments
-        before, body, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(body)
-        builder.position_at_end(body)
-        column = builder.phi(INT64)
-        totals = [builder.phi(_FLOATS) for _ in range(_REGISTERS)]
-        following = builder.add(column, INT64(COLUMNS))
-        column.add_incoming(INT64(0), before)
-        column.add_incoming(following, body)
-        n_there = everywhere(builder, builder.trunc(builder.sub(n_columns, column), INT32), _INTS)
-        grown = []
-        for i, total in enumerate(totals):
-            at = builder.mul(builder.add(column, INT64(_LANES * i)), INT64(4))
-            lanes = ir.Constant(_INTS, [INT32(_LANES * i + lane) for lane in range(_LANES)])
-            powers = _power_of_two(builder, load(builder, row, at, _FLOATS, align=4))
-            is_there = builder.icmp_signed("<", lanes, n_there)
-            powers = builder.select(is_there, powers, ir.Constant(_FLOATS, None))
-            store(builder, powers, row, at, align=4)
-            grown.append(builder.fadd(total, powers))
-        for phi, total in zip(totals, grown, strict=True):
-            phi.add_incoming(ir.Constant(_FLOATS, None), before)
-            phi.add_incoming(total, body)
-        builder.cbranch(builder.icmp_signed("<", following, n_columns), body, end)
-        builder.position_at_end(end)
-        sums = builder.fadd(*grown)
+        whole = builder.and_(n_columns, INT64(-COLUMNS))
+        nothing = [ir.Constant(_FLOATS, None) for _ in range(_REGISTERS)]
+        totals = _raise_blocks(builder, nothing, row, INT64(0), whole, n_columns, is_whole=True)
+        totals = _raise_blocks(builder, totals, row, whole, n_columns, n_columns, is_whole=False)
+        sums = builder.fadd(*totals)
         width = _LANES
         while width > 1:
             width //= 2
@@ -159,6 +138,39 @@ def _raise_two(typing_context: Any, row: Any, n_columns: Any) -> Any:
         return builder.extract_element(sums, INT32(0))
 
     return types.float32(types.int64, types.int64), generate
+
+
+def _raise_blocks(
+    builder: Any, totals: list[Any], row: Any, first: Any, last: Any, n_columns: Any, *, is_whole: bool
+) -> list[Any]:
+    """Totals, a register of them for each of a block, with blocks of columns from ``first`` to below ``last``."""
+    before, head, body, end = builder.block, *(builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    column = builder.phi(INT64)
+    phis = [builder.phi(_FLOATS) for _ in totals]
+    builder.cbranch(builder.icmp_signed("<", column, last), body, end)
+    builder.position_at_end(body)
+    n_there = everywhere(builder, builder.trunc(builder.sub(n_columns, column), INT32), _INTS)
+    grown = []
+    for i, total in enumerate(phis):
+        at = builder.mul(builder.add(column, INT64(_LANES * i)), INT64(4))
+        powers = _power_of_two(builder, load(builder, row, at, _FLOATS, align=4))
+        if not is_whole:
+            lanes = ir.Constant(_INTS, [INT32(_LANES * i + lane) for lane in range(_LANES)])
+            is_there = builder.icmp_signed("<", lanes, n_there)
+            powers = builder.select(is_there, powers, ir.Constant(_FLOATS, None))
+        store(builder, powers, row, at, align=4)
+        grown.append(builder.fadd(total, powers))
+    following = builder.add(column, INT64(COLUMNS))
+    builder.branch(head)
+    column.add_incoming(first, before)
+    column.add_incoming(following, body)
+    for phi, total, after in zip(phis, totals, grown, strict=True):
+        phi.add_incoming(total, before)
+        phi.add_incoming(after, body)
+    builder.position_at_end(end)
+    return phis
 
 
 #: (row, columns): ``2**x``, at most 2**127, in place of at least one number; their sum. Up to whole COLUMNS of memory

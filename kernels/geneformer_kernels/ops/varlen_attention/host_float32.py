@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, as_bits
-from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, multiply_tile, raise_two
+from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, raise_two
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_shares
 
@@ -81,7 +81,7 @@ def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
-    """Keys, values, one panel of keys as they come, queries, weights, results, sums; torch aligns them to registers."""
+    """Keys, values, one panel of keys as they come, queries, weights, results, sums, zeros; torch aligns them."""
     n_panels = -(-longest // COLUMNS)
     shapes = (
         (n_panels, head_dim, COLUMNS),
@@ -92,13 +92,14 @@ def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
         (_BLOCK_ROWS, head_dim),
         (_BLOCK_ROWS,),
     )
-    return tuple(torch.zeros(shape, dtype=torch.float32).numpy() for shape in shapes)
+    rooms = [torch.empty(shape, dtype=torch.float32).numpy() for shape in shapes]
+    return *rooms, torch.zeros(COLUMNS, dtype=torch.float32).numpy()
 
 
 @numba.njit(**LOOP)
 def _attend(
     q, q_step, k, k_step, v, v_step, start, stop, first_head, last_head, head_dim, scale, out, out_step,
-    keys, values, panel, queries, weights, mixed, sums,
+    keys, values, panel, queries, weights, mixed, sums, zeros,
 ):  # fmt: skip
     """Some heads of one cell; False if a sum of weights is too large, or a query, key or result is no number."""
     length = stop - start
@@ -112,12 +113,11 @@ def _attend(
             is_fine &= _take_queries(q, q_step, start + first, n_rows, column, queries)
             n_tiles = -(-n_rows // ROWS)
             queries[n_rows : n_tiles * ROWS] = 0
-            mixed[: n_tiles * ROWS] = 0
             sums[:] = 0
             for chunk in range(0, length, _CHUNK):
                 n_keys = min(_CHUNK, length - chunk)
-                _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums)
-                _mix(weights, values, chunk, n_keys, n_tiles, mixed)
+                _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums, zeros)
+                _mix(weights, values, chunk, n_keys, n_tiles, mixed, zeros)
             is_fine &= _divide(mixed, sums, n_rows, out, (start + first) * out_step + column, out_step)
     return is_fine
 
@@ -167,7 +167,7 @@ def _pack_values(v, v_step, start, length, column, values):
 
 
 @numba.njit(**LOOP)
-def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums):
+def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums, zeros):
     """Unnormalised weights of a block's rows and a chunk's keys; their sums are added to those of the rows."""
     head_dim = queries.shape[1]
     row_bytes, weights_row_bytes = 4 * head_dim, 4 * _WEIGHTS_WIDTH
@@ -176,8 +176,8 @@ def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums):
         panel = key + (chunk // COLUMNS + i_panel) * head_dim * STEP_BYTES
         for i_tile in range(n_tiles):
             row = i_tile * ROWS
-            multiply_tile(
-                query + row * row_bytes, row_bytes, panel, head_dim,
+            add_tile(
+                address_of(zeros), 0, query + row * row_bytes, row_bytes, panel, head_dim,
                 to + row * weights_row_bytes + i_panel * STEP_BYTES, weights_row_bytes,
             )  # fmt: skip
     for i in range(n_rows):
@@ -185,18 +185,20 @@ def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums):
 
 
 @numba.njit(**LOOP)
-def _mix(weights, values, chunk, n_keys, n_tiles, mixed):
-    """Adds a chunk's values under their weights to the rows of a block."""
+def _mix(weights, values, chunk, n_keys, n_tiles, mixed, zeros):
+    """Adds a chunk's values under their weights to the rows of a block, with which the first chunk begins."""
     row_bytes, weights_row_bytes = 4 * mixed.shape[1], 4 * _WEIGHTS_WIDTH
-    weight, value, to = address_of(weights), address_of(values), address_of(mixed)
+    weight, value, first_out = address_of(weights), address_of(values), address_of(mixed)
     for i_panel in range(values.shape[0]):
         panel = value + (i_panel * values.shape[1] + chunk) * STEP_BYTES
         for i_tile in range(n_tiles):
             row = i_tile * ROWS
-            add_tile(
-                weight + row * weights_row_bytes, weights_row_bytes, panel, n_keys,
-                to + row * row_bytes + i_panel * STEP_BYTES, row_bytes,
-            )  # fmt: skip
+            to = first_out + row * row_bytes + i_panel * STEP_BYTES
+            start, start_row_bytes = to, row_bytes
+            if chunk == 0:
+                start, start_row_bytes = address_of(zeros), 0
+            rows = weight + row * weights_row_bytes
+            add_tile(start, start_row_bytes, rows, weights_row_bytes, panel, n_keys, to, row_bytes)
 
 
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)
