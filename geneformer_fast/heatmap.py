@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_fast.errors import InputError, OutputError, UnsupportedError
+from geneformer_fast.errors import InputError
 from geneformer_fast.files.writing import whole_file
+from geneformer_fast.plot import COLORS, check_format
 
 #: Rows of a picture that can be told apart, about; of more cells a sample is drawn.
 MOST_CELLS = 2_000
@@ -17,21 +18,6 @@ MOST_CELLS = 2_000
 MOST_CLASSES = 40
 # Standard deviations at which the colours end.
 _LIMIT = 2.5
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-
-
-def check_heatmap(path: str | os.PathLike[str]) -> None:
-    """Raise, before anything is computed, what :func:`plot_heatmap` would raise about this path."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise UnsupportedError(
-            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
-        ) from None
-    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if Path(path).suffix.removeprefix(".").lower() not in formats:
-        raise OutputError(f"{path}: pictures end in .png, .pdf or .svg (all formats: {', '.join(formats)})")
 
 
 def plot_heatmap(
@@ -73,7 +59,7 @@ def plot_heatmap(
     OutputError
         The picture cannot be written there.
     """
-    check_heatmap(path)
+    check_format(path)
     path, n_cells = Path(path), len(embeddings)
     if not n_cells:
         raise InputError("a heatmap of no cells shows nothing")
@@ -181,8 +167,8 @@ def _draw(figure: Any, values: np.ndarray, keys: np.ndarray, names: list[str], l
 
 def colors_of(n: int) -> list[Any]:
     """Colours of classes: eight that colour-blind readers tell apart, or of more as many as there are."""
-    if n <= len(_COLORS):
-        return list(_COLORS[:n])
+    if n <= len(COLORS):
+        return list(COLORS[:n])
     import matplotlib
 
     return [matplotlib.colormaps["turbo"](place) for place in np.linspace(0.02, 0.98, n)]

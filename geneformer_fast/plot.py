@@ -32,17 +32,35 @@ INK, FAINT = "#222222", "#c4c4c4"
 
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Raise, before anything is computed, what :func:`plot_umap` would raise about this path."""
+    check_format(path)
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from umap import UMAP  # noqa: F401
     except ImportError as error:
-        raise UnsupportedError(
-            f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
-        ) from None
+        raise UnsupportedError(_missing(error)) from None
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+    """See that a picture can be drawn and its name ends as one's.
+
+    Raises
+    ------
+    UnsupportedError
+        matplotlib is not installed.
+    OutputError
+        No picture ends like that.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise UnsupportedError(_missing(error)) from None
     path = Path(path)
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in formats:
         raise OutputError(f"{path}: pictures end in .png, .pdf or .svg (all formats: {', '.join(formats)})")
+
+
+def _missing(error: ImportError) -> str:
+    return f"pictures need {error.name}, which is not installed: pip install 'geneformer-fast[plot]'"
 
 
 def check_enough(n_cells: int) -> None:

@@ -12,15 +12,8 @@ from pictures import n_colors, pixels
 
 from geneformer_fast import heatmap
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
-from geneformer_fast.heatmap import (
-    check_heatmap,
-    classes_of,
-    colors_of,
-    column_order,
-    plot_heatmap,
-    row_order,
-    standardized,
-)
+from geneformer_fast.heatmap import classes_of, colors_of, column_order, plot_heatmap, row_order, standardized
+from geneformer_fast.plot import COLORS, check_format
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="pictures need matplotlib")
 
@@ -111,6 +104,7 @@ def test_a_seeded_sample_is_drawn_of_many_cells(tmp_path: Path, monkeypatch: pyt
 def test_classes_have_colours_of_their_own(tmp_path: Path) -> None:
     for n in (1, 3, 8, 30, 60):
         assert len({tuple(np.ravel(color)) if not isinstance(color, str) else color for color in colors_of(n)}) == n
+    assert colors_of(3) == list(COLORS[:3]), "a class looks as on the UMAP"
     values, labels = grouped()
     assert n_colors(pixels(plot_heatmap(values, labels, tmp_path / "h.png", label="type"))) > 30
     many = np.array([f"class {i % 60}" for i in range(90)])
@@ -126,7 +120,7 @@ def test_next_to_nothing_can_be_drawn(n: int, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match=r"h\.xyz: pictures end in \.png"):
-        check_heatmap(tmp_path / "h.xyz")
+        check_format(tmp_path / "h.xyz")
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'geneformer-fast\[plot\]'"):
-        check_heatmap(tmp_path / "h.png")
+        check_format(tmp_path / "h.png")

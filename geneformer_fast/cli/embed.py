@@ -92,6 +92,7 @@ def check(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     check_dictionary(args.dictionary)
+    selection_options(args)
     is_tokens = check_counts_or_tokens(args.inputs)
     out = Output(args.out, overwrite=args.overwrite, suffixes=SUFFIXES, is_genes=args.pool == "gene")
     has_plot = args.plot is not None or args.heatmap is not None

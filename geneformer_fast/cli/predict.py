@@ -69,6 +69,7 @@ def check(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     check_dictionary(args.dictionary)
+    selection_options(args)
     is_tokens = check_counts_or_tokens(args.inputs)
     out = Output(args.out, overwrite=args.overwrite, suffixes=PREDICTED)
     request = Request(False, is_tokens, out.path.suffix, is_genes=False)

@@ -30,7 +30,17 @@ def add_selection_options(parser: argparse.ArgumentParser, *, has_seed: bool = T
 
 
 def selection_options(args: argparse.Namespace, *, has_seed: bool = True) -> dict[str, Any]:
-    """Their values, as arguments of the functions behind the commands."""
+    """Their values, as arguments of the functions behind the commands.
+
+    Raises
+    ------
+    UnsupportedError
+        They name no cells, or a seed of no draw.
+    """
+    if args.max_cells is not None and args.max_cells < 1:
+        raise UnsupportedError(f"--max-cells must be at least 1, not {args.max_cells}")
+    if has_seed and args.seed is not None and args.max_cells is None:
+        raise UnsupportedError("--seed is of the draw of cells: say how many with --max-cells")
     found = {"where": parsed_where(args.where) or None, "max_cells": args.max_cells}
     return found | {"seed": args.seed} if has_seed else found
 

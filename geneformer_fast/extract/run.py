@@ -43,8 +43,8 @@ from geneformer_fast.extract.frames import cell_frame, gene_frame
 from geneformer_fast.extract.genes import by_column, gene_columns
 from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
-from geneformer_fast.heatmap import check_heatmap, plot_heatmap
-from geneformer_fast.plot import check_enough, check_picture, plot_umap
+from geneformer_fast.heatmap import plot_heatmap
+from geneformer_fast.plot import check_enough, check_format, check_picture, plot_umap
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def check_pictures(
     if plot is not None:
         check_picture(plot)
     if heatmap is not None:
-        check_heatmap(heatmap)
+        check_format(heatmap)
         if color is None:
             raise UnsupportedError("heatmap (--heatmap) shows cells by a column: name it with color (--color)")
         if plot is not None and Path(plot).absolute() == Path(heatmap).absolute():

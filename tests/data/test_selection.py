@@ -13,6 +13,7 @@ import pytest
 import toys
 
 import geneformer_fast as gf
+from geneformer_fast.cli import build_parser, main
 from geneformer_fast.cli.selection import parsed_where
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import InputError, UnsupportedError
@@ -132,6 +133,27 @@ def test_what_the_command_line_says() -> None:
     for entries in (["kind"], ["=B"], ["kind="], ["kind=B", "kind=NK"]):
         with pytest.raises(UnsupportedError, match=f"--where {entries[-1]}"):
             parsed_where(entries)
+
+
+@pytest.mark.parametrize("command", ["embed", "predict"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--where", "kind"], "--where kind: write COLUMN=VALUE"),
+        (["--max-cells", "0"], "--max-cells must be at least 1"),
+        (["--seed", "3"], "--seed is of the draw of cells"),
+    ],
+)
+def test_the_command_says_so_before_anything_is_loaded(
+    command: str, options: list[str], said: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "z.parquet"
+    arguments = [command, str(home / "tokens"), "--model", str(home / "model"), "--out", str(out), *options]
+    args = build_parser([command]).parse_args(arguments)
+    with pytest.raises(UnsupportedError, match=said):
+        args.check(args)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_several_files_are_one_draw_and_only_what_is_near_is_read(

@@ -290,9 +290,10 @@ def check_progress(at: Workplace, place: Place, progress: bool) -> None:
 def check_plot(at: Workplace, place: Place, plot: str) -> None:
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "plot_umap", lambda values, labels, path, label: drawn.append((len(values), labels, path)))
-        at.embed(place, plot=at.out / plot)
-    assert drawn == [(11, None, at.out / plot)]
+        patch.setattr(run, "plot_umap", lambda values, labels, *a, **k: drawn.append((len(values), labels, *a, k)))
+        at.embed(place, plot=at.out / plot, pool="mean", layer="last")
+    said = {"label": None, "title": "model, layer last, pool mean"}
+    assert drawn == [(11, None, at.out / plot, said)]
     (at.out / plot).write_text("mine")
     at.refuses(place, "exists already", OutputError, plot=at.out / plot, overwrite=False)
     assert (at.out / plot).read_text() == "mine"
@@ -318,14 +319,16 @@ def check_color(at: Workplace, place: Place, color: str) -> None:
     at.refuses(place, r"color \(--color\) colours a picture", color=color)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "plot_umap", lambda values, labels, path, label: drawn.append((list(labels), label)))
+        patch.setattr(run, "plot_umap", lambda values, labels, path, label, title: drawn.append((list(labels), label)))
         at.embed(place, plot=at.out / "p.png", color=color)
     kinds = anndata.read_h5ad(at.folder / "cells.h5ad").obs["kind"].tolist()
     assert drawn == [(kinds[:3] + kinds[4:], "kind")]
     if place.suffix in TABLES:
         # The column to colour by keeps the name that it is to have in the table.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "plot_umap", lambda values, labels, path, label: drawn.append((list(labels), label)))
+            patch.setattr(
+                run, "plot_umap", lambda values, labels, path, label, title: drawn.append((list(labels), label))
+            )
             result = at.embed(place, plot=at.out / "p.png", color=color, obs={"kind": "label"})
         assert drawn[1] == drawn[0]
         assert {"label"} == {"label", "kind"} & set(columns_of(result))

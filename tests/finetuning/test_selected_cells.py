@@ -125,9 +125,11 @@ def test_the_command_hands_it_on(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr("geneformer_fast.finetuning.cells.finetune_cells", cells)
     monkeypatch.setattr("geneformer_fast.finetuning.genes.finetune_genes", cells)
-    for kind in (["cells", "x", "--label", "kind"], ["genes", "x", "--classes", "c.csv"]):
+    (tmp_path / "c.csv").write_text("gene,class\n")
+    tokens = str(home / "tokens")
+    for kind in (["cells", tokens, "--label", "kind"], ["genes", tokens, "--classes", str(tmp_path / "c.csv")]):
         where = ["--where", "batch=1", "--where", "donor=d1,d2", "--max-cells", "7", "--seed", "5"]
-        assert main(["finetune", *kind, "--model", "m", "--out", str(tmp_path / "o"), *where]) == 0
+        assert main(["finetune", *kind, "--model", str(home / "model"), "--out", str(tmp_path / "o"), *where]) == 0
         assert found[-1]["where"] == {"batch": ["1"], "donor": ["d1", "d2"]}
         assert found[-1]["max_cells"] == 7
         assert found[-1]["recipe"].seed == 5
