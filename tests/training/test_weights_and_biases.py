@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ground import SHORT, Ground
 
+import geneformer_fast as gf
 from geneformer_fast.cli import main
 from geneformer_fast.errors import OutputError, UnsupportedError
 
@@ -117,7 +118,9 @@ def test_without_the_library_nothing_is_made(ground: Ground, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_the_commands_name_the_project(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_name_the_project(
+    command: str, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
     def stop(*_: Any, **options: Any) -> None:
@@ -126,11 +129,10 @@ def test_the_commands_name_the_project(command: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("geneformer_fast.training.pretrain.pretrain", stop)
     monkeypatch.setattr("geneformer_fast.finetuning.cells.finetune_cells", stop)
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "model").mkdir()
+    tokens, model = str(ground.tokens.path), str(gf.save(ground.model(), tmp_path / "model"))
     arguments = {
-        "pretrain": ["pretrain", str(tmp_path / "tokens")],
-        "finetune": ["finetune", "cells", str(tmp_path / "tokens"), "--model", str(tmp_path / "model"), "--label", "a"],
+        "pretrain": ["pretrain", tokens, "--config", model],
+        "finetune": ["finetune", "cells", tokens, "--model", model, "--label", "a"],
     }[command]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--wandb", "cells"]) == 2
     found = seen["wandb"] if command == "pretrain" else seen["recipe"].wandb
