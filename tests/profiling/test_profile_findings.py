@@ -96,12 +96,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, float], str, float | None]
     ),
     "padding of a stock model": ("padding", {"tokens": PADDED, "subject": STOCK}, {}, "accelerate(model)", None),
     "padding beside what it does not touch": (
-        "padding", {"tokens": {**PADDED, "n_real_squares": 0}, "time": spent(data=5.0)}, {}, "41 %",
+        "padding", {"tokens": {**PADDED, "n_real_squares": 0}, "time": spent(data=3.0, communication=2.0)}, {}, "41 %",
         1 / (0.5 + 0.5 / 1.7),
     ),
     "data": ("data", {"time": spent(data=3.0)}, {"data_share": 0.3}, "30 % of the time went by waiting", 1 / 0.7),
     "gaps": ("host_gaps", {"time": spent(host_gaps=2.0)}, {"gap_share": 0.2}, "nothing to do", 1.25),
     "copies": ("copies", {"time": spent(copies=2.0)}, {"copy_share": 0.2}, "between host and device", 1.25),
+    "communication": (
+        "communication", {"time": spent(communication=2.0)}, {"communication_share": 0.2},
+        "20 % of the time went into communication between processes", 1.25,
+    ),
     "batch": (
         "batch",
         {"sweep": [Setting(8192, 100.0, 1e9, 2e9), Setting(32768, 150.0, 3e9, 1e9), Setting(65536, NONE, NONE, NONE)]},

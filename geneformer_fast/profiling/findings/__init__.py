@@ -20,9 +20,10 @@ __all__ = ["RULES", "findings"]
 Rule = Callable[[Report], Finding | None]
 
 RULES: tuple[Rule, ...] = (
-    computing.padding, waiting.data, waiting.gaps, waiting.copies, computing.batch, computing.small_batches,
-    computing.dtype, computing.eight_bits, memory.logits, computing.unasked, memory.recomputation, memory.memory,
-    waiting.idle_power, waiting.throttling, waiting.threads, computing.attention, computing.engine,
+    computing.padding, waiting.data, waiting.gaps, waiting.copies, waiting.communication, computing.batch,
+    computing.small_batches, computing.dtype, computing.eight_bits, memory.logits, computing.unasked,
+    memory.recomputation, memory.memory, waiting.idle_power, waiting.throttling, waiting.threads,
+    computing.attention, computing.engine,
 )  # fmt: skip
 
 

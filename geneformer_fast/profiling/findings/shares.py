@@ -30,7 +30,9 @@ def padded_work(report: Report) -> float:
 
 def whole_run(report: Report, ratio: float) -> float:
     """How many times as fast the run is where its computing is so many times: data and gaps stay."""
-    stays = sum(share_of_time(report, name) or 0.0 for name in ("data", "copies", "host_gaps", "optimizer"))
+    stays = sum(
+        share_of_time(report, name) or 0.0 for name in ("data", "copies", "communication", "host_gaps", "optimizer")
+    )
     return 1 / (stays + (1 - stays) / ratio)
 
 

@@ -49,6 +49,18 @@ def copies(report: Report) -> Finding | None:
     )  # fmt: skip
 
 
+def communication(report: Report) -> Finding | None:
+    """Processes that exchange what they have, or wait for each other."""
+    share = share_of_time(report, "communication")
+    if share is None or share < WAITING:
+        return None
+    return Finding(
+        "communication", f"{percent(share)} of the time went into communication between processes: larger steps, of "
+        "pieces that are accumulated (model.no_sync()), exchange gradients less often",
+        {"communication_share": share}, told(1 / (1 - min(share, 0.99))),
+    )  # fmt: skip
+
+
 def idle_power(report: Report) -> Finding | None:
     """Power drawn for doing nothing."""
     idle, drawn = report.energy.idle_watts, report.energy.watts
