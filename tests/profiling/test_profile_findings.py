@@ -259,6 +259,9 @@ NEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "one core of one": ("threads", {"device": "cpu", "time": {"cpu_s": 5.0}, "machine": {"n_cores": 1}}),
     "threads beside a card": ("threads", {"time": {"cpu_s": 5.0}}),
     "little attention": ("attention", {"operations": [operation("varlen_attention", 0.2)]}),
+    "attention of short cells": (
+        "attention", {"operations": [operation("varlen_attention", 0.6, 1e12), operation("linear", 0.3, 1e13)]},
+    ),
     "the other engine slower": ("engine", {"subject": STOCK, "compared": [ours(90.0)]}),
     "ours compared with the other": ("engine", {"compared": [ours(900.0)]}),
 }  # fmt: skip

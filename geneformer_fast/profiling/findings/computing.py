@@ -18,7 +18,7 @@ from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import written
 
 # Above which share of its whole something is worth a word.
-PADDING, ATTENTION, MEMORY_BOUND, UNASKED = 0.1, 0.4, 0.3, 0.2
+PADDING, ATTENTION, SQUARES, MEMORY_BOUND, UNASKED = 0.1, 0.4, 0.2, 0.3, 0.2
 #: What a change has to gain before it is named.
 LEAST_GAIN = 1.05
 # A dtype has to be so many times as fast before products in it are recommended.
@@ -149,7 +149,10 @@ def attention(report: Report) -> Finding | None:
     """Attention is most of the work, because cells are long."""
     share = sum(each.share for each in report.operations if is_attention(each))
     lengths = report.cells.lengths
-    if share < ATTENTION or lengths is None:
+    flops = sum(number(each.flops) for each in report.operations)
+    squares = sum(number(each.flops) for each in report.operations if is_attention(each))
+    # Of short cells it is not the squares that take the time.
+    if share < ATTENTION or lengths is None or (flops and squares < SQUARES * flops):
         return None
     how = "fewer genes per cell (a smaller max_len) cost less by the square"
     if report.subject.engine == "transformers" and report.subject.geometry is not None:
