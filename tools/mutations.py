@@ -210,12 +210,28 @@ def mutated(fault: Fault, root: Path) -> str:
     FaultError
         The file or the tests are absent, the text to find does not occur exactly once, or the result is no Python.
     """
-    changed = _text_of(fault, root).replace(fault.find, fault.replace)
+    text = _text_of(fault, root)
+    changed = text.replace(fault.find, fault.replace)
+    # What stands around the statement with the fault is Python as it was, and takes most of the time.
+    begin = text.index(fault.find)
+    first, last = (text.count("\n", 0, place) + 1 for place in (begin, begin + len(fault.find)))
+    touched = [lines for lines in _statements(text) if lines[0] <= last and first <= lines[1]]
+    first, last = min([first, *(lines[0] for lines in touched)]), max([last, *(lines[1] for lines in touched)])
+    grown = changed.count("\n") - text.count("\n")
     try:
-        ast.parse(changed)
+        ast.parse("\n".join(changed.split("\n")[first - 1 : last + grown]))
     except SyntaxError as error:
-        raise FaultError(f"{fault}: leaves no Python behind, line {error.lineno}") from None
+        raise FaultError(f"{fault}: leaves no Python behind, line {first - 1 + (error.lineno or 1)}") from None
     return changed
+
+
+@functools.cache
+def _statements(text: str) -> list[tuple[int, int]]:
+    """First and last line of every statement that is not within another, decorators with them."""
+    return [
+        (min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]), node.end_lineno or 0)
+        for node in ast.parse(text).body
+    ]
 
 
 def _text_of(fault: Fault, root: Path) -> str:

@@ -31,6 +31,7 @@ def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         from matplotlib.figure import Figure
 
         monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(bytes(30_000)))
+        monkeypatch.setattr("geneformer_fast.profiling.page.svg.Plot.svg", lambda _, label: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
 from typed_cells import SHORT, SHORT_GENES, gene_classes
 
 import geneformer_fast as gf
@@ -16,8 +15,7 @@ from geneformer_fast.profiling.report import Report
 TWO_EPOCHS = dataclasses.replace(SHORT, epochs=2)
 
 
-def test_cells(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # pages are drawn
+def test_cells(home: Path, tmp_path: Path) -> None:
     gf.finetune_cells(
         home / "tokens", home / "model", "kind", tmp_path / "out", folds=2, eval_share=0, recipe=TWO_EPOCHS,
         profile=True,
