@@ -94,7 +94,7 @@ def main() -> int:
     args = parser.parse_args()
     out = (args.out or machine_folder(provenance())).resolve()
     failed = run_suite(args.suite, out, is_again=args.again, only=args.only)
-    print(f"results in {os.path.relpath(out)}; python -m bench.report puts them into the README")
+    print(f"results in {os.path.relpath(out)}; python -m bench.report puts them into docs/results.md")
     if failed:
         print("failed, or slower than the goal: " + ", ".join(failed))
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""The README's tables of fine-tuning on real cells, from ``finetune_real.json``."""
+"""The tables of fine-tuning on real cells, from ``finetune_real.json``."""
 
 from __future__ import annotations
 

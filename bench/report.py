@@ -1,4 +1,7 @@
-"""Turns ``bench/results`` into the README's tables: ``python -m bench.report``, with ``--check`` only looks."""
+"""Turns ``bench/results`` into tables: ``python -m bench.report``, with ``--check`` only looks.
+
+``docs/results.md`` has everything; the README has six rows of it (:mod:`bench.front`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import finetune_report, float32_report
+from bench import finetune_report, float32_report, front, quantize_report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +96,10 @@ def _embedding(result: Result) -> str:
         what = row["what"]
         if name == "extractor-tuned" and "extractor" not in candidates:  # no row above says what "the same" is
             what = what.replace("the same", "transformers as Geneformer's extractor calls it", 1)
-        compared = [ratios.get(f"ours / {name}"), ratios.get(f"ours-last / {name}")]
+        # Of the same layer only: a block less to compute is no speed.
+        ours = [one for one, other in candidates.items() if other["is_ours"] and other["layer"] == row["layer"]]
+        compared = [_ratio(ratios, [one for one in ours if ("float32" in one) == is_float32], name)
+                    for is_float32 in (False, True)]  # fmt: skip
         rows.append(
             (
                 f"**{what}**" if row["is_ours"] else what + batch,
@@ -109,15 +115,24 @@ def _embedding(result: Result) -> str:
         f"{_threads(result['threads'])}, medians of {result['rounds']} runs in turns. transformers' default attention "
         f"is {result['default_attention']}."
     )
-    goals = [f"{goal:g}x against {candidates[pair.split(' / ')[1]]['what'].split(':')[0]}"
-             for pair, goal in result["goals"].items()]  # fmt: skip
-    header = ("", "cells/s (p10 to p90)", "ours is faster", "ours, last layer, is faster", "peak memory")
+    layer_of: Callable[[str], str] = lambda name: candidates[name]["layer"]  # noqa: E731
+    goals = [
+        f"{goal:g}x against {candidates[rival]['what'].split(':')[0]}"
+        for (ours, rival), goal in ((pair.split(" / "), goal) for pair, goal in result["goals"].items())
+        if layer_of(ours) == layer_of(rival)
+    ]
+    header = ("", "cells/s (p10 to p90)", "ours is faster", "ours in float32 is faster", "peak memory")
     return _block(title, header, rows, [result], f"Goals: {', '.join(goals)}." if goals else "")
 
 
 def _float32(result: Result) -> str:
     title = float32_report.title(result, NAMES[result["geometry"]], _threads(result["threads"]))
     return _block(title, float32_report.HEADER, float32_report.rows(result), [result], float32_report.goals(result))
+
+
+def _ratio(ratios: Mapping[str, float], ours: Sequence[str], rival: str) -> float | None:
+    """How much faster the first of ours is that was compared with a rival."""
+    return next((ratios[pair] for one in ours if (pair := f"{one} / {rival}") in ratios), None)
 
 
 def _quantized(result: Result) -> str:
@@ -252,38 +267,8 @@ def _peaks(results: Sequence[Result]) -> str:
     return _block(title, header, rows, results)
 
 
-#: Measure of ``quantize_real`` -> what its column is called; macro-F1 is shown beside that of float32.
-_MEASURES = {
-    "cosine of embeddings, least": "cosine of embeddings, least",
-    "15 nearest neighbours shared": "15 nearest neighbours shared",
-    "20 likeliest genes shared": "20 likeliest genes shared",
-    "macro-F1": "macro-F1 (float32)",
-}
-
-
 def _accuracy(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        for name, ways in result["rows"].items():
-            for way in ("plain", "calibrated"):
-                found = ways.get(way, {}).get("measures", ())
-                cells = dict.fromkeys(_MEASURES.values(), "")
-                for measure in found:
-                    end = measure["name"].rpartition(": ")[2]  # "subpop: macro-F1"
-                    if end in _MEASURES:
-                        exact = f" ({measure['exact']:.4f})" if end == "macro-F1" else ""
-                        digits = 5 if end.startswith("cosine") else 4 if exact else 3
-                        cells[_MEASURES[end]] = f"{measure['quantized']:.{digits}f}{exact}"
-                if found:
-                    rows.append((f"{name}, {way}", *cells.values()))
-    training, asked = results[0]["training"], results[0]["asked"]
-    steps = f"trained for {training['n_steps']:,} steps" if "n_steps" in training else training["note"]
-    title = (
-        f"What eight bits change on real cells: an encoder of Geneformer V1-10M's shape, {steps}, against itself in "
-        f"float32, {asked['cells']:,} cells; with three columns 60 times as large, as trained models have them; and a "
-        "classifier of sorted cells made of it."
-    )
-    return _block(title, ("", *_MEASURES.values()), rows, results)
+    return _block(quantize_report.title(results[0]), quantize_report.header(), quantize_report.rows(results), results)
 
 
 def _verifying(results: Sequence[Result]) -> str:
@@ -378,19 +363,24 @@ def _megabytes(n_bytes: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the README; with ``--check`` only say whether that would change it (exit code 1)."""
+    """Rewrite both pages; with ``--check`` only say whether that would change them (exit code 1)."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail when the tables are stale")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets the table of six rows")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="gets everything")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args(argv)
-    old = args.readme.read_text(encoding="utf-8")
-    new = replaced(old, render(args.results))
-    if args.check and new != old:
-        print(f"{args.readme.name} is stale: run python -m bench.report")
+    stale = []
+    for path, render_ in ((args.readme, front.render), (args.page, render)):
+        old = path.read_text(encoding="utf-8")
+        new = replaced(old, render_(args.results))
+        if new != old:
+            stale.append(path)
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
+    if args.check and stale:
+        print(f"{' and '.join(path.name for path in stale)}: stale, run python -m bench.report")
         return 1
-    if not args.check:
-        args.readme.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The README's tables: rendering of made-up results, and that the committed ones are current."""
+"""The tables of results: rendering of made-up ones, and that those of the README and docs/results.md are current."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import front, report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,10 +19,10 @@ PROVENANCE = {
 }  # fmt: skip
 
 
-def candidate(what: str, speed: float, *, is_ours: bool = False) -> dict:
+def candidate(what: str, speed: float, *, is_ours: bool = False, layer: str = "last") -> dict:
     spread = {"p10": speed * 0.9, "p50": speed, "p90": speed * 1.1}
     return {
-        "what": what, "layer": "last", "is_ours": is_ours, "batch_size": None if is_ours else 8,
+        "what": what, "layer": layer, "is_ours": is_ours, "batch_size": None if is_ours else 8,
         "seconds": spread, "cells_per_s": spread, "tokens_per_s": spread, "agreement": {}, "peak_bytes": 512_000_000,
     }  # fmt: skip
 
@@ -31,10 +31,13 @@ EMBED = {
     "case": "embed_v1-10m_all-threads", "provenance": PROVENANCE, "geometry": "v1-10m", "n_cells": 160,
     "lengths": {"p10": 400.0, "p50": 650.0, "p90": 1200.0}, "threads": 4, "rounds": 5, "default_attention": "sdpa",
     "candidates": {
-        "ours": candidate("this project", 123.4, is_ours=True),
-        "extractor": candidate("as the extractor does: padded", 9.87),
+        "ours": candidate("this project", 123.4, is_ours=True, layer="penultimate"),
+        "ours-last": candidate("this project, last layer", 100.0, is_ours=True),
+        "extractor": candidate("as the extractor does: padded", 9.87, layer="penultimate"),
+        "stock-bfloat16": candidate("best stock parts: padded", 50.0),
     },
-    "ratios": {"ours / extractor": 12.5}, "goals": {"ours / extractor": 10},
+    "ratios": {"ours / extractor": 12.5, "ours / stock-bfloat16": 2.5, "ours-last / stock-bfloat16": 2.0},
+    "goals": {"ours / extractor": 10, "ours / stock-bfloat16": 7.7},
 }  # fmt: skip
 TRAIN = {
     "case": "train_v1-10m_all-threads", "provenance": PROVENANCE, "geometry": "v1-10m", "lengths": EMBED["lengths"],
@@ -138,6 +141,9 @@ def test_every_number_lands_in_its_row(results: Path) -> None:
     assert "everything held to AVX2" in text
     assert "reach 123 GFLOP/s here" in text
     assert "Goals: float32 against stock-float32 1.6x, 75% of what large products reach." in text
+    # The last layer is compared with the last one, not with the one before it; and so are goals.
+    assert rows["best stock parts: padded, batches of 8"] == ["50.0 (45.0 to 55.0)", "2.0x", "", "512 MB"]
+    assert "7.7x" not in text
     assert rows["**this project, bfloat16**"] == ["24.6 (22.1 to 27.1)", "24.6", "", "", "", "512 MB"]
     assert rows["transformers' Trainer: padded, 8 cells at once"] == [
         "1.2 (1.1 to 1.4)",
@@ -181,22 +187,81 @@ def test_tables_are_well_formed(results: Path) -> None:
     assert len(heads) == 9
 
 
-def test_readme_is_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n\n{report.BEGIN}\nold numbers\n{report.END}\n\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(results)]
+ROW = front.Row(
+    "embed cells", "imaginary-9000-4-cores/embed_v1-10m_all-threads", "ours-last", "stock-bfloat16", "stock"
+)
+CARD = {
+    "case": "encoder_10m_inference", "suite": "gpu", "provenance": {**PROVENANCE, "gpu": {"name": "Imaginary card"}},
+    "variants": {
+        "uniform": {
+            "what": "inference, 512 cells", "work": {"cells": 512},
+            "rows": {
+                "ours": {"is_ours": True, "ms": {"p50": 40.0}, "cells_per_s": 12_800.0, "peak_bytes": 700_000_000},
+                "ours-graph": {"is_ours": True, "ms": {"p50": 20.0}, "cells_per_s": 25_600.0, "peak_bytes": 1},
+                "stock": {
+                    "what": "transformers", "is_ours": False, "is_same": True, "ms": {"p50": 64.0},
+                    "cells_per_s": 8_000.0, "peak_bytes": 1_250_000_000,
+                },
+                "wrong": {
+                    "what": "another", "is_ours": False, "is_same": False, "ms": {"p50": 1.0}, "cells_per_s": 1.0,
+                    "peak_bytes": 1,
+                },
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def test_rows_of_the_readme_are_made_of_results(results: Path) -> None:
+    (results / "card").mkdir()
+    (results / "card" / "encoder_10m_inference.json").write_text(json.dumps(CARD))
+    rows = (
+        ROW,
+        front.Row("tokenize", "imaginary-9000-4-cores/tokenize_v2", "", "", "one by one"),
+        front.Row("embed on a card", "card/encoder_10m_inference", "uniform", "", "transformers"),
+        front.Row("not measured", "imaginary-9000-4-cores/nothing", "", "", "nobody"),
+    )
+    found = rows_of(front.render(results, rows))
+    machine = "Imaginary 9000, 4 cores, amx_bf16"
+    assert found[2:] == [
+        ["embed cells", machine, "100 cells/s", "stock", "50.0 cells/s", "2.0x", "512 MB / 512 MB"],
+        ["tokenize", machine, "54,321 cells/s", "one by one", "250 cells/s", "314x", "345 MB / not measured"],
+        [
+            *("embed on a card", "Imaginary card", "25,600 cells/s", "transformers", "8,000 cells/s", "3.2x"),
+            "700 MB / 1,250 MB",
+        ],
+    ]
+    assert front.render(results / "nowhere") == front.NOTHING
+
+
+def test_the_committed_table_has_six_rows_of_like_with_like() -> None:
+    table = rows_of(front.render(ROOT / "bench" / "results"))
+    assert len(table) == 2 + 6
+    for row in front.ROWS:
+        result = json.loads((ROOT / "bench" / "results" / f"{row.place}.json").read_text())
+        if "candidates" in result and "layer" in result["candidates"][row.ours]:
+            assert result["candidates"][row.ours]["layer"] == result["candidates"][row.rival]["layer"], row.task
+
+
+def test_pages_are_rewritten_and_checked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, page = tmp_path / "README.md", tmp_path / "results.md"
+    for path in (readme, page):
+        path.write_text(f"# before\n\n{report.BEGIN}\nold numbers\n{report.END}\n\nafter\n")
+    arguments = ["--readme", str(readme), "--page", str(page), "--results", str(results)]
     assert report.main([*arguments, "--check"]) == 1
-    assert "stale" in capsys.readouterr().out
+    assert "README.md and results.md: stale" in capsys.readouterr().out
     assert "old numbers" in readme.read_text()
     assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith("# before\n\n")
-    assert text.endswith("\n\nafter\n")
-    assert "old numbers" not in text
-    assert "54,321" in text
+    for path, number in ((readme, front.NOTHING), (page, "54,321")):
+        text = path.read_text()
+        assert text.startswith("# before\n\n")
+        assert text.endswith("\n\nafter\n")
+        assert "old numbers" not in text
+        assert number in text
     assert report.main([*arguments, "--check"]) == 0
     (results / "imaginary-9000-4-cores" / "tokenize_v2.json").unlink()
     assert report.main([*arguments, "--check"]) == 1
+    assert "\nresults.md: stale" in "\n" + capsys.readouterr().out
 
 
 def test_no_results_and_no_markers(tmp_path: Path) -> None:
@@ -208,8 +273,8 @@ def test_no_results_and_no_markers(tmp_path: Path) -> None:
         report.replaced("no markers", "tables")
 
 
-def test_the_committed_readme_is_not_stale() -> None:
-    assert report.main(["--check"]) == 0, "run python -m bench.report and commit the README"
+def test_the_committed_pages_are_not_stale() -> None:
+    assert report.main(["--check"]) == 0, "run python -m bench.report and commit the README and docs/results.md"
 
 
 def test_every_case_of_the_suite_is_a_test_that_exists() -> None:

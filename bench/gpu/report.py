@@ -1,4 +1,4 @@
-"""The README's tables of what was measured on cards; :mod:`bench.report` puts them beside the others."""
+"""The tables of what was measured on cards; :mod:`bench.report` puts them beside the others."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ OTHERS = (
     "Numbers of other cards are missing: elsewhere the kernels are compiled and interpreted, not measured. "
     "`python -m bench gpu` runs the tests and then measures (`bench/README.md`); `geneformer-fast doctor` says what "
     "runs where."
+)
+WHY_INEXACT = (
+    "With the random weights of these runs, all tokens of a cell became almost the same vector in the deep V2 models; "
+    "what still told tokens apart was as small as bfloat16's rounding, so every program that computes in bfloat16 was "
+    "this far off float32, ours and transformers alike."
 )
 # As bench.gpu.measure and bench.gpu.impls say it, which need torch; a table of results does not.
 NO_TIME, NOT_QUICK, CUDNN = "no time left to compile it", "not part of a quick run", "cudnn"
@@ -147,7 +152,7 @@ def _on_cudnn(results: Sequence[Result]) -> str:
         f"{result['case']} ({name})"
         for result in results
         for name, one in result["variants"].items()
-        if (ours := _ours(one)) and CUDNN in (ours.get("impl"), ours.get("attention"))
+        if (ours := fastest_of_ours(one)) and CUDNN in (ours.get("impl"), ours.get("attention"))
     ]
     if not found:
         return ""
@@ -163,7 +168,7 @@ def _inexact(results: Sequence[Result]) -> str:
     for result in results:
         for name, one in result["variants"].items():
             where = f"{result['case']} ({name})"
-            ours = _ours(one)
+            ours = fastest_of_ours(one)
             # The variance of a random mask is estimated from a few numbers.
             errors = {} if ours is None else {k: v for k, v in ours["relative_error"].items() if k != "variance"}
             timed += [
@@ -172,7 +177,7 @@ def _inexact(results: Sequence[Result]) -> str:
             refused += [f"{who} in {where}, by {off:.0%}" for who, off in _refused(one).items()]
     said = [f"Ours is off from float32 in: {'; '.join(timed)}."] if timed else []
     said += [f"Refused, because it was off by more than was allowed: {'; '.join(refused)}."] if refused else []
-    return " ".join(said)
+    return " ".join([*said, WHY_INEXACT] if said else [])
 
 
 def _refused(found: Result) -> dict[str, float]:
@@ -227,12 +232,12 @@ def _variants(results: Sequence[Result], prefix: str) -> Iterator[tuple[Result, 
         own = next((p for p in ("encoder_", "attention_") if result["case"].startswith(p)), "")
         if own == prefix:
             for name, found in result["variants"].items():
-                if _ours(found):
+                if fastest_of_ours(found):
                     yield result, name, found
 
 
 def _encoder_row(result: Result, name: str, found: Result) -> list[str]:
-    ours, rival = _ours(found), _rival(found)
+    ours, rival = fastest_of_ours(found), fastest_rival(found)
     return [
         result["title"],
         found["what"].partition(", ")[2],
@@ -248,7 +253,7 @@ def _encoder_row(result: Result, name: str, found: Result) -> list[str]:
 
 
 def _other_row(result: Result, name: str, found: Result) -> list[str]:
-    ours, rival = _ours(found), _rival(found)
+    ours, rival = fastest_of_ours(found), fastest_rival(found)
     is_by_bytes = "tflops" not in ours
     return [
         f"{result['title']}: {found['what']}" + (", **run by cuDNN**" if ours.get("impl") == CUDNN else ""),
@@ -264,7 +269,7 @@ def _other_row(result: Result, name: str, found: Result) -> list[str]:
 
 def _peak(found: Result) -> str:
     """Of the fastest of ours; a graph's memory is set aside when it is captured, which no run of it shows."""
-    ours, eager = _ours(found), found["rows"].get("ours")
+    ours, eager = fastest_of_ours(found), found["rows"].get("ours")
     if eager is not None and ours is found["rows"].get("ours-graph"):
         return f"{eager['peak_bytes'] / 1e9:.1f} (without its graph)"
     return f"{ours['peak_bytes'] / 1e9:.1f}"
@@ -272,7 +277,7 @@ def _peak(found: Result) -> str:
 
 def _named(found: Result) -> str:
     """The fastest rival, or why there is none."""
-    rival = _rival(found)
+    rival = fastest_rival(found)
     if rival is not None:
         return rival["what"]
     off = [
@@ -281,12 +286,12 @@ def _named(found: Result) -> str:
     return "; ".join(off)
 
 
-def _ours(found: Result) -> Any:
+def fastest_of_ours(found: Result) -> Any:
     """The fastest of ours."""
     return _fastest(found, lambda row: row["is_ours"])
 
 
-def _rival(found: Result) -> Any:
+def fastest_rival(found: Result) -> Any:
     """The fastest that computes the same and is not ours; what runs our own code on torch operations is no rival."""
     return _fastest(found, lambda row: not row["is_ours"] and row["is_same"] and "this project" not in row["what"])
 
@@ -303,7 +308,7 @@ def _faster(ours: Result, rival: Result | None) -> str:
 def _goals(result: Result, name: str) -> str:
     """The goals of a variant, those reached in bold; a goal of another ratio than the column before says its own."""
     said = []
-    ours = _ours(result["variants"][name])
+    ours = fastest_of_ours(result["variants"][name])
     for goal in result["goals"]:
         if goal["variant"] != name:
             continue

@@ -88,7 +88,8 @@ def _run(args: argparse.Namespace, out: Path, here: Mapping[str, Any], *, is_dry
         if done[kind]:
             print(f"{kind}: {', '.join(done[kind])}")
     print(
-        f"results in {os.path.relpath(out)}" + ("" if is_dry else "; python -m bench.report puts them into the README")
+        f"results in {os.path.relpath(out)}"
+        + ("" if is_dry else "; python -m bench.report puts them into docs/results.md")
     )
     return 1 if done["failed"] or done["refused"] else 0
 
