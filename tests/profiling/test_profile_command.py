@@ -11,6 +11,7 @@ from toys import leftovers, vocabulary
 
 from geneformer_fast import save, tokenize
 from geneformer_fast.cli import main
+from geneformer_fast.files.locks import file_lock
 from geneformer_fast.profiling.report import Report
 
 FAST = ["--dtype", "float32", "--steps", "2", "--threads", "1"]
@@ -88,6 +89,17 @@ def test_nothing_is_left_of_a_run_that_fails(place, capsys, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_two_at_once_are_refused_and_what_a_killed_one_left_is_removed(place, capsys, tmp_path):
+    out = tmp_path / "out"
+    with file_lock(out):
+        assert "being written by another process" in refused(capsys, *what(place), *FAST, "--out", out)
+    assert not out.exists()
+    (tmp_path / ".out.killed.part" / "out").mkdir(parents=True)
+    (tmp_path / ".out.lock").touch()
+    assert main(["profile", *what(place), *FAST, "--out", str(out), "--quiet"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -125,6 +137,9 @@ def test_predictions_are_said_and_given_as_json(place, capsys):
     assert (found["machine"], found["model"], found["is_good"]) == ("NVIDIA H200", "geneformer-v2-104m", True)
     assert main(["profile", "--predict", "--cells", "5", "--card", "EPYC", *what(place)]) == 0
     assert "as in tokens" in capsys.readouterr().out
+    tokenizing = ["profile", "--predict", "--mode", "tokenize", "--cells", "5000", "--card", "EPYC", "--preset", "v1"]
+    assert main(tokenizing) == 0
+    assert "5,000 cells (lengths of real blood cells, 744 tokens on average), tokenize" in capsys.readouterr().out
 
 
 def test_sweeping_says_what_was_tried_and_measures_the_best(place, capsys):
