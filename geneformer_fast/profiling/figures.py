@@ -159,8 +159,7 @@ class Timing:
     first_step_s
         The very first step, with what is compiled and allocated in it.
     step_ms
-        Of the steps. Where several are computed at once, their ends say nothing of how long each took: then the forward
-        pass of each, in its own thread.
+        Of the steps; where several are computed at once, the forward pass of each, in its own thread.
     parts
         Seconds of the window by :data:`PARTS`; they add up to ``wall_s`` where none is missing.
     n_at_once
