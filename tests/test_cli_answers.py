@@ -165,3 +165,24 @@ def test_what_tokenizing_and_embedding_answer(tmp_path: Path, capsys: pytest.Cap
     error = ["embed", str(tokens), "--model", str(tmp_path / "model"), "--out", str(out), "--json"]
     assert cli.main(error) == 2
     assert "exists already" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_what_training_and_quantizing_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Into folders below folders that are not there."""
+    words = toys.vocabulary()
+    toys.cells(12).write_h5ad(tmp_path / "cells.h5ad")
+    gf.tokenize(tmp_path / "cells.h5ad", tmp_path / "tokens", dictionary=words, progress=False)
+    gf.save(toys.encoder(words), tmp_path / "model")
+
+    def answered(*arguments: object) -> dict[str, Any]:
+        assert cli.main([*map(str, arguments), "--json", "--device", "cpu"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    out = tmp_path / "some" / "where"
+    how = ["--config", tmp_path / "model", "--steps", 1, "--batch-cells", 4, "--token-budget", 64, "--eval-share", 0.2]
+    found = answered("pretrain", tmp_path / "tokens", "--out", out / "run", *how)
+    assert (found["out"], found["model"], found["steps"]) == (str(out / "run"), str(out / "run" / "final"), 1)
+    assert found["evaluation"]["loss"] > 0
+    found = answered("quantize", found["model"], "--out", out / "small", "--check", tmp_path / "tokens")
+    assert (found["out"], found["scheme"], found["check"]["n_cells"]) == (str(out / "small"), "int8", 12)
+    assert gf.load(found["out"]).quantization.scheme == "int8"
