@@ -6,7 +6,8 @@ makes a table of dtypes for every block. Here the search is made once, and the t
 
 It computes every sum and product of integers once more in 64 bits, compares it with what their dtype holds, and says so
 only when it debugs, which it does not: here it does not compute that. And the type of every block, of which a kernel
-has few, is put together number by number each time that a block is made: here once. What runs is the same.
+has few, is put together number by number each time that a block is made: here once. Two blocks of one shape and dtype
+need neither a common dtype nor a common shape, which it looks for all the same. What runs is the same.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def install() -> None:
         _leave_out_what_nobody_is_told(interpreter.interpreter_builder)
         if hasattr(interpreter.tl.core, "tuple"):
             _once_per_shape(interpreter.tl.core)
+            _as_they_are_where_they_agree(interpreter.interpreter_semantic, interpreter.tl.core)
 
 
 def _once_per_launch(interpreter: Any) -> Any:
@@ -114,13 +116,14 @@ def _once_per_shape(core: Any) -> None:
     make_block, make_tensor = block.__init__, tensor.__init__
     take, equals = tuple_of_core.__getitem__, tuple_of_core.__eq__
     blocks: dict[tuple, tuple] = {}
+    shapes: dict[tuple, Any] = {}
     tensors: dict[tuple, tuple] = {}
 
     def block_init(self: Any, element_ty: Any, shape: Any) -> None:
         key = element_ty.name, *(size.value if type(size) is core.constexpr else size for size in shape)
         if key not in blocks:
             make_block(self, element_ty, shape)
-            blocks[key] = self.shape, self.numel, self.name
+            blocks[key] = shapes.setdefault(key[1:], self.shape), self.numel, self.name
         self.element_ty = element_ty
         self.shape, self.numel, self.name = blocks[key]
 
@@ -142,3 +145,23 @@ def _once_per_shape(core: Any) -> None:
 
     block.__init__, tensor.__init__ = block_init, tensor_init
     tuple_of_core.__getitem__, tuple_of_core.__eq__ = quick_item, quick_equal
+
+
+def _as_they_are_where_they_agree(semantic: Any, core: Any) -> None:
+    """Operands of one shape, which blocks of one shape share (above), and of one dtype are left as they are."""
+    broadcast, agree = semantic.broadcast_impl_value, semantic.binary_op_type_checking_impl
+
+    def quick_broadcast(lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if type(one) is type(other) is core.block_type and one.shape is other.shape:
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    def quick_agreement(lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        is_same = type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype
+        # Pointers are checked; the third option and the fourth are about arithmetic and quotients.
+        if is_same and type(lhs.dtype) is core.dtype and len(options) < 3 and not named:
+            return quick_broadcast(lhs, rhs)
+        return agree(lhs, rhs, *options, **named)
+
+    semantic.broadcast_impl_value, semantic.binary_op_type_checking_impl = quick_broadcast, quick_agreement
