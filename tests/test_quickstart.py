@@ -78,7 +78,8 @@ class TestTour:
         ours = list(measured.values())[-1]
         for name in ("extractor", "stock"):
             assert told["times_faster"][name] == ours["cells_per_s"] / measured[name]["cells_per_s"]
-            assert told["times_smaller"][name] == measured[name]["peak_bytes"] / ours["peak_bytes"]
+            assert told["share_of_memory"][name] == ours["peak_bytes"] / measured[name]["peak_bytes"]
+            assert f"in {told['share_of_memory'][name]:.0%} of its memory" in text
             assert f"{told['times_faster'][name]:.1f} times as fast as {measured[name]['what']}" in text
         for each in measured.values():
             assert 50e6 < each["peak_bytes"] < 8e9

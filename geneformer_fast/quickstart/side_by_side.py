@@ -87,9 +87,9 @@ class Comparison:
         """Cells per second of ours over those of another."""
         return self.ours.cells_per_s / self.measured[name].cells_per_s
 
-    def times_smaller(self, name: str) -> float:
-        """Peak memory of another over that of ours."""
-        return self.measured[name].peak_bytes / self.ours.peak_bytes
+    def share_of_memory(self, name: str) -> float:
+        """Peak memory of ours over that of another."""
+        return self.ours.peak_bytes / self.measured[name].peak_bytes
 
 
 def compare(

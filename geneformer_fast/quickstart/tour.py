@@ -90,7 +90,7 @@ def tell_comparison(tour: Tour, comparison: Comparison) -> None:
     for name in ("extractor", "stock"):
         tour.tell(
             f"{comparison.times_faster(name):.1f} times as fast as {comparison.measured[name].what}, "
-            f"{comparison.times_smaller(name):.1f} times less memory"
+            f"in {comparison.share_of_memory(name):.0%} of its memory"
         )
     tour.tell(
         f"(the extractor's own batches of 100 cells would need {comparison.extractor_logits_bytes / 1e9:.0f} GB for "
@@ -159,8 +159,8 @@ def report_of(
         "seconds": seconds | {"total": round(sum(tour.seconds.values()), 2)},
         "embedding": asdict(comparison)
         | {
-            f"times_{what}": {name: getattr(comparison, f"times_{what}")(name) for name in ("extractor", "stock")}
-            for what in ("faster", "smaller")
+            what: {name: getattr(comparison, what)(name) for name in ("extractor", "stock")}
+            for what in ("times_faster", "share_of_memory")
         },
         "finetuning": asdict(trained)
         | {
