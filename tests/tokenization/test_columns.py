@@ -149,6 +149,23 @@ def test_ids_of_var_are_those_of_raw_by_name(tmp_path, kind, gene_column):
         assert source.gene_ids().tolist() == GENES
 
 
+def test_row_names_with_a_mask_count_the_rows(tmp_path):
+    """As AnnData 0.13 writes an index of strings; earlier versions read it too."""
+    path = stored(with_raw(), tmp_path, "h5ad")
+    with h5py.File(path, "r+") as file:
+        for name in ("var/_index", "raw/var/_index"):
+            if isinstance(file[name], h5py.Group):
+                continue
+            values = file[name][:]
+            del file[name]
+            group = file.create_group(name)
+            group.attrs.update({"encoding-type": "nullable-string-array", "encoding-version": "0.1.0"})
+            group["values"], group["mask"] = values, np.zeros(len(values), dtype=bool)
+    with open_source(path) as source:
+        assert source.gene_ids_from == "ensembl_id"
+        assert source.gene_ids().tolist() == GENES
+
+
 @pytest.mark.parametrize("kind", ["memory", "h5ad"])
 def test_ids_of_fewer_genes_than_raw_has(tmp_path, kind):
     data = stored(with_raw(n_var=50), tmp_path, kind)

@@ -254,6 +254,17 @@ def test_which_matrix_holds_the_counts(tmp_path):
         assert source.counts_from == "X"
 
 
+def test_x_is_no_layer_without_a_name(monkeypatch):
+    """AnnData 0.13 lists X among the layers, under None."""
+    adata = make(sp.csr_matrix(DENSE))
+    adata.layers["counts"] = adata.X
+    layers = {None: adata.X, "counts": adata.X}
+    if None not in adata.layers:
+        monkeypatch.setattr(anndata.AnnData, "layers", property(lambda self: layers))
+    with pytest.raises(InputError, match=r"no layer 'spliced'; there are X, layers/counts$"):
+        open_source(adata, layer="spliced")
+
+
 def scaled(values):
     return (values - values.mean(axis=0)) / (values.std(axis=0) + 1)
 

@@ -153,7 +153,9 @@ def table_length(group: Any) -> int:
     key = _index_key(group) if is_group(group) else None
     node = group if key is None else group[key]
     if is_group(node):
-        return 0 if node is group or "codes" not in node else int(node["codes"].shape[0])
+        # Row names as categories, or with a mask of missing ones, as AnnData writes what pandas 3 calls strings.
+        values = next((part for part in ("codes", "values") if node is not group and part in node), None)
+        return 0 if values is None else int(node[values].shape[0])
     return int(node.shape[0]) if len(node.shape) else 0
 
 

@@ -36,7 +36,8 @@ def open_anndata(adata: AnnData, *, layer: str | None, gene_column: str | None, 
     raw = None if backed and adata.is_view else adata.raw
     if raw is not None:
         candidates.append(Candidate("raw/X", lambda: _matrix(raw.X)))
-    candidates += [Candidate(f"layers/{key}", lambda key=key: _matrix(adata.layers[key])) for key in adata.layers]  # type: ignore[misc]
+    names = [key for key in adata.layers if key is not None]  # None is X itself, from anndata 0.13 on
+    candidates += [Candidate(f"layers/{key}", lambda key=key: _matrix(adata.layers[key])) for key in names]  # type: ignore[misc]
     counts_from, matrix = choose_counts(name, candidates, layer=layer, allow_float=allow_float)
     var = frame_table(adata.var, f"{name}: var")
     if counts_from == "raw/X" and raw is not None:
