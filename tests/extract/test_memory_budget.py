@@ -364,7 +364,7 @@ def test_a_batch_of_ones_own_size_is_kept_or_refused(monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
     words, adata = toys.vocabulary(), toys.cells(9)
     model = toys.encoder(words)
-    with pytest.raises(UnsupportedError, match=r"memory_budget \(--memory-budget\) cannot be kept by UMAP"):
+    with pytest.raises(UnsupportedError, match=r"memory_budget \(--memory-budget\) cannot be kept by pictures"):
         embed(adata, model, dictionary=words, memory_budget="2GB", plot=tmp_path / "p.png")
     with pytest.raises(
         UnsupportedError, match=r"memory_budget \(--memory-budget\) cannot be kept where all of an AnnD"

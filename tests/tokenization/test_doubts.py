@@ -156,7 +156,7 @@ def test_max_len_and_few_genes_on_the_command_line(tmp_path, capsys):
     manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
     assert (manifest["options"]["max_len"], manifest["options"]["allow_few_genes"]) == (9, True)
     assert manifest["cells"][0]["full"] > 0
-    assert main(["tokenize", *arguments, "--allow-few-genes", "--max-len", "50"]) == 2
+    assert main(["tokenize", *arguments, "--allow-few-genes", "--max-len", "50", "--overwrite"]) == 2
     assert "from 3 to 40" in capsys.readouterr().err
     assert main(["medians", arguments[0], "--dictionary", arguments[2], "--out", str(tmp_path / "m")]) == 2
     assert (
