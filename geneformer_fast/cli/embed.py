@@ -71,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory to take, libraries and weights included, such as 2GB, 1.5GiB or 500MB (default: no limit)",
     )
+    _add_pictures(parser)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="write the UMAP of the cells as a picture (default: none)")
     parser.add_argument(
         "--heatmap",

@@ -58,6 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("v1", "v2", "bionemo"),
         help="which dictionaries, if there are several; with --predict, whose (default: the only ones in FOLDER)",
     )
+    _add_how(parser)
+    answer = parser.add_argument_group("what comes out")
+    answer.add_argument(
+        "--out", metavar="DIR", help="folder to write: report.json, report.html and traces (default: none)"
+    )
+    answer.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
+    before = parser.add_argument_group("without measuring")
+    before.add_argument(
+        "--predict", action="store_true", help="say what --cells N would take on --card NAME, from measurements there"
+    )
+    before.add_argument(
+        "--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200' (required there)"
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     how.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: auto, the fastest here)")
     how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
@@ -76,18 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seconds", type=float, metavar="S", help="seconds to measure (default: about 10)")
     how.add_argument(
         "--steps", type=int, metavar="N", help="how many steps to measure, instead of seconds (default: --seconds)"
-    )
-    answer = parser.add_argument_group("what comes out")
-    answer.add_argument(
-        "--out", metavar="DIR", help="folder to write: report.json, report.html and traces (default: none)"
-    )
-    answer.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
-    before = parser.add_argument_group("without measuring")
-    before.add_argument(
-        "--predict", action="store_true", help="say what --cells N would take on --card NAME, from measurements there"
-    )
-    before.add_argument(
-        "--card", metavar="NAME", help="with --predict: a card or machine, such as 'NVIDIA H200' (required there)"
     )
 
 
