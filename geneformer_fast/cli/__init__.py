@@ -1,10 +1,10 @@
 """The ``geneformer-fast`` command line: one module per command, loaded only when that command is asked for.
 
 A command module offers ``NAME``, ``HELP``, ``EXAMPLE`` (a command, with which help ends), ``add_arguments(parser)`` and
-``run(args)``, which returns an :class:`~geneformer_fast.cli.answer.Answer`, or an exit code. Where there is more to say
-after Ctrl-C than that, also ``interrupted(args) -> str``: what is there now, and how to go on; and where arguments can
-be wrong in ways that are seen without anything heavy, ``check(args)``, which is called first. It imports what is heavy
-inside ``run``, so that help and argument errors appear at once.
+``run(args)``, which returns an :class:`~geneformer_fast.cli.answer.Answer`, or an exit code where it says nothing.
+Where there is more to say after Ctrl-C than that, also ``interrupted(args) -> str``: what is there now, and how to go
+on; and where arguments can be wrong in ways that are seen without anything heavy, ``check(args)``, which is called
+first. It imports what is heavy inside ``run``, so that help and argument errors appear at once.
 
 Results go to standard output, all else (progress, warnings, errors) to standard error.
 """
@@ -140,6 +140,8 @@ def _run(args: argparse.Namespace) -> int:
         begin = perf_counter()
         with one_interrupt_is_enough():
             answer = _answer(args)
+        if isinstance(answer, int):
+            return answer
         if args.json:
             told = {"command": args.command, **answer.values}
             print(as_json({**told, "seconds": round(perf_counter() - begin, 3)}))
@@ -166,15 +168,15 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, f"{where}{error.strerror or error}", kind=type(error).__name__)
 
 
-def _answer(args: argparse.Namespace) -> Answer:
+def _answer(args: argparse.Namespace) -> Answer | int:
     """What a command answers. Whatever a library prints meanwhile is no part of an answer in JSON."""
     is_checked = not getattr(args, "no_verify", False)
     with contextlib.nullcontext() if is_checked else unverified():
         if args.check is not None:
             args.check(args)
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-            answer = args.run(args)
-    return answer if isinstance(answer, Answer) else Answer(code=int(answer))
+            answer: Answer | int = args.run(args)
+    return answer
 
 
 def _failed(args: argparse.Namespace, said: str, *, kind: str) -> int:

@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
     check_run_folder(Path(args.out), is_resuming=args.resume)
 
 
-def run(args: argparse.Namespace) -> Answer:
+def run(args: argparse.Namespace) -> Answer | int:
     """Run the command."""
     import os
 
@@ -165,7 +165,9 @@ def run(args: argparse.Namespace) -> Answer:
         profile=args.profile,
         **changes_of(args),
     )
-    return Answer(_summary(last, evaluations, final), _values(last, evaluations, final)) if is_first else Answer()
+    if not is_first:  # which speaks for all
+        return 0
+    return Answer(_summary(last, evaluations, final), _values(last, evaluations, final))
 
 
 def interrupted(args: argparse.Namespace) -> str:
