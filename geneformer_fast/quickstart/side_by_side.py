@@ -83,13 +83,13 @@ class Comparison:
         """Ours as users get it."""
         return list(self.measured.values())[-1]
 
-    def times_faster(self, name: str) -> float:
-        """Cells per second of ours over those of another."""
-        return self.ours.cells_per_s / self.measured[name].cells_per_s
+    def times_faster(self, name: str, *, ours: str = "ours") -> float:
+        """Cells per second of ours over those of another: in float32 as theirs, or ``"ours-auto"`` as users get it."""
+        return self.measured[ours].cells_per_s / self.measured[name].cells_per_s
 
-    def share_of_memory(self, name: str) -> float:
-        """Peak memory of ours over that of another."""
-        return self.ours.peak_bytes / self.measured[name].peak_bytes
+    def share_of_memory(self, name: str, *, ours: str = "ours") -> float:
+        """Peak memory of ours over that of another, in the same way."""
+        return self.measured[ours].peak_bytes / self.measured[name].peak_bytes
 
 
 def compare(
