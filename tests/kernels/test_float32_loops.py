@@ -121,10 +121,10 @@ def test_threads_and_neighbours_change_nothing(op: str) -> None:
 
 
 def test_threads_share_nothing_but_the_weights() -> None:
-    packed = float32_products.pack(*layer(32, 48))
+    packed = float32_products.pack(*layer(32, 300))
     one, other = float32_products.for_thread(packed), float32_products.for_thread(packed)
     assert np.shares_memory(one.panels, other.panels)
-    for room in ("tail", "tail_out"):
+    for room in ("tail", "tail_out", "part"):
         assert not np.shares_memory(getattr(one, room), getattr(other, room))
 
 
