@@ -14,7 +14,13 @@ from geneformer_kernels import (
 )
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.int8_rows import activate
-from geneformer_kernels.on_device import choose_for, is_plain, needs_gradient, why_not_float32_loops
+from geneformer_kernels.on_device import (
+    choose_for,
+    is_plain,
+    needs_gradient,
+    why_float32_loops_are_slow,
+    why_not_float32_loops,
+)
 from geneformer_kernels.ops.feed_forward.op import has_layernorm_inside
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
@@ -175,9 +181,10 @@ class Block(nn.Module):
         modules = [module for module in (*layers, first_norm, second_norm) if module is not None]
         if why_not_float32_loops(context, stream, *(each for module in modules for each in module.parameters())):
             return False
-        steps = "linear", "residual_layernorm", "feed_forward"
-        is_whole = all(size % 16 == 0 for size in (self.config.width, self.config.ff_width))
-        return is_whole and all(choose_for(step, context) == Impl.NUMBA for step in steps)
+        steps, sizes = ("linear", "residual_layernorm", "feed_forward"), (self.config.width, self.config.ff_width)
+        if any(size % 16 for size in sizes) or why_float32_loops_are_slow("linear", None, max(sizes)):
+            return False
+        return all(choose_for(step, context) == Impl.NUMBA for step in steps)
 
     def _by_float32(
         self,

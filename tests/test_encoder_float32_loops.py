@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from geneformer_kernels import on_device
 from geneformer_kernels.cpu import float32_block
 from geneformer_kernels.dispatch import use_impl
-from geneformer_kernels.target import target_of
+from geneformer_kernels.target import Target, target_of
 from tolerance import Witness, assert_as_good_as
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged, quantize
@@ -120,6 +121,22 @@ def test_who_looks_at_a_layer_sees_it(loops: None, blocks: list[int]) -> None:
     assert "out" in seen
     assert "global" in seen
     assert blocks == [14] * (2 + 1 + 1)
+
+
+def test_blocks_of_wide_rows_are_torchs_where_nobody_chooses(
+    blocks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_device, "target_of", lambda place: Target.cpu({"avx2", "fma"}))
+    encoder = model("post-norm")
+    with torch.inference_mode():
+        encoder(batch(7, 5))
+        assert blocks == [12, 12]
+        monkeypatch.setattr(on_device, "WIDEST_OF_LOOPS", 47)  # of the feed-forward half, which is wider
+        encoder(batch(7, 5))
+        assert blocks == [12, 12]
+        with use_impl("numba"):
+            encoder(batch(7, 5))
+    assert blocks == [12] * 4
 
 
 def test_gradients_and_dropout_are_torchs() -> None:

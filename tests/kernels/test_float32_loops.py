@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from geneformer_kernels import feed_forward, linear, residual_layernorm
+from geneformer_kernels import feed_forward, linear, on_device, residual_layernorm
 from geneformer_kernels.cpu import float32_products
 from geneformer_kernels.cpu.float32_products import _CHUNK, BLOCK_ROWS
-from geneformer_kernels.dispatch import ImplUnavailableError, choose
+from geneformer_kernels.dispatch import ImplUnavailableError, choose, use_impl
 from geneformer_kernels.ops.feed_forward import reference
 from geneformer_kernels.target import Target, target_of
 from tolerance import Witness, assert_as_good_as
@@ -161,6 +161,25 @@ def test_choice() -> None:
             choose(op, "float32", old, "numba")
         with pytest.raises(ImplUnavailableError):
             choose(op, "float32", Target.cuda(90), "numba")
+
+
+def test_wide_rows_are_torchs_where_nobody_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "target_of", lambda place: Target.cpu({"avx2", "fma"}))
+    taken: list[tuple[str, int]] = []
+    for name in ("linear", "feed_forward"):
+        plain = getattr(float32_products, name)
+        monkeypatch.setattr(
+            float32_products, name, lambda x, *rest, n=name, p=plain: taken.append((n, x.shape[1])) or p(x, *rest)
+        )
+    widest = on_device.WIDEST_OF_LOOPS
+    for width in (widest, widest + 16):
+        linear(drawn(2, width), *layer(16, width))
+        feed_forward(drawn(2, 32), *halves("relu", 32, width), activation="relu")
+    assert taken == [("linear", widest), ("feed_forward", 32)]
+    linear(drawn(2, widest + 16), *layer(16, widest + 16), impl="numba")
+    with use_impl("numba"):
+        feed_forward(drawn(2, widest + 16), *halves("relu", widest + 16, 32), activation="relu")
+    assert taken[2:] == [("linear", widest + 16), ("feed_forward", widest + 16)]
 
 
 def test_what_the_loops_do_not_serve() -> None:

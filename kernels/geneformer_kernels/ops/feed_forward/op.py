@@ -16,6 +16,7 @@ from geneformer_kernels.on_device import (
     draw_seed,
     is_one_pass,
     needs_gradient,
+    why_float32_loops_are_slow,
     why_not_float32_loops,
 )
 from geneformer_kernels.ops.feed_forward import reference
@@ -85,7 +86,9 @@ def feed_forward(
     x = _computed_in(x)
     up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
     parameters = up_weight, up_bias, down_weight, down_bias
-    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False, numba_cannot=_why_not_loops(x, *parameters))
+    cannot = _why_not_loops(x, *parameters)
+    cannot = cannot or why_float32_loops_are_slow("feed_forward", impl, max(down_weight.shape))
+    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False, numba_cannot=cannot)
     if chosen == Impl.TRITON:
         rows = x.reshape(-1, x.shape[-1])
         return feed_forward_fwd(rows, up_weight, up_bias, down_weight, down_bias, activation).view(x.shape)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from geneformer_kernels.arguments import FLOATS, check_optional, check_tensor
 from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for, why_not_float32_loops
+from geneformer_kernels.on_device import choose_for, why_float32_loops_are_slow, why_not_float32_loops
 from geneformer_kernels.ops.linear import reference
 from geneformer_kernels.ranges import ranged
 
@@ -52,7 +52,8 @@ def linear(
         # Autocast makes one dtype of them.
         if each is not None and each.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} must be {x.dtype} as x is, not {each.dtype}")
-    chosen = choose_for("linear", x, impl, numba_cannot=_why_not_loops(x, weight, bias))
+    cannot = _why_not_loops(x, weight, bias) or why_float32_loops_are_slow("linear", impl, x.shape[1])
+    chosen = choose_for("linear", x, impl, numba_cannot=cannot)
     if chosen == Impl.REFERENCE:
         return reference.linear(x, weight, bias)
     if chosen == Impl.NUMBA:
