@@ -43,11 +43,11 @@ class Row:
 #: Same weights, same cells, same layer and same width of numbers on both sides of every row.
 ROWS = (
     Row(
-        "embed cells, V1-10M, float32, second-to-last layer",
-        "amd-epyc-2-cores/embed_v1-10m_all-threads",
-        "ours-float32",
-        "extractor-tuned",
-        "transformers as Geneformer's extractor calls it, at its fastest batch size",
+        "embed cells, V1-10M, float32, last layer, processor held to AVX2",
+        "intel-r-xeon-r-processor-2-cores/embed_v1-10m_2-threads_avx2",
+        "float32",
+        "stock-float32",
+        "the fastest way through transformers: BertModel, SDPA, no head",
     ),
     Row(
         "embed cells, V1-10M, bfloat16, last layer",
