@@ -1,4 +1,4 @@
-"""Fast, exact tokenization, encoding and embedding of single cells for Geneformer and its cousins.
+"""Fast, exact tokenization, encoding and embedding of single cells for Geneformer and related models.
 
 Public names are loaded on first use, so that importing the package stays cheap, touches no device and needs no
 optional dependency.

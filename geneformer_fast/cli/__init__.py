@@ -61,7 +61,7 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
     """
     parser = Parser(
         prog="geneformer-fast",
-        description="Counts to ranked tokens to embeddings, for Geneformer and its cousins.",
+        description="Counts to ranked tokens to embeddings, for Geneformer and related models.",
         epilog="geneformer-fast COMMAND --help explains one command.",
     )
     parser.add_argument("--version", action="version", version=f"geneformer-fast {__version__}")

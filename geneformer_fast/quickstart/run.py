@@ -192,7 +192,7 @@ def _tokenize(tour: Tour, vocabulary: Vocabulary) -> TokenFolder:
 
 
 def _make_model(tour: Tour, adata: anndata.AnnData, vocabulary: Vocabulary) -> Encoder:
-    """An encoder that nobody trained, as a Hugging Face folder with its vocabulary."""
+    """An encoder with untrained weights, as a Hugging Face folder with its vocabulary."""
     from geneformer_fast.quickstart.weights import encoder_from_counts
 
     work = tour.work
@@ -218,7 +218,7 @@ def _make_model(tour: Tour, adata: anndata.AnnData, vocabulary: Vocabulary) -> E
 
 def _embed(tour: Tour, tokens: TokenFolder) -> np.ndarray:
     path = tour.out / "embeddings.npy"
-    with tour.step("embed", "Embeddings, by a small encoder like Geneformer's that nobody trained"):
+    with tour.step("embed", "Embeddings, by a small encoder like Geneformer's with untrained weights"):
         geneformer_fast.embed(tokens.path, tour.out / "model", path, pool=POOL, layer=LAYER, progress=False)
         embeddings = np.load(path, allow_pickle=False)
     tour.tell(f"{embeddings.shape[0]:,} x {embeddings.shape[1]} -> {path}")

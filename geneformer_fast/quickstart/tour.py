@@ -98,7 +98,7 @@ def tell_comparison(tour: Tour, comparison: Comparison) -> None:
         )
     tour.tell(
         f"(the extractor's own batches of 100 cells would need {comparison.extractor_logits_bytes / 1e9:.0f} GB for "
-        "logits that nobody reads)"
+        "logits, which embeddings do not need)"
     )
 
 
@@ -183,7 +183,7 @@ def say_what_next(tour: Tour, report: dict[str, Any]) -> None:
     tour.say(
         f"""
 Done in {report["seconds"]["total"]:.0f} s. The picture: {out / "quickstart.png"}; all numbers: {out / REPORT}
-Nobody trained that encoder. With a published checkpoint and your own cells:
+The weights of that encoder are not trained. With a published checkpoint and your own cells:
 
   geneformer-fast tokenize CELLS.h5ad --out tokens --preset v2 --dictionary FOLDER    Geneformer's own dictionaries
   geneformer-fast embed tokens --model CHECKPOINT --out embeddings.npy                its folder from Hugging Face
