@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.files.writing import whole_file
-from geneformer_fast.plot import COLORS, check_format
+from geneformer_fast.plot import COLORS, FAINT, NONE, check_format, places_of, texts_of
 
 #: Rows of a picture that can be told apart, about; of more cells a sample is drawn.
 MOST_CELLS = 2_000
-#: Classes with a colour and a line of the legend each.
-MOST_CLASSES = 40
+#: Classes beyond the colours have them again with another hatching, where the UMAP has another shape.
+HATCHES = ("", "////", "....", "xxxx", "----")
 # Standard deviations at which the colours end.
 _LIMIT = 2.5
 
@@ -66,16 +67,18 @@ def plot_heatmap(
     sample = np.arange(n_cells)
     if n_cells > MOST_CELLS:
         sample = np.sort(np.random.default_rng(seed).choice(n_cells, MOST_CELLS, replace=False))
-    shown, labels = np.asarray(embeddings, dtype=np.float64)[sample], np.asarray(labels)[sample]
-    standard = standardized(shown)
+    shown, every = np.asarray(embeddings, dtype=np.float64)[sample], np.asarray(labels)
+    labels, standard = every[sample], standardized(shown)
     codes, names = classes_of(labels)
+    # A class looks like on the UMAP of the same cells, whichever of them are drawn.
+    places = {} if codes is None else places_of(texts_of(every))
     order = row_order(standard, labels if codes is None else codes)
     columns = column_order(standard)
     counted = f"{len(sample):,} of {n_cells:,} cells" if len(sample) < n_cells else f"{n_cells:,} cells"
     figure = _figure()
     _draw(
-        figure, standard[np.ix_(order, columns)], (labels if codes is None else codes)[order], names, label,
-        f"{title}\n{counted}" if title else counted,
+        figure, standard[np.ix_(order, columns)], (labels if codes is None else codes)[order],
+        {name: places.get(name) for name in names}, label, f"{title}\n{counted}" if title else counted,
     )  # fmt: skip
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
@@ -89,14 +92,13 @@ def standardized(values: np.ndarray) -> np.ndarray:
 
 
 def classes_of(labels: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
-    """([n] class of each cell, names with counts); of numbers no classes. Missing labels are the last class."""
+    """([n] class of each cell, names); of numbers no classes. Missing labels are the last class."""
     if np.issubdtype(labels.dtype, np.number):
         return None, []
-    texts = np.array(["" if value is None or value != value else str(value) for value in labels.tolist()])
-    names, codes, counts = np.unique(texts, return_inverse=True, return_counts=True)
-    if names[0] == "":
-        names, counts, codes = np.append(names[1:], "(none)"), np.roll(counts, -1), (codes - 1) % len(counts)
-    return codes, [f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)]
+    texts = texts_of(labels)
+    names = sorted(set(texts.tolist()), key=lambda name: (name == NONE, name))
+    number = {name: code for code, name in enumerate(names)}
+    return np.array([number[text] for text in texts.tolist()]), names
 
 
 def row_order(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -133,29 +135,22 @@ def _figure() -> Any:
     return figure
 
 
-def _draw(figure: Any, values: np.ndarray, keys: np.ndarray, names: list[str], label: str, title: str) -> None:
-    """The strip of labels, and the heatmap beside it."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
+def _draw(
+    figure: Any, values: np.ndarray, keys: np.ndarray, places: Mapping[str, int | None], label: str, title: str
+) -> None:
+    """The strip of labels, and the heatmap beside it; of classes with the places of their looks."""
     strip, axes = figure.subplots(1, 2, width_ratios=(1, 30), sharey=True)
     image = axes.imshow(
         values, cmap="PuOr_r", vmin=-_LIMIT, vmax=_LIMIT, aspect="auto", interpolation="nearest", rasterized=True
     )
     figure.colorbar(image, ax=axes, label="standard deviations from the mean of the dimension", extend="both")
-    if names:
-        colors = colors_of(len(names))
-        strip.imshow(
-            keys[:, None], cmap=ListedColormap(colors), vmin=-0.5, vmax=len(names) - 0.5, aspect="auto",
-            interpolation="nearest",
-        )  # fmt: skip
+    if places:
         for line in np.flatnonzero(np.diff(keys)) + 0.5:
             axes.axhline(line, color="black", lw=0.5)
-        patches = [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)]
-        more = [Patch(alpha=0, label=f"and {len(names) - MOST_CLASSES} more")] if len(names) > MOST_CLASSES else []
+        shown = _draw_strip(strip, keys, places)
         figure.legend(
-            handles=patches[:MOST_CLASSES] + more, title=label, loc="outside right upper", frameon=False,
-            fontsize="small",
+            handles=shown, title=label, loc="outside right upper", frameon=False, fontsize="small",
+            ncols=1 + (len(shown) > 30),
         )  # fmt: skip
     else:
         colored = strip.imshow(keys[:, None], cmap="viridis", aspect="auto", interpolation="nearest")
@@ -165,10 +160,26 @@ def _draw(figure: Any, values: np.ndarray, keys: np.ndarray, names: list[str], l
     axes.tick_params(left=False, labelleft=False)
 
 
-def colors_of(n: int) -> list[Any]:
-    """Colours of classes: eight that colour-blind readers tell apart, or of more as many as there are."""
-    if n <= len(COLORS):
-        return list(COLORS[:n])
-    import matplotlib
+def _draw_strip(strip: Any, keys: np.ndarray, places: Mapping[str, int | None]) -> list[Any]:
+    """A block for the cells of each class, which stand together; returns what a legend shows."""
+    from matplotlib.patches import Patch
 
-    return [matplotlib.colormaps["turbo"](place) for place in np.linspace(0.02, 0.98, n)]
+    shown, small = [], []
+    for code, (name, place) in enumerate(places.items()):
+        rows = np.flatnonzero(keys == code)
+        strip.axhspan(rows[0] - 0.5, rows[-1] + 0.5, lw=0, **look_of(place))
+        if place is None and name != NONE:
+            small.append(len(rows))
+        else:
+            shown.append(Patch(label=f"{name} ({len(rows):,})", lw=0, **look_of(place)))
+    if small:
+        at = len(shown) - (NONE in places)
+        shown.insert(at, Patch(label=f"{len(small):,} smaller ones ({sum(small):,})", lw=0, **look_of(None)))
+    return shown
+
+
+def look_of(place: int | None) -> dict[str, Any]:
+    """How matplotlib fills a class: in the colour that it has on the UMAP, or in grey where it has none."""
+    if place is None:
+        return {"facecolor": FAINT}
+    return {"facecolor": COLORS[place % len(COLORS)], "hatch": HATCHES[place // len(COLORS)], "edgecolor": "white"}

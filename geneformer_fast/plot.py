@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ MARKERS = ("o", "^", "s", "D", "v")
 #: Classes with a look of their own. The smallest ones beyond that share one.
 MOST_CLASSES = len(COLORS) * len(MARKERS)
 INK, FAINT = "#222222", "#c4c4c4"
+#: What cells without a label are called; they have no colour.
+NONE = "(none)"
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -117,7 +119,7 @@ def plot_umap(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = f"{len(sample):,} of {n_cells:,} cells" if len(sample) < n_cells else f"{n_cells:,} cells"
-    _scatter(axes, points, None if labels is None else labels[sample], label)
+    _scatter(axes, points, labels, sample, label)
     axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
     axes.set_title(f"{title}, {shown}" if title else shown, fontsize="medium", wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -139,7 +141,26 @@ def umap_points(embeddings: np.ndarray, *, seed: int = 0) -> np.ndarray:
         return np.asarray(umap.fit_transform(embeddings))
 
 
-def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, *, size: float) -> list[Any]:
+def texts_of(labels: np.ndarray) -> np.ndarray:
+    """[n] labels as texts; those that are missing are :data:`NONE`."""
+    return np.array(
+        [NONE if value is None or value != value or value == "" else str(value) for value in labels.tolist()]
+    )
+
+
+def places_of(texts: np.ndarray) -> dict[str, int]:
+    """Class -> which of the looks it has, in every picture of these labels: the largest ones, in the order of names.
+
+    Look i is colour ``i % 8`` in form ``i // 8``. Smaller classes than these, and missing labels, have none.
+    """
+    names, counts = np.unique(texts[texts != NONE], return_counts=True)
+    large = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
+    return {str(name): place for place, name in enumerate(names[large])}
+
+
+def draw_classes(
+    axes: Axes, points: np.ndarray, labels: np.ndarray, *, size: float, places: Mapping[str, int] | None = None
+) -> list[Any]:
     """Draw points [cells, 2] in a colour and shape for each class.
 
     Parameters
@@ -150,28 +171,35 @@ def draw_classes(axes: Axes, points: np.ndarray, labels: np.ndarray, *, size: fl
         Of the cells.
     size
         Area of a point, in square points.
+    places
+        The looks of classes (:func:`places_of`); None where these labels are all that there are.
 
     Returns
     -------
     list
         What a legend shows, ``NAME (cells)`` in the order of the names. Where there are too many classes to tell apart,
-        the smallest ones are drawn in one grey and stand at the end.
+        the smallest ones are drawn in one grey and stand at the end, before cells without a label.
     """
-    names, codes, counts = np.unique(labels.astype(str), return_inverse=True, return_counts=True)
-    large = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
-    looks = {code: (COLORS[i % len(COLORS)], MARKERS[i // len(COLORS)]) for i, code in enumerate(large)}
+    texts = texts_of(labels)
+    places = places_of(texts) if places is None else places
+    names, counts = np.unique(texts, return_counts=True)
+    sizes = {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+    n_missing, last = sizes.pop(NONE, 0), len(places)
     drawn = {}
     style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85}
-    rest = ~np.isin(codes, large)
-    if rest.any():
-        shown = f"{len(names) - len(large):,} smaller ones ({rest.sum():,})"
-        drawn[len(names)] = axes.scatter(*points[rest].T, color=FAINT, marker=".", label=shown, **style)
+    if n_missing:
+        of_none, shown = points[texts == NONE], f"{NONE} ({n_missing:,})"
+        drawn[last + 1] = axes.scatter(*of_none.T, color=FAINT, marker="x", label=shown, **style | {"linewidths": 0.5})
+    if small := sizes.keys() - places.keys():
+        shown = f"{len(small):,} smaller ones ({sum(sizes[name] for name in small):,})"
+        drawn[last] = axes.scatter(*points[np.isin(texts, [*small])].T, color=FAINT, marker=".", label=shown, **style)
     # Large classes first, so that rare ones are drawn on top of them.
-    for code in sorted(large, key=lambda code: -counts[code]):
-        color, marker = looks[code]
-        shown = f"{names[code]} ({counts[code]:,})"
-        drawn[code] = axes.scatter(*points[codes == code].T, color=color, marker=marker, label=shown, **style)
-    return [drawn[code] for code in sorted(drawn)]
+    for name in sorted(sizes.keys() & places.keys(), key=lambda name: (-sizes[name], name)):
+        place = places[name]
+        color, marker = COLORS[place % len(COLORS)], MARKERS[place // len(COLORS)]
+        shown = f"{name} ({sizes[name]:,})"
+        drawn[place] = axes.scatter(*points[texts == name].T, color=color, marker=marker, label=shown, **style)
+    return [drawn[place] for place in sorted(drawn)]
 
 
 @contextmanager
@@ -188,16 +216,19 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, label: str | None) -> None:
+def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, sample: np.ndarray, label: str | None) -> None:
+    """The points of a sample, by the labels of all cells."""
     size = float(np.clip(40_000 / len(points), 2, 30))
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], color=COLORS[0], s=size, linewidths=0, alpha=0.8)
         return
-    if np.issubdtype(np.asarray(labels).dtype, np.number):
-        colored = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", s=size, linewidths=0, alpha=0.8)
+    labels = np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.number):
+        shown = labels[sample]
+        colored = axes.scatter(points[:, 0], points[:, 1], c=shown, cmap="viridis", s=size, linewidths=0, alpha=0.8)
         axes.figure.colorbar(colored, label=label)
         return
-    drawn = draw_classes(axes, points, labels, size=size)
+    drawn = draw_classes(axes, points, labels[sample], size=size, places=places_of(texts_of(labels)))
     axes.legend(
         handles=drawn,
         title=label,

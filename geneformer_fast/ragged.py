@@ -35,6 +35,10 @@ class Ragged:
     cu_seqlens: torch.Tensor
     max_len: int
 
+    def __repr__(self) -> str:
+        what = f"values {[*self.values.shape]} {self.values.dtype} on {self.values.device}"
+        return f"Ragged({self.n_cells:,} cells, {what}, max_len={self.max_len})"
+
     @classmethod
     def from_cells(cls, cells: Sequence[torch.Tensor | Sequence[int]]) -> Ragged:
         """Pack a list of cells, each [L_i, ...]; an empty list gives an empty batch of tokens."""

@@ -106,7 +106,9 @@ def test_wrong_arguments_are_one_object_too(say: Any, capsys: pytest.CaptureFixt
         say(talking)("--json", "--no-such-option")
     assert stop.value.code == 2
     found = capsys.readouterr()
-    assert json.loads(found.out) == {"error": "unrecognized arguments: --no-such-option"}
+    assert json.loads(found.out) == {
+        "error": "unrecognized arguments: --no-such-option", "kind": "ArgumentError",
+    }  # fmt: skip
     assert "usage: " in found.err
 
 

@@ -71,6 +71,13 @@ BAD = [
     ("embed", "new.npy", "new.h5ad", "an .h5ad output is a copy of an .h5ad input"),
     ("embed", "new.npy", "new.npy --plot there.npy", "there.npy exists already"),
     ("embed", "new.npy", "new.npy --color kind", "color (--color) colours a picture"),
+    ("embed", "new.npy", "new.npy --layer -1", 'no layer \'-1\': use "last", "penultimate", "embeddings" or 0 to 1 '),
+    ("embed", "new.npy", "new.npy --layer 9", "no layer '9'"),
+    ("embed", "new.npy", "new.npy --layer lsat", "no layer 'lsat'"),
+    ("embed", "new.npy", "new.npy --memory-budget lots", "must be a size such as 2GB, 1.5GiB or 500MB"),
+    ("embed", "new.npy", "new.npy --heatmap h.png", "name it with color (--color)"),
+    ("embed", "new.npy", "new.npy --heatmap h.png --plot h.png --color kind", "both are to be h.png"),
+    ("predict", "new.csv", "new.csv --memory-budget lots", "must be a size such as 2GB, 1.5GiB or 500MB"),
     ("predict", "--model model", "--model absent", "absent is not a folder; pass a local checkpoint folder"),
     ("predict", "new.csv", "there.csv", "there.csv exists already"),
     ("predict", "new.csv", "new.npy", "the name must end in one of .parquet"),
@@ -93,6 +100,8 @@ BAD = [
     ("quantize", "--out new", "--out new --check absent", "absent: no such token folder"),
     ("profile", "--out new", "--out report", "report exists already"),
     ("profile", "--tokens tokens", "--tokens absent", "absent: no such token folder"),
+    ("profile", "--out new", "--out new --layer -1", "no layer '-1'"),
+    ("profile", "--model model", "--model geneformer-v1-10m --layer 6", "or 0 to 5 "),
     ("profile", "--out new", "--out new --mode tokenize", "--model is about a model"),
 ]
 
@@ -131,6 +140,16 @@ def test_and_nothing_heavy_was_loaded_for_it(command: str, place: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == [2, []], done.stderr
 
 
+@pytest.mark.parametrize("more", ["embed --layer -1", "embed --memory-budget lots", "embed --heatmap h.png"])
+def test_nor_for_what_a_value_means(more: str, place: Path) -> None:
+    command, *options = more.split()
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps([*words_of(command, "new.npy", "new.npy"), *options])], cwd=place,
+        capture_output=True, text=True, timeout=120, env=paths_of_this_checkout(),
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, []], done.stderr
+
+
 def paths_of_this_checkout() -> dict[str, str]:
     import os
 
@@ -151,3 +170,23 @@ def test_options_that_contradict_each_other(line: str, said: str, capsys: pytest
     with pytest.raises(SystemExit):
         cli.parsed(line.split())
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("embed t --model m --out o.npy --bogus 3", "embed"),
+        ("finetune cells t --model m --label l --out o --bogus", "finetune cells"),
+        ("pretrain t --out o --lr 1 --learning-rate 2", "pretrain"),
+    ],
+)
+def test_usage_is_that_of_the_command(line: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*line.split(), "--json"])
+    assert stop.value.code == 2
+    found = capsys.readouterr()
+    assert found.err.startswith(f"usage: geneformer-fast {command} ")
+    assert f"geneformer-fast {command}: error: " in found.err
+    said = json.loads(found.out)
+    assert said["kind"] == "ArgumentError"
+    assert said["error"] in found.err

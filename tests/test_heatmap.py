@@ -12,8 +12,8 @@ from pictures import n_colors, pixels
 
 from geneformer_fast import heatmap
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
-from geneformer_fast.heatmap import classes_of, colors_of, column_order, plot_heatmap, row_order, standardized
-from geneformer_fast.plot import COLORS, check_format
+from geneformer_fast.heatmap import HATCHES, classes_of, column_order, look_of, plot_heatmap, row_order, standardized
+from geneformer_fast.plot import COLORS, FAINT, MARKERS, check_format, draw_classes, places_of, texts_of
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="pictures need matplotlib")
 
@@ -39,8 +39,8 @@ def test_dimensions_have_one_scale_and_constant_ones_are_nought() -> None:
 def test_cells_of_one_label_stand_together_and_dimensions_that_vary_alike() -> None:
     values, labels = grouped()
     codes, names = classes_of(labels)
-    assert [name.split(" (")[0] for name in names] == ["B", "NK", "T"]
-    assert [int(name.split("(")[1][:-1]) for name in names] == [(labels == each).sum() for each in ("B", "NK", "T")]
+    assert names == ["B", "NK", "T"]
+    assert np.bincount(codes).tolist() == [(labels == each).sum() for each in ("B", "NK", "T")]
     order = row_order(standardized(values), codes)
     assert sorted(order) == list(range(90))
     assert (np.diff(codes[order]) >= 0).all()
@@ -55,9 +55,9 @@ def test_cells_of_one_label_stand_together_and_dimensions_that_vary_alike() -> N
 
 def test_missing_labels_come_last_and_numbers_are_sorted() -> None:
     codes, names = classes_of(np.array(["b", None, "a", np.nan, "b"], dtype=object))
-    assert names == ["a (1)", "b (2)", "(none) (2)"]
+    assert names == ["a", "b", "(none)"]
     assert codes.tolist() == [1, 2, 0, 2, 1]
-    assert classes_of(np.array([True, False]))[1] == ["False (1)", "True (1)"]
+    assert classes_of(np.array([True, False]))[1] == ["False", "True"]
     numbers = np.array([3.0, np.nan, 1.0, 2.0])
     assert classes_of(numbers) == (None, [])
     assert row_order(np.zeros((4, 3)), numbers).tolist() == [2, 3, 0, 1]
@@ -101,10 +101,40 @@ def test_a_seeded_sample_is_drawn_of_many_cells(tmp_path: Path, monkeypatch: pyt
     assert drawn[0][1][-1] == "40 of 90 cells"
 
 
+@pytest.mark.parametrize("n_classes", [3, 8, 13, 40, 50])
+def test_a_class_has_one_colour_on_the_umap_and_here(
+    n_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    # The last classes by name are large, some cells have no label, and most cells are not drawn.
+    labels = np.array([f"class {i:02d}" for i in range(n_classes) for _ in range(3 + i)] + [None] * 9, dtype=object)
+    values = np.random.default_rng(0).normal(size=(len(labels), 4))
+    umap = draw_classes(Figure().subplots(), values[:, :2], labels, size=1)
+    here: list[object] = []
+    draw = heatmap._draw_strip
+    monkeypatch.setattr(heatmap, "_draw_strip", lambda *given: here.extend(draw(*given)) or here)
+    monkeypatch.setattr(heatmap, "MOST_CELLS", 2 * len(labels) // 3)
+    plot_heatmap(values, labels, tmp_path / "h.png", label="type")
+
+    def told(label: str) -> str:
+        return "smaller" if "smaller" in label else label.rpartition(" (")[0]
+
+    there = {
+        told(each.get_label()): to_hex(each.get_facecolor()[0]) for each in umap if told(each.get_label()) != "(none)"
+    }
+    mine = {told(each.get_label()): to_hex(each.get_facecolor()) for each in here}
+    assert mine.pop("(none)") == FAINT
+    assert mine.items() <= there.items()
+    assert len(mine) > n_classes / 2
+    assert len({(look["facecolor"], look["hatch"]) for look in map(look_of, range(40))}) == 40
+    assert len(HATCHES) == len(MARKERS)
+    assert [look_of(place)["facecolor"] for place in range(8)] == list(COLORS)
+    assert list(places_of(texts_of(labels)).values()) == list(range(min(n_classes, 40)))
+
+
 def test_classes_have_colours_of_their_own(tmp_path: Path) -> None:
-    for n in (1, 3, 8, 30, 60):
-        assert len({tuple(np.ravel(color)) if not isinstance(color, str) else color for color in colors_of(n)}) == n
-    assert colors_of(3) == list(COLORS[:3]), "a class looks as on the UMAP"
     values, labels = grouped()
     assert n_colors(pixels(plot_heatmap(values, labels, tmp_path / "h.png", label="type"))) > 30
     many = np.array([f"class {i % 60}" for i in range(90)])

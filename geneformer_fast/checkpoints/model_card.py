@@ -22,6 +22,8 @@ TAGS = ("single-cell", "transcriptomics", "geneformer", "geneformer-fast")
 _DASHES = "---"
 # Where a run puts its model.
 _FINAL = "final"
+# Where the Hub's client puts models: ``models--owner--name/snapshots/REVISION``.
+_OF_HUB, _SNAPSHOTS = "models--", "snapshots"
 _KEY = re.compile(r"([A-Za-z_][\w-]*):")
 
 
@@ -58,7 +60,8 @@ class ModelCard:
     sections
         Heading and Markdown, in order.
     base
-        Folder of the model that it was made from; None for one that was trained from nothing.
+        Folder of the model that it was made from; None for one that was trained from nothing. The Hub is told of one
+        that was downloaded from there.
     relation
         ``"finetune"``, ``"adapter"`` or ``"quantized"``, with ``base``.
     library, task
@@ -101,8 +104,9 @@ class ModelCard:
             del values["tags"]
         if self.task is not None:
             values["pipeline_tag"] = self.task
-        if self.base is not None:
-            values |= {"base_model": name_of(self.base), "base_model_relation": self.relation}
+        # The Hub links to what stands here, so that the name of a folder would be somebody else's model, or none.
+        if (on_hub := hub_id_of(self.base)) is not None:
+            values |= {"base_model": on_hub, "base_model_relation": self.relation}
         if self.scores:
             values["model-index"] = [{"name": self.title, "results": list(map(_result, self.scores))}]
         blocks |= {key: f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()}
@@ -122,9 +126,21 @@ class ModelCard:
 
 
 def name_of(folder: Path) -> str:
-    """What a model is called: as its folder, or that of the run whose ``final`` it is."""
+    """What a model is called: as its folder, or that of the run whose ``final`` it is, or as the Hub calls it."""
     path = folder.absolute()
+    if path.parent.name == _SNAPSHOTS and (on_hub := hub_id_of(path)) is not None:
+        return on_hub
     return path.parent.name if path.name == _FINAL else path.name
+
+
+def hub_id_of(folder: Path | None) -> str | None:
+    """``owner/name`` of a model in the folders that the Hub's client downloads to; None of any other."""
+    path = Path() if folder is None else folder.absolute()
+    for place in (path, *path.parents):
+        found = place.parent.parent.name
+        if place.parent.name == _SNAPSHOTS and found.startswith(_OF_HUB):
+            return found.removeprefix(_OF_HUB).replace("--", "/")
+    return None
 
 
 def licence_in(folder: Path | None) -> dict[str, str]:

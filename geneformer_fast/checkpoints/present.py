@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from geneformer_fast.errors import CheckpointError
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+
+
+def n_layers_in(folder: Path) -> int | None:
+    """What a ``config.json`` says of the number of blocks; None where it says none, which whoever loads it says."""
+    try:
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = said["encoder"]["n_layers"] if "encoder" in said else said["num_hidden_layers"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def check_present(folder: Path) -> None:

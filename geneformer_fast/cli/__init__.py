@@ -24,9 +24,9 @@ from typing import Any
 from geneformer_fast import __version__
 from geneformer_fast.cli.answer import Answer, as_json
 from geneformer_fast.cli.logs import log_on_stderr
-from geneformer_fast.cli.options import Parser, Refused, add_common, twice_given
+from geneformer_fast.cli.options import Parser, Refused, add_common, inner, twice_given
 from geneformer_fast.cli.stopping import one_interrupt_is_enough
-from geneformer_fast.errors import GeneformerFastError
+from geneformer_fast.errors import ArgumentError, GeneformerFastError
 from geneformer_fast.files.checksums import unverified
 
 #: Command name -> the module that implements it, in the order help lists them.
@@ -76,6 +76,8 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
         command.set_defaults(
             run=module.run, check=getattr(module, "check", None), interrupted=getattr(module, "interrupted", None)
         )
+        for each in (command, *inner(command)):
+            each.set_defaults(parser=each)
     return parser
 
 
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         What the command returned; 2 after an error that this package raised on purpose, or that the operating system
         named (a full disk), with ``error: ...`` on standard error and no traceback; 130 after Ctrl-C. Any other
         exception is a bug and passes through. With ``--json`` standard output is one JSON object, after an error
-        ``{"error": ...}``.
+        ``{"error": ..., "kind": ...}``.
 
     Raises
     ------
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(args)
     except Refused as stop:
         if "--json" in arguments:
-            print(as_json({"error": stop.said}))
+            print(as_json({"error": stop.said, "kind": ArgumentError.__name__}))
         raise
     finally:
         warnings.formatwarning = as_python_shows_them
@@ -127,10 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command, which exist and do not contradict each other."""
-    parser = build_parser(_needed(arguments))
-    args = parser.parse_args(arguments)
+    args, unknown = build_parser(_needed(arguments)).parse_known_args(arguments)
+    # What is wrong is said with the usage of the command, which has the options.
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if (said := twice_given(args)) is not None:
-        parser.error(said)
+        args.parser.error(said)
     return args
 
 

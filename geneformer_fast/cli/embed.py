@@ -89,10 +89,18 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_model
+    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_layer, check_model
     from geneformer_fast.cli.tokenize import carried_columns
-    from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options
+    from geneformer_fast.extract.options import (
+        EMBED,
+        SUFFIXES,
+        Request,
+        check_h5ad,
+        check_options,
+        check_pictures_asked,
+    )
     from geneformer_fast.extract.outputs import Output, check_free
+    from geneformer_fast.extract.sizes import size_in_bytes
 
     check_model(args.model)
     check_dictionary(args.dictionary)
@@ -106,6 +114,10 @@ def check(args: argparse.Namespace) -> None:
     check_options(EMBED, request, {**count_options(args), **others, **more})
     if out.path.suffix == ".h5ad":
         check_h5ad(args.inputs[0] if len(args.inputs) == 1 else args.inputs, request.is_genes)
+    check_layer(args.layer, args.model)
+    if args.memory_budget is not None:
+        size_in_bytes(args.memory_budget)
+    check_pictures_asked(args.plot, args.heatmap, args.color)
     for picture in (args.plot, args.heatmap):
         if picture is not None:
             check_free(Path(picture), overwrite=args.overwrite)
@@ -142,7 +154,7 @@ def run(args: argparse.Namespace) -> Answer:
         color=args.color,
         progress=False if args.quiet else None,
     )
-    text = f"{path} in {perf_counter() - begin:.1f} s; what it holds is written in {path}.json"
+    text = f"{path} in {perf_counter() - begin:.1f} s; settings and versions: {path}.json"
     pictures = {name: place for name, place in (("plot", args.plot), ("heatmap", args.heatmap)) if place}
     return Answer(text, values_of(Path(str(path))) | pictures)
 

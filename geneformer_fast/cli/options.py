@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_common(parser: argparse.ArgumentParser, *, is_checking: bool) -> None:
     """The options that all commands have; ``is_checking``: one that reads what carries checksums has another."""
-    for each in (parser, *_inner(parser)):
+    for each in (parser, *inner(parser)):
         # Those of an inner parser must not undo with their defaults what was said before its name.
         default: Any = False if each is parser else argparse.SUPPRESS
         if is_checking:
@@ -60,7 +60,7 @@ def add_common(parser: argparse.ArgumentParser, *, is_checking: bool) -> None:
                 "--no-verify", action="store_true", default=default,
                 help="read tokens, models and vocabularies without their checksums",
             )  # fmt: skip
-        said = each.add_argument_group("what is said")
+        said = each.add_argument_group("output")
         pair = said.add_mutually_exclusive_group()
         pair.add_argument(
             "--quiet", action="store_true", default=default, help="only warnings and errors: no progress, no report"
@@ -73,7 +73,8 @@ def add_common(parser: argparse.ArgumentParser, *, is_checking: bool) -> None:
         )
 
 
-def _inner(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def inner(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of a command's own commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.values()

@@ -76,6 +76,25 @@ def check_model(folder: str) -> None:
     check_present(Path(folder))
 
 
+def check_layer(layer: str | None, model: str | None) -> None:
+    """A model has the layer that is named, as far as its folder or preset says how many there are.
+
+    Raises
+    ------
+    UnsupportedError
+        It has not.
+    """
+    from geneformer_fast.checkpoints.present import n_layers_in
+    from geneformer_fast.config import PRESETS, EncoderConfig
+
+    if layer is None or model is None:
+        return
+    if model in PRESETS:
+        PRESETS[model].layer_index(layer)
+    elif (n_layers := n_layers_in(Path(model))) is not None:
+        EncoderConfig.preset("geneformer-v1-10m", n_layers=n_layers).layer_index(layer)
+
+
 def check_file(path: str | None, option: str) -> None:
     """A file that an option names is there, or none was named.
 

@@ -66,6 +66,7 @@ def check(args: argparse.Namespace) -> None:
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.extract.options import PREDICT, PREDICTED, Request, check_h5ad, check_options
     from geneformer_fast.extract.outputs import Output
+    from geneformer_fast.extract.sizes import size_in_bytes
 
     check_model(args.model)
     check_dictionary(args.dictionary)
@@ -77,6 +78,8 @@ def check(args: argparse.Namespace) -> None:
     check_options(PREDICT, request, {**count_options(args), **more})
     if out.path.suffix == ".h5ad":
         check_h5ad(args.inputs[0] if len(args.inputs) == 1 else args.inputs, is_genes=False)
+    if args.memory_budget is not None:
+        size_in_bytes(args.memory_budget)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> Answer:
         overwrite=args.overwrite,
         progress=False if args.quiet else None,
     )
-    return Answer(f"{path}; what it holds is written in {path}.json", values_of(Path(str(path))))
+    return Answer(f"{path}; settings and versions: {path}.json", values_of(Path(str(path))))
 
 
 def interrupted(args: argparse.Namespace) -> str:

@@ -97,7 +97,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_counts, check_dictionary, check_tokens
+    from geneformer_fast.cli.places import check_counts, check_dictionary, check_layer, check_tokens
     from geneformer_fast.errors import UnsupportedError
 
     request = _request(args)
@@ -109,6 +109,7 @@ def check(args: argparse.Namespace) -> None:
         check_counts([request.counts])
     if request.tokens is not None:
         check_tokens(request.tokens)
+    check_layer(request.layer, request.model or ("geneformer-v1-10m" if request.predict else None))
     if request.out is not None:
         check_place(Path(request.out), is_replacing=request.overwrite)
 

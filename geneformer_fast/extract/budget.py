@@ -14,7 +14,8 @@ from geneformer_kernels.on_device import choose_for
 
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.extract.memory import Memory, in_mb, memory_of, size_in_bytes
+from geneformer_fast.extract.memory import Memory, memory_of
+from geneformer_fast.extract.sizes import in_mb, size_in_bytes
 from geneformer_fast.layers import QuantizedLinear, wants_rows
 
 # Fewer cells than these at a time are of no use: batches would be small, and as many are read in no time.

@@ -57,6 +57,8 @@ class Cells:
         Which cells of the input these are, in plain values; empty where they are all.
     input_rows
         [n] ascending row of each cell in the input; None where ``rows`` are these.
+    n_not_taken
+        Rows of the output whose cells were not selected.
     """
 
     lengths: np.ndarray
@@ -69,6 +71,7 @@ class Cells:
     of_every_row: Callable[[], dict[str, pa.ChunkedArray]] | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
     input_rows: np.ndarray | None = None
+    n_not_taken: int = 0
 
     @property
     def places(self) -> np.ndarray:
@@ -91,7 +94,7 @@ class Cells:
                 column=lambda name: whole.column(name).take(pa.array(kept)),
             )  # fmt: skip
         if not is_compact:
-            return made
+            return replace(made, n_not_taken=self.n_rows - len(chosen))
         has_gaps = len(made.rows) < len(chosen)
         return replace(
             made, input_rows=made.rows, rows=np.searchsorted(chosen, made.rows), n_rows=len(chosen),

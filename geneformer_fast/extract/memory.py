@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import re
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +15,6 @@ from geneformer_kernels.cpu.onednn import keep_few_products
 from geneformer_fast.errors import UnsupportedError
 
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/smaps")
-_UNITS = {"": 1, "B": 1} | {
-    prefix + unit: base**power for power, prefix in enumerate("KMGT", 1) for unit, base in (("B", 1000), ("iB", 1024))
-}
-_BY_NAME = {name.upper(): n_bytes for name, n_bytes in _UNITS.items()}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 # glibc's names for what mallopt sets (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Linux's advice that pages are not needed (mman.h): those of a file are read again when they are.
@@ -31,29 +25,6 @@ _CODE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ 
 _MAPPED_BYTES = 128 << 10
 # What glibc comes to by itself once a large block was freed.
 _USUAL_MAPPED_BYTES = 32 << 20
-
-
-def size_in_bytes(size: str | int) -> int:
-    """Bytes that a number, or a text such as ``"2GB"`` (10**9), ``"1.5GiB"`` (2**30) or ``"500 MB"``, stands for.
-
-    Raises
-    ------
-    UnsupportedError
-        It is no size.
-    """
-    match = _SIZE.fullmatch(str(size))
-    unit = None if match is None else _BY_NAME.get(match[2].upper())
-    if match is None or unit is None or not (n_bytes := int(Decimal(match[1]) * unit)):
-        raise UnsupportedError(
-            f"memory_budget (--memory-budget) must be a size such as 2GB, 1.5GiB or 500MB, or a number of bytes, not "
-            f"{size!r}"
-        )
-    return n_bytes
-
-
-def in_mb(n_bytes: int) -> str:
-    """A size in whole megabytes, rounded up, as :func:`size_in_bytes` reads it."""
-    return f"{-(-n_bytes // 10**6)} MB"
 
 
 class Memory(Protocol):

@@ -122,6 +122,16 @@ def check_options(rules: Sequence[Rule], request: Request, options: Mapping[str,
             raise UnsupportedError(name + _FLAGS.get(name, f" (--{name.replace('_', '-')})") + f" {why}")
 
 
+def check_pictures_asked(
+    plot: str | os.PathLike[str] | None, heatmap: str | os.PathLike[str] | None, color: str | None
+) -> None:
+    """Refuse a heatmap of cells in no order, and two pictures of one name."""
+    if heatmap is not None and color is None:
+        raise UnsupportedError("heatmap (--heatmap) shows cells by a column: name it with color (--color)")
+    if plot is not None and heatmap is not None and Path(plot).absolute() == Path(heatmap).absolute():
+        raise UnsupportedError(f"plot and heatmap are two pictures, and both are to be {plot}; name two files")
+
+
 def is_given(value: Any) -> bool:
     """Whether a value of an option asks for anything."""
     return bool(value) if isinstance(value, bool | Mapping | list | tuple | str) else True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ from geneformer_fast.extract.files import (
 )
 from geneformer_fast.extract.frames import cell_frame, gene_frame
 from geneformer_fast.extract.genes import by_column, gene_columns
-from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options
+from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options, check_pictures_asked
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
 from geneformer_fast.heatmap import plot_heatmap
 from geneformer_fast.plot import check_enough, check_format, check_picture, plot_umap
@@ -217,6 +218,12 @@ def embed(
         is_compact = not (request.is_in_place or suffix == ".h5ad")
         opened = open_cells(data, vocabulary, encoder.config, reading, progress, selection, is_compact=is_compact)
         cells = stack.enter_context(opened)
+        if cells.n_not_taken and not is_genes:
+            warnings.warn(
+                f"{cells.n_not_taken:,} of {cells.n_rows:,} cells were not taken: their rows of obsm[{key!r}] are NaN; "
+                "subset before neighbours",
+                stacklevel=3,
+            )
         if plot is not None:
             check_enough(len(cells.lengths))
         run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
@@ -258,10 +265,7 @@ def check_pictures(
         check_picture(plot)
     if heatmap is not None:
         check_format(heatmap)
-        if color is None:
-            raise UnsupportedError("heatmap (--heatmap) shows cells by a column: name it with color (--color)")
-        if plot is not None and Path(plot).absolute() == Path(heatmap).absolute():
-            raise UnsupportedError(f"plot and heatmap are two pictures, and both are to be {plot}; name two files")
+    check_pictures_asked(plot, heatmap, color)
     for path in (plot, heatmap):
         if path is not None:
             check_free(Path(path), overwrite=overwrite)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from geneformer_fast.checkpoints.model_card import ModelCard, Score, as_code, listed, name_of, table
+from geneformer_fast.checkpoints.model_card import ModelCard, Score, as_code, hub_id_of, listed, name_of, table
 from geneformer_fast.data.described import described
 from geneformer_fast.finetuning.models import ARCHITECTURE
 from geneformer_fast.finetuning.scores import SUMMED_UP
@@ -22,13 +22,13 @@ _NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "roc_auc": "ROC AUC"}
 _MOST_CLASSES = 30
 _USE = """import geneformer_fast as gf
 
-table = gf.predict("cells.h5ad", "{name}")"""
+table = gf.predict("cells.h5ad", ".")  # ".": the folder of this card"""
 
 _ADAPTED = """from peft import PeftModel
 from transformers import {architecture}
 
 model = {architecture}.from_pretrained("{base}", num_labels={n_classes})
-model = PeftModel.from_pretrained(model, "adapter")"""
+model = PeftModel.from_pretrained(model, ".")  # ".": the folder of this card"""
 
 
 def finetuned_card(
@@ -68,7 +68,7 @@ def finetuned_card(
         title=name_of(final),
         lead=f"Tells classes of {kind} of single-cell data: {told}. Fine-tuned from {pretrained}{adapted}.",
         sections=[
-            ("Use", as_code(_USE.format(name=name_of(final)), "python")),
+            ("Use", as_code(_USE, "python")),
             ("Classes", "\n".join(f"- {task['name']}: {_classes(task['classes'])}" for task in tasks)),
             ("Data", listed({**described(tokens), **_selected(about)})),
             ("Scores", _scores(scores)),
@@ -85,7 +85,9 @@ def adapter_card(card: ModelCard, base: Path | None, about: Mapping[str, Any]) -
     """The card of an adapter that lies beside a model, from that of the model."""
     n_classes = sum(len(task["classes"]) for task in about["tasks"])
     name = "BASE" if base is None else name_of(base)
-    use = _ADAPTED.format(architecture=ARCHITECTURE[about["kind"]], base=name, n_classes=n_classes)
+    # Whoever reads this has the base elsewhere, if not on the Hub.
+    place = name if name == hub_id_of(base) else f"path/to/{name}"
+    use = _ADAPTED.format(architecture=ARCHITECTURE[about["kind"]], base=place, n_classes=n_classes)
     rest = [section for section in card.sections if section[0] != "Use"]
     return dataclasses.replace(
         card,

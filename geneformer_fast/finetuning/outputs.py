@@ -71,6 +71,10 @@ class Finetuned:
         """Parquet file with truth, prediction and probabilities of every cell (or gene) that was tested."""
         return self.folder / PREDICTIONS
 
+    def __repr__(self) -> str:
+        tested = f"{self.scores['n']:,} {self.scores['of']} tested" if self.scores["tasks"] else "nothing tested"
+        return f"Finetuned({str(self.folder)!r}: {', '.join(self.scores['tasks']) or 'no scores'}, {tested})"
+
     def __str__(self) -> str:
         if not self.scores["tasks"]:
             said = f"no {self.scores['of']} were held out for testing (a test_share of 0), so there are no scores"

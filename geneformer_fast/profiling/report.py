@@ -129,6 +129,10 @@ class Report:
 
         return page(self)
 
+    def __repr__(self) -> str:
+        what = self.subject
+        return f"Report({what.mode} of {what.model} by {what.engine} on {what.device}: {self.cells.n:,} cells)"
+
     def __str__(self) -> str:
         from geneformer_fast.profiling.text import table
 

@@ -16,7 +16,7 @@ from geneformer_fast.quantization.report import REPORT, Report
 
 _USE = """import geneformer_fast as gf
 
-model = gf.load("{name}")"""
+model = gf.load(".")  # ".": the folder of this card"""
 # Of the card of the model before: what names it, which this card says itself.
 _OWN = ("base_model", "base_model_relation", "library_name", "model-index", "pipeline_tag")
 
@@ -46,7 +46,7 @@ def quantized_card(out: Path, report: Report, base: Path | None, *, is_bert: boo
         "every layer": f"`{REPORT}`",
     }
     task = front.get("pipeline_tag", "").partition(":")[2].strip().strip("\"'") or None
-    sections = [("Use", as_code(_USE.format(name=name_of(out)), "python")), ("What was done", listed(about))]
+    sections = [("Use", as_code(_USE, "python")), ("What was done", listed(about))]
     if before:
         sections.append(("The model before", "\n".join(_deeper(before.splitlines()))))
     named = "A model that was in memory" if base is None else name_of(base)

@@ -152,6 +152,10 @@ class Report:
             measured = Measured(**{f.name: getattr(calibration, f.name) for f in dataclasses.fields(Measured)})
         return cls(scheme, layers, sizes_before.get(REST, 0), sizes_after.get(REST, 0), measured)  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        size = f"{self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB"
+        return f"Report({self.scheme}: {self.n_quantized} of {len(self.layers)} layers in eight bits, {size})"
+
     @property
     def bytes_before(self) -> int:
         """Of the whole model."""

@@ -79,7 +79,9 @@ def read_folder(folder: Path, preset: str | None) -> Vocabulary:
     if bionemo is not None and (preset == "bionemo" or (preset is None and not has_geneformer)):
         return _read_bionemo(bionemo, _find_medians(folder, releases))
     if bionemo is not None and preset is None:
-        raise VocabularyError(f"{folder}: holds BioNeMo's {bionemo.name} and Geneformer's dictionaries; pass a preset")
+        raise VocabularyError(
+            f"{folder}: holds BioNeMo's {bionemo.name} and Geneformer's dictionaries; pass preset (--preset)"
+        )
     if preset == "bionemo":
         return _bionemo_from_v1(_choose(folder, releases, "v1"))
     return _from_release(_choose(folder, releases, preset))
@@ -177,7 +179,8 @@ def _choose(folder: Path, releases: list[_Release], family: str | None) -> _Rele
     if any(r.read(kind) != first.read(kind) for r in matching[1:] for kind in kinds):
         listed = ", ".join(f"{r.files['token_dictionary'].name} ({r.family})" for r in matching)
         families = sorted({r.family for r in matching})
-        advice = f"pass preset {' or '.join(families)}" if len(families) > 1 else "keep one of them in the folder"
+        choice = f"pass preset (--preset) {' or '.join(families)}"
+        advice = choice if len(families) > 1 else "keep one of them in the folder"
         raise VocabularyError(f"{folder}: several vocabularies: {listed}; {advice}")
     return first
 

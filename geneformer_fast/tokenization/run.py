@@ -54,6 +54,9 @@ class TokenizedCells(NamedTuple):
     report: dict[str, Any]
     kept_rows: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"TokenizedCells({len(self.kept_rows):,} cells, {len(self.values):,} tokens)"
+
 
 @renamed(layer="counts_layer", vocabulary="dictionary")
 @checked

@@ -17,7 +17,7 @@ from geneformer_fast.training.recipe import MACHINE, Recipe
 
 _USE = """import geneformer_fast as gf
 
-embeddings = gf.embed("tokens", "{name}", pool="mean")"""
+embeddings = gf.embed("tokens", ".", pool="mean")  # ".": the folder of this card"""
 
 
 def pretrained_card(
@@ -58,7 +58,7 @@ def pretrained_card(
         title=name_of(out),
         lead=f"A transformer encoder over ranked genes of single cells, trained {begun} to name masked genes.",
         sections=[
-            ("Use", as_code(_USE.format(name=name_of(out)), "python")),
+            ("Use", as_code(_USE, "python")),
             ("Model", _geometry(model.config)),
             ("Data", listed(about)),
             ("Scores", said),

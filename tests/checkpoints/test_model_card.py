@@ -12,6 +12,7 @@ from geneformer_fast.checkpoints.model_card import (
     as_code,
     body_in,
     front_matter_in,
+    hub_id_of,
     licence_in,
     listed,
     name_of,
@@ -47,14 +48,16 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_the_hub_reads_it(tmp_path: Path) -> None:
-    base = written(tmp_path / "base" / "final", "---\nlicense: apache-2.0\n---\n# Base\n")
+    there = tmp_path / "models--somebody--base" / "snapshots" / "0f0f"
+    base = written(there, "---\nlicense: apache-2.0\n---\n# Base\n")
     card = ModelCard(
         'cells: "new" | ü', "What it is.", [("Data", "- tokens: 3")], base=base, task="text-classification",
         scores=[Score("text-classification", "cell type", "tokens", {"accuracy": 0.987654321, "f1": 1.0})],
     )  # fmt: skip
     path = card.save(tmp_path)
     data = data_of(path)
-    assert (data["license"], data["base_model"], data["base_model_relation"]) == ("apache-2.0", "base", "finetune")
+    assert (data["license"], data["base_model"]) == ("apache-2.0", "somebody/base")
+    assert data["base_model_relation"] == "finetune"
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
     assert "single-cell" in data["tags"]
     (index,) = data["model-index"]
@@ -64,7 +67,7 @@ def test_the_hub_reads_it(tmp_path: Path) -> None:
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"accuracy": 0.98765, "f1": 1.0}
     text = path.read_text()
     assert text.count("\n---\n") == 1
-    assert "## Licence\n\nAs of base, from which this model was made: apache-2.0." in text
+    assert "## Licence\n\nAs of somebody/base, from which this model was made: apache-2.0." in text
 
 
 def test_what_another_card_says_is_kept_as_it_was_written(tmp_path: Path) -> None:
@@ -101,3 +104,16 @@ def test_names_tables_and_lists(tmp_path: Path) -> None:
     assert table(["task", "F1"], [["a|b", "0.5"]]) == "| task | F1 |\n| --- | ---: |\n| a\\|b | 0.5 |"
     assert listed({"a": 1, "b": None, "c": "x"}) == "- a: 1\n- c: x"
     assert as_code({"a": [1]}) == '```json\n{\n "a": [\n  1\n ]\n}\n```'
+
+
+def test_a_base_is_named_by_its_id_on_the_hub_or_in_words_only(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--the-name" / "snapshots" / "0f0f"
+    assert hub_id_of(snapshot) == hub_id_of(snapshot / "small") == "owner/the-name"
+    assert (name_of(snapshot), name_of(snapshot / "small")) == ("owner/the-name", "small")
+    assert hub_id_of(tmp_path / "models--gpt2" / "snapshots" / "0f0f") == "gpt2"
+    for folder in (None, tmp_path / "model", tmp_path / "snapshots" / "model", snapshot.parent):
+        assert hub_id_of(folder) is None
+    card = ModelCard("new", "Made from base.", [], base=written(tmp_path / "base", "---\nlicense: mit\n---\n"))
+    data = data_of(card.save(tmp_path))
+    assert not {"base_model", "base_model_relation"} & set(data), "the Hub would look for a model of that name"
+    assert "As of base, from which this model was made: mit." in card.text()

@@ -27,7 +27,8 @@ from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract import budget as budgets
 from geneformer_fast.extract import encoding
 from geneformer_fast.extract.budget import MemoryBudget, Need, Plan, plan, smallest_budget, token_bytes
-from geneformer_fast.extract.memory import CardMemory, _code_as_in_files, in_mb, memory_of, size_in_bytes
+from geneformer_fast.extract.memory import CardMemory, _code_as_in_files, memory_of
+from geneformer_fast.extract.sizes import in_mb, size_in_bytes
 from geneformer_fast.layers import QuantizedLinear
 
 MB = 10**6

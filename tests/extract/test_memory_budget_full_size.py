@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.child import run_child
-from geneformer_fast.extract.memory import size_in_bytes
+from geneformer_fast.extract.sizes import size_in_bytes
 
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.slow

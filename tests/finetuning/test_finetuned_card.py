@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
+import toys
 from typed_cells import SHORT, SHORT_GENES, gene_classes
 
 import geneformer_fast as gf
@@ -22,7 +24,9 @@ def read(model):
 
 def test_folds(done):
     text, card = read(done.model)
-    assert (card["pipeline_tag"], card["base_model"]) == ("text-classification", "model")
+    assert card["pipeline_tag"] == "text-classification"
+    assert "base_model" not in card, "a folder here is no id on the Hub"
+    assert "Fine-tuned from model." in text
     over = done.scores["tasks"]["kind"]["over_folds"]
     (result,) = card["model-index"][0]["results"]
     metrics = {metric["type"]: metric["value"] for metric in result["metrics"]}
@@ -39,6 +43,17 @@ def test_folds(done):
     assert str(done.folder.parent) not in text
 
 
+def test_the_lines_of_code_are_true_beside_the_card(done, tmp_path, monkeypatch):
+    text, _ = read(done.model)
+    use = re.search(r"## Use\n\n```python\n(.*?)```", text, re.S)[1]
+    toys.cells(4).write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.chdir(done.model)
+    ran = {}
+    exec(use.replace("cells.h5ad", str(tmp_path / "cells.h5ad")), ran)
+    assert "kind" in ran["table"].columns
+    assert len(ran["table"]) == 4
+
+
 def test_one_split_some_cells_adapters_and_the_licence_of_the_base(home, tmp_path):
     base = shutil.copytree(home / "model", tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
@@ -47,7 +62,7 @@ def test_one_split_some_cells_adapters_and_the_licence_of_the_base(home, tmp_pat
         lora=2, recipe=ONE_EPOCH,
     )  # fmt: skip
     text, card = read(done.model)
-    assert (card["license"], card["base_model"]) == ("apache-2.0", "base")
+    assert card["license"] == "apache-2.0"
     assert [result["task"]["name"] for result in card["model-index"][0]["results"]] == ["kind", "is_lymphoid"]
     n = done.scores["n"]
     for words in (
@@ -56,8 +71,10 @@ def test_one_split_some_cells_adapters_and_the_licence_of_the_base(home, tmp_pat
     ):  # fmt: skip
         assert words in text
     said, adapter = read(done.folder / "adapter")
-    assert (adapter["library_name"], adapter["base_model_relation"]) == ("peft", "adapter")
-    assert 'BertForSequenceClassification.from_pretrained("base", num_labels=5)' in said
+    assert adapter["library_name"] == "peft"
+    assert "base_model" not in card | adapter
+    assert 'BertForSequenceClassification.from_pretrained("path/to/base", num_labels=5)' in said
+    assert 'PeftModel.from_pretrained(model, ".")' in said
     assert "Adapters of rank 2 (LoRA) for base" in said
     # A run that was killed before its card goes on to it.
     (done.model / "README.md").unlink()

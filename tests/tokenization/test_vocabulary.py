@@ -232,7 +232,7 @@ def test_bionemo_json_vocabulary(tmp_path):
 
 def test_the_official_dictionaries(shared_dir):
     folder = shared_dir / "data" / "dicts"
-    with pytest.raises(VocabularyError, match="pass preset v1 or v2"):
+    with pytest.raises(VocabularyError, match=r"pass preset \(--preset\) v1 or v2"):
         Vocabulary.from_folder(folder)
     v1 = Vocabulary.from_folder(folder, preset="v1")
     assert (v1.name, v1.n_tokens, len(v1.token_ids), v1.token_ids["ENSG00000000003"]) == (

@@ -140,7 +140,7 @@ def candidates(dtype: str, target: Target) -> tuple[Candidate, ...]:
     numba = Candidate(
         Impl.NUMBA,
         is_cpu and dtype == "float64",
-        "compiled loop per cell, radix sort with exact float64 settlement"
+        "compiled loop per cell: a fast sort, close values compared exactly in float64"
         if is_cpu
         else "the compiled loop runs on the CPU only",
     )
