@@ -50,7 +50,7 @@ def test_the_lines_of_code_are_true_beside_the_card(done, tmp_path, monkeypatch)
     monkeypatch.chdir(done.model)
     ran = {}
     exec(use.replace("cells.h5ad", str(tmp_path / "cells.h5ad")), ran)
-    assert "kind" in ran["table"].columns
+    assert "kind_predicted" in ran["table"].columns
     assert len(ran["table"]) == 4
 
 
