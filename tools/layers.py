@@ -148,6 +148,7 @@ PACKAGE_FILES = {
     "cpu.onednn",
     "arguments",
     "cpu.norm_rows",
+    "cpu.parameters",
     "cpu.row_arithmetic",
     "dropout",
     "cpu.dropout_loops",
@@ -193,11 +194,16 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "ranges": set(),
     "dropout": {"on_device", "operators", "cpu.dropout_loops", "cpu.shares"},
     "cpu.float32_block": {
-        *(f"cpu.{name}" for name in ("compiled", "float32_norm", "float32_products", "row_arithmetic", "shares")),
+        *(
+            f"cpu.{name}"
+            for name in ("compiled", "float32_norm", "float32_products", "parameters", "row_arithmetic", "shares")
+        ),
         "ranges",
     },
-    "cpu.float32_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
-    "cpu.float32_products": {f"cpu.{name}" for name in ("compiled", "float32_tiles", "row_arithmetic", "shares")},
+    "cpu.float32_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "parameters", "row_arithmetic", "shares")},
+    "cpu.float32_products": {
+        f"cpu.{name}" for name in ("compiled", "float32_tiles", "parameters", "row_arithmetic", "shares")
+    },
     "cpu.float32_tiles": {"cpu.compiled", "cpu.llvm"},
     "cpu.int8_amx": {"cpu.compiled", "cpu.llvm"},
     "cpu.int8_transpose": {"cpu.compiled", "cpu.llvm"},
@@ -219,7 +225,8 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "cpu.llvm": set(),
     "cpu.row_arithmetic": {"cpu.compiled", "cpu.lanes"},
     "cpu.onednn": {"target"},
-    "cpu.norm_rows": {"cpu.compiled"},
+    "cpu.norm_rows": {"cpu.compiled", "cpu.parameters"},
+    "cpu.parameters": set(),
     "cpu.widened_rows": {"cpu.compiled"},
     "cpu.dropout_loops": {"cpu.compiled"},
     "cpu.compiled": set(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
+from geneformer_kernels.target import target_of
 
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
@@ -152,6 +153,8 @@ def token_bytes(encoder: Encoder) -> int:
     if kinds == {_LOOPS}:
         # x are rows. Loops write float32 and bfloat16; float16 is made of the former.
         x, hidden, rows = 1, 0, 2 * width + (4 * 3 * width if encoder.dtype == torch.float16 else 0)
+        if encoder.dtype == torch.bfloat16 and not target_of(encoder.device).has_fast_bf16:
+            rows += 2 * 3 * width  # attention of a dtype that is emulated has queries, keys and values once more
         norm = (2 * wide + x + size) * width
     elif _ROWS in kinds:
         rows = (1 + 3 * 4) * max(3 * width, hidden)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 import os
@@ -167,7 +167,14 @@ def compiled_float32_candidate(dtype: str, target: Target, what: str) -> Candida
         return Candidate(Impl.NUMBA, False, "the compiled loops compute in float32")
     if not target.has_float32_loops:
         return Candidate(Impl.NUMBA, False, "the compiled loops run on CPUs with AVX2")
+    if not _has_numba():
+        return Candidate(Impl.NUMBA, False, "numba, which compiles the loops, is not installed")
     return Candidate(Impl.NUMBA, True, f"{what} in compiled loops, avx2")
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def capability(op: str, dtype: str, target: Target) -> str:

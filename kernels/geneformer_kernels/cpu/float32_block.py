@@ -16,6 +16,7 @@ from geneformer_kernels.cpu import float32_norm, float32_products
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.float32_norm import norm_rows
 from geneformer_kernels.cpu.float32_products import BLOCK_ROWS, for_thread, multiply_rows, pack, two_layers
+from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES
 from geneformer_kernels.cpu.shares import in_pieces
 from geneformer_kernels.ranges import ranged
@@ -89,8 +90,8 @@ def after_attention(
 
 def _way(norm: Norm) -> tuple[Any, ...]:
     return (
-        norm.weight.detach().contiguous().numpy(),
-        norm.bias.detach().contiguous().numpy(),
+        copied(norm.weight),
+        copied(norm.bias),
         np.float32(norm.eps),
     ), norm.is_post
 

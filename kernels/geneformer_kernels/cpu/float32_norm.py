@@ -8,6 +8,7 @@ import torch
 
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.lanes import LANES, add_floats, normalise, sum_of_squares
+from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_pieces
 
@@ -30,7 +31,7 @@ def add_layer_norm(
     before = rows if residual is None else residual.detach().contiguous().view(-1, width).numpy()
     stream = torch.empty(x.shape, dtype=torch.float32)
     out = stream if is_post else torch.empty(x.shape, dtype=torch.float32)
-    affine = weight.detach().contiguous().numpy(), bias.detach().contiguous().numpy(), np.float32(eps)
+    affine = copied(weight), copied(bias), np.float32(eps)
     results = stream.view(-1, width).numpy(), out.view(-1, width).numpy()
 
     def norm(start: int, stop: int) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile
+from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, activate, address_of
 from geneformer_kernels.cpu.shares import in_pieces
 
@@ -44,9 +45,9 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
     """A layer for loops; ``weight`` [N, K] and ``bias`` [N] or None, float32."""
     n_columns, width = weight.shape
     panels = torch.empty(n_columns // COLUMNS, width, COLUMNS, dtype=torch.float32).numpy()
-    rows = weight.detach().contiguous().numpy()
+    rows = copied(weight)
     _pack(rows, panels)
-    own_bias = np.zeros(n_columns, np.float32) if bias is None else bias.detach().contiguous().numpy()
+    own_bias = np.zeros(n_columns, np.float32) if bias is None else copied(bias)
     return Packed(panels, own_bias, *room(n_columns, width))
 
 

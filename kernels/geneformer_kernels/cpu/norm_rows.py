@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from geneformer_kernels.cpu.compiled import LOOP, from_bfloat16, to_bfloat16
+from geneformer_kernels.cpu.parameters import copied
 
 
 def add_layer_norm(
@@ -27,8 +28,8 @@ def add_layer_norm(
     _norm_rows(
         _bits(x.contiguous()),
         residual.contiguous().view(-1, width).numpy(),
-        weight.detach().contiguous().numpy(),
-        bias.detach().contiguous().numpy(),
+        copied(weight),
+        copied(bias),
         np.float32(eps),
         norm == "post",
         np.empty(width, np.float32),
