@@ -158,6 +158,7 @@ def test_what_onednn_may_not_use_is_not_there(limit: str | None, left: set[str],
     flags = {"flags": "fpu fma avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_bf16 amx_int8"}
     monkeypatch.setattr(target_module, "_cpuinfo", lambda key: flags.get(key, ""))
     left = left | {"fma"}
+    monkeypatch.delenv("MKL_ENABLE_INSTRUCTIONS", raising=False)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
         if limit is not None:

@@ -63,12 +63,11 @@ def test_a_wish_from_the_environment_is_shown_and_an_impossible_one_is_a_problem
     assert by_name["feed_forward"].impl == "reference"
     assert ENVIRONMENT_VARIABLE in by_name["feed_forward"].reason
 
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "feed_forward=numba")
-    monkeypatch.setattr(Target, "has_float32_loops", False)  # as on a CPU without AVX2
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fp8_linear=numba")  # no CPU has such loops
     report = doctor.examine()
-    assert report.environment[ENVIRONMENT_VARIABLE] == "feed_forward=numba"
-    assert any("feed_forward cannot run on cpu" in problem for problem in report.problems)
-    assert "PROBLEM: feed_forward" in doctor.as_text(report)
+    assert report.environment[ENVIRONMENT_VARIABLE] == "fp8_linear=numba"
+    assert any("fp8_linear cannot run on cpu" in problem for problem in report.problems)
+    assert "PROBLEM: fp8_linear" in doctor.as_text(report)
 
 
 def test_missing_packages_a_needed_one_is_a_problem_an_optional_one_says_how_to_get_it(monkeypatch, capsys):
