@@ -399,7 +399,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     # On the command line there is no AnnData to copy, and nobody takes a data frame.
     assert set(seen) == set(OPTIONS) - {"copy", "as_frame"}
     parsed = build_parser(["embed"]).parse_args(["embed", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "check", "interrupted", "inputs", "model", "out", "no_verify"}
+    others = {"command", "run", "check", "interrupted", "parser", "inputs", "model", "out", "no_verify"}
     others |= {"quiet", "verbose", "json", "progress"}  # of these only --quiet is about progress
     assert set(vars(parsed)) - others == set(seen) - {"progress"}
 

@@ -293,7 +293,7 @@ def test_the_command_has_every_option_and_hands_it_on(monkeypatch: pytest.Monkey
     assert seen["progress"] is False
     assert set(seen) == set(OPTIONS) - {"copy"}
     parsed = build_parser(["predict"]).parse_args(["predict", "in", "--model", "m", "--out", "o"])
-    others = {"command", "run", "check", "interrupted", "inputs", "model", "out", "no_verify"}
+    others = {"command", "run", "check", "interrupted", "parser", "inputs", "model", "out", "no_verify"}
     others |= {"quiet", "verbose", "json", "progress"}  # of these only --quiet is about progress
     assert set(vars(parsed)) - others == set(seen) - {"progress"}
 
