@@ -39,8 +39,8 @@ ONLY_FOR = {
     ("tokenization/inputs.py", "--obs"): ("tokenize", "embed"),
     ("finetuning/names.py", "--key-added"): ("predict",),
     ("training/occupied.py", "--overwrite"): ("finetune",),
-    ("extract/run.py", "--heatmap"): ("embed",),
-    ("extract/run.py", "--color"): ("embed",),
+    ("extract/options.py", "--heatmap"): ("embed",),
+    ("extract/options.py", "--color"): ("embed",),
 }
 OF_THE_PROGRAM = {"--version", "--help"}
 #: Arguments of other programs that a module starts; no user reads them.
