@@ -65,8 +65,8 @@ def draw(panels: Panels, path: Path) -> None:
     peaks = [each.peak_bytes / 1e6 for each in comparison.measured.values()]
     faster = " and ".join(f"{comparison.times_faster(name):.1f}x" for name in ("extractor", "stock"))
     smaller = " and ".join(f"{comparison.share_of_memory(name):.0%}" for name in ("extractor", "stock"))
-    _draw_bars(speed, comparison, rates, f"Cells per second: in float32 {faster} as fast")
-    _draw_bars(memory, comparison, peaks, f"Peak memory, MB: in float32 {smaller} of theirs")
+    _draw_bars(speed, comparison, rates, f"Cells per second ({faster}, float32)")
+    _draw_bars(memory, comparison, peaks, f"Peak memory, MB ({smaller}, float32)")
     _draw_loss(loss, panels.trained)
     told = f"embedding: {comparison.n_cells} cells, float32 where nothing else is said; {panels.machine}"
     figure.supxlabel(told, fontsize=9, color="#666666", x=0.995, ha="right")
