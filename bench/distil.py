@@ -56,7 +56,9 @@ def distilled(results: Path, sums_of_squares: Mapping[str, int]) -> Measured:
             name, kind = _machine(next(result for _, result in found if "provenance" in result))
             operations = [row for path, result in found for row in _operations(path, result)]
             ceiling = next((r["ceilings"]["product_tflops"] for _, r in found if r.get("case") == "ceilings"), None)
-            machines.append(Machine(name, kind, rows, operations, tokenized, ceiling))
+            limits = [r["state"]["before"].get("power_limit_w") for _, r in found if r.get("suite") == "gpu"]
+            limit = max((each for each in limits if each is not None), default=None)
+            machines.append(Machine(name, kind, rows, operations, tokenized, ceiling, limit))
     return Measured(machines, dict(sums_of_squares))
 
 
@@ -150,6 +152,7 @@ def _on_card(path: Path, result: Result) -> Iterator[Measurement]:
                 sum_of_squares=sum_of_squares, head_rows=head_rows, seconds=round(row["ms"]["p50"] / 1e3, 9),
                 peak_bytes=row["peak_bytes"], batch_tokens=row["batch_tokens"], n_batches=row["batches"],
                 is_device_alone=is_device_alone, host_seconds=None if is_device_alone else row["host_ms"] / 1e3,
+                joules=row.get("joules"),
                 **_source(path, result),
             )  # fmt: skip
 

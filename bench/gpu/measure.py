@@ -119,6 +119,8 @@ class Variant:
         Largest relative error (Frobenius norm) per name in ``truth``.
     has_lead
         Whether short work is timed with the device busy beforehand, see ``EventClock``.
+    has_energy
+        Whether energy of ours, and of the fastest that computes the same, is measured as well.
     question
         What ``choose`` is asked here (:class:`bench.gpu.impls.Question`), as JSON values; None for encoders.
     """
@@ -130,6 +132,7 @@ class Variant:
     truth: Callable[[], Mapping[str, torch.Tensor]]
     tolerance: Mapping[str, float]
     has_lead: bool = True
+    has_energy: bool = False
     question: Mapping[str, Any] | None = None
 
 
@@ -250,7 +253,21 @@ def measure(variant: Variant, place: Place, *, seconds: float) -> dict[str, Any]
     )
     for name, found in times.items():
         rows[name] |= {**found, **variant.work.rates(found["ms"]["p50"], place.at_most)}
+    if variant.has_energy and not place.is_tiny:
+        for name, found in _energy(ready, {name: row["ms"]["p50"] for name, row in rows.items()}, place).items():
+            rows[name] |= found
     return {**described(variant, place), "rows": rows, "left_out": left_out}
+
+
+def _energy(
+    ready: Mapping[str, tuple[Candidate, Prepared]], ms: Mapping[str, float], place: Place
+) -> dict[str, dict[str, Any]]:
+    """Of ours, and of the fastest rival that computes the same."""
+    from bench.gpu.energy import with_energy
+
+    rivals = [name for name, (each, _) in ready.items() if not each.is_ours and each.is_same]
+    chosen = [name for name, (each, _) in ready.items() if each.is_ours] + sorted(rivals, key=ms.__getitem__)[:1]
+    return with_energy({name: ready[name][1] for name in chosen}, ms, place)
 
 
 def described(variant: Variant, place: Place) -> dict[str, Any]:

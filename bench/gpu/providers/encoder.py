@@ -96,6 +96,7 @@ class Side:
             truth=self.truth,
             tolerance=dict.fromkeys(TOLERANCE, 0.001) if self.dtype == torch.float32 else TOLERANCE,
             has_lead=False,
+            has_energy=True,
         )
 
     def candidates(self) -> Sequence[Candidate]:

@@ -72,8 +72,8 @@ class Prediction:
         Whether that is within 15 %.
     peak_bytes, memory_error
         Memory of the card, or of the process, and the same error of it.
-    joules
-        Energy.
+    joules, energy_error
+        Energy, and the same error of it, that of time included.
     n_measurements, sources
         What it rests on.
     notes
@@ -100,6 +100,7 @@ class Prediction:
     peak_bytes: Figure
     memory_error: Figure
     joules: Figure
+    energy_error: Figure
     n_measurements: int
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -119,7 +120,8 @@ class Prediction:
             f"  rate    {_written(self.cells_per_s, _rate)}",
             f"  memory  {_written(self.peak_bytes, lambda n: f'{n / 1e9:.2f} GB')}"
             + ("" if isinstance(self.memory_error, Missing) else f", off by up to {self.memory_error:.0%}"),
-            f"  energy  {_written(self.joules, lambda joules: f'{joules / 3.6e6:.3g} kWh')}",
+            f"  energy  {_written(self.joules, kwh)}"
+            + ("" if isinstance(self.energy_error, Missing) else f", off by up to {self.energy_error:.0%}"),
             f"  from    {several(self.n_measurements, 'measurement')}: {', '.join(self.sources)}",
         ]
         return "\n".join([*lines, *(f"  note    {note}" for note in self.notes)])
@@ -160,6 +162,10 @@ def _written(figure: Figure, form: Callable[[float], str]) -> str:
 
 def _rate(cells_per_s: float) -> str:
     return f"{cells_per_s:,.0f} cells/s" if cells_per_s >= 100 else f"{cells_per_s:.3g} cells/s"
+
+
+def kwh(joules: float) -> str:
+    return f"{joules / 3.6e6:.3g} kWh"
 
 
 def several(number: int, what: str) -> str:

@@ -164,6 +164,8 @@ class Machine:
         Of tokenizing.
     product_tflops
         10**12 operations/s of large matrix products in 16 bits, of a card; None where nobody looked.
+    power_limit_w
+        What a card may draw; None where nobody looked.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Machine:
     operations: list[Timed] = field(default_factory=list)
     tokenized: list[Tokenized] = field(default_factory=list)
     product_tflops: float | None = None
+    power_limit_w: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET
 from geneformer_fast.profiling.figures import Figure, Missing, divided
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
 from geneformer_fast.profiling.prediction.answer import ONE, Cells, Prediction, notes_of_error, several
+from geneformer_fast.profiling.prediction.energy import EnergySample, energy_of, note_of_limit
 from geneformer_fast.profiling.prediction.fitted import (
     GOOD_ENOUGH,
     MemorySample,
@@ -88,13 +89,17 @@ def predict(
     bounds = interval(seconds, error)
     rests_on: list[Measurement | Timed] = [*chosen, *time.operations]
     peak, memory_error = _memory(machine, chosen, config, batch_tokens)
+    joules, energy_error = energy_of(_with_energy(chosen), machine.name, seconds, asked.flops, error)
     return Prediction(
         machine.name, mode, model, chosen[0].dtype, chosen[0].threads, cells.what, cells.n, round(cells.n_tokens),
         batch_tokens, seconds, divided(cells.n, seconds, "the time"),
         ONE if bounds is None else bounds[0], ONE if bounds is None else bounds[1],
         ONE if error is None else error, error is not None and error <= GOOD_ENOUGH,
-        peak, memory_error, _energy(machine, chosen), len(rests_on), sorted({each.source for each in rests_on}),
-        [*_notes(machine, chosen, config, cells, error), *filter(None, [time.note])],
+        peak, memory_error, joules, energy_error, len(rests_on), sorted({each.source for each in rests_on}),
+        [
+            *_notes(machine, chosen, config, cells, error), *filter(None, [time.note]),
+            *note_of_limit(machine.power_limit_w, seconds, joules),
+        ],
     )  # fmt: skip
 
 
@@ -220,10 +225,14 @@ def _shapes(config: EncoderConfig, dtype: str, head: str | None) -> Encoder:
     return encoder
 
 
-def _energy(machine: Machine, chosen: Sequence[Measurement]) -> Figure:
-    if any(each.joules is not None for each in chosen):
-        return Missing(f"energy was measured on {machine.name}, but not of enough problems to predict from")
-    return Missing(f"no energy was measured on {machine.name}; geneformer-fast profile measures it there")
+def _with_energy(chosen: Sequence[Measurement]) -> list[EnergySample]:
+    samples = []
+    for each in chosen:
+        if each.joules is not None:
+            config = PRESETS[each.model]
+            flops = _flops(config, each.blocks, each.n_tokens, each.sum_of_squares, each.mode, each.head_rows)
+            samples.append(EnergySample(each.problem, each.seconds, flops, each.joules))
+    return samples
 
 
 def _notes(

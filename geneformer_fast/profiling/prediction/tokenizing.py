@@ -12,6 +12,7 @@ from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.profiling.figures import Figure, Missing, divided
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.prediction.answer import ONE, Prediction, cells_like, notes_of_error
+from geneformer_fast.profiling.prediction.energy import energy_of
 from geneformer_fast.profiling.prediction.fitted import GOOD_ENOUGH, interval
 from geneformer_fast.profiling.prediction.measurements import Machine, Tokenized, machine_named
 from geneformer_fast.tokenization.vocabulary import MAX_LEN
@@ -86,8 +87,8 @@ def predict_tokenizing(
         ONE if bounds is None else bounds[0], ONE if bounds is None else bounds[1],
         ONE if found.error is None else found.error, found.error is not None and found.error <= GOOD_ENOUGH,
         peak, ONE if found.memory_error is None else found.memory_error,
-        Missing(f"no energy was measured on {machine.name}; geneformer-fast profile measures it there"),
-        len(chosen), sorted({each.source for each in chosen}), notes,
+        *energy_of([], machine.name, seconds, 0.0, None), len(chosen),
+        sorted({each.source for each in chosen}), notes,
     )  # fmt: skip
 
 
