@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.__main__",),
     (f"{FAST}.cli",),
     (f"{FAST}.quickstart", f"{FAST}.doctor"),
-    (f"{FAST}.finetuning", f"{FAST}.quantization.check", f"{FAST}.quantization.answers"),
+    (f"{FAST}.finetuning", f"{FAST}.perturbation", f"{FAST}.quantization.check", f"{FAST}.quantization.answers"),
     tuple(f"{FAST}.profiling.{name}" for name in ("scenarios", "compare", "sweep", "prediction")),
     tuple(f"{FAST}.{name}" for name in ("extract", "training", "drop_in")),
     (f"{FAST}.profiling",),

@@ -1,0 +1,1 @@
+"""In-silico perturbation: genes deleted, switched on or moved in rank, and what that does to a cell."""
