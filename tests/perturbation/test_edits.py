@@ -56,7 +56,7 @@ def cases() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("front", "back"), [(0, 0), (1, 1)])
 @pytest.mark.parametrize(("kind", "name"), cases())
 def test_variants_are_those_of_the_plain_reference(kind: str, name: str, front: int, back: int) -> None:
-    cells = cells_of(front, back)
+    cells = cells_of(front, back)[: 5 if name == "all pairs" else None]
     edits = edits_of(kind, ASKED[name], front, back)
     wanted = [(number, each) for number, cell in enumerate(cells) for each in plain_variants(edits, cell)]
     on = edits.on(Ragged.from_cells(cells))
