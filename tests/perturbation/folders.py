@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def write(
 def _pieces(rows: CellRows, n: int) -> list[CellRows]:
     """The same rows in several pieces, every one with all variants."""
     bounds = np.linspace(0, len(rows), n + 1).astype(int)
-    parts = [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
     return [
         CellRows.of(
             [rows.tokens[a:b].tolist() for a, b in zip(rows.bounds[:-1], rows.bounds[1:], strict=True)],
