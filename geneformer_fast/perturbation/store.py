@@ -85,8 +85,8 @@ class RunCells:
 class PerturbationWriter:
     """Writes one folder of perturbations. Use it as a context manager; what :meth:`finish` did not see is unfinished.
 
-    Files hold the rows of whole cells in order, and where one ends depends on the cells alone. So the bytes are the same
-    for any number of workers, and however often the run was interrupted.
+    Files hold the rows of whole cells in order, and where one ends depends on the cells alone. So the bytes are the
+    same for any number of workers, and however often the run was interrupted.
 
     Parameters
     ----------
