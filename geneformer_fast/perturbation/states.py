@@ -105,7 +105,9 @@ class States:
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) != len(self.names):
-            raise InputError(f"embeddings {[*self.embeddings.shape]} must be a row for each of {len(self.names)} states")
+            raise InputError(
+                f"embeddings {[*self.embeddings.shape]} must be a row for each of {len(self.names)} states"
+            )
         for name, row in zip(self.names, self.embeddings, strict=True):
             if not np.isfinite(row).all():
                 raise InputError(f"the embedding of state {name!r} holds values that are not finite; make it again")
@@ -310,4 +312,3 @@ def _averaged(embedded: np.ndarray, statistic: str) -> np.ndarray:
     if statistic == "mean":
         return embedded.mean(0, dtype=np.float64).astype(np.float32)
     return np.sort(embedded, axis=0)[(len(embedded) - 1) // 2]
-
