@@ -1,0 +1,1 @@
+"""What perturbations say of genes: the official tables, and what stands beside them."""
