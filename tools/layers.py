@@ -79,7 +79,9 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "markupsafe": (f"{FAST}.profiling.page.html", f"{FAST}.profiling.page.sections"),
     "zarr": (f"{FAST}.tokenization.sources",),
     "hdf5plugin": (f"{FAST}.tokenization.sources",),
-    "sklearn": (f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning"),
+    "sklearn": (
+        *(f"{FAST}.{name}" for name in ("quickstart", "plot", "finetuning", "perturbation.statistics.mixture")),
+    ),
     "optuna": (f"{FAST}.finetuning.search",),
     "peft": (f"{FAST}.finetuning.lora",),
     "wandb": (f"{FAST}.training.weights_and_biases",),

@@ -50,7 +50,7 @@ class Values:
         """[n] int32, the edit of each value."""
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), self.counts)
 
-    def of(self, edit: int) -> np.ndarray:
+    def of(self, edit: int | np.integer[Any]) -> np.ndarray:
         """The values of one edit."""
         return self.values[self.starts[edit] : self.starts[edit + 1]]
 
