@@ -129,6 +129,18 @@ def test_weights_beyond_float32(factor: float, left: list[int]) -> None:
     assert_as_good_as(out, witness, truth)
 
 
+def test_sums_of_weights_beyond_float32(left: list[int]) -> None:
+    """Every weight is a number and so is every result, as values are small: the sum of the weights alone is not."""
+    qkv = torch.zeros(40, 3, 1, 16)
+    qkv[:, 0, :, 0] = 1
+    qkv[:20, 1, :, 0], qkv[20:, 1, :, 0] = 87.6, -87.6  # e**87.6 < 2**127, but twenty of them are more than 2**128
+    qkv[:, 2] = torch.linspace(1e-3, 2e-3, 40)[:, None, None]
+    bounds = torch.tensor([0, 40])
+    out, truth = attend(qkv, bounds, 1.0), exact(qkv, bounds, 1.0)
+    assert left == [40]
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=0)
+
+
 def test_values_as_large_as_float32_has(left: list[int]) -> None:
     """Weights are not divided before they meet values: where that overflows, torch computes the cell."""
     qkv, bounds = inputs(2, 64, [20, 40])
