@@ -65,6 +65,8 @@ def test_variants_are_those_of_the_plain_reference(kind: str, name: str, front: 
     assert on.n_variants.tolist() == counts.tolist()
     n_tokens = np.bincount([number for number, _ in wanted], [len(each.tokens) for _, each in wanted], len(cells))
     assert on.n_tokens.tolist() == n_tokens.astype(int).tolist()
+    n_common = [len(each.common(front, back)) for _, each in wanted]
+    assert on.n_common.tolist() == np.bincount([n for n, _ in wanted], n_common, len(cells)).astype(int).tolist()
     seen = 0
     for start, stop in on.slices(150):
         assert start == seen
@@ -169,7 +171,7 @@ def test_one_gene_of_one_leaves_an_empty_variant() -> None:
 
 
 def test_pairs_of_many_genes_are_numbered_without_a_gap() -> None:
-    from geneformer_fast.perturbation.edits import _pair
+    from geneformer_fast.perturbation.edited_cells import _pair
 
     for n in (2, 3, 4096, 94906267):  # beyond 2**26, squares are no longer exact in double precision
         last = n * (n - 1) // 2 - 1
