@@ -19,8 +19,8 @@ from geneformer_fast.tokenization.pipeline import ordered_map
 if TYPE_CHECKING:
     from geneformer_fast.perturbation.engine import PerturbationRun
 
-# Of a row on the disk: the value itself, and what its repetitive columns take beside it after compression.
-_BYTES_OF_ROW = 6
+# Of a row on the disk, as the writer compresses it: measured on cells of 300 to 1,500 genes.
+_BYTES_OF_CELL_VALUE, _BYTES_OF_GENE_VALUE = 7, 3
 # Shares of all tokens, the longest cells first, where the cells stand that are timed.
 _TIMED_AT = (0.0, 0.8)
 _PHRASES = {
@@ -40,24 +40,34 @@ class Plan:
     ----------
     chosen
         The cells, by rank.
-    n_variants, n_tokens, n_rows
-        [n] int64, by rank: variants of each cell, their tokens, and rows of values.
+    n_variants, n_tokens
+        [n] int64, by rank: variants of each cell, and their tokens.
+    n_cell_values, n_gene_values
+        [n] int64, by rank: rows of values of the cell itself, and of its genes.
     """
 
     chosen: ChosenCells
     n_variants: np.ndarray
     n_tokens: np.ndarray
-    n_rows: np.ndarray
+    n_cell_values: np.ndarray
+    n_gene_values: np.ndarray
+
+    @property
+    def n_rows(self) -> np.ndarray:
+        """[n] int64, by rank: rows of values of both kinds."""
+        return self.n_cell_values + self.n_gene_values
 
     @property
     def n_bytes(self) -> int:
         """About what the values take on the disk."""
-        return int(self.n_rows.sum()) * _BYTES_OF_ROW
+        n_cell_values, n_gene_values = int(self.n_cell_values.sum()), int(self.n_gene_values.sum())
+        return n_cell_values * _BYTES_OF_CELL_VALUE + n_gene_values * _BYTES_OF_GENE_VALUE
 
     def of_ranks(self, ranks: np.ndarray) -> Plan:
         """The same for some of the cells."""
         chosen = ChosenCells(self.chosen.cells[ranks], self.chosen.lengths[ranks], self.chosen.left)
-        return Plan(chosen, self.n_variants[ranks], self.n_tokens[ranks], self.n_rows[ranks])
+        counts = (self.n_variants, self.n_tokens, self.n_cell_values, self.n_gene_values)
+        return Plan(chosen, *(count[ranks] for count in counts))
 
     def to_dict(self, seconds: float | None = None) -> dict[str, Any]:
         """Plain values."""
@@ -115,12 +125,13 @@ def plan_of(
     counts: list[np.ndarray] = []
     for _, packed in packed_cells(folder, chosen.cells, cells_at_once(edits)):
         edited = edits.on(packed)
-        n_common = edited.n_common if has_gene_values else np.zeros_like(edited.n_common)
-        counts.append(np.stack([edited.n_variants, edited.n_tokens, edited.n_variants * max(1, n_states) + n_common]))
-    n_variants, n_tokens, n_rows = np.concatenate(counts, axis=1)
-    if not n_variants.any():
+        n_gene_values = edited.n_common * int(has_gene_values)
+        each = (edited.n_variants, edited.n_tokens, edited.n_variants * max(1, n_states), n_gene_values)
+        counts.append(np.stack(each))
+    plan = Plan(chosen, *np.concatenate(counts, axis=1))
+    if not plan.n_variants.any():
         raise InputError(f"{folder.path}: none of {len(chosen):,} cells has a gene to {edits.kind}")
-    return Plan(chosen, n_variants, n_tokens, n_rows)
+    return plan
 
 
 def estimated_seconds(run: PerturbationRun, plan: Plan) -> float:
@@ -178,4 +189,5 @@ def in_words(amount: float, units: tuple[tuple[float, str], ...]) -> str:
     """An amount in the largest unit that it has one of."""
     size, name = next((unit for unit in units if amount >= unit[0]), units[-1])
     number = amount / size
-    return f"{number:,.0f} {name}" if number >= 20 or size == 1.0 else f"{number:,.1f} {name}"
+    is_whole = number >= 20 or number == int(number)
+    return f"{number:,.0f} {name}" if is_whole else f"{number:,.1f} {name}"
