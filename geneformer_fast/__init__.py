@@ -33,6 +33,7 @@ _HOME = {
     "finetune_cells": "geneformer_fast.finetuning.cells",
     "finetune_genes": "geneformer_fast.finetuning.genes",
     "predict": "geneformer_fast.finetuning.predict",
+    "open_perturbations": "geneformer_fast.perturbation.reading",
     "profile": "geneformer_fast.profiling.run",
     "ProfilerCallback": "geneformer_fast.profiling.callback",
     "Report": "geneformer_fast.profiling.report",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from geneformer_fast.finetuning.cells import finetune_cells
     from geneformer_fast.finetuning.genes import finetune_genes
     from geneformer_fast.finetuning.predict import predict
+    from geneformer_fast.perturbation.reading import open_perturbations
     from geneformer_fast.profiling.callback import ProfilerCallback
     from geneformer_fast.profiling.report import Report
     from geneformer_fast.profiling.run import profile

@@ -69,6 +69,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "anndata": (
         *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
         *(f"{FAST}.cli.embed", f"{FAST}.quickstart", f"{FAST}.profiling.scenarios.counts"),
+        f"{FAST}.perturbation.matrix",
     ),
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),

@@ -24,10 +24,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from geneformer_fast import __version__
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files import schema
-from geneformer_fast.files.checksums import check_digest, with_digest
+from geneformer_fast.files.checksums import check_digest, fingerprint_of, with_digest
 from geneformer_fast.files.writing import is_leftover, write_json
 
 MANIFEST = "_manifest.json"
@@ -39,7 +41,8 @@ FORMAT_VERSION = 1
 PART = "part-*.parquet"
 #: What to do about a folder that cannot be gone on with.
 AGAIN = "pass --overwrite (overwrite=True) to start again"
-_DAMAGED = "restore it from a good copy, or perturb again"
+#: What to do about one that is damaged.
+DAMAGED = "restore it from a good copy, or perturb again"
 
 
 def part_name(number: int) -> str:
@@ -100,8 +103,10 @@ class Manifest:
     format_version: schema.whole(1)  # type: ignore[valid-type]
     plan: dict[str, Any]
     states: list[str]
+    columns: list[str]
     shard: ShardEntry
     cells_sha256: str
+    cells_file_sha256: str
     n_cells: schema.whole(0)  # type: ignore[valid-type]
     n_cells_of_run: schema.whole(0)  # type: ignore[valid-type]
     n_rows: schema.whole(0)  # type: ignore[valid-type]
@@ -118,6 +123,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # a build without metadata
             found[name] = "unknown"
     return found
+
+
+def cells_fingerprint(cells: pa.Table) -> str:
+    """SHA-256 over which cells a folder holds, and what is carried of them."""
+    return fingerprint_of([[name, *map(str, cells[name].to_pylist())] for name in cells.column_names])
 
 
 def state_of(folder: Path) -> str:
@@ -176,7 +186,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     OutputError
         It is damaged, or not what its name says.
     """
-    return _read(folder / MANIFEST, Manifest, _DAMAGED)
+    return _read(folder / MANIFEST, Manifest, DAMAGED)
 
 
 def read_block(folder: Path, number: int) -> dict[str, Any] | None:

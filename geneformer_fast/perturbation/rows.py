@@ -71,7 +71,8 @@ class CellRows:
         Parameters
         ----------
         perturbed
-            Tokens of every variant: [V] where each is of one token, [V, k] where all are of k, packed, or a list.
+            Tokens of every variant: [V] where each is of one token, [V, k] with -1 where there are fewer than k,
+            packed, or a list.
         value
             [n] values. Without ``variant``: [V] one of each variant, or [V, S] one of each variant and state.
         variant, affected, state, extra
@@ -193,9 +194,11 @@ def _packed(perturbed: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.array(flat, dtype=np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(
             np.int32
         )
-    tokens = np.asarray(_on_host(perturbed), dtype=np.int32)
-    width = tokens.shape[1] if tokens.ndim == 2 else 1
-    return tokens.reshape(-1), np.arange(len(tokens) + 1, dtype=np.int32) * np.int32(width)
+    tokens = np.asarray(_on_host(perturbed), dtype=np.int32).reshape(len(perturbed), -1)
+    is_token = tokens >= 0
+    bounds = np.zeros(len(tokens) + 1, dtype=np.int32)
+    np.cumsum(is_token.sum(1), out=bounds[1:])
+    return tokens[is_token], bounds
 
 
 def _on_host(values: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from geneformer_fast.errors import OutputError
-from geneformer_fast.files.checksums import check_file, fingerprint_of, is_verifying, with_digest
+from geneformer_fast.errors import OutputError, UnsupportedError
+from geneformer_fast.files.checksums import check_file, is_verifying, sha256_of, with_digest
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import system_errors, whole_file, write_json
 from geneformer_fast.perturbation import folder as layout
@@ -64,8 +64,16 @@ class RunCells:
         return pa.table({**columns, **{f"obs_{name}": plain(column) for name, column in self.obs.items()}})
 
     def of_shard(self, shard: Shard) -> RunCells:
-        """Those of one part of the run."""
+        """Those of one part of the run.
+
+        Raises
+        ------
+        UnsupportedError
+            There are fewer cells than parts, so that this one has none.
+        """
         ranks = shard.ranks(len(self))
+        if not len(ranks):
+            raise UnsupportedError(f"shard {shard} has no cells, since there are {len(self):,}; make fewer shards")
         obs = {name: column.take(pa.array(ranks)) for name, column in self.obs.items()}
         return RunCells(self.cell[ranks], self.length[ranks], self.n_rows[ranks], ranks, len(self), obs)
 
@@ -163,7 +171,7 @@ class PerturbationWriter:
             "shard": {"index": shard.index, "n_shards": shard.n_shards},
             "n_cells": len(self.cells),
             "n_cells_of_run": n_of_run,
-            "cells_sha256": fingerprint_of([table.schema.names, *(column.to_pylist() for column in table.columns)]),
+            "cells_sha256": layout.cells_fingerprint(table),
         }
         if self._part:
             return
@@ -223,9 +231,8 @@ class PerturbationWriter:
             return
         if begun["blocks"] != [list(block) for block in self._blocks]:
             raise OutputError(f"{self.folder} was begun with other numbers of rows per cell; {layout.AGAIN}")
-        if not (self.folder / layout.CELLS).exists():  # killed between the first steps
-            self._write_beginning(self.cells.table())
         self._check_blocks()
+        self._write_beginning(self.cells.table())  # again, since it may have been killed between the first steps
 
     def _check_blocks(self) -> None:
         """Whole files stay as they are, and everything else goes."""
@@ -316,6 +323,7 @@ class PerturbationWriter:
             )
         content = {
             **self._described,
+            "cells_file_sha256": sha256_of(self.folder / layout.CELLS),
             "n_rows": sum(entry["n_rows"] for entry in entries if entry),
             "files": entries,
             "report": dict(report or {}),

@@ -317,6 +317,11 @@ def test_shards_that_are_none(text: str) -> None:
         Shard.of(text)
 
 
+def test_more_shards_than_cells() -> None:
+    with pytest.raises(UnsupportedError, match="shard 4/5 has no cells, since there are 3; make fewer shards"):
+        folders.cells(3).of_shard(Shard(4, 5))
+
+
 def test_shards_hold_every_cell_once() -> None:
     ranks = [Shard.of(f"{i}/3").ranks(10).tolist() for i in (1, 2, 3)]
     assert sorted(rank for part in ranks for rank in part) == list(range(10))
