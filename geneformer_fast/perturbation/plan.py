@@ -44,6 +44,8 @@ class Plan:
         [n] int64, by rank: variants of each cell, and their tokens.
     n_cell_values, n_gene_values
         [n] int64, by rank: rows of values of the cell itself, and of its genes.
+    seconds
+        How long it will take (:func:`estimated_seconds`); None where nobody has measured.
     """
 
     chosen: ChosenCells
@@ -51,6 +53,7 @@ class Plan:
     n_tokens: np.ndarray
     n_cell_values: np.ndarray
     n_gene_values: np.ndarray
+    seconds: float | None = None
 
     @property
     def n_rows(self) -> np.ndarray:
@@ -64,12 +67,12 @@ class Plan:
         return n_cell_values * _BYTES_OF_CELL_VALUE + n_gene_values * _BYTES_OF_GENE_VALUE
 
     def of_ranks(self, ranks: np.ndarray) -> Plan:
-        """The same for some of the cells."""
+        """The same for some of the cells; nobody has measured these."""
         chosen = ChosenCells(self.chosen.cells[ranks], self.chosen.lengths[ranks], self.chosen.left)
         counts = (self.n_variants, self.n_tokens, self.n_cell_values, self.n_gene_values)
         return Plan(chosen, *(count[ranks] for count in counts))
 
-    def to_dict(self, seconds: float | None = None) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         found: dict[str, Any] = {
             "n_cells": len(self.chosen),
@@ -81,11 +84,11 @@ class Plan:
             "n_bytes": self.n_bytes,
             "cells_left": dict(self.chosen.left),
         }
-        return found if seconds is None else found | {"estimated_seconds": round(seconds, 1)}
+        return found if self.seconds is None else found | {"estimated_seconds": round(self.seconds, 1)}
 
-    def text(self, seconds: float | None = None) -> str:
+    def text(self) -> str:
         """The same in words, a line for each thing."""
-        said = self.to_dict(seconds)
+        said = self.to_dict()
         steps = [f"{count:,} {_PHRASES[name]}" for name, count in self.chosen.left.items() if name in _PHRASES]
         of = f" of {self.chosen.left['tokens']:,} ({', then '.join(steps)})" if steps else ""
         lines = [
@@ -95,9 +98,9 @@ class Plan:
         if without := said["n_cells_without_variants"]:
             lines.append(f"{without:,} of the cells have nothing to perturb: too few genes, or none of those asked for")
         size = f"{said['n_rows']:,} values, about {in_words(self.n_bytes, _SIZES)}"
-        if seconds is not None:
-            rate = said["n_variants"] / seconds if seconds else 0.0
-            size += f"; about {in_words(seconds, _TIMES)} at {rate:,.1f} perturbed cells/s"
+        if self.seconds is not None:
+            rate = said["n_variants"] / self.seconds if self.seconds else 0.0
+            size += f"; about {in_words(self.seconds, _TIMES)} at {rate:,.1f} perturbed cells/s"
         return "\n".join([*lines, size])
 
 

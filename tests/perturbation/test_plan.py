@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,18 +47,18 @@ def test_counts_are_those_of_the_run(folder: TokenFolder) -> None:
 def test_the_plan_in_words(folder: TokenFolder) -> None:
     edits = Edits("overexpress")
     chosen = chosen_cells(folder, edits, where={"kind": "a"}, max_cells=23, window=(1, None))
-    plan = plan_of(folder, chosen, edits)
+    plan = replace(plan_of(folder, chosen, edits), seconds=10.0)
     n = int(plan.n_variants.sum())
-    assert plan.text(10.0).splitlines() == [
+    assert plan.text().splitlines() == [
         "22 cells of 24 (23 that where takes, then 22 in the window); the longest has 4 tokens",
         f"{n} perturbed cells of {4 * (n - 1) + 2} tokens",
         "1 of the cells have nothing to perturb: too few genes, or none of those asked for",
         f"{n} values, about {n * 7} bytes; about 10 seconds at {n / 10:.1f} perturbed cells/s",
     ]
-    told = plan.to_dict(10.0)
+    told = plan.to_dict()
     assert told["n_cells_without_variants"] == 1
     assert told["estimated_seconds"] == 10.0
-    assert "estimated_seconds" not in plan.to_dict()
+    assert "estimated_seconds" not in planned(folder, edits).to_dict()
 
 
 def test_nothing_to_perturb_is_refused(folder: TokenFolder) -> None:
