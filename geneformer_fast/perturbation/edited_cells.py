@@ -49,7 +49,7 @@ class EditedCells:
         elif edits.pairs:
             counts = self._n_genes * (self._n_genes - 1) // 2
         else:
-            counts = (self._n_genes - int(edits.kind != "delete")).clamp(min=0)
+            counts = (self._n_genes - int(edits.kind not in ("delete", "counts"))).clamp(min=0)
         # Edits before doses.
         self._edits_before = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         self.n_variants = (counts * edits.n_doses).numpy()
@@ -79,12 +79,8 @@ class EditedCells:
 
     def variants(self, start: int, stop: int) -> Variants:
         """Variants ``start`` to ``stop`` (exclusive) of the batch."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"variants {start} to {stop} of {len(self)}")
         edits, device = self.edits, self.cells.values.device
-        numbers, dose = _divided(torch.arange(start, stop), edits.n_doses)
-        cell = torch.searchsorted(self._edits_before, numbers, right=True) - 1
-        item, tokens, places = self._perturbed(numbers, cell)
+        cell, dose, item, tokens, places = self._numbered(start, stop)
         moves = Moves(tokens, places, self._targets(cell, tokens, places, dose))
         is_put, is_taken = moves.targets < NOWHERE, moves.places < NOWHERE
         lengths = self._lengths[cell] + is_put.sum(1) - is_taken.sum(1)
@@ -104,6 +100,16 @@ class EditedCells:
             made.tokens, cell.to(device), of.to(device), shortened, made.source, made.is_common,
             tokens, item, dose,
         )  # fmt: skip
+
+    def _numbered(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """[V] cell, dose and item, [V, k] perturbed tokens and their places, of some variants by their numbers."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"variants {start} to {stop} of {len(self)}")
+        # The doses of one edit are next to each other.
+        numbers = torch.arange(start, stop)
+        edit, dose = numbers // self.edits.n_doses, numbers % self.edits.n_doses
+        cell = torch.searchsorted(self._edits_before, edit, right=True) - 1
+        return cell, dose, *self._perturbed(edit, cell)
 
     def _perturbed(self, numbers: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[V] which item, [V, k] tokens and their places within the cell, of edits by their numbers."""
@@ -229,11 +235,6 @@ class EditedCells:
             size = (self._column >= 0).sum(1)[item] if edits.needs == "none" else self._n_present[cell, item]
             n_put = torch.zeros_like(counts).index_add_(0, cell, size)
         return (n_put * edits.n_doses).numpy()
-
-
-def _divided(numbers: torch.Tensor, n_doses: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variants as edits and doses; the doses of one edit are next to each other."""
-    return numbers // n_doses, numbers % n_doses
 
 
 def _pair(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,11 @@ arithmetic on packed cells. Variants are numbered over a batch of cells, and any
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from geneformer_fast.errors import UnsupportedError
@@ -20,6 +22,8 @@ from geneformer_fast.ragged import Ragged
 KINDS = ("delete", "overexpress", "inhibit", "activate", "swap")
 #: Those that move a gene by a share of a cell's ranks.
 MOVING = ("inhibit", "activate")
+#: Edits of counts, after which a cell's genes are ranked again.
+COUNTS = "counts"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Edits:
     kind
         ``"delete"``: the genes are taken out. ``"overexpress"``: they are put in front of all others, in the order that
         was given. ``"activate"`` and ``"inhibit"``: they move up or down by a share of the cell's ranks. ``"swap"``:
-        two genes change places.
+        two genes change places. ``"counts"``: their counts are multiplied by a factor and the cell is ranked again
+        (:class:`~geneformer_fast.perturbation.counts.CountEdits` knows the counts).
     genes
         The genes; None is every gene of each cell, in the order of ranks.
     together
@@ -44,7 +49,8 @@ class Edits:
         Several lists, each of which is perturbed together; ``genes`` is None then.
     doses
         Shares of a cell's ranks that genes move by (kinds ``"inhibit"`` and ``"activate"``): ``round(share * genes)``
-        ranks, at least one, and at most up to the first or last rank. One variant for each.
+        ranks, at least one, and at most up to the first or last rank. Of the kind ``"counts"``: factors. A variant for
+        each.
     front, back
         Special tokens before and behind the genes of every cell.
     max_len
@@ -97,8 +103,11 @@ class Edits:
             return "none"
         return "all" if self.sets is None else "any"
 
-    def on(self, cells: Ragged) -> EditedCells:
-        """The edits of a batch of cells: packed tokens, each cell with its special tokens."""
+    def on(self, cells: Ragged, ranks: np.ndarray | None = None) -> EditedCells:
+        """The edits of a batch of cells: packed tokens, each cell with its special tokens.
+
+        ``ranks`` are their places in the run, which edits of counts need and others do not.
+        """
         return EditedCells(self, cells)
 
 
@@ -121,19 +130,24 @@ def _items(edits: Edits) -> torch.Tensor | None:
 
 
 def _check_kind(edits: Edits) -> None:
-    kind = edits.kind
-    if kind not in KINDS:
-        raise UnsupportedError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if (kind in MOVING) != bool(edits.doses):
+    kind, doses = edits.kind, edits.doses
+    if kind not in (*KINDS, COUNTS):
+        raise UnsupportedError(f"kind must be one of {', '.join((*KINDS, COUNTS))}, not {kind!r}")
+    if kind == COUNTS:
+        if not doses:
+            raise UnsupportedError("kind 'counts' multiplies counts: say by which factors with doses")
+        wrong = [dose for dose in doses if not 0 <= dose < math.inf or dose == 1]
+        if wrong:
+            raise UnsupportedError(f"doses of counts are factors from 0 on, other than 1, not {wrong[0]}")
+    elif (kind in MOVING) != bool(doses):
         raise UnsupportedError(
             f"kind {kind!r} moves genes by a share of the ranks: say which with doses"
             if kind in MOVING
-            else f"doses are shares of ranks, by which genes move: kind {kind!r} takes none; use inhibit or activate"
+            else f"doses say how far genes move: kind {kind!r} takes none; use inhibit, activate or counts"
         )
-    if any(not 0 < dose <= 1 for dose in edits.doses):
-        wrong = next(dose for dose in edits.doses if not 0 < dose <= 1)
-        raise UnsupportedError(f"doses are shares of a cell's ranks, above 0 and up to 1, not {wrong}")
-    if len(set(edits.doses)) < len(edits.doses):
+    elif wrong := [dose for dose in doses if not 0 < dose <= 1]:
+        raise UnsupportedError(f"doses are shares of a cell's ranks, above 0 and up to 1, not {wrong[0]}")
+    if len(set(doses)) < len(doses):
         raise UnsupportedError("doses must differ from one another")
     is_two = edits.genes is not None and edits.together and len(edits.genes) == 2
     if kind == "swap" and edits.sets is None and not (edits.pairs or edits.anchor is not None or is_two):
