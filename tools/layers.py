@@ -91,7 +91,10 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "pynvml": (f"{FAST}.profiling.meters.cards", f"{FAST}.profiling.machine", f"{FAST}.doctor"),
     "zeus": (f"{FAST}.profiling.meters.counters",),
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
-    "pickle": (f"{FAST}.tokenization.pickles", f"{FAST}.checkpoints.weights"),  # the latter for its error class only
+    "pickle": (
+        *(f"{FAST}.tokenization.pickles", f"{FAST}.perturbation.pickles"),
+        f"{FAST}.checkpoints.weights",  # for its error class only
+    ),
     "dill": (),
     "cloudpickle": (),
     "joblib": (),

@@ -189,8 +189,9 @@ def _packed(perturbed: Any) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(perturbed, Ragged):
         return np.asarray(_on_host(perturbed.values), np.int32), np.asarray(_on_host(perturbed.cu_seqlens), np.int32)
     if isinstance(perturbed, Sequence) and not hasattr(perturbed, "dtype"):
-        lengths = [len(tokens) for tokens in perturbed]
-        flat = [int(token) for tokens in perturbed for token in tokens]
+        listed = [tokens if hasattr(tokens, "__len__") else (tokens,) for tokens in perturbed]
+        lengths = [len(tokens) for tokens in listed]
+        flat = [int(token) for tokens in listed for token in tokens]
         return np.array(flat, dtype=np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(
             np.int32
         )

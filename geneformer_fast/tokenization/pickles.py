@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
-from geneformer_fast.errors import VocabularyError
+from geneformer_fast.errors import GeneformerFastError, VocabularyError
 
 # Files whose digest is known are read ten times as fast, unchecked; the official dictionaries are these.
 _OFFICIAL_SHA256 = frozenset(
@@ -94,10 +94,10 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 def _plain_dict(items: object = ()) -> dict[Any, Any]:
     if not isinstance(items, tuple | list):
         raise pickle.UnpicklingError("a dictionary is made of something else than pairs")
-    return {_key(key): value for key, value in items}
+    return {checked_key(key): value for key, value in items}
 
 
-class _StandIn:
+class StandIn:
     """What a global becomes: something that can be called, and nothing else.
 
     It is made anew for every read and has no attributes that a state could change.
@@ -123,21 +123,22 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _plain_dict,
 }
 
-_ATOMS = (str, bytes, int, float, bool, type(None))
+#: What contains nothing else.
+ATOMS = (str, bytes, int, float, bool, type(None))
 
 
-def _key(value: Any) -> Any:
-    # a nested tuple as a key would be hashed, level by level
-    if type(value) not in _ATOMS:
+def checked_key(value: Any) -> Any:
+    """A key that is text or a number; a nested tuple as a key would be hashed, level by level."""
+    if type(value) not in ATOMS:
         raise pickle.UnpicklingError(f"a key is a {type(value).__name__}, not text or a number")
     if type(value) is int and abs(value) >= _MAX_INT_KEY:
         raise pickle.UnpicklingError("a key is an integer of more than 60 bits")
     return value
 
 
-def _standing_in(module: str, name: str) -> _StandIn | None:
+def _standing_in(module: str, name: str) -> StandIn | None:
     make = _ALLOWED.get((module, name))
-    return None if make is None else _StandIn(make)
+    return None if make is None else StandIn(make)
 
 
 class _Official(pickle.Unpickler):
@@ -151,7 +152,7 @@ class _Official(pickle.Unpickler):
         return found
 
 
-class _Checked(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class CheckedUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Python's own interpreter of pickles, with fewer instructions.
 
     Only text, numbers, lists, tuples and dictionaries are built, and whatever contains others is used once: time and
@@ -170,7 +171,7 @@ class _Checked(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def _used_again(self) -> None:
         value = self.stack[-1]
-        if type(value) not in (*_ATOMS, _StandIn, _ScalarType) and value != ():
+        if type(value) not in (*ATOMS, StandIn, _ScalarType) and value != ():
             raise pickle.UnpicklingError(f"a {type(value).__name__} is used twice, which no dictionary of genes needs")
 
     def _get(self, read: Callable[..., None]) -> None:
@@ -184,7 +185,7 @@ class _Checked(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def _reduce(self) -> None:
         arguments, make = self.stack.pop(), self.stack[-1]
-        if type(make) is not _StandIn or type(arguments) is not tuple:
+        if type(make) is not StandIn or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a {type(make).__name__} is called")
         self.stack[-1] = make(*arguments)
 
@@ -208,13 +209,12 @@ class _Checked(pickle._Unpickler):  # type: ignore[name-defined, misc]
         pairs = self._pairs(self.pop_mark())  # type: ignore[attr-defined]
         self.stack.append(pairs)
 
-    @staticmethod
-    def _pairs(values: list[Any]) -> dict[Any, Any]:
-        return {_key(key): value for key, value in zip(values[::2], values[1::2], strict=True)}
+    def _pairs(self, values: list[Any]) -> dict[Any, Any]:
+        return {checked_key(key): value for key, value in zip(values[::2], values[1::2], strict=True)}
 
 
 def _instructions() -> dict[int, Callable[..., None]]:
-    """What :class:`_Checked` does for each byte of a program; every other instruction is refused."""
+    """What :class:`CheckedUnpickler` does for each byte of a program; every other instruction is refused."""
     known = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
     table: dict[int, Callable[..., None]] = {}
     for opcode in pickletools.opcodes:
@@ -227,13 +227,13 @@ def _instructions() -> dict[int, Callable[..., None]]:
             table[code] = lambda machine, read=known[code]: machine._long(read)
         else:
             table[code] = lambda machine, name=name: _refuse(name)
-    table[pickle.REDUCE[0]] = _Checked._reduce
-    table[pickle.BUILD[0]] = _Checked._build
+    table[pickle.REDUCE[0]] = CheckedUnpickler._reduce
+    table[pickle.BUILD[0]] = CheckedUnpickler._build
     table[pickle.APPEND[0]] = lambda machine: machine._append([machine.stack.pop()])
     table[pickle.APPENDS[0]] = lambda machine: machine._append(machine.pop_mark())
     table[pickle.SETITEM[0]] = lambda machine: machine._set_items([machine.stack.pop(-2), machine.stack.pop()])
     table[pickle.SETITEMS[0]] = lambda machine: machine._set_items(machine.pop_mark())
-    table[pickle.DICT[0]] = _Checked._dict
+    table[pickle.DICT[0]] = CheckedUnpickler._dict
     return table
 
 
@@ -250,7 +250,7 @@ _PLAIN = frozenset(
         *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "EMPTY_DICT"),
     )
 )
-_Checked.dispatch = _instructions()
+CheckedUnpickler.dispatch = _instructions()
 
 
 def _check_depth(value: Any) -> None:
@@ -286,27 +286,36 @@ def read_pickle(path: str | Path) -> Any:
     VocabularyError
         The file cannot be read, is truncated or corrupt, or refers to anything that would have to be imported.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise VocabularyError(f"{path}: {path.stat().st_size:,} bytes are no dictionary of genes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise VocabularyError(f"{path}: cannot be read ({error.strerror or error})") from None
+    data = content_of(Path(path), _MAX_BYTES, "are no dictionary of genes", VocabularyError)
     is_official = sha256(data).hexdigest() in _OFFICIAL_SHA256
-    unpickler = _Official(io.BytesIO(data)) if is_official else _Checked(io.BytesIO(data))
+    unpickler = _Official(io.BytesIO(data)) if is_official else CheckedUnpickler(io.BytesIO(data))
+    need = "gene dictionaries need only strings and numbers. Get the file from its official source, or store it as JSON"
+    return loaded(Path(path), unpickler, need, VocabularyError)
+
+
+def content_of(path: Path, most: int, told: str, error: type[GeneformerFastError]) -> bytes:
+    """The bytes of a file of at most so many; what is told of a larger one follows their number."""
+    try:
+        if path.stat().st_size > most:
+            raise error(f"{path}: {path.stat().st_size:,} bytes {told}")
+        return path.read_bytes()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
+
+
+def loaded(path: Path, unpickler: Any, need: str, wrong: type[GeneformerFastError]) -> Any:
+    """What an interpreter makes of its file, or one sentence about it."""
     try:
         content = unpickler.load()
         _check_depth(content)
         return content
     except Exception as error:  # a corrupt pickle can raise nearly anything
         if unpickler.forbidden is not None:
-            raise VocabularyError(
+            raise wrong(
                 f"{path}: refused. This pickle asks for the global {unpickler.forbidden}, and loading it could execute "
-                "code; gene dictionaries need only strings and numbers. Get the file from its official source, or "
-                "store it as JSON."
+                f"code; {need}."
             ) from None
-        raise VocabularyError(
+        raise wrong(
             f"{path}: not a readable pickle, truncated or corrupt ({type(error).__name__}: {str(error)[:_SHOWN]}). "
             "A file of about 130 bytes is a Git LFS pointer: fetch it with `git lfs pull`."
         ) from None

@@ -1,0 +1,106 @@
+"""Pickles of effects, as the official perturber writes them: read without executing anything that is in them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from geneformer_fast.errors import InputError
+from geneformer_fast.tokenization.pickles import ATOMS, CheckedUnpickler, StandIn, checked_key, content_of, loaded
+
+# How large one file may be, and how many parts of keys are hashed for each of its bytes.
+_MAX_EFFECTS_BYTES = 1 << 32
+_MAX_HASHED = 64
+
+
+def _of_factory(factory: object = None) -> dict[Any, Any]:
+    # a defaultdict, which is filled by the instructions that follow
+    if not isinstance(factory, StandIn | None):
+        raise pickle.UnpicklingError("a dictionary has a default that is no kind of container")
+    return {}
+
+
+def _no_list(*_arguments: object) -> Any:
+    raise pickle.UnpicklingError("a list is made by a call")
+
+
+class _EffectsUnpickler(CheckedUnpickler):
+    """Reads what the official perturber writes as well: dictionaries with a default, whose keys are tuples.
+
+    A key is a pair, whose first part may be a tuple of numbers. One such tuple is in many keys, and is hashed in each:
+    what all of that hashes is counted, so that it too stays within a multiple of the file's size.
+    """
+
+    _ALSO: ClassVar[dict[tuple[str, str], Callable[..., Any]]] = {
+        ("collections", "defaultdict"): _of_factory,
+        ("builtins", "list"): _no_list,
+        ("__builtin__", "list"): _no_list,
+    }
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._left = _MAX_HASHED * len(file.getbuffer())
+
+    def find_class(self, module: str, name: str) -> Any:
+        make = self._ALSO.get((module, name))
+        return super().find_class(module, name) if make is None else StandIn(make)
+
+    def _used_again(self) -> None:
+        value = self.stack[-1]
+        if type(value) is not tuple or not all(type(part) in ATOMS for part in value):
+            super()._used_again()
+
+    def _pairs(self, values: list[Any]) -> dict[Any, Any]:
+        return {self._pair_key(key): value for key, value in zip(values[::2], values[1::2], strict=True)}
+
+    def _pair_key(self, key: Any) -> Any:
+        if type(key) is not tuple:
+            return checked_key(key)
+        if len(key) != 2:
+            raise pickle.UnpicklingError("a key is a tuple of other than two parts")
+        for part in key:
+            tokens = part if type(part) is tuple else (part,)
+            self._left -= len(tokens)
+            for token in tokens if self._left > 0 else ():
+                checked_key(token)
+        if self._left <= 0:
+            raise pickle.UnpicklingError("its keys are far larger than the file")
+        return key
+
+
+def read_effects(path: str | Path) -> dict[Any, Any]:
+    """Load what the official perturber writes: a dictionary by (perturbed, affected), or one of these by state.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    dict
+        Plain dictionaries; keys are text, or pairs of which the first part may be a tuple. numpy's numbers come back as
+        Python's.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is truncated or corrupt, or refers to anything that would have to be imported.
+    """
+    data = content_of(Path(path), _MAX_EFFECTS_BYTES, "are more than one file of effects has", InputError)
+    need = "effects of perturbations need only numbers and a few names. Write the file again"
+    content = loaded(Path(path), _EffectsUnpickler(io.BytesIO(data)), need, InputError)
+    if type(content) is not dict:
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of effects")
+    return content
+
+
+def effects_bytes(effects: Mapping[Any, Any]) -> bytes:
+    """What the official perturber would write of such a dictionary: one with a default, and each state's too."""
+    is_nested = any(isinstance(value, Mapping) for value in effects.values())
+    made = {name: defaultdict(list, values) for name, values in effects.items()} if is_nested else effects
+    return pickle.dumps(made if is_nested else defaultdict(list, made), protocol=4)
