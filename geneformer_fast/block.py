@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import (
     feed_forward,
     feed_forward_layernorm,
     int8_feed_forward,
+    linear,
     residual_layernorm,
     residual_layernorm_int8,
     varlen_attention_qkv,
@@ -28,6 +31,40 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """First tokens of packed cells, for a last block that computes nothing for the others.
+
+    Attributes
+    ----------
+    starts
+        [B] int64, where each cell begins.
+    cell
+        [T] int64, the cell of every token.
+    lengths
+        [B] int64.
+    """
+
+    starts: torch.Tensor
+    cell: torch.Tensor
+    lengths: torch.Tensor
+
+
+def first_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, readers: FirstTokens) -> torch.Tensor:
+    """Attention of one query per cell [B, H, D] over the keys and values of its cell [T, H, D]: [B, H * D].
+
+    Sums over a cell are in float32 at least. Every pass reads [T, H * D] once, which is little beside a product.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q[readers.cell] * k).sum(-1, dtype=wide).mul_(q.shape[-1] ** -0.5)  # [T, H]
+    highest = torch.segment_reduce(scores, "max", lengths=readers.lengths)
+    weights = (scores - highest[readers.cell]).exp_()
+    totals = torch.segment_reduce(weights, "sum", lengths=readers.lengths)
+    weighted = weights[..., None] * v  # [T, H, D]
+    context = torch.segment_reduce(weighted.flatten(1), "sum", lengths=readers.lengths)
+    return (context.view_as(q) / totals[..., None]).flatten(1).to(q.dtype)
 
 
 class Block(nn.Module):
@@ -62,18 +99,32 @@ class Block(nn.Module):
         context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
         return context.reshape(len(qkv), config.width)
 
+    def attend_from(self, x: torch.Tensor | Rows, readers: FirstTokens) -> torch.Tensor:
+        """:meth:`attend` of the first token of each cell alone, [B, C]: one query per cell, all keys and values."""
+        config, starts = self.config, readers.starts
+        if type(self.qkv) is Linear and is_untouched(self.qkv):
+            weight, bias, width = self.qkv.weight, self.qkv.bias, config.width
+            assert isinstance(x, torch.Tensor)
+            q = linear(x[starts], weight[:width], bias[:width])
+            k, v = linear(x, weight[width:], bias[width:]).view(-1, 2, config.n_heads, config.head_dim).unbind(1)
+        else:
+            q, k, v = self.projected(x).unbind(1)
+            q = q[starts]
+        return first_attention(q.view(-1, config.n_heads, config.head_dim), k, v, readers)
+
     def forward(
         self,
         stream: torch.Tensor,
         x: torch.Tensor | Rows,
-        cells: AttentionCells,
+        cells: AttentionCells | FirstTokens,
         next_norm: nn.LayerNorm | None,
         is_final: bool = False,
         reader: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) -> (stream, x).
 
-        ``cells`` are those of this forward pass, the same for every block. ``next_norm`` is the pre-norm LayerNorm of
+        ``cells`` are those of this forward pass, the same for every block; :class:`FirstTokens` of them where the
+        stream has their first tokens only, and nothing else is to come out. ``next_norm`` is the pre-norm LayerNorm of
         whatever comes after this block; ``is_final``: it is the encoder's last one, whose result is the stream.
         ``reader`` is the layer that multiplies what comes out, if that is known.
         """
@@ -83,7 +134,7 @@ class Block(nn.Module):
         )
         second_kind = "post" if is_final else self.config.norm
         dtype = products_dtype(self.qkv, x)
-        context = self.attend(x, cells)
+        context = self.attend_from(x, cells) if isinstance(cells, FirstTokens) else self.attend(x, cells)
         if not dropout_p and self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
             return self._by_rows(context, stream, dtype, first_norm, second_norm, second_kind, reader)
         if not dropout_p and self._is_near_in_float32(context, stream, first_norm, second_norm):

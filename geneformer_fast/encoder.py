@@ -14,7 +14,7 @@ from geneformer_kernels.ranges import ranged, within
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from geneformer_fast.block import Block, add_norm, products_dtype
+from geneformer_fast.block import Block, FirstTokens, add_norm, products_dtype
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.errors import UnsupportedError
@@ -157,6 +157,23 @@ class Encoder(nn.Module):
             stream, x = self._step(index, stream, x, cells)
         return tokens.with_values(stream)
 
+    def first_tokens(self, tokens: Ragged, *, layer: str | int = "last") -> torch.Tensor:
+        """Hidden states of each cell's first token after a layer, [B, C], for inference.
+
+        As :meth:`forward` gives them, but the layer's block computes keys and values only for all other tokens. No cell
+        may be empty.
+        """
+        n_blocks = self.config.layer_index(layer)
+        stream, x = self._embed(tokens)
+        starts = tokens.starts.long()
+        if not n_blocks:
+            return stream[starts]
+        cells = self._cells(tokens, stream, x)
+        for index in range(n_blocks - 1):
+            stream, x = self._step(index, stream, x, cells)
+        readers = FirstTokens(starts, tokens.cell_index(), tokens.lengths.long())
+        return self._step(n_blocks - 1, stream[starts], x, readers)[0]
+
     def hidden_states(self, tokens: Ragged) -> list[Ragged]:
         """The input of block 0 and the output of every block, n_layers + 1 in all, as transformers lists them.
 
@@ -293,7 +310,7 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def _step(
-        self, index: int, stream: torch.Tensor, x: torch.Tensor | Rows, cells: AttentionCells
+        self, index: int, stream: torch.Tensor, x: torch.Tensor | Rows, cells: AttentionCells | FirstTokens
     ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
         is_last = index + 1 == self.config.n_layers

@@ -27,5 +27,6 @@ class VariantEncoder:
 
     def __call__(self, tokens: Ragged) -> torch.Tensor:
         """[B, C], or [T, C]."""
-        hidden = self.encoder(tokens, layer=self.layer).values
-        return hidden[tokens.starts.long()] if self.reads == "cls" else hidden
+        if self.reads == "cls":
+            return self.encoder.first_tokens(tokens, layer=self.layer)
+        return self.encoder(tokens, layer=self.layer).values
