@@ -1,0 +1,201 @@
+"""What a caller asks for, made ready: edits in tokens, what is compared, which cells, and how much it will be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geneformer_fast.data.identity import identity_of
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.extract.run import find_vocabulary
+from geneformer_fast.perturbation.compare import MODES, Comparison, Framing
+from geneformer_fast.perturbation.edits import Edits
+from geneformer_fast.perturbation.engine import PerturbationRun
+from geneformer_fast.perturbation.genes import Gene, Names, read_sets
+from geneformer_fast.perturbation.plan import Plan, plan_of
+from geneformer_fast.perturbation.selection import chosen_cells
+from geneformer_fast.perturbation.shards import Shard
+from geneformer_fast.perturbation.states import MAX_CELLS, StateRoles, States, embeddings_of, read_states
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.tokenization.vocabulary import Vocabulary
+
+#: A file of states, embeddings by name, or what was read or made before.
+Embeddings = States | Mapping[str, Any] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, as :func:`geneformer_fast.perturb` takes it."""
+
+    kind: str
+    genes: str | Gene | Sequence[Gene]
+    together: bool
+    pairs: bool
+    anchor: Gene | None
+    sets: str | os.PathLike[str] | Sequence[Sequence[Gene]] | None
+    doses: float | Sequence[float] | None
+    mode: str | None
+    layer: str | int
+    states: Mapping[str, Any] | None
+    state_embeddings: Embeddings | None
+    where: Mapping[str, Any] | None
+    max_cells: int | None
+    seed: int | None
+    window: tuple[int | None, int | None] | None
+    official: bool
+
+    def check(self) -> StateRoles | None:
+        """Refuse at once what can be seen to be wrong without a model; the states that are asked for."""
+        if self.mode is not None and self.mode not in MODES:
+            raise UnsupportedError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        if self.states is None and self.state_embeddings is not None:
+            raise UnsupportedError("state_embeddings are of states: say which with states")
+        if self.seed is not None and self.max_cells is None:
+            raise UnsupportedError("seed (--seed) is of the draw of cells: say how many with max_cells (--max-cells)")
+        return None if self.states is None else StateRoles.of(self.states)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin.
+
+    Attributes
+    ----------
+    run, plan
+        The pass over the variants, and what it will be: of one part of the cells.
+    ranks
+        [n] ascending: which of all chosen cells these are.
+    n_cells
+        How many are chosen in all parts together.
+    names
+        Genes by name.
+    states
+        Embeddings of states; None without.
+    """
+
+    run: PerturbationRun
+    plan: Plan
+    ranks: np.ndarray
+    n_cells: int
+    names: Names
+    states: States | None
+
+
+def prepared(
+    question: Question,
+    folder: TokenFolder,
+    encoder: Encoder,
+    model: Encoder | str | os.PathLike[str],
+    dictionary: str | os.PathLike[str] | Vocabulary | None,
+    shard: Shard,
+    *,
+    token_budget: int | None,
+    workers: int | None,
+    progress: bool | None,
+) -> Prepared:
+    """A question about one part of the cells of a folder, for an encoder.
+
+    Raises
+    ------
+    GeneformerFastError
+        It cannot be answered; says why.
+    """
+    roles, config = question.check(), encoder.config
+    if config.inputs != "tokens":
+        raise UnsupportedError("this encoder reads values, not ranked tokens; perturb() serves encoders over tokens")
+    config.layer_index(question.layer)
+    identity = identity_of(folder, config)
+    vocabulary = find_vocabulary(dictionary, model, config)
+    if vocabulary is not None:
+        config.check_vocabulary(vocabulary.identity())
+    special = identity["special"]
+    framing = Framing(int("cls" in special), int("eos" in special))
+    mode = _mode(question.mode, "cls" in special)
+    names = Names(vocabulary, list(special.values()), config.vocab_size)
+    edits = _edits(question, names, framing, config.max_len, roles)
+    chosen = chosen_cells(
+        folder, edits, where=question.where, max_cells=question.max_cells, seed=question.seed, window=question.window,
+        state=None if roles is None or roles.start is None else (roles.column, roles.start), n_tokens=config.vocab_size,
+    )  # fmt: skip
+    states = None if roles is None else _states(question, roles, folder, encoder, mode, token_budget, progress)
+    embeddings = None if states is None else torch.from_numpy(states.embeddings).to(encoder.device)
+    comparison = Comparison(mode, framing, embeddings)
+    plan = plan_of(
+        folder, chosen, edits, n_states=0 if states is None else len(states.names), has_gene_values=comparison.has_genes
+    )
+    ranks = shard.ranks(len(chosen))
+    if not len(ranks):
+        raise UnsupportedError(f"shard {shard} has no cell: there are {len(chosen):,}")
+    part = plan.of_ranks(ranks)
+    run = PerturbationRun(
+        encoder, edits, comparison, question.layer, part.chosen.lengths,
+        lambda some: folder.read(part.chosen.cells[some]),
+        token_budget=token_budget, workers=workers, progress=progress,
+    )  # fmt: skip
+    return Prepared(run, part, ranks, len(chosen), names, states)
+
+
+def _mode(mode: str | None, has_cls: bool) -> str:
+    if mode is None:
+        return "cls" if has_cls else "cell"
+    if mode.startswith("cls") and not has_cls:
+        raise UnsupportedError(
+            f"mode {mode!r} compares CLS tokens, which this vocabulary lacks; use {mode.replace('cls', 'cell')!r}"
+        )
+    return mode
+
+
+def _edits(question: Question, names: Names, framing: Framing, max_len: int, roles: StateRoles | None) -> Edits:
+    """The edits, in tokens."""
+    genes, sets = question.genes, question.sets
+    is_all = isinstance(genes, str) and genes == "all"
+    if sets is not None:
+        if not is_all:
+            raise UnsupportedError("sets (--sets) are lists of genes of their own: leave genes (--genes) out")
+        sets = read_sets(sets) if isinstance(sets, str | os.PathLike) else sets
+    listed = None if is_all else names.tokens([genes] if isinstance(genes, str | int | np.integer) else genes)
+    anchor = None if question.anchor is None else names.token(question.anchor)
+    if question.official and roles is not None:
+        anchor = None  # which is what the official tool does: single perturbations
+    doses = question.doses
+    shares = () if doses is None else (doses,) if isinstance(doses, int | float) else tuple(doses)
+    return Edits(
+        question.kind, listed, together=question.together, pairs=question.pairs, anchor=anchor,
+        sets=None if sets is None else tuple(names.tokens(each) for each in sets), doses=tuple(map(float, shares)),
+        front=framing.n_front, back=framing.n_back, max_len=max_len,
+    )  # fmt: skip
+
+
+def _states(
+    question: Question,
+    roles: StateRoles,
+    folder: TokenFolder,
+    encoder: Encoder,
+    mode: str,
+    token_budget: int | None,
+    progress: bool | None,
+) -> States:
+    """Embeddings of the states that are asked for: given, or made of the same tokens."""
+    pool, given = "cls" if mode.startswith("cls") else "mean", question.state_embeddings
+    if given is None:
+        return embeddings_of(
+            encoder, folder.path, roles.column, roles.names, layer=question.layer, pool=pool, statistic="mean",
+            where=question.where, max_cells=MAX_CELLS, seed=42, token_budget=token_budget, progress=progress,
+        )  # fmt: skip
+    if isinstance(given, Mapping):
+        rows = [np.asarray(torch.as_tensor(row).detach().float().cpu()).reshape(-1) for row in given.values()]
+        if len({len(row) for row in rows}) != 1:
+            raise UnsupportedError("state_embeddings must have one width: a vector for each state")
+        given = States(tuple(map(str, given)), np.stack(rows))
+    elif not isinstance(given, States):
+        given = read_states(Path(given))
+    found = given.of(roles.names)
+    found.check(encoder, question.layer, pool)
+    return found

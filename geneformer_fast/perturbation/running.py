@@ -1,0 +1,174 @@
+"""What is done once a question is ready: values into rows, rows into memory or a folder, and what is said of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from geneformer_fast.encoder import Encoder
+from geneformer_fast.extract.encoding import scheme_of
+from geneformer_fast.files.checksums import fingerprint_of_tensors
+from geneformer_fast.perturbation.engine import CellEffects
+from geneformer_fast.perturbation.noise import Noise, Spread, noise_of
+from geneformer_fast.perturbation.plan import estimated_seconds
+from geneformer_fast.perturbation.question import Prepared, Question
+from geneformer_fast.perturbation.rows import CellRows, RowSchema
+from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
+from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.training.distributed import Ranks
+
+logger = logging.getLogger(__name__)
+#: Column of the dose, where there are doses.
+DOSE = "dose"
+
+
+def rows_of(piece: CellEffects, ready: Prepared, *, official: bool = False) -> CellRows:
+    """Values of a cell as rows: of each variant those of the cell, state by state, and then those of its genes."""
+    effects, doses = piece.effects, ready.run.edits.doses
+    n_variants, n_values = effects.cell.shape
+    variant, state = np.repeat(np.arange(n_variants), n_values), None
+    affected, value = None, effects.cell.reshape(-1)
+    if ready.states is not None:
+        state = np.tile(np.arange(n_values), n_variants)
+    if effects.variant is not None and effects.affected is not None and effects.genes is not None:
+        of_genes = effects.variant, effects.affected, effects.genes
+        if official and ready.run.edits.kind == "overexpress" and ready.run.edits.items is None:
+            of_genes = _named_as_officially(*of_genes)
+        order = np.argsort(np.concatenate([variant, of_genes[0]]), kind="stable")
+        affected = np.concatenate([np.full(len(variant), -1, np.int32), of_genes[1]])[order]
+        value = np.concatenate([value, of_genes[2]])[order]
+        if state is not None:
+            state = np.concatenate([state, np.full(len(of_genes[0]), -1)])[order]
+        variant = np.concatenate([variant, of_genes[0]])[order]
+    extra = {DOSE: np.array(doses, dtype=np.float32)[piece.dose]} if doses else {}
+    return CellRows.of(piece.perturbed, value, variant=variant, affected=affected, state=state, extra=extra)
+
+
+def _named_as_officially(
+    variant: np.ndarray, affected: np.ndarray, value: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values under the name of the next gene of their variant, and without the last one."""
+    is_followed = variant[:-1] == variant[1:]
+    return variant[:-1][is_followed], affected[1:][is_followed], value[:-1][is_followed]
+
+
+def in_memory(
+    ready: Prepared, rows: RowSchema, carried: Mapping[str, pa.Array | pa.ChunkedArray], *, official: bool
+) -> pa.Table:
+    """All values as a table."""
+    tables = []
+    for piece in ready.run.values(n_variants=int(ready.plan.n_variants.sum())):
+        of_cell = {name: column[piece.rank] for name, column in carried.items()}
+        cell = int(ready.plan.chosen.cells[piece.rank])
+        tables.append(rows.table(cell, rows_of(piece, ready, official=official), of_cell))
+    return pa.concat_tables(tables) if tables else rows.schema.empty_table()
+
+
+def into_folder(
+    out: Path, cells: RunCells, ready: Prepared, ranks: Ranks, opening: Mapping[str, Any], *, official: bool
+) -> None:
+    """Compute what is not in a folder yet, and complete it."""
+    if not ranks.is_first:
+        ranks.barrier()  # the first process has made the folder
+    with PerturbationWriter(out, cells, **opening, part=ranks.rank, n_parts=ranks.world_size) as writer:
+        if ranks.is_first:
+            ranks.barrier()
+        if writer.is_finished:
+            return
+        report = _computed(ready, writer, ranks, official=official)
+        writer.complete()
+        ranks.barrier()
+        if ranks.is_first:
+            writer.finish(report)
+            logger.info("%s", said_of(report))
+
+
+def _computed(ready: Prepared, writer: PerturbationWriter, ranks: Ranks, *, official: bool) -> dict[str, Any]:
+    """Compute and append what is left; what to report of it."""
+    run, left = ready.run, writer.remaining
+    n_variants = int(ready.plan.n_variants[left].sum())
+    noise = _noise(ready, left) if n_variants else None
+    if ranks.is_first:
+        text = ready.plan.of_ranks(left).text(estimated_seconds(run, ready.plan.of_ranks(left)) if n_variants else None)
+        logger.info("%s", text)
+    spread = Spread(0.0 if noise is None else noise.largest, is_shift=ready.states is not None)
+    begin, n_absent = perf_counter(), 0
+    for piece in run.values(left, n_variants):
+        spread.add(piece.effects.cell)
+        n_absent += int(np.isnan(piece.effects.cell).any(1).sum())
+        writer.append(int(ready.plan.chosen.cells[piece.rank]), rows_of(piece, ready, official=official))
+    seconds = perf_counter() - begin
+    if n_absent:
+        warnings.warn(
+            f"{n_absent:,} perturbed cells have no value: nothing is left of them to compare (cells of one gene)",
+            stacklevel=4,
+        )
+    return {
+        "n_variants": n_variants, "seconds": round(seconds, 3),
+        "perturbed_cells_per_second": round(n_variants / seconds, 3) if seconds else None,
+        "noise": None if noise is None else noise.to_dict(), "effects": spread.to_dict(),
+    }  # fmt: skip
+
+
+def _noise(ready: Prepared, left: np.ndarray) -> Noise | None:
+    """Of the first group of cells that has variants to compute."""
+    counts = ready.plan.n_variants
+    is_left = np.zeros(len(counts), dtype=bool)
+    is_left[left] = counts[left] > 0
+    groups = ((first, last) for first, last in ready.run.groups() if is_left[first:last].any())
+    return next((noise_of(ready.run, ready.run.group(*bounds)) for bounds in groups), None)
+
+
+def said_of(report: Mapping[str, Any]) -> str:
+    """A report in words: speed, and effects beside their noise."""
+    effects, noise = report["effects"], report["noise"]
+    rate = report["perturbed_cells_per_second"]
+    lines = [f"{report['n_variants']:,} perturbed cells" + ("" if rate is None else f", {rate:,.1f}/s")]
+    if noise is not None and effects["n"]:
+        lines.append(
+            f"effects: {effects['root_mean_square']:.2e} (root mean square), {effects['largest']:.2e} at most; noise "
+            f"of the arithmetic: {noise['root_mean_square']:.1e}, {noise['largest']:.1e} at most; "
+            f"{effects['share_above_noise']:.1%} of effects are larger than that"
+        )
+    return "\n".join(lines)
+
+
+def identity_of_run(
+    question: Question, ready: Prepared, model: Encoder | str | os.PathLike[str], folder: TokenFolder
+) -> dict[str, Any]:
+    """What decides the values, as JSON."""
+    run, encoder, comparison = ready.run, ready.run.encoder, ready.run.comparison
+    edits = run.edits
+    asked = {
+        "kind": edits.kind, "genes": None if edits.genes is None else list(edits.genes), "together": edits.together,
+        "pairs": edits.pairs, "anchor": edits.anchor, "doses": list(edits.doses),
+        "sets": None if edits.sets is None else [list(each) for each in edits.sets],
+        "mode": comparison.mode, "layer": str(question.layer), "official": question.official,
+        "token_budget": run.token_budget,
+    }  # fmt: skip
+    states: dict[str, Any] | None = None
+    if ready.states is not None:
+        vectors = {"embeddings": torch.from_numpy(np.ascontiguousarray(ready.states.embeddings))}
+        roles = dict(question.states or {})
+        states = {"names": list(ready.states.names), "roles": roles, "fingerprint": fingerprint_of_tensors(vectors)}
+    return {
+        "tokens": {"name": folder.path.name, "fingerprint": folder.content_fingerprint},
+        "model": {
+            "name": "Encoder" if isinstance(model, Encoder) else Path(model).name,
+            "fingerprint": fingerprint_of_tensors(encoder.state_dict()),
+            "config": encoder.config.to_dict(),
+            "dtype": str(encoder.dtype).removeprefix("torch."), "quantization": scheme_of(encoder),
+            "device": encoder.device.type,
+        },
+        "options": asked,
+        "states": states,
+    }  # fmt: skip
