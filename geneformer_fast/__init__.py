@@ -34,6 +34,8 @@ _HOME = {
     "finetune_genes": "geneformer_fast.finetuning.genes",
     "predict": "geneformer_fast.finetuning.predict",
     "open_perturbations": "geneformer_fast.perturbation.reading",
+    "perturb": "geneformer_fast.perturbation.perturb",
+    "state_embeddings": "geneformer_fast.perturbation.states",
     "profile": "geneformer_fast.profiling.run",
     "ProfilerCallback": "geneformer_fast.profiling.callback",
     "Report": "geneformer_fast.profiling.report",
@@ -51,7 +53,9 @@ if TYPE_CHECKING:
     from geneformer_fast.finetuning.cells import finetune_cells
     from geneformer_fast.finetuning.genes import finetune_genes
     from geneformer_fast.finetuning.predict import predict
+    from geneformer_fast.perturbation.perturb import perturb
     from geneformer_fast.perturbation.reading import open_perturbations
+    from geneformer_fast.perturbation.states import state_embeddings
     from geneformer_fast.profiling.callback import ProfilerCallback
     from geneformer_fast.profiling.report import Report
     from geneformer_fast.profiling.run import profile
