@@ -59,6 +59,22 @@ NAMES = {
     "cells": "how many cells are made up, or predicted",
     "lengths": "how long made-up cells are",
     "max_len": "most tokens of a cell",
+    # what is done to genes
+    "kind": "what is done to genes: deleted, switched on, moved",
+    "genes": "which genes that is",
+    "together": "whether a list of genes is perturbed at once",
+    "pairs": "whether two genes are at a time",
+    "anchor": "a gene that is perturbed with each of the others",
+    "sets": "several lists of genes, each at once",
+    "doses": "shares of the ranks that genes move by",
+    "states": "states of cells that are compared with",
+    "column": "the column that tells states apart",
+    "state_embeddings": "what these look like, made before",
+    "statistic": "how many cells become one embedding",
+    "window": "which of the cells in their order",
+    "shard": "which part of a run",
+    "official": "whether faults of the official tool are kept",
+    "dry_run": "whether nothing is done but to say what would be",
     # how it is computed
     "layer": "the block of the encoder whose output is taken",
     "pool": "what stands for a cell or a gene",
@@ -146,7 +162,7 @@ NAMES = {
     "tell": "called with what is known before the first step",
     "profile": "where a report of the speed goes",
     # profiling
-    "mode": "what is measured: embedding, training, tokenizing",
+    "mode": "what is measured (embedding, training, tokenizing), or compared (cells, CLS tokens, genes)",
     "seconds": "how long is measured",
     "n_steps": "steps of the window of a loop of one's own",
     "n_warmup": "steps before the window",
@@ -211,4 +227,6 @@ def test_old_names_are_shown_nowhere(old: str) -> None:
 
 def test_layer_is_a_block_wherever_it_is_shown() -> None:
     """Not the layer of a file, which tokenize once called so."""
-    assert {where for name, where in names() if name == "layer"} == {"embed()", "embed", "profile"}
+    assert {where for name, where in names() if name == "layer"} == {
+        *("embed()", "embed", "profile"), *("perturb()", "state_embeddings()"),
+    }  # fmt: skip

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numbers
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.genes import map_genes
@@ -29,6 +27,23 @@ class Names:
 
     def __init__(self, vocabulary: Vocabulary | None, special: Sequence[int], n_tokens: int) -> None:
         self._vocabulary, self._special, self._n_tokens = vocabulary, frozenset(special), n_tokens
+        symbols = {} if vocabulary is None else vocabulary.symbols
+        self._symbols = {symbol.upper(): gene for symbol, gene in symbols.items()}
+
+    def find(self, gene: Gene) -> int | None:
+        """The token of one gene; None where a name has none."""
+        if isinstance(gene, numbers.Integral) or (isinstance(gene, str) and gene.isascii() and gene.isdigit()):
+            return self._checked(int(gene))
+        if self._vocabulary is None:
+            raise UnsupportedError(
+                f"gene {gene!r} is a name, and names need a gene dictionary: pass dictionary= (--dictionary), the "
+                "folder with the model's token dictionary, or give its token"
+            )
+        try:
+            found = map_genes([gene], self._vocabulary, source_name="genes", allow_few_genes=True)
+        except InputError:  # no such id, and there is no other gene; V1's mapping has no symbols
+            return self._vocabulary.token_ids.get(self._symbols.get(gene.upper(), ""))
+        return int(found.token_ids[int(found.column_to_gene[0])])
 
     def token(self, gene: Gene) -> int:
         """The token of one gene.
@@ -40,26 +55,14 @@ class Names:
         UnsupportedError
             It is a name, and there is no dictionary.
         """
-        if isinstance(gene, str) and not gene.isascii():
-            raise VocabularyError(f"gene {gene!r} has no token; genes are Ensembl ids or symbols")
-        if isinstance(gene, numbers.Integral) or gene.isdigit():
-            return self._checked(int(gene))
-        if self._vocabulary is None:
-            raise UnsupportedError(
-                f"gene {gene!r} is a name, and names need a gene dictionary: pass dictionary= (--dictionary), the "
-                "folder with the model's token dictionary, or give its token"
-            )
-        try:
-            found = map_genes([gene], self._vocabulary, source_name="genes", allow_few_genes=True)
-            place = int(found.column_to_gene[0])
-        except InputError:
-            place = -1
-        if place < 0:
+        token = self.find(gene)
+        if token is None:
+            assert self._vocabulary is not None
             raise VocabularyError(
                 f"gene {gene!r} has no token in {self._vocabulary.name}, so no cell shows it to the model; leave it "
                 "out, or check how it is written (Ensembl ids and symbols are understood)"
             )
-        return int(found.token_ids[place])
+        return token
 
     def tokens(self, genes: Sequence[Gene]) -> tuple[int, ...]:
         """Those of several genes, in their order.
@@ -94,24 +97,3 @@ class Names:
         for gene, token in self._vocabulary.token_ids.items():
             names[token] = gene
         return names
-
-
-def read_sets(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], ...]:
-    """Sets of genes from a file: a set per line, its genes separated by blanks or commas; ``#`` begins a comment.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, or holds no set.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {reason}; sets of genes are text, a set per line") from None
-    lines = (line.partition("#")[0].replace(",", " ").split() for line in text.splitlines())
-    sets = tuple(tuple(line) for line in lines if line)
-    if not sets:
-        raise InputError(f"{path} holds no set of genes: write the genes of a set in a line, separated by blanks")
-    return sets

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ from geneformer_fast.config import warn_if_emulated
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.cells import asked_columns
-from geneformer_fast.perturbation.plan import Plan, estimated_seconds
+from geneformer_fast.perturbation.plan import Plan
 from geneformer_fast.perturbation.question import Prepared, Question, prepared
 from geneformer_fast.perturbation.rows import OWN, RowSchema, plain
-from geneformer_fast.perturbation.running import DOSE, identity_of_run, in_memory, into_folder
+from geneformer_fast.perturbation.running import DOSE, identity_of_run, in_memory, into_folder, timed
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.store import RunCells
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
@@ -33,31 +32,6 @@ if TYPE_CHECKING:
 
 #: Columns of a token folder that say where a cell is, not what it is.
 _PLACES = ("input_ids", "length", "source_file", "source_row")
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run will be, without anything of it done.
-
-    Attributes
-    ----------
-    plan
-        Cells, variants, tokens, rows.
-    seconds
-        How long it takes, from two batches.
-    """
-
-    plan: Plan
-    seconds: float
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        return self.plan.text(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return self.plan.to_dict(self.seconds)
 
 
 @checked
@@ -93,7 +67,7 @@ def perturb(
     official: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
-) -> pandas.DataFrame | Path | Forecast:
+) -> pandas.DataFrame | Path | Plan:
     """What becomes of cells when genes are deleted, switched on or moved in rank.
 
     Parameters
@@ -159,10 +133,11 @@ def perturb(
 
     Returns
     -------
-    pandas.DataFrame, Path or Forecast
+    pandas.DataFrame, Path or Plan
         With ``out`` its path. Else a table with the columns ``cell`` (row of the token folder), ``tokens`` and
         ``genes`` (perturbed, in order), ``affected`` (token of the gene that is compared; missing for the cell itself),
-        ``state``, ``value`` and what is carried. With ``dry_run`` what the run will be.
+        ``state``, ``value`` and what is carried. With ``dry_run`` the plan, whose ``text()`` says it in
+        words.
 
     Raises
     ------
@@ -199,7 +174,7 @@ def perturb(
             progress=shown,
         )  # fmt: skip
         if dry_run:
-            return Forecast(ready.plan, estimated_seconds(ready.run, ready.plan))
+            return timed(ready.run, ready.plan)
         carried = _carried(folder, ready.plan, obs)
         rows = _schema(ready, carried)
         if out is None:

@@ -18,9 +18,10 @@ from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.perturbation.compare import MODES, Comparison, Framing
 from geneformer_fast.perturbation.edits import Edits
 from geneformer_fast.perturbation.engine import PerturbationRun
-from geneformer_fast.perturbation.genes import Gene, Names, read_sets
+from geneformer_fast.perturbation.genes import Gene, Names
 from geneformer_fast.perturbation.plan import Plan, plan_of
 from geneformer_fast.perturbation.selection import chosen_cells
+from geneformer_fast.perturbation.sets import read_sets, tokens_of_sets
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.states import MAX_CELLS, StateRoles, States, embeddings_of, read_states
 from geneformer_fast.tokenization.arrow import TokenFolder
@@ -159,7 +160,8 @@ def _edits(question: Question, names: Names, framing: Framing, max_len: int, rol
     if sets is not None:
         if not is_all:
             raise UnsupportedError("sets (--sets) are lists of genes of their own: leave genes (--genes) out")
-        sets = read_sets(sets) if isinstance(sets, str | os.PathLike) else sets
+        if isinstance(sets, str | os.PathLike):
+            sets = list(tokens_of_sets(read_sets(sets), names.find).values())
     listed = None if is_all else names.tokens([genes] if isinstance(genes, str | int | np.integer) else genes)
     anchor = None if question.anchor is None else names.token(question.anchor)
     if question.official and roles is not None:

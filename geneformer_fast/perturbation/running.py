@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -17,9 +18,9 @@ import torch
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import scheme_of
 from geneformer_fast.files.checksums import fingerprint_of_tensors
-from geneformer_fast.perturbation.engine import CellEffects
+from geneformer_fast.perturbation.engine import CellEffects, PerturbationRun
 from geneformer_fast.perturbation.noise import Noise, Spread, noise_of
-from geneformer_fast.perturbation.plan import estimated_seconds
+from geneformer_fast.perturbation.plan import Plan, estimated_seconds
 from geneformer_fast.perturbation.question import Prepared, Question
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
@@ -61,15 +62,22 @@ def _named_as_officially(
     return variant[:-1][is_followed], affected[1:][is_followed], value[:-1][is_followed]
 
 
+def timed(run: PerturbationRun, plan: Plan) -> Plan:
+    """A plan that knows how long it takes."""
+    return dataclasses.replace(plan, seconds=estimated_seconds(run, plan))
+
+
 def in_memory(
     ready: Prepared, rows: RowSchema, carried: Mapping[str, pa.Array | pa.ChunkedArray], *, official: bool
 ) -> pa.Table:
     """All values as a table."""
-    tables = []
+    tables, n_absent = [], 0
     for piece in ready.run.values(n_variants=int(ready.plan.n_variants.sum())):
+        n_absent += _n_absent(piece)
         of_cell = {name: column[piece.rank] for name, column in carried.items()}
         cell = int(ready.plan.chosen.cells[piece.rank])
         tables.append(rows.table(cell, rows_of(piece, ready, official=official), of_cell))
+    _warn_of_absent(n_absent)
     return pa.concat_tables(tables) if tables else rows.schema.empty_table()
 
 
@@ -98,25 +106,32 @@ def _computed(ready: Prepared, writer: PerturbationWriter, ranks: Ranks, *, offi
     n_variants = int(ready.plan.n_variants[left].sum())
     noise = _noise(ready, left) if n_variants else None
     if ranks.is_first:
-        text = ready.plan.of_ranks(left).text(estimated_seconds(run, ready.plan.of_ranks(left)) if n_variants else None)
-        logger.info("%s", text)
+        part = ready.plan.of_ranks(left)
+        logger.info("%s", (timed(run, part) if n_variants else part).text())
     spread = Spread(0.0 if noise is None else noise.largest, is_shift=ready.states is not None)
     begin, n_absent = perf_counter(), 0
     for piece in run.values(left, n_variants):
         spread.add(piece.effects.cell)
-        n_absent += int(np.isnan(piece.effects.cell).any(1).sum())
+        n_absent += _n_absent(piece)
         writer.append(int(ready.plan.chosen.cells[piece.rank]), rows_of(piece, ready, official=official))
     seconds = perf_counter() - begin
-    if n_absent:
-        warnings.warn(
-            f"{n_absent:,} perturbed cells have no value: nothing is left of them to compare (cells of one gene)",
-            stacklevel=4,
-        )
+    _warn_of_absent(n_absent)
     return {
         "n_variants": n_variants, "seconds": round(seconds, 3),
         "perturbed_cells_per_second": round(n_variants / seconds, 3) if seconds else None,
         "noise": None if noise is None else noise.to_dict(), "effects": spread.to_dict(),
     }  # fmt: skip
+
+
+def _n_absent(piece: CellEffects) -> int:
+    return int(np.isnan(piece.effects.cell).any(1).sum())
+
+
+def _warn_of_absent(n: int) -> None:
+    if n:
+        warnings.warn(
+            f"{n:,} perturbed cells have no value: nothing is left of them to compare (cells of one gene)", stacklevel=4
+        )
 
 
 def _noise(ready: Prepared, left: np.ndarray) -> Noise | None:

@@ -180,7 +180,7 @@ def state_embeddings(
     tokens: str | os.PathLike[str],
     model: Encoder | str | os.PathLike[str],
     column: str,
-    states: Sequence[str],
+    states: str | Sequence[str],
     *,
     layer: str | int = "penultimate",
     pool: str | None = None,
@@ -233,7 +233,8 @@ def state_embeddings(
     else:
         encoder = load(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return embeddings_of(
-        encoder, tokens, column, states, layer=layer, pool=pool, statistic=statistic, where=where,
+        encoder, tokens, column, [states] if isinstance(states, str) else states, layer=layer, pool=pool,
+        statistic=statistic, where=where,
         max_cells=max_cells, seed=seed, token_budget=token_budget, progress=progress,
     )  # fmt: skip
 
