@@ -42,7 +42,7 @@ class Names:
         try:
             found = map_genes([gene], self._vocabulary, source_name="genes", allow_few_genes=True)
         except InputError:  # no such id, and there is no other gene; V1's mapping has no symbols
-            return self._vocabulary.token_ids.get(self._symbols.get(gene.upper(), ""))
+            return self._vocabulary.token_ids.get(self._symbols.get(str(gene).upper(), ""))
         return int(found.token_ids[int(found.column_to_gene[0])])
 
     def token(self, gene: Gene) -> int:
