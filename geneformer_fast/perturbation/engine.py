@@ -15,6 +15,7 @@ from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, cores_a
 from geneformer_fast.perturbation.compare import Comparison, Effects, Originals
 from geneformer_fast.perturbation.edits import EditedCells, Edits
 from geneformer_fast.perturbation.encoder import VariantEncoder
+from geneformer_fast.perturbation.official_limits import cut_as_officially
 from geneformer_fast.perturbation.variants import Variants
 from geneformer_fast.progress import Progress
 from geneformer_fast.ragged import Ragged
@@ -110,6 +111,8 @@ class PerturbationRun:
         Most batches at a time; None: one for each core of a CPU, or one on a card.
     progress
         As in :class:`~geneformer_fast.progress.Progress`.
+    is_official
+        Whether lists that are overexpressed are cut as the official tool cuts them.
     """
 
     def __init__(
@@ -124,11 +127,15 @@ class PerturbationRun:
         token_budget: int | None = None,
         workers: int | None = None,
         progress: bool | None = False,
+        is_official: bool = False,
     ) -> None:
         self.encoder, self.edits, self.comparison, self.layer = encoder, edits, comparison, layer
         self.lengths, self._read, self.progress = lengths, read, progress
         self.token_budget = token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
         self.workers = MOST_WORKERS if workers is None else workers
+        self._is_cut_officially = (
+            is_official and edits.kind == "overexpress" and edits.items is not None and edits.anchor is None
+        )
         self.reader = VariantEncoder(encoder, layer, comparison.reads)
 
     def groups(self) -> list[tuple[int, int]]:
@@ -155,6 +162,14 @@ class PerturbationRun:
     def originals(self, tokens: Ragged) -> Originals:
         """What variants of cells are compared with."""
         return self.comparison.originals(tokens, self.reader(tokens))
+
+    def variants(self, group: Group, start: int, stop: int) -> Variants:
+        """Variants of a group, by their numbers."""
+        made = group.edited.variants(start, stop)
+        if not self._is_cut_officially or self.edits.max_len is None:
+            return made
+        cells = group.edited.cells
+        return cut_as_officially(made, cells, n_back=self.edits.back, max_len=self.edits.max_len)
 
     def effects(self, group: Group, variants: Variants) -> Effects:
         """Values of some variants of a group."""
@@ -195,7 +210,7 @@ class PerturbationRun:
 
         def work(batch: _Batch) -> tuple[_Batch, Variants, Effects]:
             with torch.inference_mode():
-                variants = batch.group.edited.variants(batch.start, batch.stop)
+                variants = self.variants(batch.group, batch.start, batch.stop)
                 return batch, variants, self.effects(batch.group, variants)
 
         with cores_as_workers(self.encoder.device) as cores:

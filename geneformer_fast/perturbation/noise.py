@@ -60,7 +60,7 @@ def noise_of(run: PerturbationRun, group: Group) -> Noise | None:
     if first == last:
         return None
     with torch.inference_mode():
-        variants = group.edited.variants(first, last)
+        variants = run.variants(group, first, last)
         once = run.effects(group, variants)
         singles = [run.originals(_only(group.edited.cells, cell)) for cell in range(group.edited.cells.n_cells)]
         originals = reduce(add, singles)

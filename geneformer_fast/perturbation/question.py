@@ -138,7 +138,7 @@ def prepared(
     run = PerturbationRun(
         encoder, edits, comparison, question.layer, part.chosen.lengths,
         lambda some: folder.read(part.chosen.cells[some]),
-        token_budget=token_budget, workers=workers, progress=progress,
+        token_budget=token_budget, workers=workers, progress=progress, is_official=question.official,
     )  # fmt: skip
     return Prepared(run, part, ranks, len(chosen), names, states)
 
