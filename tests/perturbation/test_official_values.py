@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from isp_scenarios import HAS_ISP, ISP, TOLERANCE, asked, expected, index, largest_difference, model, raw_scenarios
+from isp_scenarios import (
+    HAS_ISP,
+    ISP,
+    TOLERANCE,
+    asked,
+    by_place,
+    expected,
+    index,
+    largest_difference,
+    model,
+    raw_scenarios,
+)
 
 from geneformer_fast.perturbation.states import state_embeddings
 
@@ -25,6 +36,34 @@ def test_values_are_the_official_ones_or_right_where_these_are_wrong(name):
     question = asked(name)
     found = question.values(question.run(token_budget=1000).values())
     assert largest_difference(found, expected(name)) <= TOLERANCE
+
+
+#: Similarities of V1 cells in which the official tool counts what the model makes of padding.
+WITH_PADDING = {
+    "v1_overexpress_one_absent_cell": 1,
+    "v1_overexpress_one_absent_cell_and_gene": 1,
+    "v1_overexpress_two_absent_cell_and_gene": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in raw_scenarios()
+        if (ISP / "corrected" / f"{name}.parquet").exists()
+        and index()[name].get("error") is None
+        and index()[name]["options"].get("genes_to_perturb", "all") != "all"
+    ],
+)
+def test_lists_near_the_limit_are_cut_as_officially_where_that_is_asked_for(name):
+    question = asked(name)
+    found = by_place(question.values(question.run(token_budget=1000, is_official=True).values()))
+    wanted = expected(name, official=True)
+    assert found.keys() == wanted.keys()
+    others = [key for key in wanted if abs(found[key] - wanted[key]) > TOLERANCE]
+    assert len(others) == WITH_PADDING.get(name, 0)
+    assert all(affected == -1 for *_, affected in others)
 
 
 def test_all_scenarios_are_asked():
