@@ -1,4 +1,4 @@
-"""The official tool's rule for lists that are overexpressed in cells near the model's limit, which is not the right one.
+"""The official tool's rule for lists that are overexpressed in cells near the model's limit; not the right one.
 
 It takes a list's new genes off the end of the original once more after the perturbed cell was cut: of ``max_len`` and
 k new genes, a cell of L tokens loses ``min(L + k, max_len) + k - max_len`` genes, and not ``L + k - max_len``; the last
