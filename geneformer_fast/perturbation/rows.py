@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,16 @@ class CellRows:
 
     def __len__(self) -> int:
         return len(self.value)
+
+    def pieces(self, n_rows: int) -> Iterator[CellRows]:
+        """The same rows, at most so many at once; all variants with each."""
+        for start in range(0, len(self), n_rows):
+            part = slice(start, start + n_rows)
+            yield CellRows(
+                self.tokens, self.bounds, self.value[part], self.variant[part],
+                None if self.affected is None else self.affected[part],
+                None if self.state is None else self.state[part], self.extra,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from geneformer_fast.files.checksums import check_file, is_verifying, sha256_of,
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import system_errors, whole_file, write_json
 from geneformer_fast.perturbation import folder as layout
-from geneformer_fast.perturbation.row_file import RowFile
+from geneformer_fast.perturbation import row_file
 from geneformer_fast.perturbation.rows import CellRows, RowSchema, plain
 from geneformer_fast.perturbation.shards import Shard
 
@@ -112,8 +112,8 @@ class PerturbationWriter:
     resume, overwrite
         What to do with what is there: go on with it, or remove it.
     part, n_parts
-        Of the processes that write into one folder, which this is. The first one is made before all others and has the
-        folder's lock; each writes every ``n_parts``-th file that is left.
+        Of the processes that write into one folder, which this is. The first one is made before all others, and all are
+        made before one of them appends; it has the folder's lock. Each writes every ``n_parts``-th file that is left.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ class PerturbationWriter:
             raise ValueError("a cell is among those of a run twice")
         self._blocks = cells.blocks()
         self._lock = contextlib.ExitStack()
-        self._open: RowFile | None = None
+        self._open: row_file.RowFile | None = None
         self._is_new = not self.folder.exists()
         self._next = 0
         self.is_finished = False
@@ -282,11 +282,12 @@ class PerturbationWriter:
             raise ValueError(f"cell {cell} is in a file that is whole, or another process's")
         block = self._opened()
         carried = {name: column[place] for name, column in self._carried.items()}
-        block.write(self._rows.table(int(cell), rows, carried))
+        for piece in rows.pieces(row_file.ROWS_AT_ONCE):
+            block.write(self._rows.table(int(cell), piece, carried))
 
-    def _opened(self) -> RowFile:
+    def _opened(self) -> row_file.RowFile:
         if self._open is None:
-            self._open = RowFile(self.folder / layout.part_name(self._waiting[0]), self._rows.schema)
+            self._open = row_file.RowFile(self.folder / layout.part_name(self._waiting[0]), self._rows.schema)
         return self._open
 
     def _close_block(self) -> None:

@@ -78,6 +78,17 @@ def test_bytes_are_the_same_for_any_pieces_and_any_number_of_processes(tmp_path:
     assert folders.folder_bytes(tmp_path / "three") == expected
 
 
+def test_rows_in_memory_do_not_grow_with_the_genes_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, plain = [], RowSchema.table
+    monkeypatch.setattr(RowSchema, "table", lambda self, *of: sizes.append(len(of[1])) or plain(self, *of))
+    written: list[int] = []
+    group = row_file.RowFile._write_group
+    monkeypatch.setattr(row_file.RowFile, "_write_group", lambda self, n: written.append(n) or group(self, n))
+    folders.write(tmp_path / "out", folders.cells(3), states=(), has_genes=True)
+    assert max(sizes) == max(written) == 64
+    assert parquet.ParquetFile(tmp_path / "out" / "part-00000.parquet").metadata.num_row_groups > 1
+
+
 def test_a_process_that_wrote_nothing_is_missed(tmp_path: Path) -> None:
     chosen, schema = folders.cells(), RowSchema(states=folders.STATES, names=folders.NAMES)
     with PerturbationWriter(tmp_path / "out", chosen, plan=folders.PLAN, rows=schema, n_parts=2) as first:
