@@ -112,8 +112,8 @@ class PerturbationWriter:
     resume, overwrite
         What to do with what is there: go on with it, or remove it.
     part, n_parts
-        Of the processes that write into one folder, which this is. The first one is made before all others, and all are
-        made before one of them appends; it has the folder's lock. Each writes every ``n_parts``-th file that is left.
+        Of the processes that write into one folder, which this is. The first one is made before all others, and has the
+        folder's lock. Each writes every ``n_parts``-th file, unless it is there.
 
     Attributes
     ----------
@@ -155,8 +155,9 @@ class PerturbationWriter:
         self._next = 0
         self.is_finished = False
         self._begin(dict(plan), shard or Shard(), resume, overwrite)
-        waiting = [n for n in range(len(self._blocks)) if layout.read_block(self.folder, n) is None]
-        self._waiting = [] if self.is_finished else waiting[part::n_parts]
+        # By number and not by what is left, which another process may be changing.
+        own = range(part, 0 if self.is_finished else len(self._blocks), n_parts)
+        self._waiting = [number for number in own if layout.read_block(self.folder, number) is None]
 
     def _begin(self, plan: dict[str, Any], shard: Shard, resume: bool, overwrite: bool) -> None:
         """Look at what is there, and write down what is to be made."""
@@ -174,6 +175,7 @@ class PerturbationWriter:
             "cells_sha256": layout.cells_fingerprint(table),
         }
         if self._part:
+            self.is_finished = layout.state_of(self.folder) == "finished"
             return
         layout.check_state(self.folder, resume=resume, overwrite=overwrite)
         self._lock.enter_context(folder_lock(self.folder))

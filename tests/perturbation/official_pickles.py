@@ -64,7 +64,7 @@ def _dump(path: Path, effects: Any) -> None:
 def official_values(folder: Path) -> dict[tuple[Any, ...], list[float]]:
     """All values of a folder as the official statistics gather them: state, key -> values of all files."""
     found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for path in sorted(folder.iterdir(), key=lambda path: [int(part) for part in _numbers(path.name)]):
+    for path in sorted(folder.glob("*.pickle"), key=lambda path: [int(part) for part in _numbers(path.name)]):
         effects = pickle.loads(path.read_bytes())
         nested = any(isinstance(value, dict) for value in effects.values())
         for state, of_state in effects.items() if nested else [("", effects)]:

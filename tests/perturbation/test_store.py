@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,34 @@ def test_bytes_are_the_same_for_any_pieces_and_any_number_of_processes(tmp_path:
         PerturbationWriter(tmp_path / "three", chosen, plan=folders.PLAN, rows=schema, part=part, n_parts=3)
         for part in range(3)
     ]
-    shares = [writer.remaining.tolist() for writer in writers]
+    shares = []
+    for number, writer in enumerate(writers):
+        shares.append(writer.remaining.tolist())
+        if not number:  # what one has written meanwhile changes nothing for another that comes later
+            _append(writer, chosen, shares[0][:25])
+            writers[2].close()
+            writers[2] = PerturbationWriter(
+                tmp_path / "three", chosen, plan=folders.PLAN, rows=schema, part=2, n_parts=3
+            )
     assert sorted(place for share in shares for place in share) == list(range(len(chosen)))
-    for writer, share in zip(reversed(writers), reversed(shares), strict=True):
-        for place in share:
-            cell = int(chosen.cell[place])
-            writer.append(cell, folders.rows_of(cell, int(chosen.length[place])))
+    for writer, share in zip(reversed(writers), reversed([shares[0][25:], *shares[1:]]), strict=True):
+        _append(writer, chosen, share)
         writer.complete()
     writers[0].finish({"noise": 1e-7})
     for writer in writers:
         writer.close()
     assert folders.folder_bytes(tmp_path / "three") == expected
+    late = PerturbationWriter(
+        tmp_path / "three", chosen, plan=folders.PLAN, rows=schema, part=1, n_parts=3, resume=True
+    )
+    assert late.is_finished
+    assert not len(late.remaining)
+
+
+def _append(writer: PerturbationWriter, chosen: RunCells, places: Sequence[int]) -> None:
+    for place in places:
+        cell = int(chosen.cell[place])
+        writer.append(cell, folders.rows_of(cell, int(chosen.length[place])))
 
 
 def test_rows_in_memory_do_not_grow_with_the_genes_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +110,7 @@ def test_rows_in_memory_do_not_grow_with_the_genes_of_a_cell(tmp_path: Path, mon
 def test_a_process_that_wrote_nothing_is_missed(tmp_path: Path) -> None:
     chosen, schema = folders.cells(), RowSchema(states=folders.STATES, names=folders.NAMES)
     with PerturbationWriter(tmp_path / "out", chosen, plan=folders.PLAN, rows=schema, n_parts=2) as first:
-        for place in first.remaining:
-            cell = int(chosen.cell[place])
-            first.append(cell, folders.rows_of(cell, int(chosen.length[place])))
+        _append(first, chosen, first.remaining)
         with pytest.raises(OutputError, match=r"part-00001.parquet is not complete.*--resume"):
             first.finish()
 
@@ -148,9 +164,7 @@ def test_killed_at_any_step_and_resumed_it_has_the_same_bytes(tmp_path: Path) ->
 def test_only_what_is_left_is_computed(tmp_path: Path) -> None:
     chosen = folders.cells()
     with PerturbationWriter(tmp_path / "out", chosen, plan=folders.PLAN, rows=_schema()) as writer:
-        for place in writer.remaining[:30]:
-            cell = int(chosen.cell[place])
-            writer.append(cell, folders.rows_of(cell, int(chosen.length[place])))
+        _append(writer, chosen, writer.remaining[:30])
         n_done = [stop for _, stop in chosen.blocks() if stop < 30][-1]
     with PerturbationWriter(tmp_path / "out", chosen, plan=folders.PLAN, rows=_schema(), resume=True) as writer:
         assert writer.remaining.tolist() == list(range(n_done, len(chosen)))
@@ -193,9 +207,7 @@ def _unfinish(out: Path) -> None:
     chosen = folders.cells()
     folders.write(out, overwrite=True)
     with PerturbationWriter(out, chosen, plan=folders.PLAN, rows=_schema(), overwrite=True) as writer:
-        for place in writer.remaining[:20]:
-            cell = int(chosen.cell[place])
-            writer.append(cell, folders.rows_of(cell, int(chosen.length[place])))
+        _append(writer, chosen, writer.remaining[:20])
 
 
 def test_versions_are_part_of_what_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
