@@ -142,10 +142,13 @@ class Collector:
     anchor
         Take, in place of the values of cells, those of all genes where this token alone was perturbed, each as if it
         were an edit.
+    dose
+        Take the rows of this dose, where there are several.
     """
 
-    def __init__(self, obs: Sequence[str] = (), anchor: int | None = None) -> None:
-        self._asked, self._anchor = tuple(obs), anchor
+    def __init__(self, obs: Sequence[str] = (), anchor: int | None = None, dose: float | None = None) -> None:
+        self._asked, self._anchor, self._dose = tuple(obs), anchor, dose
+        self._doses, self._n_unknown = set[float](), dict[str | None, int]()
         self._edits: dict[Edit, int] = {}
         self._genes: list[tuple[str | None, ...]] = []
         self._cells: dict[int, int] = {}
@@ -184,8 +187,9 @@ class Collector:
         if missing := [name for name in (*NEEDED, *self._asked) if name not in names]:
             had = ", ".join(names)
             raise InputError(f"{where}: there is no column {missing[0]!r}; the run has {had}")
-        cells = _numpy(batch, "cell").astype(np.int64, copy=False)
-        self._in_batch = np.unique(cells).tolist()
+        batch = self._of_dose(batch, where)
+        cells = self._cells_of(batch)
+        self._in_batch = np.unique(cells[cells >= 0]).tolist()
         self._met.update(self._in_batch)
         values = _numpy(batch, "value").astype(np.float32, copy=False)
         if np.isinf(values).any():
@@ -204,6 +208,37 @@ class Collector:
         if taken.any():
             self._moments.add(edit[taken], is_gene[taken], values[taken])
         self._take_cells(edit, state, cells, values, ~of_gene, is_known, batch)
+
+    def _of_dose(self, batch: pa.RecordBatch | pa.Table, where: str) -> pa.RecordBatch | pa.Table:
+        """The rows of the dose that was asked for; without one there may be one only."""
+        if "dose" not in batch.schema.names:
+            if self._dose is not None:
+                raise InputError(f"{where}: there are no doses in the run; leave dose (--dose) out")
+            return batch
+        column = _whole(batch, "dose")
+        self._doses.update(round(dose, 6) for dose in pc.unique(column).to_pylist() if dose is not None)
+        known = ", ".join(f"{dose:g}" for dose in sorted(self._doses))
+        if self._dose is not None:
+            dose = column.fill_null(np.nan).to_numpy(zero_copy_only=False)
+            return batch.filter(pa.array(np.abs(dose - self._dose) < 1e-6))
+        if len(self._doses) > 1:
+            raise InputError(f"{where}: there are several doses ({known}); say which with dose (--dose)")
+        return batch
+
+    def _cells_of(self, batch: pa.RecordBatch | pa.Table) -> np.ndarray:
+        """[n] int64 cells. Where a file does not say, the nth value of a state is taken for that of an nth cell."""
+        column = _whole(batch, "cell")
+        if not column.null_count:
+            return column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        cells = column.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        has_states = "state" in batch.schema.names
+        states = _whole(batch, "state").to_pylist() if has_states else [None] * len(cells)
+        is_own = _affected(batch) < 0
+        for row in np.flatnonzero(cells < 0):
+            number = self._n_unknown.get(states[row], 0)
+            cells[row] = -1 - number
+            self._n_unknown[states[row]] = number + int(is_own[row])
+        return cells
 
     def _take_anchor(
         self, edit: np.ndarray, affected: np.ndarray, cells: np.ndarray, values: np.ndarray, taken: np.ndarray,
@@ -317,6 +352,9 @@ class Collector:
         InputError
             There is no value.
         """
+        if self._dose is not None and not self._parts:
+            known = ", ".join(f"{dose:g}" for dose in sorted(self._doses))
+            raise InputError(f"there is no dose {self._dose:g} in the run; there are {known}")
         used = sorted({int(code) for parts in self._parts.values() for edit, _, _ in parts for code in np.unique(edit)})
         all_edits = list(self._edits)
         of_moments = self._moments.edits()

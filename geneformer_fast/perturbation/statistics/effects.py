@@ -102,7 +102,7 @@ def _of_state(
     deviation = spread(values)
     columns: dict[str, np.ndarray] = {"n_cells": counts, "mean": means, "sd": deviation}
     units, unit_sd = counts, deviation
-    group, n_groups = _groups(run, settings.group)
+    group, n_groups = groups_of(run, settings.group)
     of_groups = None if n_groups < 2 else bootstrap.group_means(values, group, n_groups)
     if of_groups is not None:
         means = bootstrap.mean_of_groups(of_groups)
@@ -168,7 +168,7 @@ def spread(values: Values) -> np.ndarray:
     return np.sqrt(squares * _divided(values.counts, np.where(values.counts > 1, values.counts - 1, np.nan)))
 
 
-def _groups(run: Run, group: str | None) -> tuple[np.ndarray, int]:
+def groups_of(run: Run, group: str | None) -> tuple[np.ndarray, int]:
     """[C] number of each cell's group, -1 for none, and how many groups there are."""
     if group is None:
         return np.full(len(run.cells), -1, dtype=np.int64), 0

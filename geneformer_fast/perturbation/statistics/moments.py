@@ -76,6 +76,13 @@ class Moments:
             self.means, self.squares = self.means[order], self.squares[order]
         return self
 
+    def taken(self, new: np.ndarray) -> Moments:
+        """Those of some edits: ``new`` gives their numbers, and -1 for the others."""
+        number = new[self.edit] if len(self.keys) else self.keys
+        at = number >= 0
+        keys = (number[at].astype(np.int64) << _SHIFT) | self.affected[at]
+        return Moments(keys, self.counts[at], self.means[at], self.squares[at])
+
     @property
     def edit(self) -> np.ndarray:
         """[P] which edit."""

@@ -1,0 +1,117 @@
+"""What can be asked of statistics, and what of it is wrong whatever the values are: seen before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from geneformer_fast.errors import OutputError, UnsupportedError
+
+#: Modes, and what each asks.
+MODES = {
+    "goal_state_shift": "how far each gene moves cells towards a state",
+    "vs_null": "whether a gene moves cells more than it moves those of another run",
+    "mixture_model": "which genes move a cell much, and which hardly",
+    "aggregate_data": "all values of some genes",
+    "aggregate_gene_shifts": "how far each gene moves each other one",
+}
+#: Faults of the official tool that can be mended, by what they are about.
+FAULTS = {
+    "components": "the component of the lower cosines is the one with impact",
+    "pool": "a gene is compared with the values of the other genes, all of them",
+    "ties": "the variance of rank sums is corrected for ties",
+}
+CORRECTIONS = ("bh", "by")
+#: The file that a folder of statistics is known by.
+ABOUT = "statistics.json"
+_OWN = (ABOUT, "about.md", "effects.csv", "agreement.csv", "interactions.csv", *(f"{mode}.csv" for mode in MODES))
+#: Options that are about some modes only: option -> (modes, what it is).
+_ABOUT_MODES: dict[str, tuple[tuple[str, ...], str]] = {
+    "anchor": (("mixture_model", "aggregate_gene_shifts"), "a gene whose pairs are looked at"),
+    "genes": (("aggregate_data", "aggregate_gene_shifts"), "the genes whose values are listed"),
+}
+
+
+def mended(mend: str | Sequence[str]) -> tuple[str, ...]:
+    """Which faults are mended, of ``"all"``, a name or several.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such fault.
+    """
+    asked = (mend,) if isinstance(mend, str) else tuple(mend)
+    if unknown := [name for name in asked if name not in (*FAULTS, "all")]:
+        raise UnsupportedError(f"mend (--mend) takes all, {', '.join(FAULTS)}; there is no {unknown[0]!r}")
+    return tuple(FAULTS) if "all" in asked else asked
+
+
+def check_asked(
+    *,
+    mode: str | None,
+    mend: str | Sequence[str] = (),
+    has_null: bool = False,
+    given: Mapping[str, Any] | None = None,
+    min_cells: int = 1,
+    draws: int = 1,
+    confidence: float = 0.5,
+    fdr: float = 0.5,
+    correction: str = "bh",
+) -> None:
+    """Refuse what cannot be.
+
+    Parameters
+    ----------
+    mode, mend, min_cells, draws, confidence, fdr, correction
+        As they were given.
+    has_null
+        Whether there is a run to compare with.
+    given
+        Further options and their values.
+
+    Raises
+    ------
+    UnsupportedError
+        A name or number is out of range, or options contradict each other.
+    """
+    if mode is not None and mode not in MODES:
+        raise UnsupportedError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
+    if mode == "vs_null" and not has_null:
+        raise UnsupportedError("vs_null compares with another run: give its folder as null (--null)")
+    mended(mend)
+    if correction not in CORRECTIONS:
+        raise UnsupportedError(f"correction (--correction) is {' or '.join(CORRECTIONS)}, not {correction!r}")
+    for name, value, least in (("min_cells", min_cells, 1), ("draws", draws, 1)):
+        if value < least:
+            raise UnsupportedError(f"{name} ({_option(name)}) must be at least {least}, not {value}")
+    for name, share in (("confidence", confidence), ("fdr", fdr)):
+        if not 0 < share < 1:
+            raise UnsupportedError(f"{name} ({_option(name)}) is a share above 0 and below 1, not {share}")
+    for name, (modes, what) in _ABOUT_MODES.items():
+        if (given or {}).get(name) and mode not in modes:
+            raise UnsupportedError(f"{name} ({_option(name)}) is {what}, in {' and '.join(modes)}; ask for one of them")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_place(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that may not be written.
+
+    Raises
+    ------
+    OutputError
+        Something else is there, or statistics that may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder")
+    there = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    foreign = [name for name in there if name not in _OWN and not (name.endswith(".png") and ABOUT in there)]
+    if foreign:
+        raise OutputError(f"{out} holds {foreign[0]}, which is no part of statistics; name a folder of its own")
+    if there and not overwrite:
+        raise OutputError(f"{out} holds statistics already; name another folder or pass overwrite (--overwrite)")
