@@ -36,6 +36,7 @@ _HOME = {
     "open_perturbations": "geneformer_fast.perturbation.reading",
     "perturb": "geneformer_fast.perturbation.perturb",
     "state_embeddings": "geneformer_fast.perturbation.states",
+    "perturbation_stats": "geneformer_fast.perturbation.statistics.run",
     "profile": "geneformer_fast.profiling.run",
     "ProfilerCallback": "geneformer_fast.profiling.callback",
     "Report": "geneformer_fast.profiling.report",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from geneformer_fast.perturbation.perturb import perturb
     from geneformer_fast.perturbation.reading import open_perturbations
     from geneformer_fast.perturbation.states import state_embeddings
+    from geneformer_fast.perturbation.statistics.run import perturbation_stats
     from geneformer_fast.profiling.callback import ProfilerCallback
     from geneformer_fast.profiling.report import Report
     from geneformer_fast.profiling.run import profile

@@ -37,6 +37,7 @@ COMMANDS = {
     "pretrain": "geneformer_fast.cli.pretrain",
     "finetune": "geneformer_fast.cli.finetune",
     "predict": "geneformer_fast.cli.predict",
+    "perturb-stats": "geneformer_fast.cli.perturb_stats",
     "quantize": "geneformer_fast.cli.quantize",
     "profile": "geneformer_fast.cli.profile",
     "doctor": "geneformer_fast.cli.doctor",
@@ -44,7 +45,10 @@ COMMANDS = {
 }
 
 # Commands that read what carries checksums: tokens, models, vocabularies.
-_CHECKING = ("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize", "profile")
+_CHECKING = (
+    *("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize", "profile"),
+    "perturb-stats",
+)
 
 EXIT_ERROR = 2
 EXIT_BROKEN_PIPE = 141

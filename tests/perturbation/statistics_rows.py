@@ -79,3 +79,36 @@ def screen(
     for name, column in (obs or {}).items():
         columns[name] = pa.array([column[each] for each in row])
     return pa.table(columns)
+
+
+def write_run(
+    folder: Path, table: pa.Table, *, states: Sequence[str] = (), n_cells: int | None = None, obs: Sequence[str] = (),
+    lengths: Sequence[int] | None = None,
+) -> Path:  # fmt: skip
+    """A table as the folder that ``perturb`` would write; cells are 0 to ``n_cells`` - 1."""
+    from geneformer_fast.perturbation.rows import CellRows, RowSchema
+    from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
+
+    cell = table["cell"].to_numpy()
+    n_cells = int(cell.max()) + 1 if n_cells is None else n_cells
+    carried = {}
+    for name in obs:
+        first = [int(np.flatnonzero(cell == each)[0]) if (cell == each).any() else None for each in range(n_cells)]
+        carried[name] = pa.array([None if at is None else table[name][at].as_py() for at in first], pa.string())
+    number = {state: at for at, state in enumerate(states)}
+    n_tokens = np.arange(n_cells, 0, -1) if lengths is None else np.asarray(lengths)
+    cells = RunCells(np.arange(n_cells), n_tokens, np.full(n_cells, 5), obs=carried)
+    with PerturbationWriter(folder, cells, plan={"options": {}}, rows=RowSchema(states=list(states))) as writer:
+        for each in range(n_cells):
+            rows = np.flatnonzero(cell == each)
+            of_cell = table.take(pa.array(rows))
+            state = None
+            if states:
+                state = np.array([number[name] for name in of_cell["state"].to_pylist()], dtype=np.int32)
+            affected = np.array([-1 if token is None else token for token in of_cell["affected"].to_pylist()])
+            writer.append(
+                each,
+                CellRows.of(of_cell["tokens"].to_pylist(), of_cell["value"].to_numpy(), affected=affected, state=state),
+            )
+        writer.finish()
+    return folder

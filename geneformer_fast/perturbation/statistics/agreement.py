@@ -84,7 +84,7 @@ def directed(table: pandas.DataFrame, state: str = "") -> pandas.DataFrame:
         effect, low, high = table["mean"], table["low"], table["high"]
     else:
         effect, low, high = table["difference"], table["difference_low"], table["difference_high"]
-    by = table["gene"].where(table["gene"] != "nan", "token " + table["tokens"])
+    by = _ids(table)
     is_sure = ((low > 0) | (high < 0)).to_numpy()
     found = pd.DataFrame({"effect": effect.to_numpy(), "is_sure": is_sure}, index=by.to_numpy())
     return found[table["is_covered"].to_numpy() & ~np.isnan(found["effect"].to_numpy())]
@@ -102,6 +102,11 @@ def agreeing(table: pandas.DataFrame, others: Mapping[str, pandas.DataFrame], st
         theirs = directed(other, state)["effect"].reindex(ours.index)
         n_runs += theirs.notna()
         n_same += np.sign(theirs) == sign
-    by = table["gene"].where(table["gene"] != "nan", "token " + table["tokens"])
+    by = _ids(table)
     is_here = (table["state"] == state) if "state" in table else table["is_covered"].notna()
     return table.assign(n_runs=by.map(n_runs).where(is_here), n_same_sign=by.map(n_same).where(is_here))
+
+
+def _ids(table: pandas.DataFrame) -> pandas.Series:
+    """By what genes of two runs are the same: their ids, or where nobody knows these their tokens."""
+    return table["gene"].where(table["gene"].notna(), "token " + table["tokens"])

@@ -93,6 +93,22 @@ def check_asked(
             raise UnsupportedError(f"{name} ({_option(name)}) is {what}, in {' and '.join(modes)}; ask for one of them")
 
 
+def check_pictures_asked(embeddings: Any, color: Any, *, has_pictures: bool, has_out: bool) -> None:
+    """Refuse options of pictures that there will not be.
+
+    Raises
+    ------
+    UnsupportedError
+        There are none, or a colour without the picture that has it.
+    """
+    if color is not None and embeddings is None:
+        raise UnsupportedError("color (--color) colours the cells of embeddings (--embeddings); give these too")
+    if embeddings is not None and not (has_pictures and has_out):
+        raise UnsupportedError(
+            "embeddings (--embeddings) are for a picture; name a folder for it, and leave pictures in"
+        )
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 

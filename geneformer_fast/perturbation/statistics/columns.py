@@ -7,8 +7,8 @@ of each variant; of them only sums are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,8 @@ class Run:
         Of values of genes: number, mean and spread for each (edit, affected token).
     n_missing
         Values that are NaN, which are left out.
+    lengths
+        [C] tokens of each cell; None where nobody says.
     """
 
     edits: list[Edit]
@@ -94,8 +96,7 @@ class Run:
     rank: np.ndarray
     moments: Moments
     n_missing: int = 0
-    names: dict[int, str] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    lengths: np.ndarray | None = None
 
     @property
     def has_states(self) -> bool:
@@ -344,7 +345,7 @@ class Collector:
             codes[i] = code
         return codes
 
-    def run(self, names: Mapping[int, str] | None = None, about: Mapping[str, Any] | None = None) -> Run:
+    def run(self) -> Run:
         """Everything that was taken.
 
         Raises
@@ -380,8 +381,6 @@ class Collector:
             rank=rank,
             moments=self._moments.renumbered(new),
             n_missing=self._n_missing,
-            names=dict(names or {}),
-            about=dict(about or {}),
         )
 
     def _ranks(self, new: np.ndarray, n_in_cell: np.ndarray, n_edits: int) -> np.ndarray:

@@ -76,10 +76,17 @@ def effects(
     is_covered = first.counts >= settings.min_cells
     is_single = np.array([len(edit) == 1 for edit in run.edits])
     matched = null.matched_genes(first.counts, run.rank, total, is_covered & is_single)
+    share = responders.share_of_cells_moved_most([run.values[state] for state in states], is_shift=run.has_states)
+    is_universal = is_covered & (share >= responders.UNIVERSAL)
+    if control is not None:
+        of_control = [aligned(control, run, state) for state in states]
+        is_universal &= (
+            responders.share_of_cells_moved_most(of_control, is_shift=run.has_states) >= responders.UNIVERSAL
+        )
     tables = []
     for state in states:
         columns: dict[str, Any] = {
-            "gene": ["+".join(str(names.gene(token)) for token in edit) for edit in run.edits],
+            "gene": list(map(names.ids, run.edits)),
             "symbol": [names.shown(edit) for edit in run.edits],
             "tokens": [" ".join(map(str, edit)) for edit in run.edits],
         }
@@ -87,11 +94,14 @@ def effects(
             columns["state"] = state
         columns |= {"coverage": first.counts / total, "rank": run.rank}
         columns |= _of_state(run, run.values[state], matched, is_covered, settings)
+        columns |= {"top_share": share, "is_universal": is_universal}
         if control is not None:
             columns["control_mean"] = aligned(control, run, state).means()
             columns["beyond_control"] = columns["mean"] - columns["control_mean"]
         tables.append(pd.DataFrame(columns)[run.values[state].counts > 0])
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["matched"] = matched.size
+    return table
 
 
 def _of_state(
@@ -122,8 +132,6 @@ def _of_state(
         "q_value": false_discovery_rates(test.p_values, settings.correction),
         "is_covered": is_covered,
     }
-    share = responders.share_of_cells_moved_most(values, is_shift=run.has_states)
-    columns |= {"top_share": share, "is_universal": is_covered & (share >= responders.UNIVERSAL)}
     level = settings.fdr / max(int(matched.has_null.sum()), 1)
     columns["detectable"] = power.detectable(units, level) * unit_sd
     columns["units_needed"] = power.needed(_divided(columns["difference"], unit_sd), level)

@@ -23,7 +23,7 @@ class Names:
     """
 
     def __init__(self, run: Run, vocabulary: Vocabulary | None = None) -> None:
-        self._ids: dict[int, str] = dict(run.names)
+        self._ids: dict[int, str] = {}
         for edit, genes in zip(run.edits, run.genes, strict=True):
             self._ids.update({token: gene for token, gene in zip(edit, genes, strict=True) if gene})
         self._symbols: dict[str, str] = {}
@@ -39,6 +39,11 @@ class Names:
         """The symbol of a token; NaN where nobody knows it."""
         gene = self._ids.get(token)
         return np.nan if gene is None else self._symbols.get(gene, np.nan)
+
+    def ids(self, edit: Edit) -> str | None:
+        """The gene ids of an edit, joined by ``+``; None where one is not known."""
+        genes = [self._ids.get(token) for token in edit]
+        return None if None in genes else "+".join(map(str, genes))
 
     def shown(self, edit: Edit) -> str:
         """An edit for people: symbols, or what else there is, joined by ``+``."""

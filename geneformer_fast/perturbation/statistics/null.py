@@ -12,8 +12,9 @@ import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import t as students_t
 
-#: Genes that each is compared with, and the fewest that say anything.
-MATCHED, LEAST_MATCHED = 50, 10
+#: Genes that each is compared with, at most; of fewer than 250 a fifth, so that they are more alike than all are; and
+#: the fewest that say anything.
+MATCHED, SHARE, LEAST_MATCHED = 50, 5, 10
 _PIECE = 4_096
 
 
@@ -28,6 +29,11 @@ class MatchedGenes:
     """
 
     like: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Genes that each is compared with."""
+        return self.like.shape[1]
 
     @property
     def has_null(self) -> np.ndarray:
@@ -46,7 +52,7 @@ class NullTest:
 
 
 def matched_genes(
-    n_cells: np.ndarray, rank: np.ndarray, total: int, is_taken: np.ndarray, size: int = MATCHED
+    n_cells: np.ndarray, rank: np.ndarray, total: int, is_taken: np.ndarray, size: int | None = None
 ) -> MatchedGenes:
     """The genes nearest to each in detection (log odds of being in a cell) and mean rank, both in standard deviations.
 
@@ -61,10 +67,10 @@ def matched_genes(
     is_taken
         [E] genes that are matched, and matched with; the others are in too few cells, or more than one gene.
     size
-        How many; all there are, where there are fewer.
+        How many; None takes 50, or of fewer genes a fifth, but not below 10.
     """
     at = np.flatnonzero(is_taken)
-    size = min(size, len(at) - 1)
+    size = min(max(min(MATCHED, len(at) // SHARE), LEAST_MATCHED) if size is None else size, len(at) - 1)
     like = np.full((len(n_cells), max(size, 0)), -1, dtype=np.int32)
     if size < LEAST_MATCHED:
         return MatchedGenes(like[:, :0])

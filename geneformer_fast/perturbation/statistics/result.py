@@ -24,22 +24,25 @@ Asked: {asked}.
 
 `effects.csv` has a row per gene{per_state}.
 
-- `mean`, `low`, `high`: the mean over {units} and its {confidence:.0%} interval, by resampling {units}. The interval says
-  how much the mean would differ with other {units} like these. It knows nothing of other models, or of experiments.
-- `null_mean`, `null_sd`, `effect_size`, `p_value`, `q_value`: the same mean among the {matched} genes that stand as high in
-  as many cells. A small p-value says that this gene is unusual among genes like it, in this model and these cells.
+- `mean`, `low`, `high`: the mean over {units} and its {confidence:.0%} interval, by resampling {units}. It says how
+  much the mean would differ with other {units} like these, and nothing of other models, or of experiments.
+- `null_mean`, `null_sd`, `effect_size`, `p_value`, `q_value`: the same mean among the {matched} genes that stand as
+  high in as many cells. A small p-value says that this gene is unusual among genes like it, in this model and these
+  cells.
 - `coverage`, `is_covered`: the share of cells that have the gene. Genes in fewer than {min_cells} cells are listed and
   not tested.
-- `top_share`, `is_universal`: in how many of its cells the gene is among the tenth that moves the cell most. Universal
-  responders move whatever cell they are in; what they do says little of the state.
+- `top_share`, `is_universal`: in how many of its cells the gene is among the tenth that moves the cell most, towards
+  the goal and every alternative, and (for the latter) in the control too. Such genes move whatever cell they are in,
+  whichever way; what they do says little of the state. Without alternatives and a control one cannot tell them from
+  genes that move these cells for a reason.
 - `detectable`, `units_needed`: the difference from genes like it that these {units} show with a chance of 0.8, and how
   many would be needed to show the one that was found.
 
-What no p-value here says: that the gene does this in a living cell. All values come from one model that is not
-retrained, each is a number without error for its cell, and more cells make any difference significant. Published work
-finds that what such models say of perturbations goes little beyond what simple baselines and the identity of the gene
-say (Ahlmann-Eltze et al. 2025, doi:10.1038/s41592-025-02772-6; Kendiukhov 2026, arXiv:2602.17532). Take the ranking as a
-list of hypotheses; look whether other layers, other model sizes and other donors agree; test in the laboratory.
+No p-value here says that the gene does this in a living cell. All values come from one model, each is a number without
+error for its cell, and more cells make any difference significant. Where predictions of such models were held against
+experiments, simple baselines did as well (Ahlmann-Eltze et al. 2025, doi:10.1038/s41592-025-02772-6), and what a frozen
+model answers to a deleted gene was reported to go no further than which gene it is. Take the ranking for a list of
+hypotheses: see whether other layers, other sizes of model and other donors agree, and test them in the laboratory.
 """
 
 
@@ -61,8 +64,8 @@ class Statistics:
         What pairs do beyond their genes; None without pairs.
     about
         Settings, counts and versions.
-    folder
-        Where all of this was written, or None.
+    folder, files
+        Where all of this was written, or None, and which files.
     """
 
     mode: str
@@ -72,6 +75,7 @@ class Statistics:
     interactions: pandas.DataFrame | None = None
     about: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    files: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         said = self.about
@@ -95,8 +99,9 @@ class Statistics:
                     table.to_csv(place / name, index=name.removesuffix(".csv") in MODES)
                 drawn = [] if pictures is None else pictures.draw(place)
                 (place / "about.md").write_text(self.meaning(), encoding="utf-8")
-                write_json(place / ABOUT, {**self.about, "files": [*self.tables(), *drawn, "about.md"]})
-        self.folder = out
+                files = [*self.tables(), *drawn, "about.md", ABOUT]
+                write_json(place / ABOUT, {**self.about, "files": files})
+        self.folder, self.files = out, files
         return out
 
     def tables(self) -> dict[str, pandas.DataFrame]:
@@ -114,6 +119,10 @@ class Statistics:
         said: Mapping[str, Any] = self.about
         units = "cells" if not said.get("n_groups") else f"groups ({said['group']})"
         return MEANING.format(
-            asked=MODES.get(self.mode, self.mode), per_state=" and state" if "state" in self.effects else "", units=units,
-            confidence=said.get("confidence", 0.95), min_cells=said.get("min_cells", 1), matched=said.get("matched", 0),
-        )  # fmt: skip
+            asked=MODES.get(self.mode, self.mode),
+            per_state=" and state" if "state" in self.effects else "",
+            units=units,
+            confidence=said.get("confidence", 0.95),
+            min_cells=said.get("min_cells", 1),
+            matched=said.get("matched", 0),
+        )

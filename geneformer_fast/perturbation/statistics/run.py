@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from geneformer_fast import __version__
 from geneformer_fast.arguments import checked
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.perturbation.reading import Perturbations
-from geneformer_fast.perturbation.statistics import bootstrap, null
+from geneformer_fast.perturbation.statistics import bootstrap
 from geneformer_fast.perturbation.statistics.aggregate import aggregate_data, aggregate_gene_shifts
 from geneformer_fast.perturbation.statistics.agreement import agreeing, sign_agreement
-from geneformer_fast.perturbation.statistics.asked import check_asked, check_place, mended
+from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place, mended
 from geneformer_fast.perturbation.statistics.columns import Run, Values
 from geneformer_fast.perturbation.statistics.effects import MIN_CELLS, Settings, effects, groups_of
 from geneformer_fast.perturbation.statistics.epistasis import epistasis
@@ -43,7 +44,7 @@ def perturbation_stats(
     *,
     mode: str | None = None,
     goal: str | None = None,
-    alternatives: str | Sequence[str] | None = None,
+    alternative: str | Sequence[str] | None = None,
     null: str | os.PathLike[str] | Perturbations | Table | None = None,
     compare: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     genes: str | Sequence[str] | None = None,
@@ -59,6 +60,8 @@ def perturbation_stats(
     correction: str = "bh",
     seed: int = 0,
     pictures: bool = True,
+    embeddings: str | os.PathLike[str] | None = None,
+    color: str | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Statistics:
@@ -72,12 +75,12 @@ def perturbation_stats(
     out
         Folder for the tables as CSV, pictures, and what the numbers mean in words. None writes nothing.
     mode
-        Which official table is made: ``"goal_state_shift"``, ``"vs_null"``, ``"mixture_model"``, ``"aggregate_data"`` or
-        ``"aggregate_gene_shifts"``. None takes ``vs_null`` where there is a ``null``, ``goal_state_shift`` for a run
-        with states, ``aggregate_gene_shifts`` for one with values of genes, ``mixture_model`` for others, and
-        ``aggregate_data`` where all genes were perturbed together.
-    goal, alternatives
-        States; None: the goal of the run, and all others but its start.
+        Which official table is made: ``"goal_state_shift"``, ``"vs_null"``, ``"mixture_model"``,
+        ``"aggregate_data"`` or ``"aggregate_gene_shifts"``. None takes ``goal_state_shift`` for a run with states,
+        ``vs_null`` where there is a ``null``, ``aggregate_gene_shifts`` for values of genes, ``mixture_model`` for
+        others, and ``aggregate_data`` where all genes were perturbed together.
+    goal, alternative
+        States, of the latter several; None: the goal of the run, and all others but its start.
     null
         A run of other cells, which ``vs_null`` compares with; elsewhere its means stand beside, as a control.
     compare
@@ -106,6 +109,10 @@ def perturbation_stats(
         Hochberg) or ``"by"`` (Benjamini and Yekutieli).
     pictures
         Whether pictures are drawn into ``out``.
+    embeddings
+        What :func:`embed` made of the same token folder, ``.npy`` or ``.parquet``: shifts are shown on its UMAP.
+    color
+        The column beside these embeddings that is shown on the UMAP, such as the states.
     overwrite
         Whether ``out`` may hold statistics already.
     progress
@@ -132,16 +139,15 @@ def perturbation_stats(
         mode=mode, mend=mend, has_null=null is not None, given=given, min_cells=min_cells, draws=draws,
         confidence=confidence, fdr=fdr, correction=correction,
     )  # fmt: skip
+    check_pictures_asked(embeddings, color, has_pictures=pictures, has_out=out is not None)
     if out is not None:
-        from pathlib import Path
-
         check_place(Path(out), overwrite=overwrite)
         if pictures:
             from geneformer_fast.perturbation.pictures import check_pictures
 
             check_pictures()
     settings = Settings(min_cells, group, draws, confidence, seed, correction, fdr)  # type: ignore[arg-type]
-    asked = _Asked(goal, alternatives, mended(mend), genes, anchor, dose, vocabulary_of(dictionary), settings)
+    asked = _Asked(goal, alternative, mended(mend), genes, anchor, dose, vocabulary_of(dictionary), settings)
     others = [] if compare is None else [compare] if isinstance(compare, str | os.PathLike) else list(compare)
     with Progress(3 + len(others), "statistics", "steps", progress) as bar:
         found, run = _statistics(open_rows(runs), mode, asked, None if null is None else open_rows(null), bar)
@@ -152,7 +158,7 @@ def perturbation_stats(
             if pictures:
                 from geneformer_fast.perturbation.pictures import Drawings
 
-                drawings = Drawings.of(found, run, settings)
+                drawings = Drawings.of(found, run, settings, embeddings, color)
             found.save(out, overwrite=overwrite, pictures=drawings)
         bar.update(1)
     return found
@@ -162,12 +168,12 @@ class _Asked:
     """What was asked, of every run alike."""
 
     def __init__(
-        self, goal: str | None, alternatives: str | Sequence[str] | None, mend: tuple[str, ...],
+        self, goal: str | None, alternative: str | Sequence[str] | None, mend: tuple[str, ...],
         genes: str | Sequence[str] | None, anchor: str | None, dose: float | None, vocabulary: Vocabulary | None,
         settings: Settings,
     ) -> None:  # fmt: skip
         self.goal, self.mend, self.anchor, self.dose = goal, mend, anchor, dose
-        self.alternatives = (alternatives,) if isinstance(alternatives, str) else alternatives
+        self.alternatives = (alternative,) if isinstance(alternative, str) else alternative
         self.genes = (genes,) if isinstance(genes, str) else genes
         self.vocabulary, self.settings = vocabulary, settings
 
@@ -175,7 +181,7 @@ class _Asked:
         """Goal and alternatives; one empty name without states."""
         if not run.has_states:
             if self.goal is not None or self.alternatives:
-                raise InputError(f"{rows.where} has no states; leave goal and alternatives out")
+                raise InputError(f"{rows.where} has no states; leave goal and alternative out")
             return [""]
         known = rows.states or run.states
         goal = self.goal if self.goal is not None else known[min(1, len(known) - 1)]
@@ -187,7 +193,7 @@ class _Asked:
         for state in states:
             run.towards(state)
         if len(set(states)) < len(states):
-            raise UnsupportedError(f"a state is named twice: {', '.join(states)}; goal and alternatives must differ")
+            raise UnsupportedError(f"a state is named twice: {', '.join(states)}; goal and alternative must differ")
         return states
 
     def token(self, rows: Rows) -> int | None:
@@ -288,15 +294,16 @@ def _taken(values: Values, at: np.ndarray) -> Values:
 def _warn(run: Run, rows: Rows, settings: Settings) -> None:
     if run.n_missing:
         warnings.warn(
-            f"{rows.where}: {run.n_missing:,} values are NaN (a cell of which nothing is left has none) and are left out",
+            f"{rows.where}: {run.n_missing:,} values are NaN (a cell of which nothing is left has none); they are left "
+            "out",
             stacklevel=2,
         )
     if settings.group is not None:
         group, n_groups = groups_of(run, settings.group)
         if n_groups < 2:
             warnings.warn(
-                f"{rows.where}: all cells have one value of {settings.group!r}, so that cells are the unit; intervals over "
-                "cells say nothing of other donors",
+                f"{rows.where}: all cells have one value of {settings.group!r}, so that cells are the unit; intervals "
+                "over cells say nothing of other donors",
                 stacklevel=2,
             )
         elif (group < 0).any():
@@ -337,7 +344,7 @@ def _about(
         "genes": len(first),
         "cells": rows.n_cells or len(run.cells),
         "tested": n_tested,
-        "matched": null.MATCHED if n_tested > null.MATCHED else max(n_tested - 1, 0),
+        "matched": made.attrs.get("matched", 0),
         "significant": int((first["q_value"] < settings.fdr).sum()),
         "universal": int(first["is_universal"].sum()),
         "missing": run.n_missing,

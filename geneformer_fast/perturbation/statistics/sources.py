@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
@@ -71,7 +72,12 @@ class Rows:
                 f"{self.where}: no column {absent[0]!r} was carried; perturb with obs (--obs {absent[0]}) to have it"
             )
         collector.add(self.batches(columns), self.where)
-        return collector.run()
+        run = collector.run()
+        if isinstance(self._data, pa.Table):
+            return run
+        cells = self._data.cells
+        known = dict(zip(cells["cell"].to_pylist(), cells["length"].to_pylist(), strict=True))
+        return replace(run, lengths=np.array([known.get(cell, -1) for cell in run.cells.tolist()]))
 
 
 def open_rows(runs: Runs) -> Rows:
@@ -80,8 +86,8 @@ def open_rows(runs: Runs) -> Rows:
     Parameters
     ----------
     runs
-        The folder of ``perturb``, those of all its shards, a :class:`~geneformer_fast.perturbation.reading.Perturbations`,
-        or a table with its columns.
+        The folder of ``perturb``, those of all its shards, what ``open_perturbations`` gave, or a table with the
+        columns of such a run.
 
     Raises
     ------
