@@ -132,7 +132,7 @@ def test_all_commands_have_the_common_options(name: str) -> None:
     needed = {
         "tokenize": ["x", "--out", "o", "--dictionary", "d"], "medians": ["x", "--out", "o"],
         "embed": ["x", "--out", "o", "--model", "m"], "predict": ["x", "--out", "o", "--model", "m"],
-        "pretrain": ["x", "--out", "o"], "quantize": ["m", "--out", "o"],
+        "pretrain": ["x", "--out", "o"], "quantize": ["m", "--out", "o"], "perturb-stats": ["r", "--out", "o"],
     }  # fmt: skip
     before, after = given.get(name, [[name], needed.get(name, [])])
     for option in ("quiet", "verbose", "json"):
@@ -169,6 +169,22 @@ def test_what_tokenizing_and_embedding_answer(tmp_path: Path, capsys: pytest.Cap
     error = ["embed", str(tokens), "--model", str(tmp_path / "model"), "--out", str(out), "--json"]
     assert cli.main(error) == 2
     assert "exists already" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_what_statistics_of_perturbations_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_cli_checks import write_perturbations
+
+    write_perturbations(tmp_path / "run")
+    out = tmp_path / "deep" / "er"
+    words = ["perturb-stats", str(tmp_path / "run"), "--out", str(out), "--no-pictures"]
+    assert cli.main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["out"], said["genes"], said["cells"], said["tested"]) == (str(out), 1, 1, 0)
+    assert sorted(said["files"]) == sorted(path.name for path in out.iterdir())
+    assert cli.main([*words, "--overwrite"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("aggregate_data: 1 genes in 1 cells; too few genes are in enough cells to be compared")
+    assert "about.md says what the numbers mean" in text
 
 
 def test_what_training_and_quantizing_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toys
 
@@ -39,7 +40,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / file).write_text("{}")
     (folder / "classes.csv").write_text("gene,class\n")
+    write_perturbations(folder / "perturbed")
+    with pytest.raises(ZeroDivisionError):
+        write_perturbations(folder / "half", is_killed=True)
+    (folder / "said").mkdir()
+    (folder / "said" / "statistics.json").write_text("{}")
     return folder
+
+
+def write_perturbations(folder: Path, *, is_killed: bool = False) -> None:
+    """One value of one cell; a run that is killed was to hold two more."""
+    from geneformer_fast.perturbation.rows import CellRows
+    from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
+
+    cells = np.arange(3 if is_killed else 1)
+    # So many rows that each cell has a file of its own.
+    with PerturbationWriter(folder, RunCells(cells, cells + 1, cells + 20_000), plan={}) as writer:
+        writer.append(0, CellRows.of([[5]], [0.5]))
+        if is_killed:
+            writer.append(1, CellRows.of([[5]], [0.5]))
+            raise ZeroDivisionError
+        writer.finish()
 
 
 GOOD = {
@@ -50,6 +71,7 @@ GOOD = {
     "pretrain": "tokens --out new",
     "finetune cells": "tokens --model model --label kind --out new",
     "finetune genes": "tokens --model model --classes classes.csv --out new",
+    "perturb-stats": "perturbed --out new",
     "quantize": "model --out new",
     "profile": "--model model --tokens tokens --out new",
 }
@@ -94,6 +116,22 @@ BAD = [
     ("finetune cells", "--out new", "--out new --where kind", "write COLUMN=VALUE"),
     ("finetune genes", "classes.csv", "absent.csv", "--classes absent.csv: there is no such file"),
     ("finetune genes", "--model model", "--model absent", "absent is not a folder"),
+    ("perturb-stats", "perturbed", "absent", "absent: there is no such folder; name one that perturb wrote"),
+    ("perturb-stats", "perturbed", "model", "model: it holds no perturbations"),
+    ("perturb-stats", "perturbed", "half", "half is unfinished: 1 of 3 files are complete"),
+    ("perturb-stats", "--out new", "--out model", "which is no part of statistics"),
+    ("perturb-stats", "--out new", "--out said", "said holds statistics already"),
+    ("perturb-stats", "--out new", "--out there.csv", "there.csv is a file; name a folder"),
+    ("perturb-stats", "--out new", "--out new --mode vs_null", "give its folder as null (--null)"),
+    ("perturb-stats", "--out new", "--out new --null model", "model: it holds no perturbations"),
+    ("perturb-stats", "--out new", "--out new --compare absent", "absent: there is no such folder"),
+    ("perturb-stats", "--out new", "--out new --anchor G", "ask for one of them"),
+    ("perturb-stats", "--out new", "--out new --genes G", "ask for one of them"),
+    ("perturb-stats", "--out new", "--out new --fdr 2", "fdr (--fdr) is a share above 0 and below 1, not 2.0"),
+    ("perturb-stats", "--out new", "--out new --min-cells 0", "min_cells (--min-cells) must be at least 1"),
+    ("perturb-stats", "--out new", "--out new --dictionary absent", "absent: no such folder"),
+    ("perturb-stats", "--out new", "--out new --embeddings absent.npy", "--embeddings absent.npy: there is no such"),
+    ("perturb-stats", "--out new", "--out new --color kind", "color (--color) colours the cells of embeddings"),
     ("quantize", "--out new", "--out model", "model is, holds or lies in the folder of the model"),
     ("quantize", "--out new", "--out run", "run holds files and no model"),
     ("quantize", "--out new", "--out new --label kind", "--label is about comparing models"),
@@ -117,7 +155,7 @@ def test_what_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(place)
-    monkeypatch.setattr(f"geneformer_fast.cli.{command.split()[0]}.run", pytest.fail)
+    monkeypatch.setattr(f"{cli.COMMANDS[command.split()[0]]}.run", pytest.fail)
     assert cli.main(words_of(command, old, new)) == 2
     assert said in capsys.readouterr().err
 

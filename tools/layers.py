@@ -73,7 +73,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "matplotlib": (
         *(f"{FAST}.extract", f"{FAST}.cli", f"{FAST}.quickstart", f"{FAST}.plot", f"{FAST}.finetuning.pictures"),
-        f"{FAST}.heatmap",
+        *(f"{FAST}.heatmap", f"{FAST}.perturbation.pictures"),
         *(f"{FAST}.profiling.page.html", f"{FAST}.profiling.page.plots", f"{FAST}.profiling.page.svg"),
     ),
     "jinja2": (f"{FAST}.profiling.page.html",),

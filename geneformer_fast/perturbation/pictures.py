@@ -130,8 +130,8 @@ def _check_same_cells(run: Run, n_cells: int, lengths: np.ndarray | None, where:
     is_same = is_there.all() and (lengths is None or ours is None or bool((lengths[run.cells] == ours).all()))
     if not is_same:
         raise InputError(
-            f"{where} has {n_cells:,} cells, which are not those of the token folder that was perturbed; embed that whole "
-            "folder, without where and max_cells"
+            f"{where} has {n_cells:,} cells, which are not those of the token folder that was perturbed; embed that "
+            "whole folder, without where and max_cells"
         )
 
 
