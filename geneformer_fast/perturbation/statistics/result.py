@@ -40,9 +40,10 @@ Asked: {asked}.
 
 No p-value here says that the gene does this in a living cell. All values come from one model, each is a number without
 error for its cell, and more cells make any difference significant. Where predictions of such models were held against
-experiments, simple baselines did as well (Ahlmann-Eltze et al. 2025, doi:10.1038/s41592-025-02772-6), and what a frozen
-model answers to a deleted gene was reported to go no further than which gene it is. Take the ranking for a list of
-hypotheses: see whether other layers, other sizes of model and other donors agree, and test them in the laboratory.
+experiments, deliberately simple baselines did as well (Ahlmann-Eltze et al. 2025, doi:10.1038/s41592-025-02772-6), and
+the shift of a frozen model without a gene was reported to say no more than which gene it is. Take the ranking for a
+list of hypotheses: see whether other layers, other sizes of model and other donors agree, and test them in the
+laboratory. The guide "What perturbations say of genes" has the literature.
 """
 
 

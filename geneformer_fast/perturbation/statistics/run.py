@@ -184,11 +184,12 @@ class _Asked:
                 raise InputError(f"{rows.where} has no states; leave goal and alternative out")
             return [""]
         known = rows.states or run.states
-        goal = self.goal if self.goal is not None else known[min(1, len(known) - 1)]
-        start = known[0] if len(known) > 1 else None
-        others = (
-            [name for name in known if name not in (goal, start)] if self.alternatives is None else self.alternatives
-        )
+        roles = rows.roles
+        goal = self.goal or roles.get("goal") or known[min(1, len(known) - 1)]
+        start = roles["start"] if roles else known[0] if len(known) > 1 else None
+        others = self.alternatives
+        if others is None:
+            others = [name for name in known if name not in (goal, start)]
         states = [goal, *others]
         for state in states:
             run.towards(state)

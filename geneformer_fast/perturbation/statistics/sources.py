@@ -53,6 +53,11 @@ class Rows:
             yield from self._data.batches(columns=[name for name in columns if name in self._data.columns])
 
     @property
+    def roles(self) -> dict[str, Any]:
+        """What is ``start`` and ``goal`` among the states, where the run says so."""
+        return dict((self.plan.get("states") or {}).get("roles") or {})
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns."""
         return self._data.column_names if isinstance(self._data, pa.Table) else self._data.columns
