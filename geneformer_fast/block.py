@@ -129,15 +129,14 @@ class Block(nn.Module):
         ``reader`` is the layer that multiplies what comes out, if that is known.
         """
         dropout_p = self.config.dropout if self.training else 0.0
-        first_norm, second_norm = (
-            (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
-        )
+        first_norm, second_norm = self.norms(next_norm)
         second_kind = "post" if is_final else self.config.norm
         dtype = products_dtype(self.qkv, x)
         context = self.attend_from(x, cells) if isinstance(cells, FirstTokens) else self.attend(x, cells)
-        if not dropout_p and self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
+        loop = None if dropout_p else self.loop_after_attention(context, stream, dtype, next_norm, reader)
+        if loop == "int8":
             return self._by_rows(context, stream, dtype, first_norm, second_norm, second_kind, reader)
-        if not dropout_p and self._is_near_in_float32(context, stream, first_norm, second_norm):
+        if loop == "float32":
             return self._by_float32(context, stream, first_norm, second_norm, second_kind, reader)
         attended = self.out(context)
         del context
@@ -162,6 +161,24 @@ class Block(nn.Module):
             out = F.dropout(out, dropout_p)
             return stream + out, out
         return add_norm(out, stream, second_norm, second_kind, dtype, dropout_p, reader=reader)
+
+    def norms(self, next_norm: nn.LayerNorm | None) -> tuple[nn.LayerNorm, nn.LayerNorm | None]:
+        """The LayerNorms after attention and after the feed-forward half; ``next_norm`` as in :meth:`forward`."""
+        return (self.attention_norm, self.ff_norm) if self.config.norm == "post" else (self.ff_norm, next_norm)
+
+    def loop_after_attention(
+        self,
+        context: torch.Tensor,
+        stream: torch.Tensor,
+        dtype: torch.dtype,
+        next_norm: nn.LayerNorm | None,
+        reader: nn.Module | None,
+    ) -> str | None:
+        """``"int8"`` or ``"float32"`` where one compiled loop computes all that follows attention, without dropout."""
+        first_norm, second_norm = self.norms(next_norm)
+        if self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
+            return "int8"
+        return "float32" if self._is_near_in_float32(context, stream, first_norm, second_norm) else None
 
     def _is_near(
         self, context: torch.Tensor, stream: torch.Tensor, dtype: torch.dtype, others: tuple[nn.Module | None, ...]

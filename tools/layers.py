@@ -162,6 +162,7 @@ PACKAGE_FILES = {
     "tiles",
     "int8_rows",
     "ranges",
+    "workspace",
 }
 OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"op"}, set()),
@@ -170,14 +171,14 @@ OPERATION_FILES: dict[str, tuple[set[str], set[str]]] = {
         {
             "int8_rows",
             *("dispatch", "target", "launch", "on_device", "operators"),
-            *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout", "ranges"),
+            *("arguments", "cpu.onednn", "layernorm", "cpu.norm_rows", "dropout", "ranges", "workspace"),
             *(f"cpu.{name}" for name in ("float32_norm", "float32_products", "int8_norm", "int8_products")),
         },
     ),
     "host": (
         {"reference", "plan"},
         {
-            *("dispatch", "target", "capability"),
+            *("dispatch", "target", "capability", "workspace"),
             *(f"cpu.{name}" for name in ("compiled", "float32_tiles", "llvm", "row_arithmetic", "shares")),
         },
     ),
@@ -198,17 +199,22 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "on_device": {"dispatch", "target"},
     "operators": set(),
     "ranges": set(),
+    "workspace": set(),
     "dropout": {"on_device", "operators", "cpu.dropout_loops", "cpu.shares"},
     "cpu.float32_block": {
         *(
             f"cpu.{name}"
             for name in ("compiled", "float32_norm", "float32_products", "parameters", "row_arithmetic", "shares")
         ),
-        "ranges",
+        *("ranges", "workspace"),
     },
-    "cpu.float32_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "parameters", "row_arithmetic", "shares")},
+    "cpu.float32_norm": {
+        *(f"cpu.{name}" for name in ("compiled", "lanes", "parameters", "row_arithmetic", "shares")),
+        "workspace",
+    },
     "cpu.float32_products": {
-        f"cpu.{name}" for name in ("compiled", "float32_tiles", "parameters", "row_arithmetic", "shares")
+        *(f"cpu.{name}" for name in ("compiled", "float32_tiles", "parameters", "row_arithmetic", "shares")),
+        "workspace",
     },
     "cpu.float32_tiles": {"cpu.compiled", "cpu.llvm"},
     "cpu.int8_amx": {"cpu.compiled", "cpu.llvm"},
@@ -217,20 +223,20 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "cpu.int8_loops": {f"cpu.{name}" for name in ("compiled", "int8_amx", "int8_dot", "lanes", "row_arithmetic")},
     "cpu.int8_block": {
         *(f"cpu.{name}" for name in ("compiled", "int8_dot", "int8_loops", "int8_norm", "int8_products", "lanes")),
-        *("cpu.row_arithmetic", "cpu.shares", "ranges"),
+        *("cpu.row_arithmetic", "cpu.shares", "ranges", "workspace"),
     },
     "cpu.int8_norm": {f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares")},
     "cpu.int8_pack": {"cpu.compiled", "cpu.int8_transpose"},
     "cpu.int8_products": {
         *(f"cpu.{name}" for name in ("instructions", "int8_amx", "int8_dot", "int8_loops", "int8_pack", "lanes")),
-        *("cpu.row_arithmetic", "cpu.shares", "target"),
+        *("cpu.row_arithmetic", "cpu.shares", "target", "workspace"),
     },
     "cpu.embed_rows": {"ranges", *(f"cpu.{name}" for name in ("compiled", "lanes", "row_arithmetic", "shares"))},
     "cpu.instructions": {"target"},
     "cpu.lanes": {"cpu.llvm"},
     "cpu.llvm": set(),
     "cpu.row_arithmetic": {"cpu.compiled", "cpu.lanes"},
-    "cpu.onednn": {"target"},
+    "cpu.onednn": {"target", "workspace"},
     "cpu.norm_rows": {"cpu.compiled", "cpu.parameters"},
     "cpu.parameters": set(),
     "cpu.widened_rows": {"cpu.compiled"},

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from geneformer_kernels.dispatch import Impl
-from geneformer_kernels.on_device import choose_for
-from geneformer_kernels.target import target_of
 
-from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.memory import Memory, memory_of
 from geneformer_fast.extract.sizes import in_mb, size_in_bytes
-from geneformer_fast.layers import QuantizedLinear, wants_rows
 
 # Fewer cells than these at a time are of no use: batches would be small, and as many are read in no time.
 _LEAST_WINDOW = 64
@@ -25,16 +19,6 @@ _LEAST_WINDOW = 64
 _WINDOW_SHARE = 10
 # One part in so many of a budget is set aside, beside a fixed margin.
 _SPARE_SHARE = 64
-# Products of bfloat16 that oneDNN keeps compiled (cpu/onednn.py), and what everything else keeps for a batch.
-_COMPILED_BYTES, _KEPT_BYTES = 24 << 20, 4 << 20
-# A block of rows, its sums and hidden units, which a thread that multiplies integers has (cpu/int8_products.py).
-_LOOP_BYTES = 2 << 20
-# Hidden units that exist at one time, in units of the feed-forward width: torch computes GELU and SwiGLU out of place.
-_HIDDEN = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "swiglu": 4}
-# Token ids in 64 bits in the batch that is computed, and in those that wait before and behind it.
-_ID_BYTES = 3 * 8
-# How a layer is multiplied: integers by compiled loops, integers or float8 by torch, or floats.
-_LOOPS, _ROWS, _FLOATS = "loops", "rows", "floats"
 
 
 @dataclass(frozen=True)
@@ -126,87 +110,6 @@ def plan(limit: int, need: Need, margin: int, *, tokens: int, workers: int, wind
     left -= window * need.cell
     workers = max(1, min(workers, left // each))
     return Plan(max(1, min(tokens, (left // workers - need.batch) // need.token)), workers, window)
-
-
-def token_bytes(encoder: Encoder) -> int:
-    """Most bytes that one token of a batch takes at any moment of a forward pass without gradients.
-
-    With C the width, F the units that the feed-forward holds at a time, w bytes of a number of the stream (float32) and
-    d of one that is computed on, the block that is running holds the stream and x it began with, (w + d) C, and
-
-    - in attention queries, keys, values, the context and its projection: 5 d C;
-    - in the feed-forward the stream and x after attention, the hidden units and its result: (w + 2 d) C + d F;
-    - in the LayerNorm behind it instead of the hidden units the sum and the new stream and x: (3 w + 3 d) C.
-
-    Where integers are multiplied, rows of one byte a number come in addition. Compiled loops take x as such, have the
-    hidden units of a few rows at a time (those of all where one of the two layers is multiplied otherwise, then in
-    float32), and add in the LayerNorm without a sum; torch has its sums in int32 and twice in float32.
-    """
-    config, size = encoder.config, encoder.dtype.itemsize
-    wide = 8 if encoder.dtype == torch.float64 else 4
-    width = config.width
-    # In post-norm, x is the stream itself where both have one dtype.
-    x = 0 if config.norm == "post" and size == wide else size
-    hidden, hidden_size, rows = _HIDDEN[config.activation] * config.ff_width, size, 0
-    norm = (3 * wide + 2 * x + size) * width
-    kinds = _kinds_of_products(encoder)
-    if kinds == {_LOOPS}:
-        # x are rows. Loops write float32 and bfloat16; float16 is made of the former.
-        x, hidden, rows = 1, 0, 2 * width + (4 * 3 * width if encoder.dtype == torch.float16 else 0)
-        if encoder.dtype == torch.bfloat16 and not target_of(encoder.device).has_fast_bf16:
-            rows += 2 * 3 * width  # attention of a dtype that is emulated has queries, keys and values once more
-        norm = (2 * wide + x + size) * width
-    elif _ROWS in kinds:
-        rows = (1 + 3 * 4) * max(3 * width, hidden)
-    elif _LOOPS in kinds:
-        is_inside = _kinds_of_products(encoder, ("up", "down")) == {_LOOPS}
-        hidden, hidden_size = 0 if is_inside else max(hidden, 2 * config.ff_width), wide
-        rows = 2 * max(width, config.ff_width)
-    attention = 5 * size * width
-    feed_forward = (wide + x + size) * width + hidden_size * hidden
-    return (wide + x) * width + max(attention, feed_forward, norm) + rows + _ID_BYTES
-
-
-def batch_bytes(encoder: Encoder, device: torch.device | None = None) -> int:
-    """Bytes that a batch takes on the CPU however small it is: weights laid out anew for a product, buffers of it.
-
-    Up to three times the largest weight in float32 were seen (float32 by MKL, V2-104M: 25 MB, a weight has 9). Without
-    ``device`` it is asked for where the encoder is.
-    """
-    if (device or encoder.device).type != "cpu":
-        return _KEPT_BYTES
-    config = encoder.config
-    columns = max(3 * config.width, config.ff_width * (2 if config.activation == "swiglu" else 1))
-    is_by_onednn = encoder.dtype in (torch.bfloat16, torch.float16) and _kinds_of_products(encoder) != {_LOOPS}
-    return _KEPT_BYTES + 3 * 4 * config.width * columns + (_COMPILED_BYTES if is_by_onednn else 0)
-
-
-def thread_bytes(encoder: Encoder) -> int:
-    """Bytes that all threads together take, among however many batches they are divided: buffers of compiled loops."""
-    return _LOOP_BYTES * torch.get_num_threads() if _LOOPS in _kinds_of_products(encoder) else 0
-
-
-def _kinds_of_products(encoder: Encoder, names: tuple[str, ...] = ("qkv", "out", "up", "down")) -> set[str]:
-    """How layers of those names are multiplied here, in all blocks; one that an adapter wraps is among its modules."""
-    kinds = set()
-    for block, name in itertools.product(encoder.blocks, names):
-        for layer in getattr(block, name).modules():
-            if wants_rows(layer):
-                # Hidden units that are smoothed are there as a whole.
-                is_whole = name == "down" and layer.smooth is not None
-                kinds.add(_LOOPS if _is_by_loops(layer) and not is_whole else _ROWS)
-            elif isinstance(layer, torch.nn.Linear):
-                kinds.add(_ROWS if getattr(layer, "scheme", None) == "fp8" else _FLOATS)
-    return kinds
-
-
-def _is_by_loops(layer: QuantizedLinear) -> bool:
-    """Whether compiled loops multiply a layer's rows."""
-    shape = {"width": layer.in_features, "n_columns": layer.out_features, "is_dynamic": True}
-    return all(
-        choose_for(op, layer.weight_scale, dtype=layer.work_dtype, shape=shape) == Impl.NUMBA
-        for op in ("int8_linear", "int8_feed_forward")
-    )
 
 
 class MemoryBudget:

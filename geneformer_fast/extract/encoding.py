@@ -18,7 +18,8 @@ from geneformer_fast import __version__
 from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
-from geneformer_fast.extract.budget import MemoryBudget, Need, batch_bytes, thread_bytes, token_bytes
+from geneformer_fast.extract.batch_memory import batch_memory
+from geneformer_fast.extract.budget import MemoryBudget, Need
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
 from geneformer_fast.progress import Progress
@@ -96,11 +97,13 @@ class EncodingRun:
         # Tokens of the window that is read and of the one in work; a writer has copies of the rows it is given.
         cell = 3 * first.itemsize * int(lengths.max()) + _COPIES * 4 * self.width
         is_host = self.encoder.device.type == "cpu"  # where results and windows are
+        # A thread computes for one batch at a time, however many batches there are.
+        of_batches = batch_memory(self.encoder, int(lengths.max()))
         need = Need(
-            fixed=memory.memory.used() + (thread_bytes(self.encoder) if is_host else 0),
+            fixed=memory.memory.used() + (of_batches.thread * torch.get_num_threads() if is_host else 0),
             peak=memory.memory.peak(),
-            token=token_bytes(self.encoder) + 3 * waiting_bytes,
-            batch=batch_bytes(self.encoder),
+            token=of_batches.row + 3 * waiting_bytes,
+            batch=of_batches.call,
             cell=cell if is_host else 0,
             result=result_bytes if is_host else 0,
             longest=longest,

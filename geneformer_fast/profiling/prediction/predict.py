@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from geneformer_kernels.dispatch import use_impl
 
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.config import PRESETS, EncoderConfig
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.extract.budget import batch_bytes, token_bytes
+from geneformer_fast.extract.batch_memory import batch_memory
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET
 from geneformer_fast.profiling.figures import Figure, Missing, divided
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
@@ -214,7 +215,10 @@ def _known_bytes(machine: Machine, like: Measurement, config: EncoderConfig, bat
     workers, cpu = min(like.threads or 1, MOST_WORKERS), torch.device("cpu")
     # The file of the weights, in float32, counts as well: it is mapped while they are loaded.
     file = 4.0 * sum(each.numel() for each in encoder.parameters())
-    return weights + file + workers * (batch_tokens * token_bytes(encoder) + batch_bytes(encoder, cpu)), 1.0
+    # By torch: what this machine's own loops would take says nothing of that one.
+    with use_impl("torch"):
+        row, call, thread = batch_memory(encoder, min(batch_tokens, config.max_len), cpu)
+    return weights + file + workers * (batch_tokens * row + call + thread), 1.0
 
 
 def _shapes(config: EncoderConfig, dtype: str, head: str | None) -> Encoder:

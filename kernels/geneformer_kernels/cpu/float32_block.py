@@ -6,6 +6,7 @@ are those of one loop after the other, to the bit; what passes between them does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -20,6 +21,7 @@ from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES
 from geneformer_kernels.cpu.shares import in_pieces
 from geneformer_kernels.ranges import ranged
+from geneformer_kernels.workspace import Workspace, together
 
 
 class Layer(NamedTuple):
@@ -42,6 +44,13 @@ def serves(layers: tuple[Layer, Layer, Layer]) -> bool:
     """Whether these loops take the layers of a block."""
     shapes = [layer.weight.shape for layer in layers]
     return all(float32_products.serves(*shape) for shape in shapes) and float32_norm.serves(shapes[0][0])
+
+
+def workspace(shapes: Sequence[tuple[int, int]]) -> Workspace:
+    """Of :func:`after_attention` with layers [N, K]: as they and LayerNorms are packed, and what a block keeps near."""
+    (width, _), (n_units, _), _ = shapes
+    norms = [float32_norm.workspace(width)] * 2
+    return together(float32_products.workspace(shapes, near=3 * width + n_units), *norms)
 
 
 @ranged("after_attention")

@@ -11,6 +11,7 @@ from geneformer_kernels.cpu.lanes import LANES, add_floats, normalise, sum_of_sq
 from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_pieces
+from geneformer_kernels.workspace import Workspace
 
 
 def serves(width: int) -> bool:
@@ -49,6 +50,11 @@ def room(width: int) -> np.ndarray:
     rows = np.zeros((2, width), np.float32)
     rows[1] = -0.0  # not even to the sign of a zero
     return rows
+
+
+def workspace(width: int) -> Workspace:
+    """Of :func:`add_layer_norm`: copies of two parameters, and each thread's two rows."""
+    return Workspace(call=2 * 4 * width, thread=2 * 4 * width)
 
 
 @numba.njit(**LOOP)

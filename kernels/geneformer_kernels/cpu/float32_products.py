@@ -7,6 +7,7 @@ some twenty rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -18,6 +19,7 @@ from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_
 from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, activate, address_of
 from geneformer_kernels.cpu.shares import in_pieces
+from geneformer_kernels.workspace import Workspace
 
 #: Rows of a block: whole tiles, for which the weights are read once.
 BLOCK_ROWS = 16 * ROWS
@@ -53,14 +55,31 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
 
 def room(n_columns: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The room of one thread, as :class:`Packed` has it."""
-    part = np.empty((BLOCK_ROWS if width > _CHUNK else 0, _CHUNK), np.float32)
-    return np.zeros((ROWS, width), np.float32), np.zeros((ROWS, n_columns), np.float32), part
+    tail, tail_out, part = _rooms(n_columns, width)
+    return np.zeros(tail, np.float32), np.zeros(tail_out, np.float32), np.empty(part, np.float32)
+
+
+def _rooms(n_columns: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    return (ROWS, width), (ROWS, n_columns), (BLOCK_ROWS if width > _CHUNK else 0, _CHUNK)
 
 
 def for_thread(packed: Packed) -> Packed:
     """The same with room of its own."""
     tail, tail_out, part = room(len(packed.bias), packed.panels.shape[1])
     return packed._replace(tail=tail, tail_out=tail_out, part=part)
+
+
+def workspace(shapes: Sequence[tuple[int, int]], near: int = 0) -> Workspace:
+    """Of layers [N, K] that are packed together; ``near``: numbers that a block keeps of a row between them.
+
+    A weight is copied before it is laid out, and the copy of the last one stands beside the panels of all.
+    """
+    panels = [4 * n_columns * width for n_columns, width in shapes]
+    at_once = max(sum(panels[: i + 1]) + each for i, each in enumerate(panels))
+    rooms = sum(4 * n_rows * size for shape in shapes for n_rows, size in _rooms(*shape))
+    return Workspace(
+        call=at_once + 4 * sum(n_columns for n_columns, _ in shapes) + rooms, thread=rooms + 4 * BLOCK_ROWS * near
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ make them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -20,9 +21,11 @@ from geneformer_kernels.cpu.int8_loops import compute_rows
 from geneformer_kernels.cpu.int8_norm import affine_of, norm_rows
 from geneformer_kernels.cpu.int8_products import (
     Source,
+    buffer_bytes,
     buffers,
     factors_of,
     kinds_of,
+    packed_bytes,
     packed_for,
     rows_at_once,
     weight_of,
@@ -31,6 +34,7 @@ from geneformer_kernels.cpu.lanes import LANES
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, address_of
 from geneformer_kernels.cpu.shares import in_pieces
 from geneformer_kernels.ranges import ranged
+from geneformer_kernels.workspace import Workspace
 
 
 class Layer(NamedTuple):
@@ -51,6 +55,19 @@ class Norm(NamedTuple):
     eps: float
     is_post: bool
     smooth: torch.Tensor | None
+
+
+def workspace(shapes: Sequence[tuple[int, int]], activation: str, dtype: torch.dtype) -> Workspace:
+    """Of :func:`after_attention` with layers [N, K]: as they are packed, and what a block of rows keeps near."""
+    (width, _), (n_units, _), (_, hidden_width) = shapes
+    kind, down_kind = kinds_of(activation)
+    kinds = kind, kind, down_kind
+    packed = sum(packed_bytes(*shape, each) for shape, each in zip(shapes, kinds, strict=True))
+    n_rows = rows_at_once(n_units)
+    near = n_rows * (dtype.itemsize + 4) * width + (n_rows + SLACK) * (width + 4) + 4 * 4 * width
+    near += 4 * n_rows * -(-n_units // LANES) * LANES
+    own = buffer_bytes(n_rows, width, kind) + buffer_bytes(n_rows, hidden_width, down_kind)
+    return Workspace(call=packed + 2 * 3 * 4 * width, thread=own + near)
 
 
 @ranged("after_attention")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from geneformer_kernels.cpu.lanes import LANES
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES
 from geneformer_kernels.cpu.shares import in_pieces
 from geneformer_kernels.target import INT8_INSTRUCTIONS, cpu_features
+from geneformer_kernels.workspace import Workspace
 
 KINDS = {"avx2": PAIRS, "avx_vnni": AVX_VNNI, "avx512_vnni": AVX512_VNNI, "amx_int8": AMX}
 #: Rows of a block: whole tiles of all sets. Of float32 hidden units so many bytes stay near, as far as rows allow.
@@ -78,6 +79,38 @@ def quantize_rows(x: torch.Tensor, smooth: torch.Tensor | None = None) -> tuple[
 
     in_pieces(quantize, n_rows)
     return q[:, :width].contiguous(), scale
+
+
+def workspace(shape: tuple[int, int], dtype: torch.dtype) -> Workspace:
+    """Of :func:`linear` of a weight [N, K] whose results are of a dtype: float16 is made of float32."""
+    row = 4 * shape[0] if dtype not in (torch.float32, torch.bfloat16) else 0
+    kind = KINDS[the_set()]
+    return Workspace(row, packed_bytes(*shape, kind), buffer_bytes(_BLOCK_ROWS, shape[1], kind))
+
+
+def feed_forward_workspace(shapes: Sequence[tuple[int, int]], activation: str, dtype: torch.dtype) -> Workspace:
+    """Of :func:`feed_forward` of two layers [N, K]."""
+    kinds, (n_units, _), (width, _) = kinds_of(activation), *shapes
+    row = 4 * width if dtype not in (torch.float32, torch.bfloat16) else 0
+    own = sum(buffer_bytes(rows_at_once(n_units), shape[1], kind) for shape, kind in zip(shapes, kinds, strict=True))
+    packed = sum(packed_bytes(*shape, kind) for shape, kind in zip(shapes, kinds, strict=True))
+    return Workspace(row, packed, own + 4 * rows_at_once(n_units) * _whole(n_units, LANES))
+
+
+def packed_bytes(n_columns: int, width: int, kind: int) -> int:
+    """Of a layer that is packed: panels, a copy where those are larger than the weight, three numbers a column."""
+    whole, wide = _whole(n_columns, GROUP), _whole(width, WIDTH_STEP)
+    return (
+        whole * wide * (2 if kind == PAIRS else 1)
+        + (whole * wide if (n_columns % 16 or width % WIDTH_STEP) else 0)
+        + 12 * whole
+    )
+
+
+def buffer_bytes(n_rows: int, width: int, kind: int) -> int:
+    """Of :func:`buffers`, and factors of a row."""
+    n_rows, wide = n_rows + SLACK, _whole(width, WIDTH_STEP)
+    return n_rows * ((2 if kind == PAIRS else 1) * wide + 4 + 8 * GROUP) + 4 * (3 * (wide + LANES) + wide)
 
 
 def linear(

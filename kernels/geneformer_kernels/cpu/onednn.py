@@ -8,6 +8,7 @@ import os
 import torch
 
 from geneformer_kernels.target import target_of
+from geneformer_kernels.workspace import Workspace
 
 # oneDNN's cache of compiled products, and the one that torch has for each thread. A batch needs a handful of them.
 _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
@@ -24,6 +25,19 @@ def keep_few_products() -> None:
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the name it had
         for name, capacity in _CACHES.items():
             os.environ.setdefault(name, capacity)
+
+
+# What it keeps compiled then.
+_COMPILED_BYTES = 24 << 20
+
+
+def workspace(weight: torch.Tensor) -> Workspace:
+    """Of torch's product with a weight [N, K] on the CPU: it laid out anew, by MKL or oneDNN, and buffers of it.
+
+    Up to three times a weight in float32 were seen (MKL, V2-104M: 25 MB, a weight has 9).
+    """
+    is_by_onednn = weight.dtype in (torch.bfloat16, torch.float16)
+    return Workspace(call=3 * 4 * weight.numel() + (_COMPILED_BYTES if is_by_onednn else 0))
 
 
 def is_for_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

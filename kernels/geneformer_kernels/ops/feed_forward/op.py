@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from geneformer_kernels.arguments import FLOATS, check_choice, check_optional, check_tensor
+from geneformer_kernels.cpu import onednn
 from geneformer_kernels.cpu.onednn import is_for_onednn, onednn_linear
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.dropout import dropout
@@ -28,6 +29,10 @@ from geneformer_kernels.ops.feed_forward.device import (
 )
 from geneformer_kernels.ops.feed_forward.plan import ACTIVATIONS
 from geneformer_kernels.ranges import ranged
+from geneformer_kernels.workspace import Workspace, one_by_one
+
+# Rows of hidden units that torch has at one time, in units of F: GELU and SwiGLU are computed out of place.
+_HIDDEN = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "swiglu": 4}
 
 
 @ranged("feed_forward")
@@ -86,9 +91,7 @@ def feed_forward(
     x = _computed_in(x)
     up_weight, down_weight = up_weight.to(x.dtype), down_weight.to(x.dtype)
     parameters = up_weight, up_bias, down_weight, down_bias
-    cannot = _why_not_loops(x, *parameters)
-    cannot = cannot or why_float32_loops_are_slow("feed_forward", impl, max(down_weight.shape))
-    chosen = _choose(x, down_weight.shape[1], impl, has_layernorm=False, numba_cannot=cannot)
+    chosen = _chosen(x, parameters, impl)
     if chosen == Impl.TRITON:
         rows = x.reshape(-1, x.shape[-1])
         return feed_forward_fwd(rows, up_weight, up_bias, down_weight, down_bias, activation).view(x.shape)
@@ -116,6 +119,34 @@ def feed_forward(
     return F.linear(hidden, down_weight, down_bias)
 
 
+def feed_forward_workspace(
+    x: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    *,
+    activation: str,
+) -> Workspace:
+    """Of :func:`feed_forward` of rows such as ``x``, of which none need be there, in inference.
+
+    By torch, hidden units of all rows: ReLU is computed in place, others beside what they are computed from. On a card
+    as much is said as torch takes.
+    """
+    if x.device.type == "cpu" and _chosen(x, (up_weight, up_bias, down_weight, down_bias), None) == Impl.NUMBA:
+        from geneformer_kernels.cpu import float32_products
+
+        shapes = [(each.shape[0], each.shape[1]) for each in (up_weight, down_weight)]
+        return float32_products.workspace(shapes, near=len(up_weight))
+    width, hidden = x.dtype.itemsize * down_weight.shape[0], x.dtype.itemsize * down_weight.shape[1]
+    row = max(hidden, _HIDDEN[activation] * hidden - width)  # the result comes when only the last of them are there
+    return (
+        Workspace(row)
+        if x.device.type != "cpu"
+        else one_by_one(Workspace(row), *map(onednn.workspace, (up_weight, down_weight)))
+    )
+
+
 def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, impl: Impl | str | None = None) -> bool:
     """Whether :func:`feed_forward_layernorm` is one kernel for rows such as ``x``, and the fastest way.
 
@@ -137,6 +168,17 @@ def has_layernorm_inside(x: torch.Tensor, ff_width: int, *, activation: str, imp
     if impl is None and chosen == Impl.TRITON:
         return should_be_fused(DTYPE_NAMES[x.dtype], x.shape[-1], ff_width, activation, x.device.type, x.device.index)
     return _is_fused(x, ff_width, activation, chosen)
+
+
+def _chosen(
+    x: torch.Tensor,
+    parameters: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None],
+    impl: Impl | str | None,
+) -> str:
+    """What computes both layers, without a LayerNorm."""
+    down_shape = parameters[2].shape
+    cannot = _why_not_loops(x, *parameters) or why_float32_loops_are_slow("feed_forward", impl, max(down_shape))
+    return _choose(x, down_shape[1], impl, has_layernorm=False, numba_cannot=cannot)
 
 
 def _choose(

@@ -23,6 +23,7 @@ from geneformer_kernels.operators import operator
 from geneformer_kernels.ops.residual_layernorm import reference
 from geneformer_kernels.ops.residual_layernorm.plan import plan
 from geneformer_kernels.ranges import ranged
+from geneformer_kernels.workspace import Workspace
 
 
 @operator("residual_layernorm_fwd")
@@ -321,6 +322,25 @@ def residual_layernorm(
         return add_layer_norm(x, residual, weight, bias, eps, norm)
     total, normed = added_and_normalised(x, residual, weight, bias, eps)
     return normed if norm == "post" else total, normed.to(out_dtype)
+
+
+def residual_layernorm_workspace(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, norm: str, out_dtype: torch.dtype
+) -> Workspace:
+    """Of :func:`residual_layernorm` of rows such as ``x``, of which none need be there, in inference.
+
+    By torch, the sum where it is no result, or what is normalised where that is none. On a card as much is said.
+    """
+    if x.device.type == "cpu":
+        cannot = _why_not_loops(x, None, weight, bias, 0.0, out_dtype)
+        if choose_for("residual_layernorm", x, numba_cannot=cannot) == Impl.NUMBA:
+            from geneformer_kernels.cpu import float32_norm
+
+            return float32_norm.workspace(x.shape[-1])
+        if is_one_pass(x, out_dtype, None, weight, bias):
+            return Workspace(call=3 * 4 * x.shape[-1])
+    wide = 8 if x.dtype == torch.float64 else 4
+    return Workspace(wide * x.shape[-1] if norm == "post" or out_dtype.itemsize < wide else 0)
 
 
 def _why_not_loops(

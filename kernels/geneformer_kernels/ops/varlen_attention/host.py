@@ -18,6 +18,7 @@ from geneformer_kernels.cpu.compiled import (
     power_of_two,
     to_bfloat16,
 )
+from geneformer_kernels.workspace import Workspace
 
 # Sums of unshifted weights within these lost nothing: none was held back, and the largest is far from underflow.
 _LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-20), np.float32(2.0**100)
@@ -62,6 +63,15 @@ def varlen_attention_blocked(
             mixed = torch.bmm(block, values, out=context[: queries.numel()].view_as(queries))
             out[start + low : start + end] = mixed[:, : end - low].transpose(0, 1)
     return out
+
+
+def workspace(longest: int, n_heads: int, head_dim: int, block_rows: int) -> Workspace:
+    """For cells of at most ``longest`` tokens: keys, values, and a block's queries, results, scores and softmax."""
+    longest = whole_steps(longest)
+    rows = min(whole_steps(block_rows), longest)
+    # With more threads torch computes the softmax, of scores that it copies.
+    softmax = n_heads * 2 * rows * longest if torch.get_num_threads() > 2 else 4 * longest
+    return Workspace(call=n_heads * 2 * (2 * longest * head_dim + 2 * rows * head_dim + rows * longest) + softmax)
 
 
 # Keys and rows per step: one vector of bfloat16 products.

@@ -13,6 +13,7 @@ by blocks of rows (2026-11-26).
 from __future__ import annotations
 
 import itertools
+import math
 
 import numba
 import numpy as np
@@ -20,8 +21,9 @@ import torch
 
 from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, POWER_COEFFICIENTS, from_bfloat16, to_bfloat16
 from geneformer_kernels.cpu.shares import in_shares
+from geneformer_kernels.ops.varlen_attention import host
 from geneformer_kernels.ops.varlen_attention.avx512 import LANES, ROWS, is_compilable, mix_values, weigh_keys
-from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
+from geneformer_kernels.workspace import Workspace, one_by_one
 
 #: Keys of a tile of scores.
 _KEYS = 4 * LANES
@@ -67,7 +69,7 @@ def varlen_attention_avx512(
         in_shares(attend, items, lambda item: (item[1] - item[0]) ** 2 * (item[3] - item[2]))
     for start, stop in sorted(left):
         cell = slice(start, stop)
-        out[cell] = varlen_attention_blocked(q[cell], k[cell], v[cell], [0, stop - start], scale, block_rows)
+        out[cell] = host.varlen_attention_blocked(q[cell], k[cell], v[cell], [0, stop - start], scale, block_rows)
     return out
 
 
@@ -82,15 +84,26 @@ def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
     """Keys, values, one tile of keys as they come, weights, sums and outputs; torch aligns them to whole registers."""
+    return tuple(torch.empty(shape, dtype=dtype).numpy() for shape, dtype in _rooms(longest, head_dim))
+
+
+def _rooms(longest: int, head_dim: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     n_tiles = -(-longest // _KEYS)
     return (
-        torch.empty(n_tiles, head_dim // 2, _KEYS, dtype=torch.uint32).numpy(),
-        torch.empty(n_tiles * _KEYS // 2 * head_dim, dtype=torch.uint32).numpy(),
-        torch.empty(_KEYS, head_dim, dtype=torch.uint16).numpy(),
-        torch.empty(ROWS, n_tiles * _KEYS, dtype=torch.uint16).numpy(),
-        torch.empty(ROWS, LANES, dtype=torch.float32).numpy(),
-        torch.empty(ROWS, _KEYS, dtype=torch.float32).numpy(),
+        ((n_tiles, head_dim // 2, _KEYS), torch.uint32),
+        ((n_tiles * _KEYS // 2 * head_dim,), torch.uint32),
+        ((_KEYS, head_dim), torch.uint16),
+        ((ROWS, n_tiles * _KEYS), torch.uint16),
+        ((ROWS, LANES), torch.float32),
+        ((ROWS, _KEYS), torch.float32),
     )
+
+
+def workspace(longest: int, n_heads: int, head_dim: int, block_rows: int) -> Workspace:
+    """For cells of at most ``longest`` tokens; one whose weights leave float32 is :mod:`host`'s, and takes more."""
+    thread = sum(dtype.itemsize * math.prod(shape) for shape, dtype in _rooms(longest, head_dim))
+    short = host.workspace(min(longest, ROWS - 1), n_heads, head_dim, block_rows)
+    return one_by_one(Workspace(thread=thread), short)
 
 
 @numba.njit(**LOOP)

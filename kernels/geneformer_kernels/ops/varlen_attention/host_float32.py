@@ -12,6 +12,7 @@ A row's numbers are computed in an order that depends on its own cell only.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numba
@@ -22,6 +23,7 @@ from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, as_bits
 from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, raise_two
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_shares
+from geneformer_kernels.workspace import Workspace
 
 # Rows of a block and keys of a chunk: their weights take 26 of the 32 KB of the smallest first-level caches. With twice
 # the rows, or half the keys, it takes 2 to 3 % longer (480 tokens, a Xeon held to AVX2, 2026-11-30).
@@ -83,18 +85,27 @@ def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
     """Keys, values, one panel of keys as they come, queries, weights, results, sums, zeros; torch aligns them."""
-    n_panels = -(-longest // COLUMNS)
-    shapes = (
-        (n_panels, head_dim, COLUMNS),
+    *rooms, zeros = (torch.empty(shape, dtype=torch.float32).numpy() for shape in _rooms(longest, head_dim))
+    zeros[:] = 0
+    return *rooms, zeros
+
+
+def _rooms(longest: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+    return (
+        (-(-longest // COLUMNS), head_dim, COLUMNS),
         (head_dim // COLUMNS, longest, COLUMNS),
         (COLUMNS, head_dim),
         (_BLOCK_ROWS, head_dim),
         (_BLOCK_ROWS, _WEIGHTS_WIDTH),
         (_BLOCK_ROWS, head_dim),
         (_BLOCK_ROWS,),
+        (COLUMNS,),
     )
-    rooms = [torch.empty(shape, dtype=torch.float32).numpy() for shape in shapes]
-    return *rooms, torch.zeros(COLUMNS, dtype=torch.float32).numpy()
+
+
+def workspace(longest: int, head_dim: int) -> Workspace:
+    """For cells of at most ``longest`` tokens; a cell that is left to torch, which hardly ever comes, takes more."""
+    return Workspace(thread=4 * sum(math.prod(shape) for shape in _rooms(longest, head_dim)))
 
 
 @numba.njit(**LOOP)

@@ -31,6 +31,7 @@ from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
 from geneformer_kernels.ranges import ranged
+from geneformer_kernels.workspace import Workspace
 
 
 def _check(
@@ -115,6 +116,24 @@ def _seed_for(q: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> t
     if dropout_p == 0:
         return None
     return draw_seed(q.device) if seed is None else seed
+
+
+def attention_workspace(qkv: torch.Tensor, longest: int) -> Workspace:
+    """Of :func:`varlen_attention_qkv` of rows such as ``qkv`` [T, 3, H, D] in inference, cells of up to ``longest``.
+
+    T may be 0. On a card as much is said as torch's kernels take beside their result: as many bytes again.
+    """
+    _, _, n_heads, head_dim = qkv.shape
+    cu_seqlens = torch.tensor([0, longest])
+    q, k, v = qkv.unbind(1)
+    why_not = _why_not_loops(q, k, v, 0.0)
+    if qkv.device.type != "cpu":
+        return Workspace(qkv.dtype.itemsize * n_heads * head_dim)
+    if _choose(q, head_dim, None, 0.0, cu_seqlens, False, numba_cannot=why_not) == Impl.NUMBA:
+        from geneformer_kernels.ops.varlen_attention import host_float32
+
+        return host_float32.workspace(longest, head_dim)
+    return sdpa.workspace(qkv.dtype, longest, n_heads, head_dim)
 
 
 def _narrowed(out: torch.Tensor, head_dim: int) -> torch.Tensor:

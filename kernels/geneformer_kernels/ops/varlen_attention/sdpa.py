@@ -14,6 +14,7 @@ from geneformer_kernels.ops.varlen_attention.blocked import attend_blocked
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
+from geneformer_kernels.workspace import Workspace
 
 
 def attend(
@@ -60,6 +61,29 @@ def attend_float32(
         return _sdpa_per_cell(cell_q, cell_k, cell_v, [0, len(cell_q)], scale, 0.0)
 
     return varlen_attention_float32(q, k, v, cells.cu_seqlens.tolist(), scale, by_torch)
+
+
+def workspace(dtype: torch.dtype, longest: int, n_heads: int, head_dim: int) -> Workspace:
+    """Of attention on the CPU without gradients, by the route that :func:`attend` takes, for cells of such lengths."""
+    route = _route(DTYPE_NAMES[dtype], "cpu", None, is_inference=True, has_dropout=False)
+    if route.route == "registers":
+        from geneformer_kernels.ops.varlen_attention import host_avx512
+
+        if host_avx512.serves(head_dim):
+            return host_avx512.workspace(longest, n_heads, head_dim, route.block_rows)
+    if route.route in ("blocked", "registers"):
+        from geneformer_kernels.ops.varlen_attention import host
+
+        return host.workspace(longest, n_heads, head_dim, route.block_rows)
+    # torch's flash attention on the CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, torch 2.13): scores of a
+    # block of queries and keys and what is made of them, and its results; sums of all rows. The cells' results are
+    # joined in the end. Halves: scores are narrowed, and for AMX keys and values are laid out anew.
+    size, wide = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    queries, keys = 256 if longest >= 768 else 64 if longest >= 192 else 32, min(512, longest)
+    row, sums = size * n_heads * head_dim, wide * n_heads * longest
+    block = wide * queries * (keys + 2 + head_dim) + (size * queries * keys if size < wide else 0)
+    is_for_amx = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype) in target_of("cpu").features
+    return Workspace(row, sums + (2 * row * longest if is_for_amx else 0), block + size * keys * head_dim * is_for_amx)
 
 
 def _compiled(
