@@ -52,6 +52,22 @@ class FirstTokens:
     lengths: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Projected:
+    """What a block's queries, keys and values are already, in place of what they are projected from.
+
+    Attributes
+    ----------
+    qkv
+        [T, 3, H, D].
+    dtype
+        Of products.
+    """
+
+    qkv: torch.Tensor
+    dtype: torch.dtype
+
+
 def first_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, readers: FirstTokens) -> torch.Tensor:
     """Attention of one query per cell [B, H, D] over the keys and values of its cell [T, H, D]: [B, H * D].
 
@@ -87,11 +103,13 @@ class Block(nn.Module):
         self.down: Linear | QuantizedLinear = Linear(config.ff_width, config.width)
         self.ff_norm = nn.LayerNorm(config.width, eps=config.eps)
 
-    def projected(self, x: torch.Tensor | Rows) -> torch.Tensor:
+    def projected(self, x: torch.Tensor | Rows | Projected) -> torch.Tensor:
         """[T, C] -> queries, keys and values [T, 3, H, D]."""
+        if isinstance(x, Projected):
+            return x.qkv
         return self.qkv(x).view(-1, 3, self.config.n_heads, self.config.head_dim)
 
-    def attend(self, x: torch.Tensor | Rows, cells: AttentionCells) -> torch.Tensor:
+    def attend(self, x: torch.Tensor | Rows | Projected, cells: AttentionCells) -> torch.Tensor:
         """Self-attention of [T, C] within each cell, [T, C], which :attr:`out` is to project."""
         config = self.config
         qkv = self.projected(x)
@@ -99,10 +117,10 @@ class Block(nn.Module):
         context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
         return context.reshape(len(qkv), config.width)
 
-    def attend_from(self, x: torch.Tensor | Rows, readers: FirstTokens) -> torch.Tensor:
+    def attend_from(self, x: torch.Tensor | Rows | Projected, readers: FirstTokens) -> torch.Tensor:
         """:meth:`attend` of the first token of each cell alone, [B, C]: one query per cell, all keys and values."""
         config, starts = self.config, readers.starts
-        if type(self.qkv) is Linear and is_untouched(self.qkv):
+        if type(self.qkv) is Linear and is_untouched(self.qkv) and not isinstance(x, Projected):
             weight, bias, width = self.qkv.weight, self.qkv.bias, config.width
             assert isinstance(x, torch.Tensor)
             q = linear(x[starts], weight[:width], bias[:width])
@@ -115,7 +133,7 @@ class Block(nn.Module):
     def forward(
         self,
         stream: torch.Tensor,
-        x: torch.Tensor | Rows,
+        x: torch.Tensor | Rows | Projected,
         cells: AttentionCells | FirstTokens,
         next_norm: nn.LayerNorm | None,
         is_final: bool = False,
@@ -324,8 +342,10 @@ def feed_forward_of_rows(
     return down(hidden)
 
 
-def products_dtype(layer: nn.Linear, x: torch.Tensor | Rows) -> torch.dtype:
+def products_dtype(layer: nn.Linear, x: torch.Tensor | Rows | Projected) -> torch.dtype:
     """Dtype of what a layer makes of ``x``; one in floating point takes what it is given."""
+    if isinstance(x, Projected):
+        return x.dtype
     if isinstance(layer, QuantizedLinear):
         return layer.work_dtype
     assert isinstance(x, torch.Tensor)

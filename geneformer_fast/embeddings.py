@@ -37,20 +37,26 @@ class RankTokens(nn.Module):
         dropout_p: float,
         out_dtype: torch.dtype,
         reader: nn.Module | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T] token ids -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``.
 
-        ``reader`` is the layer that multiplies what comes out, if that is known.
+        ``reader`` is the layer that multiplies what comes out, if that is known. ``positions`` [T] stand for those
+        within the cells.
         """
         self.check(tokens)
-        if isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding):
-            if _is_made_by_loops(reader) and self._is_by_rows(tokens, norm, dropout_p):
+        is_quantized = isinstance(self.token, QuantizedEmbedding) or isinstance(self.position, QuantizedEmbedding)
+        if is_quantized or positions is not None:
+            if positions is None and _is_made_by_loops(reader) and self._is_by_rows(tokens, norm, dropout_p):
                 return self._by_rows(tokens, norm, out_dtype)
             # Order of addition as in BertEmbeddings: token + type, then + position.
             hidden = self.token(tokens.values)  # new, so that it may be added to in place
             if self.token_type is not None:
                 hidden.add_(self.token_type.weight[0])
-            return _finished(hidden.add_(self.position(tokens.positions())), norm, dropout_p, out_dtype)
+            places = tokens.positions() if positions is None else positions
+            return _finished(hidden.add_(self.position(places)), norm, dropout_p, out_dtype)
+        assert isinstance(self.token, nn.Embedding)
+        assert isinstance(self.position, nn.Embedding)
         return embed_tokens(
             tokens.values,
             tokens.cu_seqlens,

@@ -14,7 +14,7 @@ from geneformer_kernels.ranges import ranged, within
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from geneformer_fast.block import Block, FirstTokens, add_norm, products_dtype
+from geneformer_fast.block import Block, FirstTokens, Projected, add_norm, products_dtype
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.errors import UnsupportedError
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
             _cast_own(module, dtype if is_product else wide)
         return self
 
-    def forward(self, tokens: Ragged, *, layer: str | int = "last") -> Ragged:
+    def forward(self, tokens: Ragged, *, layer: str | int = "last", is_repetitive: bool = False) -> Ragged:
         """Hidden states after a layer; blocks beyond it are not computed.
 
         Parameters
@@ -140,6 +140,9 @@ class Encoder(nn.Module):
             Packed tokens (or values, for ``inputs="values"``), [T].
         layer
             ``"last"``, ``"penultimate"``, ``"embeddings"`` or an int from 0 (:meth:`EncoderConfig.layer_index`).
+        is_repetitive
+            Whether many tokens stand in the same places of several cells: on a CPU, and in inference, what depends on
+            token and place alone is then computed once for them (embeddings, and queries, keys and values of block 0).
 
         Returns
         -------
@@ -151,20 +154,21 @@ class Encoder(nn.Module):
         VocabularyError
             A token id or a cell's length is outside the model's tables.
         """
-        stream, x = self._embed(tokens)
+        n_blocks = self.config.layer_index(layer)
+        stream, x = self._embed_once(tokens) if is_repetitive and n_blocks else self._embed(tokens)
         cells = self._cells(tokens, stream, x)
-        for index in range(self.config.layer_index(layer)):
+        for index in range(n_blocks):
             stream, x = self._step(index, stream, x, cells)
         return tokens.with_values(stream)
 
-    def first_tokens(self, tokens: Ragged, *, layer: str | int = "last") -> torch.Tensor:
+    def first_tokens(self, tokens: Ragged, *, layer: str | int = "last", is_repetitive: bool = False) -> torch.Tensor:
         """Hidden states of each cell's first token after a layer, [B, C], for inference.
 
         As :meth:`forward` gives them, but the layer's block computes keys and values only for all other tokens. No cell
         may be empty.
         """
         n_blocks = self.config.layer_index(layer)
-        stream, x = self._embed(tokens)
+        stream, x = self._embed_once(tokens) if is_repetitive and n_blocks else self._embed(tokens)
         starts = tokens.starts.long()
         if not n_blocks:
             return stream[starts]
@@ -287,20 +291,36 @@ class Encoder(nn.Module):
         if hidden.values.shape[1] != self.config.width:
             raise ValueError(f"hidden {[*hidden.values.shape]} must be [T, {self.config.width}]")
 
+    def _embed_once(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | Rows | Projected]:
+        """(stream, x) before the first block; each token in each place is computed once where that is less."""
+        if tokens.values.device.type != "cpu" or self.training or torch.is_grad_enabled():
+            return self._embed(tokens)
+        most = self.config.max_len
+        keys, index = torch.unique(tokens.values * most + tokens.positions(), return_inverse=True)
+        if len(keys) > tokens.n_tokens // 2:
+            return self._embed(tokens)
+        bounds = torch.arange(len(keys) + 1, dtype=torch.int32)
+        stream, x = self._embed(Ragged(keys // most, bounds, 1), keys % most)
+        first = self._block(0)
+        qkv = first.projected(x)
+        spread = qkv.flatten(1).index_select(0, index).view(-1, *qkv.shape[1:])
+        return stream.index_select(0, index), Projected(spread, products_dtype(first.qkv, x))
+
     @ranged("embeddings")
-    def _embed(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+    def _embed(self, tokens: Ragged, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) before the first block."""
         config, work_dtype, first = self.config, self._work_dtype(), self._block(0)
         dropout_p = config.dropout if self.training else 0.0
         is_float32 = config.norm == "post" and wants_rows(first.qkv)  # which the layer rounds itself
         x: torch.Tensor | Rows
         out_dtype = torch.float32 if is_float32 else work_dtype
-        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, out_dtype, first.qkv)
+        more = {} if positions is None else {"positions": positions}
+        stream, x = self.embeddings(tokens, self.embedding_norm, dropout_p, out_dtype, first.qkv, **more)
         if config.norm == "pre":
             _, x = add_norm(stream, None, first.attention_norm, "pre", work_dtype, reader=first.qkv)
         return stream, x
 
-    def _cells(self, tokens: Ragged, stream: torch.Tensor, x: torch.Tensor | Rows) -> AttentionCells:
+    def _cells(self, tokens: Ragged, stream: torch.Tensor, x: torch.Tensor | Rows | Projected) -> AttentionCells:
         """What attention needs to know of the cells: made once per forward pass, so that no change is missed."""
         config = self.config
         dropout_p = config.attention_dropout if self.training else 0.0
@@ -310,7 +330,11 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def _step(
-        self, index: int, stream: torch.Tensor, x: torch.Tensor | Rows, cells: AttentionCells | FirstTokens
+        self,
+        index: int,
+        stream: torch.Tensor,
+        x: torch.Tensor | Rows | Projected,
+        cells: AttentionCells | FirstTokens,
     ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
         """(stream, x) after block ``index``; after the last block the stream has passed the final norm, if any."""
         is_last = index + 1 == self.config.n_layers

@@ -61,3 +61,32 @@ def test_weights_of_eight_bits_give_the_same(scheme, tmp_path):
         torch.testing.assert_close(
             encoder.first_tokens(tokens, layer="last"), whole.values[whole.starts.long()], atol=2e-5, rtol=0
         )
+
+
+def repetitive() -> gf.Ragged:
+    """A cell without one gene, without another, ..."""
+    whole = torch.randperm(60)[:40]
+    return gf.Ragged.from_cells([torch.cat([whole[:gene], whole[gene + 1 :]]) for gene in range(12)] + [whole[:0]])
+
+
+@pytest.mark.parametrize("layer", ["embeddings", 0, "last"])
+@pytest.mark.parametrize("kind", [POST, PRE], ids=["post", "pre"])
+def test_what_depends_on_token_and_place_may_be_computed_once(kind, layer, monkeypatch):
+    encoder, tokens = encoder_of(**kind), repetitive()
+    seen: list[int] = []
+    encoder.blocks[0].qkv.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    with torch.inference_mode():
+        whole = encoder(tokens, layer=layer)
+        once = encoder(tokens, layer=layer, is_repetitive=True)
+        first = encoder.first_tokens(gf.Ragged.from_cells(tokens.cells()[:-1]), layer=layer, is_repetitive=True)
+    torch.testing.assert_close(once.values, whole.values, atol=1e-12, rtol=0)
+    torch.testing.assert_close(first, whole.values[whole.starts.long()[:-1]], atol=1e-12, rtol=0)
+    if layer != "embeddings":
+        assert seen[0] == tokens.n_tokens
+        assert max(seen[1:]) == 11 + 39  # genes 0 to 10 in their places, genes 1 to 39 one place before
+    # Cells that have little in common are computed one by one, and so is what has a gradient.
+    seen.clear()
+    with torch.inference_mode():
+        encoder(cells(), is_repetitive=True)
+    encoder(tokens, is_repetitive=True)
+    assert seen == [sum(LENGTHS), tokens.n_tokens]

@@ -28,5 +28,5 @@ class VariantEncoder:
     def __call__(self, tokens: Ragged) -> torch.Tensor:
         """[B, C], or [T, C]."""
         if self.reads == "cls":
-            return self.encoder.first_tokens(tokens, layer=self.layer)
-        return self.encoder(tokens, layer=self.layer).values
+            return self.encoder.first_tokens(tokens, layer=self.layer, is_repetitive=True)
+        return self.encoder(tokens, layer=self.layer, is_repetitive=True).values
