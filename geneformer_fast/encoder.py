@@ -352,6 +352,7 @@ class Encoder(nn.Module):
         if is_last and self.final_norm is not None and not is_final:
             assert isinstance(x, torch.Tensor)
             stream, x = add_norm(stream, None, self.final_norm, "post", x.dtype)
+        assert not isinstance(x, Projected)
         return stream, x
 
     def _norm_after(self, index: int) -> nn.LayerNorm | None:
