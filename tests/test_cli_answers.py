@@ -133,6 +133,7 @@ def test_all_commands_have_the_common_options(name: str) -> None:
         "tokenize": ["x", "--out", "o", "--dictionary", "d"], "medians": ["x", "--out", "o"],
         "embed": ["x", "--out", "o", "--model", "m"], "predict": ["x", "--out", "o", "--model", "m"],
         "pretrain": ["x", "--out", "o"], "quantize": ["m", "--out", "o"], "perturb-stats": ["r", "--out", "o"],
+        "perturb": ["x", "--out", "o", "--model", "m"],
     }  # fmt: skip
     before, after = given.get(name, [[name], needed.get(name, [])])
     for option in ("quiet", "verbose", "json"):

@@ -24,7 +24,7 @@ NAMES = {
     "encoder": "an encoder in memory that is saved",
     "path": "a checkpoint folder that is read or written as such",
     "folder": "a folder of tokens, dictionaries or perturbations that is opened as such",
-    "counts": "counts that are tokenized to see how fast that is",
+    "counts": "counts that tokens are made of",
     "counts_layer": "the layer of a file that holds its counts",
     "gene_column": "the column of var with gene ids",
     "n_counts": "where total counts per cell are from",
@@ -66,7 +66,7 @@ NAMES = {
     "pairs": "whether two genes are at a time",
     "anchor": "a gene that is perturbed with each of the others",
     "sets": "several lists of genes, each at once",
-    "doses": "shares of the ranks that genes move by",
+    "doses": "how far genes move, or their counts are multiplied",
     "states": "states of cells that are compared with",
     "column": "the column that tells states apart",
     "state_embeddings": "what these look like, made before",
@@ -241,5 +241,5 @@ def test_old_names_are_shown_nowhere(old: str) -> None:
 def test_layer_is_a_block_wherever_it_is_shown() -> None:
     """Not the layer of a file, which tokenize once called so."""
     assert {where for name, where in names() if name == "layer"} == {
-        *("embed()", "embed", "profile"), *("perturb()", "state_embeddings()"),
+        *("embed()", "embed", "profile"), *("perturb()", "perturb", "state_embeddings()"),
     }  # fmt: skip

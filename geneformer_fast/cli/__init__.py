@@ -37,6 +37,7 @@ COMMANDS = {
     "pretrain": "geneformer_fast.cli.pretrain",
     "finetune": "geneformer_fast.cli.finetune",
     "predict": "geneformer_fast.cli.predict",
+    "perturb": "geneformer_fast.cli.perturb",
     "perturb-stats": "geneformer_fast.cli.perturb_stats",
     "quantize": "geneformer_fast.cli.quantize",
     "profile": "geneformer_fast.cli.profile",
@@ -46,7 +47,7 @@ COMMANDS = {
 
 # Commands that read what carries checksums: tokens, models, vocabularies.
 _CHECKING = (
-    *("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "quantize", "profile"),
+    *("tokenize", "medians", "embed", "pretrain", "finetune", "predict", "perturb", "quantize", "profile"),
     "perturb-stats",
 )
 

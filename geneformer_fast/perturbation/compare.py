@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.perturbation.kinds import MODES
 from geneformer_fast.perturbation.variants import Variants
 from geneformer_fast.ragged import Ragged
 
-#: What may be asked for; the first two compare cells alone.
-MODES = ("cell", "cls", "cell_and_gene", "cls_and_gene")
 # torch.nn.CosineSimilarity's: rows of zeros have the cosine 0.
 _LEAST_NORM = 1e-8
 
@@ -85,7 +84,7 @@ class Comparison:
     Parameters
     ----------
     mode
-        One of :data:`MODES`.
+        One of :data:`~geneformer_fast.perturbation.kinds.MODES`.
     framing
         Where special tokens are.
     states

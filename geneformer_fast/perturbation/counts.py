@@ -93,9 +93,18 @@ class CountedCells(EditedCells):
 
 
 class CellCounts:
-    """Counts of the cells of a run, and how a cell is ranked after some of them were multiplied."""
+    """Counts of the cells of a run, and how a cell is ranked after some of them were multiplied.
 
-    def __init__(self, vocabulary: Vocabulary, max_len: int, sources: Sequence[_SourceCounts]) -> None:
+    Attributes
+    ----------
+    digests
+        SHA-256 of every input that the run's cells are from.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, max_len: int, sources: Sequence[_SourceCounts], digests: Sequence[str]
+    ) -> None:
+        self.digests = list(digests)
         self._vocabulary, self._sources = vocabulary, sources
         self._keep = vocabulary.gene_capacity - (vocabulary.max_len - max_len)
         n_cells = sum(len(source.ranks) for source in sources)
@@ -105,7 +114,15 @@ class CellCounts:
             self._row[source.ranks] = np.arange(len(source.ranks))
 
     @classmethod
-    def read(cls, folder: TokenFolder, cells: np.ndarray, vocabulary: Vocabulary, counts: Any = None) -> CellCounts:
+    def read(
+        cls,
+        folder: TokenFolder,
+        cells: np.ndarray,
+        vocabulary: Vocabulary,
+        counts: Any = None,
+        *,
+        of_run: np.ndarray | None = None,
+    ) -> CellCounts:
         """Counts that some cells of a token folder were made of.
 
         Parameters
@@ -119,6 +136,8 @@ class CellCounts:
         counts
             AnnData, file or files of counts, in the order of the folder's inputs; None takes the files that the folder
             names.
+        of_run
+            Numbers of all cells of the run, where these are a part of it: the files of all are the run's.
 
         Raises
         ------
@@ -128,7 +147,7 @@ class CellCounts:
         options, files = _made_of(folder)
         sources = _named_inputs(folder, files, counts)
         file_of, row_of = _origins(folder, cells, len(sources))
-        used = np.unique(file_of)
+        used = np.unique(file_of if of_run is None else _origins(folder, of_run, len(sources))[0])
         # Ascending rows, which are read in one pass over each file.
         ranks = [np.flatnonzero(file_of == number) for number in used]
         ranks = [each[np.argsort(row_of[each], kind="stable")] for each in ranks]
@@ -142,7 +161,8 @@ class CellCounts:
             found = _read(prepared, options, ranks, vocabulary)
         finally:
             reading.close_all(prepared)
-        made = cls(vocabulary, options.max_len or vocabulary.max_len, found)
+        digests = [str(entry.description["sha256"]) for entry in prepared]
+        made = cls(vocabulary, options.max_len or vocabulary.max_len, found, digests)
         made._compare(folder, cells)
         return made
 
@@ -330,6 +350,8 @@ def _read(
         block.release()
     found = []
     for entry, each, rows in zip(prepared, pieces, ranks, strict=True):
+        if not each:  # an input of other parts of the run
+            continue
         sizes, indices, data, totals = (np.concatenate(part) for part in zip(*each, strict=True))
         codes = entry.columns.codes
         found.append(

@@ -7,7 +7,6 @@ arithmetic on packed cells. Variants are numbered over a batch of cells, and any
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,14 +15,8 @@ import torch
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.perturbation.edited_cells import EditedCells
+from geneformer_fast.perturbation.kinds import check_genes
 from geneformer_fast.ragged import Ragged
-
-#: Kinds of edits of ranks.
-KINDS = ("delete", "overexpress", "inhibit", "activate", "swap")
-#: Those that move a gene by a share of a cell's ranks.
-MOVING = ("inhibit", "activate")
-#: Edits of counts, after which a cell's genes are ranked again.
-COUNTS = "counts"
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,10 @@ class Edits:
     items: torch.Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_kind(self)
-        _check_genes(self)
+        check_genes(
+            self.kind, self.genes, together=self.together, pairs=self.pairs, anchor=self.anchor, sets=self.sets,
+            doses=self.doses,
+        )  # fmt: skip
         items = _items(self)
         object.__setattr__(self, "items", items)
         if self.kind == "overexpress" and items is not None and self.max_len is not None:
@@ -127,53 +122,3 @@ def _items(edits: Edits) -> torch.Tensor | None:
         lists = [(gene,) for gene in edits.genes]
     width = max(map(len, lists))
     return torch.tensor([[*genes, *[-1] * (width - len(genes))] for genes in lists])
-
-
-def _check_kind(edits: Edits) -> None:
-    kind, doses = edits.kind, edits.doses
-    if kind not in (*KINDS, COUNTS):
-        raise UnsupportedError(f"kind must be one of {', '.join((*KINDS, COUNTS))}, not {kind!r}")
-    if kind == COUNTS:
-        if not doses:
-            raise UnsupportedError("kind 'counts' multiplies counts: say by which factors with doses")
-        wrong = [dose for dose in doses if not 0 <= dose < math.inf or dose == 1]
-        if wrong:
-            raise UnsupportedError(f"doses of counts are factors from 0 on, other than 1, not {wrong[0]}")
-    elif (kind in MOVING) != bool(doses):
-        raise UnsupportedError(
-            f"kind {kind!r} moves genes by a share of the ranks: say which with doses"
-            if kind in MOVING
-            else f"doses say how far genes move: kind {kind!r} takes none; use inhibit, activate or counts"
-        )
-    elif wrong := [dose for dose in doses if not 0 < dose <= 1]:
-        raise UnsupportedError(f"doses are shares of a cell's ranks, above 0 and up to 1, not {wrong[0]}")
-    if len(set(doses)) < len(doses):
-        raise UnsupportedError("doses must differ from one another")
-    is_two = edits.genes is not None and edits.together and len(edits.genes) == 2
-    if kind == "swap" and edits.sets is None and not (edits.pairs or edits.anchor is not None or is_two):
-        raise UnsupportedError("kind 'swap' exchanges two genes: ask for pairs, an anchor, or two genes together")
-
-
-def _check_genes(edits: Edits) -> None:
-    ways = {"together": edits.together, "pairs": edits.pairs, "anchor": edits.anchor is not None}
-    asked = [name for name, is_asked in ways.items() if is_asked]
-    if edits.sets is not None:
-        asked += ["genes"] if edits.genes is not None else []
-        if asked:
-            raise UnsupportedError(f"sets are lists of genes of their own: leave {' and '.join(asked)} out")
-        if not edits.sets or not all(edits.sets):
-            raise UnsupportedError("sets must hold a gene each")
-        if edits.kind == "swap":
-            raise UnsupportedError("kind 'swap' exchanges two genes and takes no sets")
-    if len(asked) > 1:
-        raise UnsupportedError(f"ask for one of {', '.join(asked)}")
-    if edits.together and edits.genes is None:
-        raise UnsupportedError("together is of a list of genes: say which genes")
-    if edits.genes is not None and len(edits.genes) < (2 if edits.pairs else 1):
-        raise UnsupportedError("pairs need two genes" if edits.pairs else "genes must name a gene")
-    if edits.anchor is not None and edits.genes is not None and edits.anchor in edits.genes:
-        raise UnsupportedError("the anchor is perturbed with each of the other genes and must not be one of them")
-    for genes in (edits.genes, *(edits.sets or ())):
-        if genes is not None and len(set(genes)) < len(genes):
-            twice = next(gene for gene in genes if genes.count(gene) > 1)
-            raise UnsupportedError(f"a gene is in its list twice: token {twice}")

@@ -157,7 +157,7 @@ class PerturbationRun:
         tokens = Ragged.from_lengths(packed, torch.from_numpy(np.diff(bounds)))
         # While they are still on the host: a card would only die of tokens that do not fit.
         self.encoder.embeddings.check(tokens)
-        return Group(first, self.edits.on(tokens.to(self.encoder.device)))
+        return Group(first, self.edits.on(tokens.to(self.encoder.device), np.arange(first, last)))
 
     def originals(self, tokens: Ragged) -> Originals:
         """What variants of cells are compared with."""

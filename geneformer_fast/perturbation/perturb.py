@@ -20,7 +20,7 @@ from geneformer_fast.extract.cells import asked_columns
 from geneformer_fast.perturbation.plan import Plan
 from geneformer_fast.perturbation.question import Prepared, Question, prepared
 from geneformer_fast.perturbation.rows import OWN, RowSchema, plain
-from geneformer_fast.perturbation.running import DOSE, identity_of_run, in_memory, into_folder, timed
+from geneformer_fast.perturbation.running import DOSE, SET, identity_of_run, in_memory, into_folder, timed
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.store import RunCells
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
@@ -29,6 +29,7 @@ from geneformer_fast.training.distributed import local_device, process_group
 
 if TYPE_CHECKING:
     import pandas
+    from anndata import AnnData
 
 #: Columns of a token folder that say where a cell is, not what it is.
 _PLACES = ("input_ids", "length", "source_file", "source_row")
@@ -45,8 +46,9 @@ def perturb(
     together: bool = False,
     pairs: bool = False,
     anchor: str | int | None = None,
-    sets: str | os.PathLike[str] | Sequence[Sequence[str | int]] | None = None,
+    sets: str | os.PathLike[str] | Mapping[str, Sequence[str]] | Sequence[Sequence[str | int]] | None = None,
     doses: float | Sequence[float] | None = None,
+    counts: AnnData | str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     mode: str | None = None,
     layer: str | int = "penultimate",
     states: Mapping[str, Any] | None = None,
@@ -82,15 +84,22 @@ def perturb(
     kind
         ``"delete"``: without the gene. ``"overexpress"``: the gene in front of all others. ``"activate"`` and
         ``"inhibit"``: the gene moved up or down by a share of the cell's ranks, ``doses``. ``"swap"``: two genes in
-        each other's place.
+        each other's place. ``"counts"``: the gene's counts multiplied by ``doses``, and the cell ranked again as the
+        tokenizer does it; 0 takes the gene out, of the cell's total too.
     genes
         ``"all"``, every gene of each cell by itself; or some: Ensembl ids or symbols, which need a dictionary, or
         tokens.
     together, pairs, anchor, sets
         Several genes at once: the whole list, every pair of it (of each cell's genes without a list), one gene with
-        each of the others, or every line of a file (or list of lists).
+        each of the others, or every set: a file (:func:`~geneformer_fast.perturbation.sets.read_sets`), a mapping of
+        names to genes, both of which give a column ``set``, or a list of lists. A list is that of cells which have all
+        of its genes, unless they are overexpressed; of a set, cells lose or move the genes that they have.
     doses
-        Shares of a cell's ranks, above 0 and up to 1; a perturbed cell for each, and a column ``dose``.
+        Shares of a cell's ranks, above 0 and up to 1, or factors of counts; a perturbed cell for each, and a column
+        ``dose``.
+    counts
+        What the tokens were made of, for the kind ``"counts"``: an AnnData, or files in the order of the token folder's
+        inputs. None takes the files that the folder names. Counts that do not give its tokens are refused.
     mode
         What is compared: ``"cls"``, the CLS tokens; ``"cell"``, the cell by its genes; ``"cls_and_gene"`` and
         ``"cell_and_gene"``, the hidden states of all other genes as well. None: ``"cls"`` where the vocabulary has that
@@ -154,7 +163,7 @@ def perturb(
     """
     question = Question(
         kind, genes, together, pairs, anchor, sets, doses, mode, layer, states, state_embeddings, where, max_cells,
-        seed, _window(window), official,
+        seed, _window(window), official, counts,
     )  # fmt: skip
     question.check()
     part, place = Shard.of(shard), model.device if isinstance(model, Encoder) else local_device(device)
@@ -203,7 +212,7 @@ def _carried(
     """Columns of obs that go into the rows, of the cells of a plan by rank."""
     there = [each.name for each in folder.schema if not pa.types.is_nested(each.type) and each.name not in _PLACES]
     # All that is there keeps its name, but for those that a column of ours has.
-    everything = {name: f"obs_{name}" if name in (*OWN, DOSE) else name for name in there}
+    everything = {name: f"obs_{name}" if name in (*OWN, DOSE, SET) else name for name in there}
     asked = everything if obs is None else asked_columns(obs)
     absent = next((name for name in asked if name not in there), None)
     if absent is not None:
@@ -216,5 +225,7 @@ def _carried(
 
 def _schema(ready: Prepared, carried: Mapping[str, pa.Array | pa.ChunkedArray]) -> RowSchema:
     extra = {DOSE: pa.float32()} if ready.run.edits.doses else {}
+    if ready.sets:
+        extra[SET] = pa.string()
     names = () if ready.states is None else ready.states.names
     return RowSchema(names, ready.names.ids(), extra, {name: column.type for name, column in carried.items()})

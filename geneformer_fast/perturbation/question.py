@@ -15,10 +15,12 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.run import find_vocabulary
-from geneformer_fast.perturbation.compare import MODES, Comparison, Framing
+from geneformer_fast.perturbation.compare import Comparison, Framing
+from geneformer_fast.perturbation.counts import CellCounts, CountEdits
 from geneformer_fast.perturbation.edits import Edits
 from geneformer_fast.perturbation.engine import PerturbationRun
 from geneformer_fast.perturbation.genes import Gene, Names
+from geneformer_fast.perturbation.kinds import COUNTS, MODES
 from geneformer_fast.perturbation.plan import Plan, plan_of
 from geneformer_fast.perturbation.selection import chosen_cells
 from geneformer_fast.perturbation.sets import read_sets, tokens_of_sets
@@ -40,7 +42,7 @@ class Question:
     together: bool
     pairs: bool
     anchor: Gene | None
-    sets: str | os.PathLike[str] | Sequence[Sequence[Gene]] | None
+    sets: str | os.PathLike[str] | Mapping[str, Sequence[str]] | Sequence[Sequence[Gene]] | None
     doses: float | Sequence[float] | None
     mode: str | None
     layer: str | int
@@ -51,6 +53,7 @@ class Question:
     seed: int | None
     window: tuple[int | None, int | None] | None
     official: bool
+    counts: Any = None
 
     def check(self) -> StateRoles | None:
         """Refuse at once what can be seen to be wrong without a model; the states that are asked for."""
@@ -58,6 +61,8 @@ class Question:
             raise UnsupportedError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         if self.states is None and self.state_embeddings is not None:
             raise UnsupportedError("state_embeddings are of states: say which with states")
+        if self.counts is not None and self.kind != COUNTS:
+            raise UnsupportedError(f"counts (--counts) are of kind 'counts'; kind {self.kind!r} needs none")
         if self.seed is not None and self.max_cells is None:
             raise UnsupportedError("seed (--seed) is of the draw of cells: say how many with max_cells (--max-cells)")
         return None if self.states is None else StateRoles.of(self.states)
@@ -79,6 +84,8 @@ class Prepared:
         Genes by name.
     states
         Embeddings of states; None without.
+    sets
+        Names of the sets that are perturbed; empty without any, or where they have none.
     """
 
     run: PerturbationRun
@@ -87,6 +94,7 @@ class Prepared:
     n_cells: int
     names: Names
     states: States | None
+    sets: tuple[str, ...] = ()
 
 
 def prepared(
@@ -120,7 +128,8 @@ def prepared(
     framing = Framing(int("cls" in special), int("eos" in special))
     mode = _mode(question.mode, "cls" in special)
     names = Names(vocabulary, list(special.values()), config.vocab_size)
-    edits = _edits(question, names, framing, config.max_len, roles)
+    sets = _named_sets(question.sets, names)
+    edits = _edits(question, names, framing, config.max_len, roles, sets)
     chosen = chosen_cells(
         folder, edits, where=question.where, max_cells=question.max_cells, seed=question.seed, window=question.window,
         state=None if roles is None or roles.start is None else (roles.column, roles.start), n_tokens=config.vocab_size,
@@ -135,12 +144,20 @@ def prepared(
     if not len(ranks):
         raise UnsupportedError(f"shard {shard} has no cell: there are {len(chosen):,}")
     part = plan.of_ranks(ranks)
+    if edits.kind == COUNTS:
+        if vocabulary is None:
+            raise UnsupportedError(
+                "kind 'counts' ranks cells again, which needs their gene dictionary: pass dictionary= (--dictionary), "
+                "the folder with the model's token and median dictionaries"
+            )
+        counts = CellCounts.read(folder, part.chosen.cells, vocabulary, question.counts, of_run=chosen.cells)
+        edits = CountEdits.of(edits, counts)
     run = PerturbationRun(
         encoder, edits, comparison, question.layer, part.chosen.lengths,
         lambda some: folder.read(part.chosen.cells[some]),
         token_budget=token_budget, workers=workers, progress=progress, is_official=question.official,
     )  # fmt: skip
-    return Prepared(run, part, ranks, len(chosen), names, states)
+    return Prepared(run, part, ranks, len(chosen), names, states, tuple(sets) if sets is not None else ())
 
 
 def _mode(mode: str | None, has_cls: bool) -> str:
@@ -153,15 +170,31 @@ def _mode(mode: str | None, has_cls: bool) -> str:
     return mode
 
 
-def _edits(question: Question, names: Names, framing: Framing, max_len: int, roles: StateRoles | None) -> Edits:
+def _named_sets(sets: Any, names: Names) -> dict[str, tuple[int, ...]] | None:
+    """Sets of a file, or given by name, in tokens; None where there are none, or they have no names."""
+    if isinstance(sets, str | os.PathLike):
+        sets = read_sets(sets)
+    return tokens_of_sets(sets, names.find) if isinstance(sets, Mapping) else None
+
+
+def _edits(
+    question: Question,
+    names: Names,
+    framing: Framing,
+    max_len: int,
+    roles: StateRoles | None,
+    named: Mapping[str, tuple[int, ...]] | None,
+) -> Edits:
     """The edits, in tokens."""
-    genes, sets = question.genes, question.sets
+    genes = question.genes
     is_all = isinstance(genes, str) and genes == "all"
-    if sets is not None:
-        if not is_all:
-            raise UnsupportedError("sets (--sets) are lists of genes of their own: leave genes (--genes) out")
-        if isinstance(sets, str | os.PathLike):
-            sets = list(tokens_of_sets(read_sets(sets), names.find).values())
+    if question.sets is not None and not is_all:
+        raise UnsupportedError("sets (--sets) are lists of genes of their own: leave genes (--genes) out")
+    sets: tuple[tuple[int, ...], ...] | None = None
+    if named is not None:
+        sets = tuple(named.values())
+    elif question.sets is not None:
+        sets = tuple(names.tokens(each) for each in question.sets)  # type: ignore[union-attr]
     listed = None if is_all else names.tokens([genes] if isinstance(genes, str | int | np.integer) else genes)
     anchor = None if question.anchor is None else names.token(question.anchor)
     if question.official and roles is not None:
@@ -170,7 +203,7 @@ def _edits(question: Question, names: Names, framing: Framing, max_len: int, rol
     shares = () if doses is None else (doses,) if isinstance(doses, int | float) else tuple(doses)
     return Edits(
         question.kind, listed, together=question.together, pairs=question.pairs, anchor=anchor,
-        sets=None if sets is None else tuple(names.tokens(each) for each in sets), doses=tuple(map(float, shares)),
+        sets=sets, doses=tuple(map(float, shares)),
         front=framing.n_front, back=framing.n_back, max_len=max_len,
     )  # fmt: skip
 

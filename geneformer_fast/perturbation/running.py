@@ -18,6 +18,7 @@ import torch
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import scheme_of
 from geneformer_fast.files.checksums import fingerprint_of_tensors
+from geneformer_fast.perturbation.counts import CountEdits
 from geneformer_fast.perturbation.engine import CellEffects, PerturbationRun
 from geneformer_fast.perturbation.noise import Noise, Spread, noise_of
 from geneformer_fast.perturbation.plan import Plan, estimated_seconds
@@ -28,8 +29,8 @@ from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
-#: Column of the dose, where there are doses.
-DOSE = "dose"
+#: Columns of the dose, where there are doses, and of the name of a set, where there are sets.
+DOSE, SET = "dose", "set"
 
 
 def rows_of(piece: CellEffects, ready: Prepared, *, official: bool = False) -> CellRows:
@@ -50,7 +51,9 @@ def rows_of(piece: CellEffects, ready: Prepared, *, official: bool = False) -> C
         if state is not None:
             state = np.concatenate([state, np.full(len(of_genes[0]), -1)])[order]
         variant = np.concatenate([variant, of_genes[0]])[order]
-    extra = {DOSE: np.array(doses, dtype=np.float32)[piece.dose]} if doses else {}
+    extra: dict[str, np.ndarray] = {DOSE: np.array(doses, dtype=np.float32)[piece.dose]} if doses else {}
+    if ready.sets:
+        extra[SET] = np.array(ready.sets, dtype=object)[piece.item]
     return CellRows.of(piece.perturbed, value, variant=variant, affected=affected, state=state, extra=extra)
 
 
@@ -169,6 +172,8 @@ def identity_of_run(
         "sets": None if edits.sets is None else [list(each) for each in edits.sets],
         "mode": comparison.mode, "layer": str(question.layer), "official": question.official,
         "token_budget": run.token_budget,
+        "set_names": list(ready.sets),
+        "counts": edits.counts.digests if isinstance(edits, CountEdits) and edits.counts is not None else None,
     }  # fmt: skip
     states: dict[str, Any] | None = None
     if ready.states is not None:
