@@ -88,12 +88,12 @@ def into_folder(
     out: Path, cells: RunCells, ready: Prepared, ranks: Ranks, opening: Mapping[str, Any], *, official: bool
 ) -> None:
     """Compute what is not in a folder yet, and complete it."""
-    if not ranks.is_first:
-        ranks.barrier()  # the first process has made the folder
+    # The first process makes the folder, and says whether it was found finished.
+    device = ready.run.encoder.device
+    if not ranks.is_first and ranks.first(0.0, device):
+        return
     with PerturbationWriter(out, cells, **opening, part=ranks.rank, n_parts=ranks.world_size) as writer:
-        if ranks.is_first:
-            ranks.barrier()
-        if writer.is_finished:
+        if ranks.is_first and ranks.first(float(writer.is_finished), device):
             return
         report = _computed(ready, writer, ranks, official=official)
         writer.complete()
