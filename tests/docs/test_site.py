@@ -80,7 +80,12 @@ def test_arguments_of_the_migration_table_exist() -> None:
     """Of the right column: keywords are parameters, and names are public."""
     import inspect
 
-    takers = (gf.tokenize, gf.embed, gf.finetune_cells, gf.finetune_genes, gf.accelerate, gf.quantize, gf.Recipe)
+    from geneformer_fast.perturbation.official_files import open_official
+
+    takers = (
+        *(gf.tokenize, gf.embed, gf.finetune_cells, gf.finetune_genes, gf.accelerate, gf.quantize, gf.Recipe),
+        *(gf.perturb, gf.perturbation_stats, gf.state_embeddings, open_official),
+    )
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
     for row in re.findall(r"^\| .+ \| (.+) \|$", (DOCS / "migration.md").read_text(), re.MULTILINE):
         for keyword in re.findall(r"\b(\w+)=", " ".join(re.findall(r"`([^`]+)`", row))):
