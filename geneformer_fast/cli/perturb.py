@@ -138,6 +138,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--official", action="store_true", help="write what Geneformer's own tool writes, also where it is wrong"
     )
+    parser.add_argument(
+        "--compare",
+        metavar="float32|DIR",
+        help="say how effects agree with the same model in float32, or with another checkpoint (default: nothing)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what the run will be, and do nothing of it")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
@@ -218,6 +223,7 @@ def run(args: argparse.Namespace) -> Answer:
         overwrite=args.overwrite,
         official=args.official,
         dry_run=args.dry_run,
+        compare=args.compare,
         progress=False if args.quiet else None,
     )
     return _planned(made) if args.dry_run else _done(Path(made), perf_counter() - begin)
@@ -230,10 +236,14 @@ def _planned(plan: Plan) -> Answer:
 def _done(out: Path, seconds: float) -> Answer:
     """What is in a folder that is finished."""
     from geneformer_fast.perturbation.reading import open_perturbations
+    from geneformer_fast.perturbation.running import said_of
 
     found = open_perturbations(out, partial=True)
     report = found.manifest.get("report") or {}
-    text = f"{out}: perturbations of {found.n_cells:,} cells in {seconds:.1f} s; {out}/_manifest.json says of what"
+    said = f"\n{said_of(report)}" if report else ""
+    text = (
+        f"{out}: perturbations of {found.n_cells:,} cells in {seconds:.1f} s; {out}/_manifest.json says of what{said}"
+    )
     return Answer(text, {**report, "out": out, "n_cells": found.n_cells, "states": list(found.states)})
 
 

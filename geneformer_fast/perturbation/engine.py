@@ -130,7 +130,7 @@ class PerturbationRun:
         is_official: bool = False,
     ) -> None:
         self.encoder, self.edits, self.comparison, self.layer = encoder, edits, comparison, layer
-        self.lengths, self._read, self.progress = lengths, read, progress
+        self.lengths, self.read, self.progress = lengths, read, progress
         self.token_budget = token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
         self.workers = MOST_WORKERS if workers is None else workers
         self._is_cut_officially = (
@@ -152,7 +152,7 @@ class PerturbationRun:
 
     def group(self, first: int, last: int) -> Group:
         """Cells of some ranks, on the device."""
-        values, bounds = self._read(np.arange(first, last))
+        values, bounds = self.read(np.arange(first, last))
         packed = torch.from_numpy(values.astype(np.int64))
         tokens = Ragged.from_lengths(packed, torch.from_numpy(np.diff(bounds)))
         # While they are still on the host: a card would only die of tokens that do not fit.

@@ -68,6 +68,7 @@ def perturb(
     overwrite: bool = False,
     official: bool = False,
     dry_run: bool = False,
+    compare: str | os.PathLike[str] | Encoder | None = None,
     progress: bool | None = None,
 ) -> pandas.DataFrame | Path | Plan:
     """What becomes of cells when genes are deleted, switched on or moved in rank.
@@ -137,6 +138,9 @@ def perturb(
         overexpressed shortens the cell that it is compared with by too many genes.
     dry_run
         Return what the run will be, and do nothing of it.
+    compare
+        What the report says effects agree with, on variants of some cells: ``"float32"``, the same model in float32; or
+        a checkpoint folder or :class:`Encoder`, such as the model before it was quantized. None compares nothing.
     progress
         Whether to show a progress bar; None shows one on a terminal, and lines of the log elsewhere.
 
@@ -167,8 +171,10 @@ def perturb(
     )  # fmt: skip
     question.check()
     part, place = Shard.of(shard), model.device if isinstance(model, Encoder) else local_device(device)
-    if out is None and (resume or overwrite or not part.is_whole):
-        raise UnsupportedError("resume, overwrite and shard are of a folder: say where with out")
+    if out is None and (resume or overwrite or compare is not None or not part.is_whole):
+        raise UnsupportedError("resume, overwrite, compare and shard are of a folder: say where with out")
+    if compare == "float32" and isinstance(model, Encoder):
+        raise UnsupportedError("compare 'float32' loads the model once more: give its folder, or another encoder")
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(process_group(place))
         if out is None and ranks.world_size > 1:
@@ -194,8 +200,20 @@ def perturb(
         )  # fmt: skip
         identity = identity_of_run(question, ready, model, folder)
         opening = {"plan": identity, "rows": rows, "shard": part, "resume": resume, "overwrite": overwrite}
-        into_folder(Path(out), cells, ready, ranks, opening, official=official)
+        beside = _beside(compare, model, place) if ranks.is_first else None
+        into_folder(Path(out), cells, ready, ranks, opening, beside, official=official)
     return Path(out)
+
+
+def _beside(
+    compare: str | os.PathLike[str] | Encoder | None, model: Encoder | str | os.PathLike[str], place: torch.device
+) -> Encoder | None:
+    """The model whose effects are computed beside those of the run."""
+    if compare is None or isinstance(compare, Encoder):
+        return compare
+    folder = model if compare == "float32" and not isinstance(model, Encoder) else Path(compare)
+    assert not isinstance(folder, Encoder)
+    return load(folder, dtype="float32", device=place).eval()
 
 
 def _window(window: Sequence[int | None] | None) -> tuple[int | None, int | None] | None:

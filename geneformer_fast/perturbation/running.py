@@ -22,6 +22,7 @@ from geneformer_fast.perturbation.counts import CountEdits
 from geneformer_fast.perturbation.engine import CellEffects, PerturbationRun
 from geneformer_fast.perturbation.noise import Noise, Spread, noise_of
 from geneformer_fast.perturbation.plan import Plan, estimated_seconds
+from geneformer_fast.perturbation.precision import agreement_of
 from geneformer_fast.perturbation.question import Prepared, Question
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
@@ -85,7 +86,14 @@ def in_memory(
 
 
 def into_folder(
-    out: Path, cells: RunCells, ready: Prepared, ranks: Ranks, opening: Mapping[str, Any], *, official: bool
+    out: Path,
+    cells: RunCells,
+    ready: Prepared,
+    ranks: Ranks,
+    opening: Mapping[str, Any],
+    beside: Encoder | None = None,
+    *,
+    official: bool,
 ) -> None:
     """Compute what is not in a folder yet, and complete it."""
     # The first process makes the folder, and says whether it was found finished.
@@ -99,6 +107,10 @@ def into_folder(
         writer.complete()
         ranks.barrier()
         if ranks.is_first:
+            if beside is not None:
+                states = None if ready.states is None else torch.from_numpy(ready.states.embeddings).to(device)
+                agreement = agreement_of(ready.run, beside, states)
+                report["compared"] = None if agreement is None else agreement.to_dict()
             writer.finish(report)
             logger.info("%s", said_of(report))
 
@@ -156,6 +168,12 @@ def said_of(report: Mapping[str, Any]) -> str:
             f"effects: {effects['root_mean_square']:.2e} (root mean square), {effects['largest']:.2e} at most; noise "
             f"of the arithmetic: {noise['root_mean_square']:.1e}, {noise['largest']:.1e} at most; "
             f"{effects['share_above_noise']:.1%} of effects are larger than that"
+        )
+    if (compared := report.get("compared")) is not None:
+        lines.append(
+            f"beside the other model: rank correlation {compared['rank_correlation']:.4f} of {compared['n_values']:,} "
+            f"effects, differences {compared['root_mean_square']:.1e} (root mean square), {compared['largest']:.1e} at "
+            "most"
         )
     return "\n".join(lines)
 

@@ -218,6 +218,7 @@ def test_without_its_only_gene_a_cell_is_cls_and_eos(tmp_path):
         ({"state_embeddings": {}}, UnsupportedError, "states"),
         ({"shard": "1/2"}, UnsupportedError, "out"),
         ({"resume": True}, UnsupportedError, "out"),
+        ({"compare": "float32"}, UnsupportedError, "out"),
         ({"window": (1, 2, 3)}, UnsupportedError, "window"),
         ({"obs": "donor"}, InputError, "donor"),
     ],
@@ -271,3 +272,17 @@ def test_effects_keep_their_order_in_bfloat16(version):
         cells_folder(version), ISP / f"model_{version.lower()}", dtype="bfloat16", device="cpu", progress=False
     ).value
     assert spearmanr(wide, narrow).statistic > 0.98
+
+
+def test_the_report_says_what_narrower_numbers_change(tmp_path):
+    out = tmp_path / "out"
+    gf.perturb(
+        cells_folder("V2"), ISP / "model_v2", out, dtype="bfloat16", device="cpu", compare="float32", progress=False
+    )
+    compared = json.loads((out / "_manifest.json").read_text())["report"]["compared"]
+    assert 0.98 < compared["rank_correlation"] < 1
+    assert 0 < compared["largest"] < 0.05
+    same = perturbed("V2", tmp_path / "same", compare=model("V2"), states=ROLES)
+    compared = json.loads((same / "_manifest.json").read_text())["report"]["compared"]
+    assert compared["rank_correlation"] == pytest.approx(1)
+    assert compared["largest"] < 1e-6
