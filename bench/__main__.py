@@ -52,6 +52,11 @@ SUITES = {
             name: f"bench/cpu/test_bench_float32.py::test_bench_float32[{name}]"
             for name in (f"embed_{case}-threads_avx2" for case in ("v1-10m_2", "v1-10m_1", "v2-104m_2"))
         },
+        **{
+            name: f"bench/cpu/test_bench_perturb.py::test_bench_perturb[{name}]"
+            for geometry in ("v1-10m", "v2-104m")
+            for name in (f"perturb_{geometry}_2-threads{end}" for end in ("", "_avx2"))
+        },
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
     },

@@ -25,7 +25,7 @@ ALONE, ALONE_BYTES = 0.10, 0.05
 #: What must be equal for a case to be the same problem, as far as a result has it; of a variant on a card the second.
 _PROBLEM = (
     *("geometry", "n_cells", "n_tokens", "n_rows", "n_bytes", "lengths", "threads", "n_threads", "held_to"),
-    *("dropout", "n_steps", "cells_per_step"),
+    *("dropout", "n_steps", "cells_per_step", "n_variants"),
 )
 _VARIANT = ("work", "question")
 # Where no measurements are: what was asked for, what was tried on the way, and what the machine was like.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import finetune_report, float32_report, front, quantize_report
+from bench import finetune_report, float32_report, front, perturb_report, quantize_report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +72,10 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_float32(result) for result in embedded if "held_to" in result]
     blocks += [_training(result) for result in of_case("train_")]
     blocks += [_quantized(result) for result in of_case("quantized_")]
+    blocks += [_perturbed(result) for result in of_case("perturb_") if "geometry" in result]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),
-        ("quantize_real", _accuracy),
+        *(("quantize_real", _accuracy), ("perturb_real", _effects)),
         *(("verify_", _verifying), ("finetune_", _finetuning), ("cost_", _costs), ("first_call_", _first_calls)),
     )
     for prefix, table in tables:
@@ -269,6 +270,16 @@ def _peaks(results: Sequence[Result]) -> str:
 
 def _accuracy(results: Sequence[Result]) -> str:
     return _block(quantize_report.title(results[0]), quantize_report.header(), quantize_report.rows(results), results)
+
+
+def _perturbed(result: Result) -> str:
+    title = perturb_report.title(result, NAMES[result["geometry"]], _threads(result["threads"]))
+    return _block(title, perturb_report.HEADER, perturb_report.rows(result), [result], perturb_report.goals(result))
+
+
+def _effects(results: Sequence[Result]) -> str:
+    title, rows = perturb_report.real_title(results[0]), perturb_report.real_rows(results)
+    return _block(title, perturb_report.REAL_HEADER, rows, results)
 
 
 def _verifying(results: Sequence[Result]) -> str:

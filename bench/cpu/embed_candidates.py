@@ -15,7 +15,7 @@ import torch
 
 from bench.cpu.embed_rival import extractor_embeddings, stock_embeddings
 from bench.machine import ROOT
-from bench.weights import tame
+from bench.weights import sharpen, tame
 
 SHARED = ROOT.parent / "shared"
 #: The cells whose tokens, as the official tokenizer wrote them, give the distribution of lengths.
@@ -95,12 +95,14 @@ class Workplace:
     """A folder with a checkpoint (``model``) and the tokens of some cells (``tokens``).
 
     ``is_tame``: branches add as little to the stream as :func:`bench.weights.tame` leaves them, without which nothing
-    agrees after twelve layers of int8.
+    agrees after twelve layers of int8. ``score_spread``: that of attention's scores, by :func:`bench.weights.sharpen`;
+    0 leaves fresh weights.
     """
 
     folder: Path
     geometry: Geometry
     is_tame: bool = False
+    score_spread: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -114,19 +116,26 @@ class Workplace:
 
     def prepare(self, n_cells: int) -> None:
         """Make the checkpoint and take the cells."""
+        self.prepare_with(real_cells(self.geometry.family, n_cells))
+
+    def prepare_with(self, cells: pa.Table) -> None:
+        """Make the checkpoint and take these cells: ``input_ids`` and ``length``."""
         import datasets
         from transformers import BertForMaskedLM
 
         if not (self.model / "config.json").exists():
             torch.manual_seed(0)
             model = BertForMaskedLM(self.geometry.stock_config())
+            layers = model.bert.encoder.layer
+            if self.score_spread:
+                attention = [layer.attention.self for layer in layers]
+                sharpen([linear for each in attention for linear in (each.query, each.key)], self.score_spread)
             if self.is_tame:
-                layers = model.bert.encoder.layer
                 tame([half.output.dense for layer in layers for half in (layer.attention, layer)])
             model.save_pretrained(self.model)
         shutil.rmtree(self.tokens, ignore_errors=True)
         datasets.disable_progress_bars()
-        datasets.Dataset(real_cells(self.geometry.family, n_cells)).save_to_disk(str(self.tokens))
+        datasets.Dataset(cells).save_to_disk(str(self.tokens))
 
     def token_lists(self) -> list[np.ndarray]:
         """The tokens in memory."""
@@ -139,16 +148,21 @@ class Workplace:
 
 def real_cells(family: str, n_cells: int, *, seed: int = 0) -> pa.Table:
     """Tokens of ``n_cells`` real cells whose lengths are spread as those of all 6,474, in an order by chance."""
-    folder = SHARED / "data" / "reference_official"
-    if not folder.is_dir():
-        raise FileNotFoundError("the benchmark takes its cells from shared/data beside the checkout, which is absent")
-    tables = [pq.read_table(folder / f"{name}__{family}.parquet", columns=["input_ids", "length"]) for name in SETS]
-    table = pa.concat_tables(tables)
+    table = all_real_cells(family)
     by_length = np.argsort(table["length"].to_numpy(), kind="stable")
     # The middles of equal shares of the sorted cells, and the longest cell of all: it decides the memory.
     chosen = by_length[((np.arange(n_cells) + 0.5) / n_cells * len(by_length)).astype(int)]
     chosen[-1] = by_length[-1]
     return table.take(np.random.default_rng(seed).permutation(chosen))
+
+
+def all_real_cells(family: str) -> pa.Table:
+    """Tokens of all real cells, as the official tokenizer of a family wrote them."""
+    folder = SHARED / "data" / "reference_official"
+    if not folder.is_dir():
+        raise FileNotFoundError("the benchmark takes its cells from shared/data beside the checkout, which is absent")
+    tables = [pq.read_table(folder / f"{name}__{family}.parquet", columns=["input_ids", "length"]) for name in SETS]
+    return pa.concat_tables(tables)
 
 
 def _ours(layer: str, dtype: str) -> Callable[[Workplace], Run]:
