@@ -8,6 +8,7 @@ import pytest
 from statistics_rows import collected, screen, table_of
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.perturbation.statistics.aggregate import aggregate_gene_shifts
 from geneformer_fast.perturbation.statistics.columns import Collector
 from geneformer_fast.perturbation.statistics.names import Names
 
@@ -156,3 +157,23 @@ def test_one_dose_at_a_time() -> None:
     assert collected(table.slice(0, 1)).only.values.tolist() == [1.0]
     with pytest.raises(InputError, match="no doses in the run"):
         collected(table_of([(0, [5], 1.0)]), dose=0.5)
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_values_of_genes_have_no_state(batch: int | None) -> None:
+    """Whichever row comes first."""
+    rows = [
+        (0, [5], 0.9),
+        (0, [5], 1.0, "A"),
+        (0, [6], 0.8),
+        (0, [6], 2.0, "A"),
+        (0, [5], 3.0, "B"),
+        (0, [6], 4.0, "B"),
+    ]
+    run = collected(table_of(rows, [7, None, 7, None, None, None]), batch=batch)
+    assert run.states == ["A", "B"]
+    assert run.rank.tolist() == [0.0, 1.0]
+    assert run.moments.affected.tolist() == [7, 7]
+    table = aggregate_gene_shifts(run, Names(run))
+    assert table["Affected"].tolist() == [7, 7]
+    assert table["Cosine_sim_mean"].tolist() == pytest.approx([0.8, 0.9])

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pictures import n_colors, pixels
-from statistics_rows import screen, table_of, write_run
+from statistics_rows import screen, table_of, table_of_reference, write_run
 
 import geneformer_fast as gf
+from geneformer_fast import cli
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
 from geneformer_fast.perturbation.statistics.run import perturbation_stats
 
@@ -235,6 +236,18 @@ def test_pairs_beyond_their_genes() -> None:
         assert pairs["interaction"][1:].abs().max() < 1e-6
 
 
+def test_pairs_with_an_anchor_are_compared_with_each_other() -> None:
+    """The genes beside the anchor are like each other or not; in pairs that share no gene a rank means nothing."""
+    rng = np.random.default_rng(7)
+    values = 1 - (0.02 - 0.018 * np.arange(60) / 59) + rng.normal(0, 2e-4, (30, 60))
+    values[:, 40] -= 6e-3
+    table = screen(values)
+    anchored = pa.array([[5, *tokens] for tokens in table["tokens"].to_pylist()], pa.list_(pa.int32()))
+    pairs = table.set_column(table.schema.get_field_index("tokens"), "tokens", anchored)
+    effects = perturbation_stats(pairs, mode="aggregate_data", **QUICK).effects
+    assert effects.loc[effects["p_value"].idxmin(), "tokens"] == "5 50"
+
+
 def test_a_folder_of_statistics(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "below" / "out"
     found = perturbation_stats(folders["shifts"], out, group="donor", **QUICK)
@@ -373,6 +386,22 @@ def test_shifts_on_the_umap_of_the_same_cells(
     with pytest.raises(InputError, match="which are not those of the token folder that was perturbed"):
         perturbation_stats(run, tmp_path / "o3", embeddings=tmp_path / "other.parquet", **QUICK)
     assert not (tmp_path / "o3").exists()
+
+
+def test_official_tables_of_a_folder(shared_dir: Path, tmp_path: Path) -> None:
+    """From the official values in a folder to the official file, by the command."""
+    folder = shared_dir / "fixtures" / "isp"
+    if not folder.is_dir():
+        pytest.skip("the references of perturbation are not here")
+    table = table_of_reference(folder, "v2_shift_delete_all_cls")
+    states = ("CD56+ NK", "CD19+ B", "CD14+ Monocyte")
+    run = write_run(tmp_path / "run", table, states=states)
+    words = ["perturb-stats", run, "--out", tmp_path / "out", "--dictionary", tmp_path / "words", "--no-pictures"]
+    gf.Vocabulary.from_folder(shared_dir / "data" / "dicts", "v2").save(tmp_path / "words")
+    assert cli.main([*map(str, words), "--quiet"]) == 0
+    ours = pd.read_csv(tmp_path / "out" / "goal_state_shift.csv")
+    theirs = pd.read_csv(folder / "outputs" / "v2_stats_goal_all.csv")
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-10, atol=0)
 
 
 def test_public_name() -> None:

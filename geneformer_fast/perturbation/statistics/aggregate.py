@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.errors import InputError
-from geneformer_fast.perturbation.statistics.columns import Edit, Run, mean_by
+from geneformer_fast.perturbation.statistics.columns import Edit, Run, Values, mean_by
 from geneformer_fast.perturbation.statistics.names import Names, columns_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def aggregate_gene_shifts(run: Run, names: Names, anchor: int | None = None) -> 
             "the run has no values of genes, which aggregate_gene_shifts is about; perturb with mode cell_and_gene "
             "(cls_and_gene), or use another mode of statistics"
         )
-    cells = run.only
+    # Shifts of cells towards states are no cosines, and stand in a table of their own.
+    cells = Values.empty(len(run.edits)) if run.has_states else run.only
     of_cells = np.flatnonzero(cells.counts > 0)
     centred = (cells.values.astype(np.float64) - np.repeat(cells.means(), cells.counts)) ** 2
     spread = np.sqrt(mean_by(centred, cells.starts))[of_cells]

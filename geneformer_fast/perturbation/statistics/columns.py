@@ -40,6 +40,11 @@ class Values:
     cells: np.ndarray
     starts: np.ndarray
 
+    @classmethod
+    def empty(cls, n_edits: int) -> Values:
+        """No value of any edit."""
+        return cls(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(n_edits + 1, np.int64))
+
     @property
     def counts(self) -> np.ndarray:
         """[E] values of each edit."""
@@ -198,7 +203,6 @@ class Collector:
             raise InputError(f"{where}: the value of cell {cells[at]} is infinite; the run is damaged: make it again")
         edit = self._edit_codes(batch, where)
         is_gene = _affected(batch)
-        state = self._state_codes(batch, len(values))
         is_known = ~np.isnan(values)
         self._n_missing += int((~is_known).sum())
         of_gene = is_gene >= 0
@@ -208,6 +212,7 @@ class Collector:
             return
         if taken.any():
             self._moments.add(edit[taken], is_gene[taken], values[taken])
+        state = self._state_codes(batch, ~of_gene)
         self._take_cells(edit, state, cells, values, ~of_gene, is_known, batch)
 
     def _of_dose(self, batch: pa.RecordBatch | pa.Table, where: str) -> pa.RecordBatch | pa.Table:
@@ -298,21 +303,20 @@ class Collector:
             codes[i] = self._cells[cell]
         return codes[inverse]
 
-    def _state_codes(self, batch: pa.RecordBatch | pa.Table, n: int) -> np.ndarray:
+    def _state_codes(self, batch: pa.RecordBatch | pa.Table, of_cell: np.ndarray) -> np.ndarray:
+        """[n] int32 which state each row of a cell is about; values of genes have none."""
+        codes = np.zeros(len(of_cell), dtype=np.int32)
         if "state" not in batch.schema.names:
             self._states.setdefault("", 0)
-            return np.zeros(n, dtype=np.int32)
-        column = _whole(batch, "state")
-        if not pa.types.is_dictionary(column.type):
-            column = pc.dictionary_encode(column)
+            return codes
+        column = pc.dictionary_encode(_whole(batch, "state").cast(pa.string()), null_encoding="encode")
+        indices = column.indices.to_numpy(zero_copy_only=False)
         names = [name or "" for name in column.dictionary.to_pylist()]
-        order = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        used = order[np.sort(np.unique(order, return_index=True)[1])]  # in the order in which they come
-        codes = {int(i): self._states.setdefault(names[i] if i >= 0 else "", len(self._states)) for i in used}
-        table = np.zeros(len(names) + 1, dtype=np.int32)
-        for i, code in codes.items():
-            table[i] = code
-        return table[order]
+        seen = indices[of_cell]
+        table = np.zeros(len(names), dtype=np.int32)
+        for at in seen[np.sort(np.unique(seen, return_index=True)[1])].tolist():  # in the order in which they come
+            table[at] = self._states.setdefault(names[at], len(self._states))
+        return table[indices] if len(names) else codes
 
     def _edit_codes(self, batch: pa.RecordBatch | pa.Table, where: str) -> np.ndarray:
         """[n] int32 which edit each row is of."""
@@ -412,8 +416,7 @@ def mean_by(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def _grouped(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], new: np.ndarray, n_edits: int) -> Values:
     """Rows by edit; within one in the order in which they came."""
     if not parts:
-        empty = np.zeros(0, dtype=np.float32)
-        return Values(empty, np.zeros(0, dtype=np.int32), np.zeros(n_edits + 1, dtype=np.int64))
+        return Values.empty(n_edits)
     edit = new[np.concatenate([part[0] for part in parts])]
     cells = np.concatenate([part[1] for part in parts])
     values = np.concatenate([part[2] for part in parts])

@@ -74,8 +74,8 @@ def effects(
     total = n_cells or len(run.cells)
     first = run.values[states[0]]
     is_covered = first.counts >= settings.min_cells
-    is_single = np.array([len(edit) == 1 for edit in run.edits])
-    matched = null.matched_genes(first.counts, run.rank, total, is_covered & is_single)
+    is_alike, rank = _alike(run, is_covered)
+    matched = null.matched_genes(first.counts, rank, total, is_alike)
     share = responders.share_of_cells_moved_most([run.values[state] for state in states], is_shift=run.has_states)
     is_universal = is_covered & (share >= responders.UNIVERSAL)
     if control is not None:
@@ -102,6 +102,20 @@ def effects(
     table = pd.concat(tables, ignore_index=True)
     table.attrs["matched"] = matched.size
     return table
+
+
+def _alike(run: Run, is_covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[E] which edits can be compared with each other, and their ranks; those of pairs that share no gene mean nothing.
+
+    Single genes, or where there are hardly any what most edits are: pairs with an anchor, say.
+    """
+    sizes = np.array([len(edit) for edit in run.edits])
+    n_single = int((is_covered & (sizes == 1)).sum())
+    size = 1 if n_single > null.LEAST_MATCHED or not is_covered.any() else int(np.bincount(sizes[is_covered]).argmax())
+    chosen = is_covered & (sizes == size)
+    shared = set.intersection(*(set(run.edits[at]) for at in np.flatnonzero(chosen))) if chosen.any() else set()
+    has_rank = size == 1 or len(shared) == size - 1
+    return chosen, run.rank if has_rank else np.full(len(sizes), np.nan)
 
 
 def _of_state(
