@@ -166,6 +166,7 @@ NAMES = {
     "goal": "the state that cells are to move towards",
     "alternative": "further states that shifts are compared with",
     "null": "perturbations of other cells that are compared with",
+    "singles": "perturbations of the genes of pairs one by one",
     "dose": "which of several doses",
     "mend": "faults of official tables that are mended",
     "draws": "resamples of the bootstrap",

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run of the same genes by another layer or model: in how far they agree (default: none)",
     )
     parser.add_argument(
+        "--singles",
+        metavar="RUN",
+        help="for a run of pairs that of single genes in the same cells: what pairs do beyond the sum of their genes "
+        "(default: the run itself, where it has them)",
+    )
+    parser.add_argument(
         "--genes",
         nargs="+",
         metavar="GENE",
@@ -132,8 +138,9 @@ def check(args: argparse.Namespace) -> None:
     from geneformer_fast.cli.places import check_dictionary, check_file, check_perturbations
     from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place
 
-    for run in (*args.runs, *args.compare, *([] if args.null is None else [args.null])):
-        check_perturbations(run)
+    for run in (*args.runs, *args.compare, args.null, args.singles):
+        if run is not None:
+            check_perturbations(run)
     check_dictionary(args.dictionary)
     check_asked(
         mode=args.mode,
@@ -164,6 +171,7 @@ def run(args: argparse.Namespace) -> Answer:
         alternative=args.alternative,
         null=args.null,
         compare=args.compare or None,
+        singles=args.singles,
         genes=args.genes,
         anchor=args.anchor,
         dose=args.dose,
@@ -187,7 +195,7 @@ def run(args: argparse.Namespace) -> Answer:
     if said["tested"]:
         lines[0] += (
             f"; {said['significant']:,} of {said['tested']:,} that were tested are unusual among genes like them, "
-            f"{said['universal']:,} move every cell"
+            f"{said['universal']:,} are strong in every cell"
         )
     else:
         lines[0] += "; too few genes are in enough cells to be compared with genes like them"

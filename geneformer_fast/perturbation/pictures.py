@@ -190,7 +190,7 @@ def plot_volcano(table: pandas.DataFrame, path: str | os.PathLike[str], *, fdr: 
         for marker, among in (("o", ~is_universal), ("^", is_universal)):
             at = chosen & among
             if at.any():
-                kind = f"{label}, moves every cell" if marker == "^" else label
+                kind = f"{label}, strong in every cell" if marker == "^" else label
                 axes.scatter(
                     x[at], y[at], s=16 if marker == "o" else 26, marker=marker, color=colour, linewidths=0, alpha=0.8,
                     label=f"{kind} ({at.sum():,})", rasterized=len(shown) > 5_000,
@@ -364,7 +364,9 @@ def plot_interactions(pairs: pandas.DataFrame, path: str | os.PathLike[str], *, 
     axes.set_facecolor("#e8e8e8")
     image = axes.imshow(np.ma.masked_invalid(matrix), cmap="PuOr_r", vmin=-limit, vmax=limit)
     figure.colorbar(image, ax=axes, label="together, less the sum of each", shrink=0.8)
-    axes.scatter(*np.nonzero(is_sure)[::-1], s=14, marker="*", color="black", linewidths=0)
+    is_dark = np.abs(np.nan_to_num(matrix)) > 0.6 * limit
+    for ink, at in (("white", is_sure & is_dark), ("black", is_sure & ~is_dark)):
+        axes.scatter(*np.nonzero(at)[::-1], s=16, marker="*", color=ink, linewidths=0)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_title(f"{title}\n★ interval without zero" if title else "★ interval without zero", fontsize="medium")
@@ -424,7 +426,7 @@ def plot_shifts(
     size = float(np.clip(12_000 / len(points), 2, 22))
     if labels is not None:
         handles = draw_classes(panels[0], points, np.asarray(labels)[sample], size=size)
-        panels[0].legend(handles=handles, title=label, frameon=False, fontsize="x-small", loc="best")
+        panels[0].legend(handles=handles, frameon=False, fontsize="x-small", loc="best")
         panels[0].set_title(label, fontsize="medium")
     limit = max(float(np.nanquantile(np.abs(values), 0.98)) for values in shifts.values() if np.isfinite(values).any())
     image = None
@@ -445,9 +447,7 @@ def plot_shifts(
     for axes in panels[n_panels:]:
         axes.set_visible(False)
     said = f"shift towards {towards}" if towards else "shift"
-    figure.colorbar(
-        image, ax=panels[-1] if n_panels == len(panels) else panels[n_panels - 1], label=said, extend="both"
-    )
+    figure.colorbar(image, ax=panels.tolist(), label=said, extend="both", shrink=0.7)
     return _saved(figure, path)
 
 

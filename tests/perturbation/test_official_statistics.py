@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from statistics_rows import collected, scenarios, table_of_reference
+from scipy.stats import mannwhitneyu, ranksums
+from statistics_rows import collected, scenarios, screen, table_of_reference
 
 from geneformer_fast.perturbation.statistics.aggregate import aggregate_data, aggregate_gene_shifts
 from geneformer_fast.perturbation.statistics.goal_state_shift import goal_state_shift, goal_state_shift_of_list
@@ -106,3 +107,37 @@ def test_what_fails_there(references: Path, vocabularies: dict[str, Vocabulary])
     table = made(references, "v1_stats_aggregate_two", vocabularies["V1"])
     assert set(table["Gene"]) == {("RPL13A", "RPL13")}
     assert len(table) == 16
+
+
+def test_components_are_mended(references: Path, vocabularies: dict[str, Vocabulary]) -> None:
+    """There the fit gives the upper one first, and the border is the mean of the lower one, whatever lies between."""
+    run = collected(table_of_reference(references, "v1_overexpress_all_cell_layer-1"))
+    names = Names(run, vocabularies["V1"])
+    theirs, ours = mixture_model(run, names), mixture_model(run, names, mend=("components",))
+    assert ours["Impact_component"].sum() > theirs["Impact_component"].sum()
+    has_impact = ours["Impact_component"] == 1
+    # One border, below which all genes have impact.
+    assert ours["Test_avg_shift"][has_impact].max() < ours["Test_avg_shift"][~has_impact].min()
+    same = collected(table_of_reference(references, "v1_delete_all_cell_layer-1"))
+    pd.testing.assert_frame_equal(mixture_model(same, names), mixture_model(same, names, mend=("components",)))
+
+
+def test_the_pool_and_ties_are_mended() -> None:
+    """By SciPy's own words for both."""
+    rng = np.random.default_rng(0)
+    run = collected(screen(rng.integers(0, 9, (12, 6)) / 8, state="B"))
+    mended = goal_state_shift(run, Names(run), "B", mend=("pool", "ties")).sort_values("Gene")
+    values = run.towards("B")
+    for edit, found in enumerate(mended["Goal_end_vs_random_pval"]):
+        x, others = (each.astype(float) for each in (values.of(edit), values.values[values.edits != edit]))
+        assert found == pytest.approx(mannwhitneyu(x, others, use_continuity=False, method="asymptotic").pvalue)
+    null = collected(screen(rng.integers(0, 9, (7, 6)) / 8))
+    test = collected(screen(rng.integers(0, 9, (12, 6)) / 8))
+    for mend, rest in (
+        ((), ranksums),
+        (("ties",), lambda x, y: mannwhitneyu(x, y, use_continuity=False, method="asymptotic")),
+    ):
+        table = versus_null(test, null, Names(test), mend=mend).sort_values("Gene")
+        for edit, found in enumerate(table["Test_vs_null_pval"]):
+            x, y = (each.only.of(edit).astype(float) for each in (test, null))
+            assert found == pytest.approx(rest(x, y).pvalue)

@@ -234,6 +234,17 @@ def test_pairs_beyond_their_genes() -> None:
         assert pairs["n_cells"].tolist()[0] == 29
         assert pairs["q_value"][0] < 1e-6
         assert pairs["interaction"][1:].abs().max() < 1e-6
+        # The same from two runs, whose cells come in different orders.
+        is_pair = np.array([len(tokens) == 2 for tokens in table["tokens"].to_pylist()])
+        together, alone = table.filter(pa.array(is_pair)), table.filter(pa.array(~is_pair))
+        alone = alone.take(pa.array(np.arange(alone.num_rows)[::-1]))
+        apart = perturbation_stats(together, singles=alone, min_cells=5, **QUICK)
+        assert apart.interactions is not None
+        assert apart.interactions["interaction"].tolist() == pytest.approx(pairs["interaction"].tolist(), abs=1e-9)
+    with pytest.raises(InputError, match="no pairs in the run"):
+        perturbation_stats(table_of([(0, [1], 0.5)]), singles=table_of([(0, [1], 0.5)]), **QUICK)
+    with pytest.raises(InputError, match="none of the pairs has both of its genes perturbed alone"):
+        perturbation_stats(table_of([(0, [1, 2], 0.5)]), singles=table_of([(0, [1], 0.5)]), **QUICK)
 
 
 def test_pairs_with_an_anchor_are_compared_with_each_other() -> None:

@@ -93,7 +93,7 @@ def _interactions(
     run: Run, single: Run, pairs: list[int], number: dict[int, int], state: str
 ) -> tuple[Values, np.ndarray, np.ndarray]:
     """Of each pair and cell the interaction; and means of both together and of the sum, over the same cells."""
-    values, alone = run.values[state], single.values[state]
+    values, alone = run.values[state], single.towards(state) if state else single.only
     cell_of = {int(cell): at for at, cell in enumerate(single.cells)}
     place = np.array([cell_of.get(int(cell), -1) for cell in run.cells], dtype=np.int64)
     kept, cells, starts = [], [], [0]

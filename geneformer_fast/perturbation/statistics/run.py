@@ -47,6 +47,7 @@ def perturbation_stats(
     alternative: str | Sequence[str] | None = None,
     null: str | os.PathLike[str] | Perturbations | Table | None = None,
     compare: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    singles: str | os.PathLike[str] | Perturbations | Table | None = None,
     genes: str | Sequence[str] | None = None,
     anchor: str | None = None,
     dose: float | None = None,
@@ -85,6 +86,8 @@ def perturbation_stats(
         A run of other cells, which ``vs_null`` compares with; elsewhere its means stand beside, as a control.
     compare
         Runs of the same genes by another layer or another model: in how far they agree.
+    singles
+        For a run of pairs the run of single genes in the same cells: what pairs do beyond the sum of their genes.
     genes
         Of ``aggregate_data`` and ``aggregate_gene_shifts``: rows of these perturbed genes, by id or symbol.
     anchor
@@ -150,7 +153,8 @@ def perturbation_stats(
     asked = _Asked(goal, alternative, mended(mend), genes, anchor, dose, vocabulary_of(dictionary), settings)
     others = [] if compare is None else [compare] if isinstance(compare, str | os.PathLike) else list(compare)
     with Progress(3 + len(others), "statistics", "steps", progress) as bar:
-        found, run = _statistics(open_rows(runs), mode, asked, None if null is None else open_rows(null), bar)
+        beside = [None if each is None else open_rows(each) for each in (null, singles)]
+        found, run = _statistics(open_rows(runs), mode, asked, *beside, bar)
         if others:
             _compare(found, {str(each): open_rows(each) for each in others}, asked, bar)
         if out is not None:
@@ -213,7 +217,7 @@ class _Asked:
 
 
 def _statistics(
-    rows: Rows, mode: str | None, asked: _Asked, null_rows: Rows | None, bar: Progress
+    rows: Rows, mode: str | None, asked: _Asked, null_rows: Rows | None, single_rows: Rows | None, bar: Progress
 ) -> tuple[Statistics, Run]:
     """All of one run."""
     settings = asked.settings
@@ -232,8 +236,10 @@ def _statistics(
     run = run if asked.genes is None else _of_genes(run, asked.tokens(run, rows.where, asked.genes))
     table = _table(mode, run, control, names, states, asked.mend, of_anchor)
     made = effects(run, names, settings, states, control=control, n_cells=rows.n_cells)
+    singles = None if single_rows is None else single_rows.read(dose=asked.dose)
     has_pairs = any(len(edit) == 2 for edit in run.edits) and any(len(edit) == 1 for edit in run.edits)
-    interactions = epistasis(run, names, settings, states[0]) if has_pairs else None
+    is_asked = singles is not None or has_pairs
+    interactions = epistasis(run, names, settings, states[0], singles) if is_asked else None
     bar.update(1)
     about = _about(rows, mode, states, asked, made, run)
     return Statistics(mode, table, made, interactions=interactions, about=about), run
