@@ -32,7 +32,9 @@ COMMANDS_OF = {
     "training": ("pretrain",),
     "quickstart": ("quickstart",),
     "cli/tokenize.py": _WRITE_TOKENS,
-    **{f"cli/{name}.py": (name,) for name in COMMANDS},
+    "perturbation/statistics": ("perturb-stats",),
+    "perturbation/pictures.py": ("perturb-stats",),
+    **{f"cli/{name.replace('-', '_')}.py": (name,) for name in COMMANDS},
 }
 #: Options that the module's messages name to some of these commands only.
 ONLY_FOR = {
@@ -48,7 +50,7 @@ OF_OTHERS = {
     "profiling/machine.py": {"--id", "--query-gpu", "--format", "--porcelain", "--untracked-files", "--short"},
 }
 _OPTION = re.compile(r"(?:\b(?P<command>[a-z]+) )?(?P<option>--[a-z][a-z-]*)")
-_PROGRAM = re.compile(r"geneformer-fast ([a-z]+)")
+_PROGRAM = re.compile(r"geneformer-fast ([a-z]+(?:-[a-z]+)*)")
 #: An option and its argument in Python: ``--max-len 512 (max_len=512)``, ``gene_column= (--gene-column)``.
 _PYTHON = (
     re.compile(r"(?P<option>--[a-z][a-z-]*)[^()]{0,12} \((?P<argument>[a-z_]+)="),

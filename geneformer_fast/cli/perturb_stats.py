@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from geneformer_fast.perturbation.statistics.asked import CORRECTIONS, FAULTS, MODES
 
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder that perturb wrote; those of all shards of a run"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder that perturb wrote, those of all shards of a run, or a folder of official pickles",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for tables (CSV), pictures, and what the numbers mean"
@@ -135,12 +138,12 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_dictionary, check_file, check_perturbations
-    from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place
+    from geneformer_fast.cli.places import check_dictionary, check_file
+    from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place, check_run
 
     for run in (*args.runs, *args.compare, args.null, args.singles):
         if run is not None:
-            check_perturbations(run)
+            check_run(run)
     check_dictionary(args.dictionary)
     check_asked(
         mode=args.mode,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from geneformer_fast.errors import OutputError, UnsupportedError, VocabularyError
+from geneformer_fast.errors import UnsupportedError, VocabularyError
 
 
 def check_counts(inputs: Sequence[str]) -> None:
@@ -74,25 +74,6 @@ def check_model(folder: str) -> None:
     from geneformer_fast.checkpoints.present import check_present
 
     check_present(Path(folder))
-
-
-def check_perturbations(folder: str) -> None:
-    """A finished folder of perturbations is there.
-
-    Raises
-    ------
-    OutputError
-        It is not.
-    """
-    from geneformer_fast.perturbation import folder as layout
-
-    path = Path(folder)
-    state = layout.state_of(path)
-    if state == "unfinished":
-        raise OutputError(layout.unfinished_message(path))
-    if state != "finished":
-        what = "there is no such folder" if state == "absent" else "it holds no perturbations"
-        raise OutputError(f"{folder}: {what}; name one that perturb wrote")
 
 
 def check_layer(layer: str | None, model: str | None) -> None:

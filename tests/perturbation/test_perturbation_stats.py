@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +343,7 @@ def test_values_of_genes_and_an_anchor() -> None:
         ({"goal": "T"}, InputError, "no shifts towards 'T'; it has NK, B, mono"),
         ({"goal": "B", "alternative": "B"}, UnsupportedError, "a state is named twice: B, B"),
         ({"mode": "mixture_model"}, InputError, "has shifts towards states"),
-        ({"group": "age"}, InputError, "no column 'age' was carried; perturb with obs"),
+        ({"group": "age"}, InputError, "no column 'age' was carried; perturb again with obs"),
         ({"dose": 0.5}, InputError, "no doses in the run"),
     ],
 )
@@ -413,6 +414,34 @@ def test_official_tables_of_a_folder(shared_dir: Path, tmp_path: Path) -> None:
     ours = pd.read_csv(tmp_path / "out" / "goal_state_shift.csv")
     theirs = pd.read_csv(folder / "outputs" / "v2_stats_goal_all.csv")
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["all", "list"])
+def test_official_pickles(shared_dir: Path, tmp_path: Path, kind: str) -> None:
+    """As the official perturber leaves them, to its own statistics of them."""
+    folder = shared_dir / "fixtures" / "isp"
+    if not folder.is_dir():
+        pytest.skip("the references of perturbation are not here")
+    names = {"all": "v1_shift_delete_all_cell", "list": "v1_shift_delete_two_cell"}
+    content: dict[Any, Any] = {}
+    table = table_of_reference(folder, names[kind])
+    cells = table["cell"].to_numpy()
+    for cell in np.unique(cells) if kind == "all" else [None]:
+        effects: dict[Any, Any] = {}
+        for row in table.filter(pa.array(cells == cell)).to_pylist() if kind == "all" else table.to_pylist():
+            key = row["tokens"][0] if len(row["tokens"]) == 1 else tuple(row["tokens"])
+            effects.setdefault(row["state"], {}).setdefault((key, "cell_emb"), []).append(row["value"])
+        name = f"dict_cell_embs_{cell}batch-1" if kind == "all" else "cell_embs_dict_[8208, 12030]"
+        content[f"in_silico_delete_x_{name}_raw.pickle"] = effects
+    for name, effects in content.items():
+        (tmp_path / name).write_bytes(pickle.dumps(effects))
+    found = perturbation_stats(tmp_path, **QUICK)
+    theirs = pd.read_csv(folder / "outputs" / f"v1_stats_goal_{kind}.csv", index_col=0)
+    assert found.table is not None
+    ours = found.table[[name for name in theirs if name not in ("Gene_name", "Ensembl_ID")]]
+    pd.testing.assert_frame_equal(ours, theirs[list(ours)], rtol=1e-10, atol=0, check_index_type=False)
+    out = tmp_path.parent / f"{kind}_out"
+    assert cli.main(["perturb-stats", str(tmp_path), "--out", str(out), "--no-pictures", "--quiet"]) == 0
 
 
 def test_public_name() -> None:

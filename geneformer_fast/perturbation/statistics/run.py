@@ -71,7 +71,8 @@ def perturbation_stats(
     Parameters
     ----------
     runs
-        What :func:`perturb` wrote: the folder, or those of all shards of a run; what ``open_perturbations`` gave; or a
+        What :func:`perturb` wrote: the folder, or those of all shards of a run; a folder of pickles of the official
+        ``InSilicoPerturber``; what ``open_perturbations`` gave; or a
         ``pyarrow.Table`` with its columns.
     out
         Folder for the tables as CSV, pictures, and what the numbers mean in words. None writes nothing.

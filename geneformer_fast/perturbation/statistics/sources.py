@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
+from geneformer_fast.perturbation.official_files import open_official
 from geneformer_fast.perturbation.reading import Perturbations, open_perturbations
+from geneformer_fast.perturbation.statistics.asked import is_official
 from geneformer_fast.perturbation.statistics.columns import Collector, Run
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -74,15 +76,18 @@ class Rows:
         columns = ["cell", "tokens", "genes", "affected", "state", "value", "dose", *obs]
         if absent := [name for name in obs if name not in self.columns]:
             raise InputError(
-                f"{self.where}: no column {absent[0]!r} was carried; perturb with obs (--obs {absent[0]}) to have it"
+                f"{self.where}: no column {absent[0]!r} was carried; perturb again with obs={absent[0]!r} to have it"
             )
         collector.add(self.batches(columns), self.where)
         run = collector.run()
         if isinstance(self._data, pa.Table):
             return run
         cells = self._data.cells
+        if "length" not in cells.column_names:
+            return run
         known = dict(zip(cells["cell"].to_pylist(), cells["length"].to_pylist(), strict=True))
-        return replace(run, lengths=np.array([known.get(cell, -1) for cell in run.cells.tolist()]))
+        lengths = [known.get(cell) for cell in run.cells.tolist()]
+        return run if None in lengths else replace(run, lengths=np.array(lengths))
 
 
 def open_rows(runs: Runs) -> Rows:
@@ -91,8 +96,8 @@ def open_rows(runs: Runs) -> Rows:
     Parameters
     ----------
     runs
-        The folder of ``perturb``, those of all its shards, what ``open_perturbations`` gave, or a table with the
-        columns of such a run.
+        The folder of ``perturb``, or of the official perturber, those of all shards, what ``open_perturbations`` gave,
+        or a table with the columns of such a run.
 
     Raises
     ------
@@ -101,9 +106,16 @@ def open_rows(runs: Runs) -> Rows:
     """
     if isinstance(runs, pa.Table):
         return Rows("the table", runs)
-    found = runs if isinstance(runs, Perturbations) else open_perturbations(_places(runs))
+    found = runs if isinstance(runs, Perturbations) else _opened(_places(runs))
     plan = dict(found.manifest.get("plan", {}))
     return Rows(str(found.path), found, list(found.states), found.n_cells, plan)
+
+
+def _opened(places: Path | list[Path]) -> Perturbations:
+    """A folder of ours, or one of the official tool's pickles, which are read without executing anything."""
+    if isinstance(places, Path) and is_official(places):
+        return open_official(places)
+    return open_perturbations(places)
 
 
 def _places(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Any:
