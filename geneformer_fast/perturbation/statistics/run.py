@@ -154,8 +154,8 @@ def perturbation_stats(
     asked = _Asked(goal, alternative, mended(mend), genes, anchor, dose, vocabulary_of(dictionary), settings)
     others = [] if compare is None else [compare] if isinstance(compare, str | os.PathLike) else list(compare)
     with Progress(3 + len(others), "statistics", "steps", progress) as bar:
-        beside = [None if each is None else open_rows(each) for each in (null, singles)]
-        found, run = _statistics(open_rows(runs), mode, asked, *beside, bar)
+        null_rows, single_rows = (None if each is None else open_rows(each) for each in (null, singles))
+        found, run = _statistics(open_rows(runs), mode, asked, null_rows, single_rows, bar)
         if others:
             _compare(found, {str(each): open_rows(each) for each in others}, asked, bar)
         if out is not None:
