@@ -39,6 +39,8 @@ BLOCKS = "_blocks"
 FORMAT = "geneformer-fast perturbations"
 FORMAT_VERSION = 1
 PART = "part-*.parquet"
+#: How the official perturber's files end.
+OFFICIAL_SUFFIX = "_raw.pickle"
 #: What to do about a folder that cannot be gone on with.
 AGAIN = "pass --overwrite (overwrite=True) to start again"
 #: What to do about one that is damaged.
@@ -141,6 +143,11 @@ def state_of(folder: Path) -> str:
     if (folder / UNFINISHED).exists():
         return "unfinished"
     return "empty" if all(is_leftover(path) for path in folder.iterdir()) else "foreign"
+
+
+def is_official(folder: Path) -> bool:
+    """Whether a folder holds pickles of the official perturber, and nothing of ours."""
+    return state_of(folder) == "foreign" and folder.is_dir() and any(folder.glob(f"*{OFFICIAL_SUFFIX}"))
 
 
 def check_state(folder: Path, *, resume: bool, overwrite: bool) -> str:

@@ -19,14 +19,13 @@ import pyarrow as pa
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import is_leftover, whole_file
+from geneformer_fast.perturbation.folder import OFFICIAL_SUFFIX as SUFFIX
 from geneformer_fast.perturbation.parts import Source
 from geneformer_fast.perturbation.pickles import effects_bytes, read_effects
 from geneformer_fast.perturbation.reading import Perturbations
 from geneformer_fast.perturbation.rows import AFFECTED, CELL, OWN, STATE, TOKENS, VALUE, CellRows, RowSchema
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
-#: How files end that hold values, unless the user says otherwise.
-SUFFIX = "_raw.pickle"
 #: What stands in a key for the cell itself.
 CELL_EMB = "cell_emb"
 # in_silico_delete_PREFIX_dict_cell_embs_12batch-1_raw.pickle, and of a list ..._cell_embs_dict_[3, 5]_raw.pickle.

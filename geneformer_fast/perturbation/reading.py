@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from geneformer_fast.arguments import checked
 from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.perturbation.folder import is_official
 from geneformer_fast.perturbation.matrix import anndata_of
 from geneformer_fast.perturbation.parts import PartFolder, Source, by_rank, check_together
 from geneformer_fast.perturbation.rows import AFFECTED, CELL, OWN, STATE, TOKENS
@@ -29,12 +30,13 @@ def open_perturbations(
     partial: bool = False,
     verify: bool | None = None,
 ) -> Perturbations:
-    """Open what ``perturb`` wrote.
+    """Open what ``perturb`` wrote, or Geneformer's own perturber.
 
     Parameters
     ----------
     folder
-        The folder, or those of all shards of a run, in any order.
+        The folder, or those of all shards of a run, in any order. One of the official perturber's pickles is read
+        without executing them; ``cell`` is then the place in its order, which is all that the files say.
     partial
         Take some shards of a run without the others.
     verify
@@ -46,10 +48,16 @@ def open_perturbations(
     OutputError
         There is no such folder; it is unfinished, or files are missing or damaged; or the folders are no shards of one
         run, one is missing, or one is there twice.
+    InputError
+        A pickle holds something else than effects of perturbations.
     """
     places = [folder] if isinstance(folder, str | os.PathLike) else list(folder)
     if not places:
         raise OutputError("no folder of perturbations is named")
+    if len(places) == 1 and is_official(Path(places[0])):
+        from geneformer_fast.perturbation.official_files import open_official
+
+        return open_official(places[0])
     folders = [PartFolder(Path(place), verify=verify) for place in places]
     check_together(folders, is_partial=partial)
     folders.sort(key=lambda part: part.manifest["shard"]["index"])

@@ -14,6 +14,7 @@ from typing import Any
 import folders
 import numpy as np
 import official_pickles
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import geneformer_fast as gf
+from geneformer_fast.cli import main
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
 from geneformer_fast.perturbation import pickles
 from geneformer_fast.perturbation.official_files import open_official, write_official
@@ -218,3 +220,17 @@ def test_our_rows_written_and_read_again(tmp_path: Path) -> None:
     pandas_equal = frame[columns].sort_values(columns[:3]).to_numpy().tolist()
     assert theirs[columns].sort_values(columns[:3]).to_numpy().tolist() == pandas_equal
     assert json.dumps(ours.manifest["plan"]["options"])
+
+
+def test_the_statistics_read_official_pickles(fixtures: Path, shared_dir: Path, tmp_path: Path) -> None:
+    official_pickles.write_pickles(fixtures, "v2_shift_delete_all_cls", tmp_path / "official")
+    theirs = pd.read_csv(fixtures / "outputs" / "v2_stats_goal_all.csv", index_col=0)
+    command = ["perturb-stats", tmp_path / "official", "--out", tmp_path / "out", "--no-pictures", "--min-cells", "2"]
+    assert main([*map(str, command), "--dictionary", str(_dictionary(shared_dir, tmp_path))]) == 0
+    ours = pd.read_csv(tmp_path / "out" / "goal_state_shift.csv", index_col=0)
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-10, atol=1e-15)
+    assert gf.open_perturbations(tmp_path / "official").states == ["CD56+ NK", "CD19+ B", "CD14+ Monocyte"]
+
+
+def _dictionary(shared_dir: Path, tmp_path: Path) -> Path:
+    return gf.Vocabulary.from_folder(shared_dir / "data" / "dicts", "v2").save(tmp_path / "dictionary").parent
