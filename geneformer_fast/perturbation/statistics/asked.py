@@ -26,8 +26,6 @@ FAULTS = {
 CORRECTIONS = ("bh", "by")
 #: The file that a folder of statistics is known by.
 ABOUT = "statistics.json"
-#: How files of the official perturber end.
-OFFICIAL = "_raw.pickle"
 _OWN = (ABOUT, "about.md", "effects.csv", "agreement.csv", "interactions.csv", *(f"{mode}.csv" for mode in MODES))
 #: Options that are about some modes only: option -> (modes, what it is).
 _ABOUT_MODES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -116,11 +114,6 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def is_official(folder: Path) -> bool:
-    """Whether a folder holds pickles of the official perturber, and nothing of ours."""
-    return layout.state_of(folder) == "foreign" and folder.is_dir() and any(folder.glob(f"*{OFFICIAL}"))
-
-
 def check_run(folder: str) -> None:
     """Refuse what is no finished run.
 
@@ -133,7 +126,7 @@ def check_run(folder: str) -> None:
     state = layout.state_of(path)
     if state == "unfinished":
         raise OutputError(layout.unfinished_message(path))
-    if state != "finished" and not is_official(path):
+    if state != "finished" and not layout.is_official(path):
         what = "there is no such folder" if state == "absent" else "it holds no perturbations"
         raise OutputError(f"{folder}: {what}; name one that perturb wrote")
 

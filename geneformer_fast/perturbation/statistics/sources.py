@@ -12,9 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import InputError
-from geneformer_fast.perturbation.official_files import open_official
 from geneformer_fast.perturbation.reading import Perturbations, open_perturbations
-from geneformer_fast.perturbation.statistics.asked import is_official
 from geneformer_fast.perturbation.statistics.columns import Collector, Run
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -106,16 +104,9 @@ def open_rows(runs: Runs) -> Rows:
     """
     if isinstance(runs, pa.Table):
         return Rows("the table", runs)
-    found = runs if isinstance(runs, Perturbations) else _opened(_places(runs))
+    found = runs if isinstance(runs, Perturbations) else open_perturbations(_places(runs))
     plan = dict(found.manifest.get("plan", {}))
     return Rows(str(found.path), found, list(found.states), found.n_cells, plan)
-
-
-def _opened(places: Path | list[Path]) -> Perturbations:
-    """A folder of ours, or one of the official tool's pickles, which are read without executing anything."""
-    if isinstance(places, Path) and is_official(places):
-        return open_official(places)
-    return open_perturbations(places)
 
 
 def _places(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Any:
