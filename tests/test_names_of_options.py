@@ -71,6 +71,8 @@ NAMES = {
     "column": "the column that tells states apart",
     "state_embeddings": "what these look like, made before",
     "statistic": "how many cells become one embedding",
+    "screen": "what genes are chosen by before any is computed",
+    "best": "how many of them are computed",
     "window": "which of the cells in their order",
     "shard": "which part of a run",
     "official": "whether faults of the official tool are kept",

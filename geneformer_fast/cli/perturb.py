@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.selection import add_selection_options, selection_options
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.perturbation.kinds import COUNTS, KINDS, MODES
+from geneformer_fast.perturbation.kinds import COUNTS, KINDS, MODES, SCREENS
 
 if TYPE_CHECKING:
     from geneformer_fast.perturbation.plan import Plan
@@ -88,6 +88,18 @@ def _add_edits(parser: argparse.ArgumentParser) -> None:
         "perturbed cell for each (default: none)",
     )
     parser.add_argument(
+        "--screen",
+        choices=SCREENS,
+        help="estimate every gene of every cell from its gradients first, and compute the --best alone (default: "
+        "compute all)",
+    )
+    parser.add_argument(
+        "--best",
+        type=int,
+        metavar="N",
+        help="genes that --screen leaves, those with the largest effects (default: 100)",
+    )
+    parser.add_argument(
         "--counts",
         action="append",
         metavar="FILE",
@@ -153,7 +165,7 @@ def check(args: argparse.Namespace) -> None:
     from geneformer_fast.cli.places import check_dictionary, check_file, check_layer, check_model, check_tokens
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.perturbation.folder import check_state
-    from geneformer_fast.perturbation.kinds import check_genes
+    from geneformer_fast.perturbation.kinds import check_genes, check_screen
     from geneformer_fast.perturbation.sets import read_sets
     from geneformer_fast.perturbation.shards import Shard
 
@@ -162,6 +174,8 @@ def check(args: argparse.Namespace) -> None:
         check_file(args.sets, "--sets")
         asked["sets"] = list(read_sets(args.sets).values())
     check_genes(asked.pop("kind"), **{**asked, "genes": None if asked["genes"] == "all" else asked["genes"]})
+    is_one_by_one = not (args.together or args.pairs or args.anchor is not None or args.sets is not None)
+    check_screen(args.screen, args.best, args.kind, _genes(args.genes), is_one_by_one)
     if args.counts is not None and args.kind != COUNTS:
         raise UnsupportedError(f"--counts is about --kind counts; {args.kind} needs none")
     selection_options(args)
@@ -206,6 +220,8 @@ def run(args: argparse.Namespace) -> Answer:
         args.out,
         **{**edits, "doses": edits["doses"] or None, "sets": args.sets},
         **({} if args.counts is None else {"counts": args.counts}),
+        screen=args.screen,
+        best=args.best,
         mode=args.mode,
         layer=args.layer,
         states=_states(args.states),

@@ -46,6 +46,8 @@ class Edits:
         each.
     front, back
         Special tokens before and behind the genes of every cell.
+    is_present
+        Whether genes are perturbed in cells that have them only, also where they are put in front.
     max_len
         Most tokens that the model reads; None where nothing is ever put in front of a cell that lacks it.
 
@@ -69,6 +71,7 @@ class Edits:
     front: int = 0
     back: int = 0
     max_len: int | None = None
+    is_present: bool = False
     #: [I, k] int64: lists that are perturbed together, filled up with -1; None where all genes are asked for.
     items: torch.Tensor | None = field(init=False, repr=False, compare=False)
 
@@ -94,7 +97,7 @@ class Edits:
     @property
     def needs(self) -> str:
         """Which genes of a list a cell must have: ``"all"``, ``"any"`` or ``"none"``."""
-        if self.kind == "overexpress" and self.anchor is None:
+        if self.kind == "overexpress" and self.anchor is None and not self.is_present:
             return "none"
         return "all" if self.sets is None else "any"
 

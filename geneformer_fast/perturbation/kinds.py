@@ -13,6 +13,8 @@ COUNTS = "counts"
 KINDS = ("delete", "overexpress", "inhibit", "activate", "swap", COUNTS)
 #: Those that move a gene by a share of a cell's ranks.
 MOVING = ("inhibit", "activate")
+#: What genes may be chosen by before any is computed.
+SCREENS = ("gradient",)
 #: What is compared: the cell by its genes or its CLS token, and each gene that was not perturbed.
 MODES = ("cell", "cls", "cell_and_gene", "cls_and_gene")
 
@@ -55,6 +57,28 @@ def check_genes(
         if some is not None and len(set(some)) < len(some):
             twice = next(gene for gene in some if list(some).count(gene) > 1)
             raise UnsupportedError(f"gene {twice!r} is in a list twice: name each once")
+
+
+def check_screen(screen: str | None, best: int | None, kind: str, genes: object, is_one_by_one: bool) -> None:
+    """Refuse a screen of what cannot be screened.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such screen, or it does not go with what is asked for.
+    """
+    if screen is None:
+        if best is not None:
+            raise UnsupportedError("best (--best) is of a screen: say which with screen (--screen)")
+        return
+    if screen not in SCREENS:
+        raise UnsupportedError(f"screen (--screen) must be one of {', '.join(SCREENS)}, not {screen!r}")
+    if kind not in ("delete", "overexpress"):
+        raise UnsupportedError(f"a screen (--screen) is of deletions or overexpressions, not of kind {kind!r}")
+    if genes != "all" or not is_one_by_one:
+        raise UnsupportedError("a screen (--screen) chooses among all genes, one by one: leave genes and lists out")
+    if best is not None and best < 1:
+        raise UnsupportedError(f"best (--best) must be at least 1, not {best}")
 
 
 def _check_doses(kind: str, doses: Sequence[float]) -> None:

@@ -48,6 +48,8 @@ def perturb(
     anchor: str | int | None = None,
     sets: str | os.PathLike[str] | Mapping[str, Sequence[str]] | Sequence[Sequence[str | int]] | None = None,
     doses: float | Sequence[float] | None = None,
+    screen: str | None = None,
+    best: int | None = None,
     counts: AnnData | str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     mode: str | None = None,
     layer: str | int = "penultimate",
@@ -98,6 +100,10 @@ def perturb(
     doses
         Shares of a cell's ranks, above 0 and up to 1, or factors of counts; a perturbed cell for each, and a column
         ``dose``.
+    screen, best
+        ``"gradient"``: estimate the deletion, or overexpression, of every gene of every cell from a few backward
+        passes per cell, and compute only so many genes (None is 100) whose mean effect, on the goal where there is one,
+        is estimated to be largest, in the cells that have them. The report has the estimates.
     counts
         What the tokens were made of, for the kind ``"counts"``: an AnnData, or files in the order of the token folder's
         inputs. None takes the files that the folder names. Counts that do not give its tokens are refused.
@@ -167,7 +173,7 @@ def perturb(
     """
     question = Question(
         kind, genes, together, pairs, anchor, sets, doses, mode, layer, states, state_embeddings, where, max_cells,
-        seed, _window(window), official, counts,
+        seed, _window(window), official, counts, screen, best,
     )  # fmt: skip
     question.check()
     part, place = Shard.of(shard), model.device if isinstance(model, Encoder) else local_device(device)
@@ -179,6 +185,8 @@ def perturb(
         ranks = stack.enter_context(process_group(place))
         if out is None and ranks.world_size > 1:
             raise UnsupportedError("several processes write into a folder: say where with out (--out)")
+        if screen is not None and ranks.world_size > 1:
+            raise UnsupportedError("a screen (--screen) chooses genes in one process; start one, or one per shard")
         encoder = model.eval() if isinstance(model, Encoder) else load(model, dtype=dtype, device=place)
         if isinstance(model, Encoder):
             warn_if_emulated(encoder.dtype, encoder.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from geneformer_fast.perturbation.counts import CellCounts, CountEdits
 from geneformer_fast.perturbation.edits import Edits
 from geneformer_fast.perturbation.engine import PerturbationRun
 from geneformer_fast.perturbation.genes import Gene, Names
-from geneformer_fast.perturbation.kinds import COUNTS, MODES
+from geneformer_fast.perturbation.kinds import COUNTS, MODES, check_screen
 from geneformer_fast.perturbation.plan import Plan, plan_of
+from geneformer_fast.perturbation.screen import GradientScreen
 from geneformer_fast.perturbation.selection import chosen_cells
 from geneformer_fast.perturbation.sets import read_sets, tokens_of_sets
 from geneformer_fast.perturbation.shards import Shard
@@ -31,6 +32,8 @@ from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 #: A file of states, embeddings by name, or what was read or made before.
 Embeddings = States | Mapping[str, Any] | str | os.PathLike[str]
+#: Genes that a screen leaves to be computed, where nobody says how many.
+BEST = 100
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Question:
     window: tuple[int | None, int | None] | None
     official: bool
     counts: Any = None
+    screen: str | None = None
+    best: int | None = None
 
     def check(self) -> StateRoles | None:
         """Refuse at once what can be seen to be wrong without a model; the states that are asked for."""
@@ -61,6 +66,8 @@ class Question:
             raise UnsupportedError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         if self.states is None and self.state_embeddings is not None:
             raise UnsupportedError("state_embeddings are of states: say which with states")
+        is_one_by_one = not (self.together or self.pairs or self.anchor is not None or self.sets is not None)
+        check_screen(self.screen, self.best, self.kind, self.genes, is_one_by_one)
         if self.counts is not None and self.kind != COUNTS:
             raise UnsupportedError(f"counts (--counts) are of kind 'counts'; kind {self.kind!r} needs none")
         if self.seed is not None and self.max_cells is None:
@@ -86,6 +93,8 @@ class Prepared:
         Embeddings of states; None without.
     sets
         Names of the sets that are perturbed; empty without any, or where they have none.
+    screened
+        What a screen said of the genes that are perturbed; None without one.
     """
 
     run: PerturbationRun
@@ -95,6 +104,7 @@ class Prepared:
     names: Names
     states: States | None
     sets: tuple[str, ...] = ()
+    screened: dict[str, Any] | None = None
 
 
 def prepared(
@@ -137,6 +147,13 @@ def prepared(
     states = None if roles is None else _states(question, roles, folder, encoder, mode, token_budget, progress)
     embeddings = None if states is None else torch.from_numpy(states.embeddings).to(encoder.device)
     comparison = Comparison(mode, framing, embeddings)
+    screened = None
+    if question.screen is not None:
+        screen = GradientScreen(encoder, edits.kind, mode.partition("_")[0], question.layer, framing, embeddings)
+        goal = 0 if roles is None or roles.goal is None else roles.names.index(str(roles.goal))
+        found = screen.genes(folder, chosen.cells, goal=goal, progress=progress)
+        best = tuple(found.tokens[: question.best or BEST].tolist())
+        edits, screened = replace(edits, genes=best, is_present=True), found.to_dict(len(best))
     plan = plan_of(
         folder, chosen, edits, n_states=0 if states is None else len(states.names), has_gene_values=comparison.has_genes
     )
@@ -157,7 +174,7 @@ def prepared(
         lambda some: folder.read(part.chosen.cells[some]),
         token_budget=token_budget, workers=workers, progress=progress, is_official=question.official,
     )  # fmt: skip
-    return Prepared(run, part, ranks, len(chosen), names, states, tuple(sets) if sets is not None else ())
+    return Prepared(run, part, ranks, len(chosen), names, states, tuple(sets) if sets is not None else (), screened)
 
 
 def _mode(mode: str | None, has_cls: bool) -> str:

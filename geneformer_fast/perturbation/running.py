@@ -134,6 +134,7 @@ def _computed(ready: Prepared, writer: PerturbationWriter, ranks: Ranks, *, offi
     return {
         "n_variants": n_variants, "seconds": round(seconds, 3),
         "perturbed_cells_per_second": round(n_variants / seconds, 3) if seconds else None,
+        "screen": ready.screened,
         "noise": None if noise is None else noise.to_dict(), "effects": spread.to_dict(),
     }  # fmt: skip
 
@@ -191,6 +192,7 @@ def identity_of_run(
         "mode": comparison.mode, "layer": str(question.layer), "official": question.official,
         "token_budget": run.token_budget,
         "set_names": list(ready.sets),
+        "screen": question.screen,
         "counts": edits.counts.digests if isinstance(edits, CountEdits) and edits.counts is not None else None,
     }  # fmt: skip
     states: dict[str, Any] | None = None
