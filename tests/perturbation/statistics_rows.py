@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geneformer_fast.perturbation.statistics.columns import Collector, Run
+from geneformer_fast.perturbation.statistics.collecting import Collector
+from geneformer_fast.perturbation.statistics.columns import Run
 
 
 def table_of_reference(folder: Path, name: str) -> pa.Table:
@@ -83,7 +84,7 @@ def screen(
 
 def write_run(
     folder: Path, table: pa.Table, *, states: Sequence[str] = (), n_cells: int | None = None, obs: Sequence[str] = (),
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None, options: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """A table as the folder that ``perturb`` would write; cells are 0 to ``n_cells`` - 1."""
     from geneformer_fast.perturbation.rows import CellRows, RowSchema
@@ -98,7 +99,9 @@ def write_run(
     number = {state: at for at, state in enumerate(states)}
     n_tokens = np.arange(n_cells, 0, -1) if lengths is None else np.asarray(lengths)
     cells = RunCells(np.arange(n_cells), n_tokens, np.full(n_cells, 5), obs=carried)
-    with PerturbationWriter(folder, cells, plan={"options": {}}, rows=RowSchema(states=list(states))) as writer:
+    with PerturbationWriter(
+        folder, cells, plan={"options": dict(options or {})}, rows=RowSchema(states=list(states))
+    ) as writer:
         for each in range(n_cells):
             rows = np.flatnonzero(cell == each)
             of_cell = table.take(pa.array(rows))

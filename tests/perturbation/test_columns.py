@@ -9,7 +9,7 @@ from statistics_rows import collected, screen, table_of
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.perturbation.statistics.aggregate import aggregate_gene_shifts
-from geneformer_fast.perturbation.statistics.columns import Collector
+from geneformer_fast.perturbation.statistics.collecting import Collector
 from geneformer_fast.perturbation.statistics.names import Names
 
 

@@ -248,6 +248,15 @@ def test_pairs_beyond_their_genes() -> None:
         perturbation_stats(table_of([(0, [1, 2], 0.5)]), singles=table_of([(0, [1], 0.5)]), **QUICK)
 
 
+def test_places_in_a_list_are_no_ranks(tables: dict[str, pa.Table], tmp_path: Path) -> None:
+    """Genes of a list are perturbed in its order, wherever they stand in a cell."""
+    run = write_run(tmp_path / "run", tables["goal"], n_cells=80, options={"genes": [[10], [11]]})
+    found = perturbation_stats(run, mode="aggregate_data", **QUICK)
+    assert found.effects["rank"].isna().all()
+    assert found.effects["p_value"].notna().sum() > 50  # by detection alone
+    assert perturbation_stats(tables["goal"], mode="aggregate_data", **QUICK).effects["rank"].notna().all()
+
+
 def test_pairs_with_an_anchor_are_compared_with_each_other() -> None:
     """The genes beside the anchor are like each other or not; in pairs that share no gene a rank means nothing."""
     rng = np.random.default_rng(7)

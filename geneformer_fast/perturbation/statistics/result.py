@@ -15,7 +15,7 @@ from geneformer_fast.perturbation.statistics.asked import ABOUT, MODES, check_pl
 if TYPE_CHECKING:
     import pandas
 
-    from geneformer_fast.perturbation.pictures import Drawings
+    from geneformer_fast.perturbation.drawings import Drawings
 
 MEANING = """\
 # What these numbers mean

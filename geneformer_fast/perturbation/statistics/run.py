@@ -161,7 +161,7 @@ def perturbation_stats(
         if out is not None:
             drawings = None
             if pictures:
-                from geneformer_fast.perturbation.pictures import Drawings
+                from geneformer_fast.perturbation.drawings import Drawings
 
                 drawings = Drawings.of(found, run, settings, embeddings, color)
             found.save(out, overwrite=overwrite, pictures=drawings)

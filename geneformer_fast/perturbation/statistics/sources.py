@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.perturbation.reading import Perturbations, open_perturbations
-from geneformer_fast.perturbation.statistics.columns import Collector, Run
+from geneformer_fast.perturbation.statistics.collecting import Collector
+from geneformer_fast.perturbation.statistics.columns import Run
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 Runs = Any  # a folder, shards of a run, a Perturbations, or a table of its columns
@@ -78,6 +79,10 @@ class Rows:
             )
         collector.add(self.batches(columns), self.where)
         run = collector.run()
+        options = self.plan.get("options") or {}
+        if options.get("genes") is not None or options.get("sets") is not None:
+            # Variants come in the order of the list, which says nothing of where a gene stands in a cell.
+            run = replace(run, rank=np.full(len(run.edits), np.nan))
         if isinstance(self._data, pa.Table):
             return run
         cells = self._data.cells
