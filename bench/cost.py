@@ -1,9 +1,11 @@
 """``python -m bench cost``: cost against size, measured where it can be, drawn, and stated as exponents.
 
-Four kinds of curve: tokenization by cells, embedding by cells, by tokens per cell (all cells alike, as many tokens
-altogether) and by tokens per batch (the same cells). Sizes grow tenfold or twofold until the next would take longer
-than ``--seconds``; what lies beyond is predicted by the fitted curve and says so. A cost should be linear in cells; in
-tokens per cell it should grow as the model's operations do, and not at all with the size of a batch.
+Six kinds of curve: tokenization by cells; embedding by cells, by tokens per cell (all cells alike, as many tokens
+altogether) and by tokens per batch (the same cells); perturbing by tokens per perturbed cell (as many tokens
+altogether) and by genes that are deleted one by one in a cell. Sizes grow tenfold or twofold until the next would take
+longer than ``--seconds``; what lies beyond is predicted by the fitted curve and says so. A cost should be linear in
+cells; in tokens per cell it should grow as the model's operations do, and not at all with the size of a batch. A
+perturbed cell should cost the same however many there are.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
 #: Tokens of all cells together where cells grow longer, and where batches grow.
 N_TOKENS = 16_384
-KINDS = ("tokenize", "cells", "length", "batch")
+KINDS = ("tokenize", "cells", "length", "batch", "perturb-length", "perturb-genes")
+#: Genes that are deleted in each cell where cells grow longer; and how many where their number grows, in what cell.
+N_GENES = 4
+GENES, GENES_OF = (32, 64, 128, 256, 504), 512
 #: Twice the cells, twice the time.
 _LINEAR = 1.0
 
@@ -228,6 +233,57 @@ def embedding(
     )
 
 
+def perturbing(
+    kind: str,
+    model: Path,
+    work: Path,
+    *,
+    device: str = "cpu",
+    sizes: Sequence[int] | None = None,
+    n_tokens: int = N_TOKENS,
+) -> Job:
+    """Deleting genes one by one, by tokens per perturbed cell or by genes; the rest as in :func:`embedding`.
+
+    Parameters
+    ----------
+    kind
+        ``"perturb-length"`` or ``"perturb-genes"``.
+    model, work, device, sizes, n_tokens
+        As in :func:`embedding`; ``n_tokens`` are those of all perturbed cells.
+    """
+    from bench.token_folders import perturbable_folder
+    from geneformer_fast import load, perturb
+    from geneformer_fast.profiling.flops.work import encoder_flops
+
+    encoder = load(model, device=device).eval()
+    config = encoder.config
+    n_blocks = config.layer_index("penultimate")
+
+    def of(name: str, lengths: Sequence[int], n_genes: int) -> Callable[[], object]:
+        folder, genes = perturbable_folder(work / "tokens" / f"{model.name}_{name}", lengths, config, n_genes)
+        return lambda: perturb(folder, encoder, genes=genes, progress=False)
+
+    what = f"delete genes one by one, {model.name}, {device}"
+    case = f"cost_{kind}_{model.name.removeprefix('geneformer-')}_{device.partition(':')[0]}"
+    if kind == "perturb-genes":
+        longest = min(config.max_len, GENES_OF)
+        run = lambda n: of(f"genes_{n}", [longest], n)  # noqa: E731
+        return Job(case, what, "genes", sizes or GENES, run, _LINEAR)
+    lengths = [length for length in sizes or LENGTHS if length <= min(config.max_len, n_tokens // N_GENES)]
+    operations = fitted(lengths, [encoder_flops(config, n, n**2, n_blocks) for n in lengths], has_fixed=False)
+    n_cells: Callable[[int], int] = lambda length: n_tokens // length // N_GENES  # noqa: E731
+    return Job(
+        case,
+        what,
+        "tokens per perturbed cell",
+        lengths,
+        lambda length: of(f"perturbed_{length}", [length] * n_cells(length), N_GENES),
+        operations.exponent if operations else _LINEAR,
+        per_cell=lambda length: n_cells(length) * N_GENES,
+        has_fixed=False,
+    )
+
+
 def jobs(
     kinds: Sequence[str],
     presets: Sequence[str],
@@ -247,7 +303,8 @@ def jobs(
         torch.manual_seed(0)
         model = save(Encoder(EncoderConfig.preset(preset)).eval(), work / preset)
         for kind in (kind for kind in kinds if kind != "tokenize"):
-            yield embedding(kind, Path(model), work, device=device, sizes=sizes, n_tokens=n_tokens)
+            of_kind = perturbing if kind.startswith("perturb-") else embedding
+            yield of_kind(kind, Path(model), work, device=device, sizes=sizes, n_tokens=n_tokens)
 
 
 def said(curve: Mapping[str, Any]) -> str:
@@ -268,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench cost", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--preset", action="append", help="model, repeatable (default: geneformer-v1-10m)")
-    parser.add_argument("--device", default="cpu", help="of the embedding (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="of the model (default: cpu)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"per size (default: {SECONDS:g})")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"runs of each size (default: {ROUNDS})")
     parser.add_argument("--tokens", type=int, default=N_TOKENS, help="of all cells, where cells or batches grow")

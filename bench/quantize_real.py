@@ -185,13 +185,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     rows = run(args)
     asked = {name: value for name, value in vars(args).items() if isinstance(value, int | float | list)}
-    training = _training(Study(args.work, args))
+    training = training_of(Study(args.work, args))
     content = {"what": __doc__.splitlines()[0], "asked": asked, "training": training, "rows": rows}
     print(save_result("quantize_real", content))
     return 0
 
 
-def _training(study: Study) -> dict[str, Any]:
+def training_of(study: Study) -> dict[str, Any]:
     """How far the encoder came."""
     if study.args.model is not None:
         return {"note": study.args.note}

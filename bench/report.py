@@ -310,8 +310,8 @@ def _costs(results: Sequence[Result]) -> str:
         rows.append((*by, fitted[0], f"{result['expected_exponent']:.2f}", fitted[1], predicted))
     header = ("", "sizes", "the largest takes", "exponent", "expected", "fixed part", "predicted")
     title = (
-        "Cost against size: a fixed part, and a factor times the size to the power of the exponent. Tokens per cell "
-        "and per batch grow while the tokens of all cells stay as many; theirs is the time of a cell, and of all."
+        "Cost against size: a fixed part, and a factor times the size to the power of the exponent. Tokens per cell, "
+        "perturbed cell or batch grow while the tokens of all stay as many; theirs is the time of a cell, and of all."
     )
     return _block(title, header, rows, results)
 

@@ -131,4 +131,6 @@ def _figure(curves: Sequence[Mapping[str, Any]], pyplot: Any) -> Any:
 
 def curve_unit(size: str) -> str:
     """What the seconds of a curve are for."""
-    return "seconds per cell" if size == "tokens per cell" else "seconds"
+    if size in ("tokens per cell", "tokens per perturbed cell"):
+        return f"seconds per {size.removeprefix('tokens per ')}"
+    return "seconds"

@@ -12,10 +12,10 @@ import torch
 
 from bench import cost, report
 from bench.compare import readings
-from bench.cost import Job, NoRoom, embedding, measured, said
+from bench.cost import Job, NoRoom, embedding, measured, perturbing, said
 from bench.scaling import draw, fitted
 from bench.tile import tile_h5ad
-from bench.token_folders import token_folder
+from bench.token_folders import perturbable_folder, token_folder
 from geneformer_fast import Encoder, EncoderConfig, open_tokens, save
 from geneformer_fast.profiling.clock import WallClock
 
@@ -125,7 +125,7 @@ def test_time_per_cell_and_what_compare_reads_of_it() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = EncoderConfig.preset("geneformer-v2-104m", n_layers=1, width=16, n_heads=2, ff_width=16, max_len=64)
+    config = EncoderConfig.preset("geneformer-v2-104m", n_layers=2, width=16, n_heads=2, ff_width=16, max_len=64)
     return Path(save(Encoder(config).eval(), tmp_path_factory.mktemp("model") / "small"))
 
 
@@ -145,6 +145,27 @@ def test_embeddings_are_measured(kind: str, sizes: tuple[int, ...], runs: str, m
         assert 1.0 < job.expected < 2.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "runs"),
+    [("perturb-length", (8, 16, 32, 64, 128), "tokens per perturbed cell"), ("perturb-genes", (4, 8, 16, 32), "genes")],
+)
+def test_perturbed_cells_are_measured(
+    kind: str, sizes: tuple[int, ...], runs: str, model: Path, tmp_path: Path
+) -> None:
+    job = perturbing(kind, model, tmp_path, sizes=sizes, n_tokens=256)
+    assert (job.size, job.case) == (runs, f"cost_{kind}_small_cpu")
+    asked = [size for size in sizes if size <= 64]
+    for size in asked[-2:]:  # a value of every perturbed cell, whose number divides the time
+        found = job.prepare(size)()
+        assert len(found) == (job.per_cell(size) if job.per_cell else size)
+        assert found["value"].notna().all()
+    if kind == "perturb-length":
+        assert [job.per_cell(size) for size in asked] == [32, 16, 8, 4]
+        assert 1.0 < job.expected < 2.0
+    else:
+        assert (job.expected, job.has_fixed) == (1.0, True)
+
+
 def test_made_up_cells_are_those_of_the_model(tmp_path: Path) -> None:
     for family, ends in (("v1", False), ("v2", True)):
         name = next(name for name in ("geneformer-v1-10m", "geneformer-v2-104m") if family in name)
@@ -155,6 +176,19 @@ def test_made_up_cells_are_those_of_the_model(tmp_path: Path) -> None:
         assert values.max() < config.vocab_size
         assert ({*values[bounds[:-1]]} == {2}) is ends
         assert ({*values[bounds[1:] - 1]} == {3}) is ends
+
+
+def test_made_up_cells_share_some_genes_and_have_none_twice(tmp_path: Path) -> None:
+    config = EncoderConfig.preset("geneformer-v2-104m")
+    path, genes = perturbable_folder(tmp_path / "tokens", [40, 12], config, 6)
+    with open_tokens(path) as folder:
+        values, bounds = folder.read(range(2))
+    assert [*np.diff(bounds)] == [40, 12]
+    for cell in np.split(values, bounds[1:-1]):
+        assert (cell[0], cell[-1], len(set(cell))) == (2, 3, len(cell))
+        places = [[*cell].index(gene) for gene in genes]
+        assert places == sorted(places)
+        assert places[-1] - places[0] >= len(cell) // 2
 
 
 def test_the_last_repeat_of_a_file_may_be_cut(tmp_path: Path) -> None:

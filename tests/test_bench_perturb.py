@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 
-from bench import report
+from bench import perturb_real, perturb_report, report
 from bench.compare import readings
 from bench.cpu import perturb_case
 from bench.cpu.embed_candidates import Geometry
@@ -166,3 +168,47 @@ def test_a_result_is_tabulated_and_compared(
     measurements = readings(case)
     assert measurements["candidates.float32.seconds"].is_ours
     assert not measurements["candidates.plain.seconds"].is_ours
+
+
+def test_a_trained_model_is_asked_in_fewer_bits(
+    place: PerturbPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The procedure of the study, on a model that was not trained."""
+    import datasets
+
+    cells = pa.concat_tables([cells_of(place.geometry.family)] * 2)
+    kinds = [perturb_real.START, *perturb_real.OTHERS] * 2
+    tokens = tmp_path / "tokens"
+    datasets.Dataset(cells.append_column(perturb_real.LABEL, pa.array(kinds))).save_to_disk(str(tokens))
+    models = {name: perturb_real.MODELS[name] for name in ("float32", "bfloat16")}
+    monkeypatch.setattr(perturb_real, "MODELS", models)
+    rows = perturb_real.rows_of(place.model, tokens, tmp_path / "out", 2)
+    assert [*rows] == [f"{question}, {name}" for question in ("similarity", "shift") for name in models]
+    for name, row in rows.items():
+        assert row["n_variants"] == 2 * 24
+        assert row["effects"]["n"] == 2 * 24 * (3 if name.startswith("shift") else 1)
+        assert ("rank_correlation" in row) is name.endswith("bfloat16")
+    assert rows["shift, bfloat16"]["largest_difference"] < 0.02
+    said = capsys.readouterr().out.splitlines()
+    assert "rank correlation" in said[1]
+    result = {"asked": {"cells": 2}, "training": {"note": "not trained"}, "rows": rows}
+    assert "not trained" in perturb_report.real_title(result)
+    table = perturb_report.real_rows([result])
+    assert {len(line) for line in table} == {len(perturb_report.REAL_HEADER)}
+    assert [bool(line[3]) for line in table] == [False, True] * 2
+
+
+def test_agreement_of_effects_is_of_ranks_cell_by_cell() -> None:
+    exact = pd.DataFrame(
+        {"cell": [0, 0, 0, 1, 1, 1], "state": None, "tokens": [[7], [8], [9]] * 2, "value": [0.1, 0.2, 0.3] * 2}
+    )
+    found = perturb_real.compared(exact.assign(value=[1.1, 1.2, 1.3, 1.2, 1.1, 1.3]), exact)
+    assert found["rank_correlation"]["least_of_a_cell"] == pytest.approx(0.5)
+    assert found["rank_correlation"]["of_gene_means"] == pytest.approx(
+        spearmanr([1.15, 1.15, 1.3], [0.1, 0.2, 0.3]).statistic
+    )
+    assert found["largest_difference"] == pytest.approx(1.1)
+    with pytest.raises(RuntimeError, match="other genes"):
+        perturb_real.compared(exact.assign(tokens=[[7], [8], [5]] * 2), exact)
+    with pytest.raises(RuntimeError, match="other cells"):
+        perturb_real.compared(exact[:5], exact)
