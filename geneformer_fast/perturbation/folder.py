@@ -73,6 +73,7 @@ class BlockEntry:
 class Block:
     """What is written down of a whole file before the manifest is."""
 
+    run: str
     block: BlockEntry
 
 
@@ -196,19 +197,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return _read(folder / MANIFEST, Manifest, DAMAGED)
 
 
-def read_block(folder: Path, number: int) -> dict[str, Any] | None:
-    """What is written down of a whole block; None where it is not whole yet."""
+def read_block(folder: Path, number: int, run: str) -> dict[str, Any] | None:
+    """What is written down of a whole block of a run; None where it is not whole yet, or another run's."""
     path = folder / BLOCKS / block_name(number)
     if not path.exists():
         return None
     content = schema.read_json(path, OutputError, Block)
     check_digest(content, path, OutputError, AGAIN)
-    return content["block"]
+    return content["block"] if content["run"] == run else None
 
 
-def write_block(folder: Path, number: int, entry: Mapping[str, Any]) -> None:
-    """Write down that a block is whole."""
-    write_json(folder / BLOCKS / block_name(number), with_digest({"block": dict(entry)}), indent=None)
+def write_block(folder: Path, number: int, run: str, entry: Mapping[str, Any]) -> None:
+    """Write down that a block of a run, which has this fingerprint, is whole."""
+    write_json(folder / BLOCKS / block_name(number), with_digest({"run": run, "block": dict(entry)}), indent=None)
 
 
 def _read(path: Path, kind: Any, advice: str) -> dict[str, Any]:
@@ -241,8 +242,10 @@ def _short(value: Any) -> str:
 
 
 def own_files(folder: Path) -> list[Path]:
-    """Files of a folder of perturbations, the mark of an unfinished one last."""
+    """Files of a folder of perturbations but for the mark of an unfinished one, in an order to remove them in.
+
+    What says that a file is whole comes before the file.
+    """
     blocks = sorted((folder / BLOCKS).glob("*.json"))
     parts = sorted(folder.glob(PART))
-    found = [folder / MANIFEST, *parts, *blocks, folder / CELLS, folder / UNFINISHED]
-    return [path for path in found if path.exists()]
+    return [path for path in (folder / MANIFEST, *blocks, *parts, folder / CELLS) if path.exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.files.checksums import check_file, is_verifying, sha256_of, with_digest
+from geneformer_fast.files.checksums import check_file, fingerprint_of, is_verifying, sha256_of, with_digest
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import system_errors, whole_file, write_json
 from geneformer_fast.perturbation import folder as layout
@@ -157,7 +158,7 @@ class PerturbationWriter:
         self._begin(dict(plan), shard or Shard(), resume, overwrite)
         # By number and not by what is left, which another process may be changing.
         own = range(part, 0 if self.is_finished else len(self._blocks), n_parts)
-        self._waiting = [number for number in own if layout.read_block(self.folder, number) is None]
+        self._waiting = [number for number in own if self._block(number) is None]
 
     def _begin(self, plan: dict[str, Any], shard: Shard, resume: bool, overwrite: bool) -> None:
         """Look at what is there, and write down what is to be made."""
@@ -166,7 +167,8 @@ class PerturbationWriter:
         self._described = {
             "format": layout.FORMAT,
             "format_version": layout.FORMAT_VERSION,
-            "plan": {**plan, "versions": layout.versions()},
+            # As it will be read again: tuples are lists there.
+            "plan": json.loads(json.dumps({**plan, "versions": layout.versions()})),
             "states": list(self._rows.states),
             "columns": [*self._rows.schema.names],
             "shard": {"index": shard.index, "n_shards": shard.n_shards},
@@ -174,42 +176,48 @@ class PerturbationWriter:
             "n_cells_of_run": n_of_run,
             "cells_sha256": layout.cells_fingerprint(table),
         }
+        self._run = fingerprint_of(self._described)
         if self._part:
             self.is_finished = layout.state_of(self.folder) == "finished"
             return
         layout.check_state(self.folder, resume=resume, overwrite=overwrite)
         self._lock.enter_context(folder_lock(self.folder))
+        is_begun = False
         try:
             # Again, since another process may have written meanwhile.
             state = layout.check_state(self.folder, resume=resume, overwrite=overwrite)
-            if overwrite and state in ("finished", "unfinished"):
-                self._clear()
-                state = "empty"
-            if state in ("finished", "unfinished"):
+            if state in ("finished", "unfinished") and not overwrite:
                 self._resume(state)
             else:
+                is_begun = True
+                self._clear()
                 self._write_beginning(table)
         except BaseException:
+            if is_begun:
+                self._leave_nothing()
             self._lock.close()
             raise
 
     def _write_beginning(self, table: pa.Table) -> None:
         from pyarrow import parquet
 
-        message = "These perturbations are unfinished. Run the same command with --resume to go on."
-        content = {**self._described, "message": message, "blocks": self._blocks}
-        write_json(self.folder / layout.UNFINISHED, with_digest(content), indent=None)
+        self._mark_unfinished()
         with system_errors(self.folder):
             (self.folder / layout.BLOCKS).mkdir(exist_ok=True)
         with whole_file(self.folder / layout.CELLS) as temporary:
             parquet.write_table(table, temporary, compression="zstd")
 
-    def _clear(self) -> None:
-        """Remove what is there; from the first step on it says that it is unfinished."""
-        content = {**self._described, "blocks": self._blocks}
+    def _mark_unfinished(self) -> None:
+        message = "These perturbations are unfinished. Run the same command with --resume to go on."
+        content = {**self._described, "message": message, "blocks": self._blocks}
         write_json(self.folder / layout.UNFINISHED, with_digest(content), indent=None)
+
+    def _clear(self) -> None:
+        """Remove what is there of another run; from the first step on the folder says that it is unfinished."""
+        if (self.folder / layout.MANIFEST).exists():
+            self._mark_unfinished()
         with system_errors(self.folder):
-            self._remove()
+            self._remove_files()
 
     def _resume(self, state: str) -> None:
         is_finished = state == "finished"
@@ -240,7 +248,7 @@ class PerturbationWriter:
         """Whole files stay as they are, and everything else goes."""
         kept = set()
         for number in range(len(self._blocks)):
-            if (entry := layout.read_block(self.folder, number)) is None:
+            if (entry := self._block(number)) is None:
                 continue
             path = self.folder / layout.part_name(number)
             if not path.exists() or path.stat().st_size != entry["n_bytes"]:
@@ -298,7 +306,7 @@ class PerturbationWriter:
         start, stop = self._blocks[number]
         entry = {"file": layout.part_name(number), "start": start, "stop": stop, **block.finish()}
         self._open = None
-        layout.write_block(self.folder, number, entry)
+        layout.write_block(self.folder, number, self._run, entry)
         del self._waiting[0]
 
     def complete(self) -> None:
@@ -318,7 +326,7 @@ class PerturbationWriter:
         if self.is_finished:
             return
         self.complete()
-        entries = [layout.read_block(self.folder, number) for number in range(len(self._blocks))]
+        entries = [self._block(number) for number in range(len(self._blocks))]
         if absent := [number for number, entry in enumerate(entries) if entry is None]:
             raise OutputError(
                 f"{self.folder / layout.part_name(absent[0])} is not complete, which another process was to write; run "
@@ -343,17 +351,24 @@ class PerturbationWriter:
             self._open.abandon()
             self._open = None
         if not (self._part or self.is_finished or list((self.folder / layout.BLOCKS).glob("*.json"))):
-            with contextlib.suppress(OSError):
-                self._remove()
-                if self._is_new:
-                    self.folder.rmdir()
+            self._leave_nothing()
         self._lock.close()
 
-    def _remove(self) -> None:
-        """Remove what belongs to a folder of perturbations, the mark of an unfinished one last."""
-        shutil.rmtree(self.folder / layout.BLOCKS, ignore_errors=True)
+    def _block(self, number: int) -> dict[str, Any] | None:
+        """What is written down of a whole file of this run; None where it is not whole yet."""
+        return layout.read_block(self.folder, number, self._run)
+
+    def _leave_nothing(self) -> None:
+        with contextlib.suppress(OSError):
+            self._remove_files()
+            (self.folder / layout.UNFINISHED).unlink(missing_ok=True)
+            if self._is_new:
+                self.folder.rmdir()
+
+    def _remove_files(self) -> None:
         for path in layout.own_files(self.folder):
             path.unlink()
+        shutil.rmtree(self.folder / layout.BLOCKS, ignore_errors=True)
 
     def __enter__(self) -> PerturbationWriter:
         return self

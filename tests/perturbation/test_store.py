@@ -161,6 +161,34 @@ def test_killed_at_any_step_and_resumed_it_has_the_same_bytes(tmp_path: Path) ->
     assert n_kills > 15
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_killed_while_another_run_is_replaced(is_finished: bool, tmp_path: Path) -> None:
+    """Nothing of the other run is taken for this one's, at whatever step it ends."""
+    chosen, plan = folders.cells(8), {**folders.PLAN, "model": "cc"}
+    folders.write(tmp_path / "whole", chosen)
+    expected = folders.folder_bytes(tmp_path / "whole")
+    for step in range(24):
+        out = tmp_path / f"{step}"
+        folders.write(out, chosen, plan=plan)
+        if not is_finished:
+            with PerturbationWriter(out, chosen, plan=plan, rows=_schema(), overwrite=True) as writer:
+                _append(writer, chosen, writer.remaining[:6])
+        assert _killed_at_step(step, out, chosen=chosen, overwrite=True)
+        try:
+            folders.write(out, chosen, resume=True)
+        except OutputError as refused:  # it is still the other run
+            assert "model: begun with 'cc', now 'bb'" in str(refused)  # noqa: PT017
+            folders.write(out, chosen, plan=plan, resume=True)
+            folders.write(out, chosen, overwrite=True)
+        assert folders.folder_bytes(out) == expected, step
+
+
+def test_a_plan_may_hold_tuples(tmp_path: Path) -> None:
+    plan = {**folders.PLAN, "states": {"alternatives": ("a", "b")}}
+    folders.write(tmp_path / "out", plan=plan)
+    folders.write(tmp_path / "out", plan=plan, resume=True)
+
+
 def test_only_what_is_left_is_computed(tmp_path: Path) -> None:
     chosen = folders.cells()
     with PerturbationWriter(tmp_path / "out", chosen, plan=folders.PLAN, rows=_schema()) as writer:
@@ -263,7 +291,9 @@ def test_a_full_disk_is_one_sentence(n_bytes: int, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.part"))
+    left = folders.folder_bytes(tmp_path / "out") if (tmp_path / "out").exists() else {}
+    assert not any(".part" in name for name in left)
+    assert any(name.startswith("_blocks") for name in left) or not left
     folders.write(tmp_path / "out", resume=True)
 
 
