@@ -14,6 +14,9 @@ from geneformer_fast.ragged import Ragged
 if TYPE_CHECKING:
     from geneformer_fast.perturbation.edits import Edits
 
+# Lists and cells that are compared at a time.
+_PLACES_AT_ONCE = 2**22
+
 
 class EditedCells:
     """All variants of a batch of cells, numbered cell after cell; none is made before it is asked for.
@@ -36,25 +39,19 @@ class EditedCells:
         self._starts, self._lengths = cells.starts.cpu().long(), cells.lengths.cpu().long()
         self._n_genes = self._lengths - edits.front - edits.back
         self._rows: torch.Tensor | None = None
+        # Edits before doses, and of each cell: tokens of its longest variant, of all variants, genes put somewhere.
         if edits.items is not None:
-            genes, inverse = torch.unique(edits.items, return_inverse=True)
-            self._column = torch.where(edits.items >= 0, inverse, -1)
-            self._places = self._places_of(genes)
-            self._n_present = self._present()
-            self._rows = self._rows_of_items()
-            counts = torch.bincount(self._rows[:, 0], minlength=cells.n_cells)
-        elif edits.anchor is not None:
-            self._places = self._places_of(torch.tensor([edits.anchor]))
-            counts = torch.where(self._places[:, 0] < NOWHERE, self._n_genes - 1, 0)
-        elif edits.pairs:
-            counts = self._n_genes * (self._n_genes - 1) // 2
+            counts, longest, n_tokens, n_put = self._of_items(edits.items)
         else:
-            counts = (self._n_genes - int(edits.kind not in ("delete", "counts"))).clamp(min=0)
-        # Edits before doses.
+            counts = self._n_edits()
+            n_genes = 2 if edits.pairs or edits.anchor is not None else 1
+            longest = self._lengths - (n_genes if edits.kind == "delete" else 0)
+            n_tokens, n_put = longest * counts, counts * (0 if edits.kind == "delete" else n_genes)
         self._edits_before = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         self.n_variants = (counts * edits.n_doses).numpy()
-        self.longest, self.n_tokens = self._sizes(counts)
-        self.n_common = self.n_tokens - self.n_variants * (edits.front + edits.back) - self._put(counts)
+        self.longest = longest.clamp(min=0).numpy()
+        self.n_tokens = (n_tokens * edits.n_doses).numpy()
+        self.n_common = self.n_tokens - self.n_variants * (edits.front + edits.back) - (n_put * edits.n_doses).numpy()
 
     def __len__(self) -> int:
         """Variants of all cells."""
@@ -114,9 +111,9 @@ class EditedCells:
     def _perturbed(self, numbers: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[V] which item, [V, k] tokens and their places within the cell, of edits by their numbers."""
         edits = self.edits
-        if self._rows is not None:
-            assert edits.items is not None
-            item = self._rows[numbers, 1]
+        if edits.items is not None:
+            # Where no list is left out, its number is its place among those of the cell.
+            item = numbers - self._edits_before[cell] if self._rows is None else self._rows[numbers]
             column = self._column[item]
             places = self._places[cell[:, None], column.clamp(min=0)]
             return item, edits.items[item], torch.where(column >= 0, places, NOWHERE)
@@ -183,58 +180,61 @@ class EditedCells:
         places[cell, column[found]] = found - self._starts[cell]
         return places
 
-    def _rows_of_items(self) -> torch.Tensor:
-        """[N, 2] cell and item of every edit, in the order of cells and of items."""
-        needs = self.edits.needs
-        n_present, size = self._n_present, (self._column >= 0).sum(1)
-        if needs == "none":
-            is_there = torch.ones_like(n_present, dtype=torch.bool)
-        else:
-            is_there = n_present == size if needs == "all" else n_present > 0
-        return is_there.nonzero()
+    def _n_edits(self) -> torch.Tensor:
+        """[B] edits of each cell, where all of its genes are asked for."""
+        edits = self.edits
+        if edits.anchor is not None:
+            self._places = self._places_of(torch.tensor([edits.anchor]))
+            return torch.where(self._places[:, 0] < NOWHERE, self._n_genes - 1, 0)
+        if edits.pairs:
+            return self._n_genes * (self._n_genes - 1) // 2
+        return (self._n_genes - int(edits.kind not in ("delete", "counts"))).clamp(min=0)
 
-    def _present(self) -> torch.Tensor:
-        """[B, I] how many genes of each item each cell has."""
-        is_there = self._places < NOWHERE
-        n_present = torch.zeros((self.cells.n_cells, len(self._column)), dtype=torch.int64)
+    def _of_items(self, items: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B] edits of each cell; tokens of the longest variant and of all; genes that are put somewhere in all.
+
+        Lists and cells make a table, of which some rows are there at a time.
+        """
+        needs, n_cells = self.edits.needs, self.cells.n_cells
+        genes, inverse = torch.unique(items, return_inverse=True)
+        self._column = torch.where(items >= 0, inverse, -1)
+        self._places = self._places_of(genes)
+        size, found, rows = (items >= 0).sum(1).int(), torch.zeros((4, n_cells), dtype=torch.int64), []
+        step = max(1, _PLACES_AT_ONCE // len(items))
+        for start in range(0, n_cells, step):
+            some = slice(start, start + step)
+            n_present = self._n_present(self._places[some] < NOWHERE)
+            lengths, n_put = self._sizes_of_items(self._lengths[some, None].int(), n_present, size)
+            if needs != "none":
+                is_there = n_present == size if needs == "all" else n_present > 0
+                lengths, n_put = lengths * is_there, n_put * is_there
+                rows.append(is_there.nonzero()[:, 1])
+            count = torch.full((len(n_present),), len(items)) if needs == "none" else is_there.sum(1)
+            found[:, some] = torch.stack([count, lengths.amax(1), lengths.sum(1), n_put.sum(1)])
+        if needs != "none":
+            self._rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        return tuple(found.unbind(0))
+
+    def _sizes_of_items(
+        self, lengths: torch.Tensor, n_present: torch.Tensor, size: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[b, I] tokens of the variants of lists, and how many genes are put somewhere in each."""
+        kind, max_len = self.edits.kind, self.edits.max_len
+        if kind == "delete":
+            return lengths - n_present, torch.zeros_like(n_present)
+        if kind != "overexpress":
+            return lengths.expand_as(n_present), n_present
+        grown = lengths + size - n_present
+        if max_len is not None:
+            grown = torch.minimum(grown, lengths.clamp(min=max_len))
+        return grown, size.expand_as(n_present)
+
+    def _n_present(self, is_there: torch.Tensor) -> torch.Tensor:
+        """[b, I] how many genes of each list are among those [b, G] that cells have."""
+        n_present = torch.zeros((len(is_there), len(self._column)), dtype=torch.int32)
         for column in self._column.unbind(1):
             n_present += is_there[:, column.clamp(min=0)] & (column >= 0)
         return n_present
-
-    def _sizes(self, counts: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """[B] tokens of the longest variant and of all variants of each cell."""
-        edits, length = self.edits, self._lengths
-        if edits.kind == "delete" and self._rows is not None:
-            cell, item = self._rows.unbind(1)
-            gone = self._n_present[cell, item]
-            n_tokens = torch.zeros_like(length).index_add_(0, cell, length[cell] - gone)
-            longest = length - 1
-        elif edits.kind == "delete":
-            longest = length - (2 if edits.pairs or edits.anchor is not None else 1)
-            n_tokens = longest * counts
-        elif self._rows is not None and edits.needs == "none":
-            cell, item = self._rows.unbind(1)
-            grown = length[cell] + ((self._column >= 0).sum(1) - self._n_present)[cell, item]
-            if edits.max_len is not None:
-                grown = torch.minimum(grown, length[cell].clamp(min=edits.max_len))
-            n_tokens = torch.zeros_like(length).index_add_(0, cell, grown)
-            longest = torch.zeros_like(length).scatter_reduce(0, cell, grown, "amax")
-        else:
-            longest, n_tokens = length, length * counts
-        return longest.clamp(min=0).numpy(), (n_tokens * edits.n_doses).numpy()
-
-    def _put(self, counts: torch.Tensor) -> np.ndarray:
-        """[B] perturbed genes in all variants of each cell."""
-        edits = self.edits
-        if edits.kind == "delete":
-            n_put = torch.zeros_like(counts)
-        elif self._rows is None:
-            n_put = counts * (2 if edits.pairs or edits.anchor is not None else 1)
-        else:
-            cell, item = self._rows.unbind(1)
-            size = (self._column >= 0).sum(1)[item] if edits.needs == "none" else self._n_present[cell, item]
-            n_put = torch.zeros_like(counts).index_add_(0, cell, size)
-        return (n_put * edits.n_doses).numpy()
 
 
 def _pair(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

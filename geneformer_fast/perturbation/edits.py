@@ -6,7 +6,6 @@ arithmetic on packed cells. Variants are numbered over a batch of cells, and any
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -118,7 +117,7 @@ def _items(edits: Edits) -> torch.Tensor | None:
     elif edits.anchor is not None:
         lists = [(edits.anchor, gene) for gene in edits.genes]
     elif edits.pairs:
-        lists = list(itertools.combinations(edits.genes, 2))
+        return torch.combinations(torch.tensor(edits.genes), 2)
     elif edits.together:
         lists = [edits.genes]
     else:

@@ -177,3 +177,22 @@ def test_pairs_of_many_genes_are_numbered_without_a_gap() -> None:
         last = n * (n - 1) // 2 - 1
         first, second = _pair(torch.tensor([last, last - (n - 1) + 1]))
         assert (first.tolist(), second.tolist()) == ([n - 2, 0], [n - 1, n - 1])
+
+
+@pytest.mark.parametrize("kind", ["delete", "overexpress", "activate"])
+@pytest.mark.parametrize("name", ["pairs of a list", "sets", "one of a list"])
+def test_tables_of_lists_and_cells_are_made_in_parts(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits, cells = edits_of(kind, ASKED[name], 1, 1), Ragged.from_cells(cells_of(1, 1))
+    whole = edits.on(cells)
+    monkeypatch.setattr("geneformer_fast.perturbation.edited_cells._PLACES_AT_ONCE", 30)
+    parts = edits.on(cells)
+    for field in ("n_variants", "n_tokens", "longest", "n_common"):
+        assert getattr(parts, field).tolist() == getattr(whole, field).tolist()
+    assert torch.equal(parts.variants(0, len(parts)).tokens.values, whole.variants(0, len(whole)).tokens.values)
+
+
+def test_genes_that_are_there_alone_are_put_in_front() -> None:
+    cells = Ragged.from_cells([[5, 6, 7], [8, 6], [9]])
+    on = Edits("overexpress", genes=(6, 7), is_present=True, max_len=3).on(cells)
+    assert [x.tolist() for x in on.variants(0, len(on)).tokens.cells()] == [[6, 5, 7], [7, 5, 6], [6, 8]]
+    assert on.n_variants.tolist() == [2, 1, 0]
