@@ -85,6 +85,7 @@ def screen(
 def write_run(
     folder: Path, table: pa.Table, *, states: Sequence[str] = (), n_cells: int | None = None, obs: Sequence[str] = (),
     lengths: Sequence[int] | None = None, options: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """A table as the folder that ``perturb`` would write; cells are 0 to ``n_cells`` - 1."""
     from geneformer_fast.perturbation.rows import CellRows, RowSchema
@@ -113,5 +114,5 @@ def write_run(
                 each,
                 CellRows.of(of_cell["tokens"].to_pylist(), of_cell["value"].to_numpy(), affected=affected, state=state),
             )
-        writer.finish()
+        writer.finish(report=dict(report or {}))
     return folder

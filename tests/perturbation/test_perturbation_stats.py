@@ -248,6 +248,17 @@ def test_pairs_beyond_their_genes() -> None:
         perturbation_stats(table_of([(0, [1, 2], 0.5)]), singles=table_of([(0, [1], 0.5)]), **QUICK)
 
 
+def test_sets_have_their_names_and_noise_is_known(tmp_path: Path) -> None:
+    table = table_of([(0, [5, 6], 0.5, "B"), (0, [7], 1e-7, "B"), (1, [5, 6], 0.6, "B")])
+    named = table.append_column("set", pa.array(["ribosome", None, "ribosome"]))
+    assert perturbation_stats(named, **QUICK).effects["symbol"].tolist() == ["ribosome", "token 7"]
+    run = write_run(tmp_path / "run", table, states=("B",), report={"noise": {"largest": 1e-6}})
+    found = perturbation_stats(run, **QUICK)
+    assert found.about["noise"] == 1e-6
+    assert found.effects["is_above_noise"].tolist() == [True, False]
+    assert "is_above_noise" not in perturbation_stats(table, **QUICK).effects
+
+
 def test_places_in_a_list_are_no_ranks(tables: dict[str, pa.Table], tmp_path: Path) -> None:
     """Genes of a list are perturbed in its order, wherever they stand in a cell."""
     run = write_run(tmp_path / "run", tables["goal"], n_cells=80, options={"genes": [[10], [11]]})

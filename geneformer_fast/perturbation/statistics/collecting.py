@@ -35,6 +35,7 @@ class Collector:
         self._doses, self._n_unknown = set[float](), dict[str | None, int]()
         self._edits: dict[Edit, int] = {}
         self._genes: list[tuple[str | None, ...]] = []
+        self._sets: dict[Edit, str] = {}
         self._cells: dict[int, int] = {}
         self._met, self._in_batch = set[int](), list[int]()
         self._obs: dict[str, list[Any]] = {name: [] for name in self._asked}
@@ -206,6 +207,7 @@ class Collector:
         if lengths.min() < 1:
             raise InputError(f"{where}: a row names no perturbed token; the run is damaged: make it again")
         genes = _whole(batch, "genes") if "genes" in batch.schema.names else None
+        sets = _whole(batch, "set") if "set" in batch.schema.names else None
         starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
         codes = np.empty(len(lengths), dtype=np.int32)
         for length in np.unique(lengths).tolist():
@@ -213,7 +215,11 @@ class Collector:
             of_rows = flat[starts[rows, None] + np.arange(length)]
             found, first, inverse = _unique_rows(of_rows)
             known = None if genes is None else genes.take(pa.array(rows[first])).to_pylist()
-            codes[rows] = self._codes([tuple(row) for row in found.tolist()], known)[inverse]
+            edits = [tuple(row) for row in found.tolist()]
+            codes[rows] = self._codes(edits, known)[inverse]
+            if sets is not None:
+                named = zip(edits, sets.take(pa.array(rows[first])).to_pylist(), strict=True)
+                self._sets.update({edit: name for edit, name in named if name is not None})
         return codes
 
     def _codes(self, edits: Sequence[Edit], genes: Sequence[Sequence[str | None] | None] | None) -> np.ndarray:
@@ -263,6 +269,7 @@ class Collector:
             rank=rank,
             moments=self._moments.renumbered(new),
             n_missing=self._n_missing,
+            sets=self._sets,
         )
 
     def _ranks(self, new: np.ndarray, n_in_cell: np.ndarray, n_edits: int) -> np.ndarray:

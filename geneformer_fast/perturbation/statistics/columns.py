@@ -7,7 +7,8 @@ are kept.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,8 @@ class Run:
         Values that are NaN, which are left out.
     lengths
         [C] tokens of each cell; None where nobody says.
+    sets
+        What edits are called that were given as named sets of genes.
     """
 
     edits: list[Edit]
@@ -98,6 +101,7 @@ class Run:
     moments: Moments
     n_missing: int = 0
     lengths: np.ndarray | None = None
+    sets: Mapping[Edit, str] = field(default_factory=dict)
 
     @property
     def has_states(self) -> bool:

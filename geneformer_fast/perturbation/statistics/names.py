@@ -24,6 +24,7 @@ class Names:
 
     def __init__(self, run: Run, vocabulary: Vocabulary | None = None) -> None:
         self._ids: dict[int, str] = {}
+        self._sets = run.sets
         for edit, genes in zip(run.edits, run.genes, strict=True):
             self._ids.update({token: gene for token, gene in zip(edit, genes, strict=True) if gene})
         self._symbols: dict[str, str] = {}
@@ -46,8 +47,8 @@ class Names:
         return None if None in genes else "+".join(map(str, genes))
 
     def shown(self, edit: Edit) -> str:
-        """An edit for people: symbols, or what else there is, joined by ``+``."""
-        return "+".join(self._shown(token) for token in edit)
+        """An edit for people: its name, or symbols, or what else there is, joined by ``+``."""
+        return self._sets.get(edit) or "+".join(self._shown(token) for token in edit)
 
     def tokens_of(self, genes: Iterable[str]) -> dict[str, int]:
         """Tokens by gene id or symbol, of those that are known."""

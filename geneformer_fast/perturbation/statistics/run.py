@@ -237,8 +237,12 @@ def _statistics(
     run = run if asked.genes is None else _of_genes(run, asked.tokens(run, rows.where, asked.genes))
     table = _table(mode, run, control, names, states, asked.mend, of_anchor)
     made = effects(run, names, settings, states, control=control, n_cells=rows.n_cells)
+    if rows.noise is not None:
+        size = made["mean"].abs() if run.has_states else 1 - made["mean"]
+        made["is_above_noise"] = size > rows.noise
     singles = None if single_rows is None else single_rows.read(dose=asked.dose)
-    has_pairs = any(len(edit) == 2 for edit in run.edits) and any(len(edit) == 1 for edit in run.edits)
+    alone = {edit[0] for edit in run.edits if len(edit) == 1}
+    has_pairs = any(len(edit) == 2 and alone.issuperset(edit) for edit in run.edits)
     is_asked = singles is not None or has_pairs
     interactions = epistasis(run, names, settings, states[0], singles) if is_asked else None
     bar.update(1)
@@ -356,6 +360,7 @@ def _about(
         "significant": int((first["q_value"] < settings.fdr).sum()),
         "universal": int(first["is_universal"].sum()),
         "missing": run.n_missing,
+        "noise": rows.noise,
         "group": settings.group,
         "n_groups": n_groups if n_groups > 1 else 0,
         "min_cells": settings.min_cells,

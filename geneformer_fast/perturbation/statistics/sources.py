@@ -36,6 +36,8 @@ class Rows:
         Cells that were perturbed; None where nobody says.
     plan
         What made the values.
+    noise
+        The largest difference between values that were computed twice, in other batches; None where nobody looked.
     """
 
     where: str
@@ -43,6 +45,7 @@ class Rows:
     states: list[str] = field(default_factory=list)
     n_cells: int | None = None
     plan: dict[str, Any] = field(default_factory=dict)
+    noise: float | None = None
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Rows, of the columns that there are."""
@@ -72,7 +75,7 @@ class Rows:
             A column is missing, or there are several doses and none is named.
         """
         collector = Collector(obs, anchor, dose)
-        columns = ["cell", "tokens", "genes", "affected", "state", "value", "dose", *obs]
+        columns = ["cell", "tokens", "genes", "affected", "state", "value", "dose", "set", *obs]
         if absent := [name for name in obs if name not in self.columns]:
             raise InputError(
                 f"{self.where}: no column {absent[0]!r} was carried; perturb again with obs={absent[0]!r} to have it"
@@ -111,7 +114,8 @@ def open_rows(runs: Runs) -> Rows:
         return Rows("the table", runs)
     found = runs if isinstance(runs, Perturbations) else open_perturbations(_places(runs))
     plan = dict(found.manifest.get("plan", {}))
-    return Rows(str(found.path), found, list(found.states), found.n_cells, plan)
+    noise = (found.manifest.get("report") or {}).get("noise") or {}
+    return Rows(str(found.path), found, list(found.states), found.n_cells, plan, noise.get("largest"))
 
 
 def _places(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Any:
