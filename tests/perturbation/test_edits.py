@@ -53,7 +53,7 @@ def cases() -> list[tuple[str, str]]:
     return [(kind, name) for kind, name in itertools.product(kinds, ASKED) if kind != "swap" or name in is_two]
 
 
-@pytest.mark.parametrize(("front", "back"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize(("front", "back"), [(0, 0), (1, 1), (1, 0)])
 @pytest.mark.parametrize(("kind", "name"), cases())
 def test_variants_are_those_of_the_plain_reference(kind: str, name: str, front: int, back: int) -> None:
     cells = cells_of(front, back)[: 5 if name == "all pairs" else None]
