@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import toys
 
 import geneformer_fast as gf
 from geneformer_fast import cli
+from geneformer_fast.cli import places
+from geneformer_fast.errors import UnsupportedError
 
 PROBE = """
 import json, sys
@@ -31,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     words = toys.vocabulary()
     toys.cells(5).write_h5ad(folder / "cells.h5ad")
-    gf.tokenize(folder / "cells.h5ad", folder / "tokens", dictionary=words, progress=False)
+    gf.tokenize(folder / "cells.h5ad", folder / "tokens", dictionary=words, obs=["kind"], progress=False)
     words.save(folder / "vocabulary")
     gf.save(toys.encoder(words), folder / "model")
     (folder / "there.npy").write_text("x")
@@ -75,6 +78,7 @@ GOOD = {
     "perturb-stats": "perturbed --out new",
     "quantize": "model --out new",
     "profile": "--model model --tokens tokens --out new",
+    "quickstart": "--cells 60 --out new",
 }
 #: Command, what is put in the place of what, and what is said then.
 BAD = [
@@ -112,6 +116,8 @@ BAD = [
     ("pretrain", "--out new", "--out new --init absent", "absent is not a folder"),
     ("pretrain", "--out new", "--out new --eval-column kind", "write COLUMN=VALUE"),
     ("finetune cells", "--label kind", "--label kind=x", "the weight must be a number"),
+    ("finetune cells", "--label kind", "--label donor", "no column 'donor' for the label; it carries kind. Carry it"),
+    ("finetune cells", "--label kind", "--label kind=2 --label length", "no column 'length' for the label"),
     ("finetune cells", "--out new", "--out tuned", "tuned holds a fine-tuning already"),
     ("finetune cells", "tokens", "absent", "absent: no such token folder"),
     ("finetune cells", "--out new", "--out new --where kind", "write COLUMN=VALUE"),
@@ -169,11 +175,23 @@ BAD = [
     ("quantize", "--out new", "--out run", "run holds files and no model"),
     ("quantize", "--out new", "--out new --label kind", "--label is about comparing models"),
     ("quantize", "--out new", "--out new --check absent", "absent: no such token folder"),
+    ("quantize", "--out new", "--out new --check tokens --label donor", "tokens has no column 'donor' for the label"),
     ("profile", "--out new", "--out report", "report exists already"),
     ("profile", "--tokens tokens", "--tokens absent", "absent: no such token folder"),
     ("profile", "--out new", "--out new --layer -1", "no layer '-1'"),
     ("profile", "--model model", "--model geneformer-v1-10m --layer 6", "or 0 to 5 "),
     ("profile", "--out new", "--out new --mode tokenize", "--model is about a model"),
+    ("quickstart", "--cells 60", "--cells 9", "take 50 to 500 of them"),
+    ("quickstart", "--out new", "--out there.csv", "there.csv is a file; name a folder with --out"),
+    ("quickstart", "--out new", "--out model", "model holds files that quickstart did not make"),
+    *(
+        (name, "--out new", f"--out new --device {device}", f"no device is called '{device}'; use cpu, cuda, or cuda:N")
+        for name in ("pretrain", "finetune cells", "finetune genes", "profile")
+        for device in ("gpu", "cuda:one")
+    ),
+    ("embed", "new.npy", "new.npy --device gpu", "no device is called 'gpu'"),
+    ("predict", "new.csv", "new.csv --device CUDA", "no device is called 'CUDA'"),
+    ("quantize", "--out new", "--out new --calibrate tokens --device gpu", "no device is called 'gpu'"),
 ]
 
 
@@ -226,6 +244,33 @@ def paths_of_this_checkout() -> dict[str, str]:
 
     root = Path(gf.__file__).parent.parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "said"),
+    [
+        ("2.13.0+cpu", ["nvidia0"], "torch 2.13.0+cpu is built for CPUs"),
+        ("2.13.0+cu130", [], "this machine has no card, or its driver is not loaded"),
+        ("2.13.0+cu130", ["nvidia0"], None),
+        ("2.13.0", ["kfd"], None),
+    ],
+)
+def test_a_card_that_is_not_there(
+    version: str, files: list[str], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(places, "_torch_version", lambda: version)
+    monkeypatch.setattr(places, "_DEVICES", tmp_path)
+    monkeypatch.setattr("sys.platform", "linux")
+    for device in ("cuda", "cuda:1"):
+        if said is None:
+            places.check_device(device)
+        else:
+            with pytest.raises(UnsupportedError, match=re.escape(said)):
+                places.check_device(device)
+    for device in (None, "cpu", "mps", "xpu:1"):
+        places.check_device(device)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,13 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_layer, check_model
+    from geneformer_fast.cli.places import (
+        check_counts_or_tokens,
+        check_device,
+        check_dictionary,
+        check_layer,
+        check_model,
+    )
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.extract.options import (
         EMBED,
@@ -102,6 +108,7 @@ def check(args: argparse.Namespace) -> None:
     from geneformer_fast.extract.outputs import Output, check_free
     from geneformer_fast.extract.sizes import size_in_bytes
 
+    check_device(args.device)
     check_model(args.model)
     check_dictionary(args.dictionary)
     selection_options(args)

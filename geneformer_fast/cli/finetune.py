@@ -166,16 +166,24 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from pathlib import Path
 
-    from geneformer_fast.cli.places import check_dictionary, check_file, check_model, check_tokens
+    from geneformer_fast.cli.places import (
+        check_device,
+        check_dictionary,
+        check_file,
+        check_labels,
+        check_model,
+        check_tokens,
+    )
     from geneformer_fast.training.occupied import check_finetuning_folder
 
-    if args.kind == "cells":
-        _labels(args.label)
-    else:
+    check_device(args.device)
+    labels = _labels(args.label) if args.kind == "cells" else {}
+    if args.kind != "cells":
         check_file(args.classes, "--classes")
         check_dictionary(args.dictionary)
     selection_options(args, has_seed=False)
     check_tokens(args.tokens)
+    check_labels(args.tokens, [labels] if isinstance(labels, str) else labels)
     check_model(args.model)
     check_finetuning_folder(Path(args.out), is_resuming=args.resume, is_replacing=args.overwrite)
 

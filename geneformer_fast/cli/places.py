@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from geneformer_fast.errors import UnsupportedError, VocabularyError
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
+
+# What Linux has where there is a card that torch calls cuda: NVIDIA's, also below Windows, and AMD's.
+_DEVICES = Path("/dev")
+_CARDS = ("nvidia[0-9]*", "nvidiactl", "nvhost*", "nvmap", "dxg", "kfd")
 
 
 def check_counts(inputs: Sequence[str]) -> None:
@@ -74,6 +80,61 @@ def check_model(folder: str) -> None:
     from geneformer_fast.checkpoints.present import check_present
 
     check_present(Path(folder))
+
+
+def check_device(name: str | None) -> None:
+    """A device has this name and, of CUDA's, this machine and this torch have any, as far as is seen without torch.
+
+    Raises
+    ------
+    UnsupportedError
+        None has, or none can be used.
+    """
+    if name is None:
+        return
+    kind = re.fullmatch(r"([a-z]+)(:[0-9]+)?", name)
+    if kind is None or kind[1] == "gpu":
+        raise UnsupportedError(f"no device is called {name!r}; use cpu, cuda, or cuda:N")
+    if kind[1] != "cuda":
+        return
+    reason = None
+    if _torch_version().endswith("+cpu"):
+        reason = f"torch {_torch_version()} is built for CPUs; install one that is built for CUDA"
+    elif sys.platform == "linux" and not any(any(_DEVICES.glob(pattern)) for pattern in _CARDS):
+        reason = "this machine has no card, or its driver is not loaded"
+    if reason is not None:
+        raise UnsupportedError(f"device {name!r} cannot be used here ({reason}). Use cpu, or leave the device out")
+
+
+def _torch_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return ""
+
+
+def check_labels(tokens: str, columns: Iterable[str]) -> None:
+    """Tokens carry columns, as far as the description beside them says what they carry.
+
+    Raises
+    ------
+    InputError
+        They do not.
+    """
+    from geneformer_fast.files.schema import read_json
+    from geneformer_fast.finetuning.carried import why_not_carried
+
+    described = Path(tokens) / "dataset_info.json"
+    if not described.is_file():
+        return
+    features = read_json(described, InputError).get("features")
+    if not isinstance(features, dict):
+        return
+    for column in columns:
+        if why_not := why_not_carried(tokens, column, features, role="label"):
+            raise InputError(why_not)
 
 
 def check_layer(layer: str | None, model: str | None) -> None:

@@ -62,12 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once; what depends on the model's classes comes when it is loaded."""
-    from geneformer_fast.cli.places import check_counts_or_tokens, check_dictionary, check_model
+    from geneformer_fast.cli.places import check_counts_or_tokens, check_device, check_dictionary, check_model
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.extract.options import PREDICT, PREDICTED, Request, check_h5ad, check_options
     from geneformer_fast.extract.outputs import Output
     from geneformer_fast.extract.sizes import size_in_bytes
 
+    check_device(args.device)
     check_model(args.model)
     check_dictionary(args.dictionary)
     selection_options(args)

@@ -118,10 +118,11 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from pathlib import Path
 
-    from geneformer_fast.cli.places import check_model, check_tokens
+    from geneformer_fast.cli.places import check_device, check_model, check_tokens
     from geneformer_fast.training.named import recipe_of
     from geneformer_fast.training.occupied import check_run_folder
 
+    check_device(args.device)
     recipe_of(args.recipe, args.config, changes_of(args))
     _column(args.eval_column)
     for tokens in (args.tokens, args.eval_tokens):

@@ -97,13 +97,15 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_counts, check_dictionary, check_layer, check_tokens
+    from geneformer_fast.cli.places import check_counts, check_device, check_dictionary, check_layer, check_tokens
     from geneformer_fast.errors import UnsupportedError
 
     request = _request(args)
     request.check()
     if args.quiet and args.out is None and not args.json:
         raise UnsupportedError("--quiet prints nothing, so that nothing would come out: pass --out, or --json")
+    if not request.predict:
+        check_device(request.device)
     check_dictionary(request.dictionary)
     if request.counts is not None:
         check_counts([request.counts])

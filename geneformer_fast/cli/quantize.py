@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_model, check_tokens
+    from geneformer_fast.cli.places import check_device, check_labels, check_model, check_tokens
     from geneformer_fast.errors import UnsupportedError
     from geneformer_fast.quantization.places import check_out
 
@@ -82,10 +82,13 @@ def check(args: argparse.Namespace) -> None:
         raise UnsupportedError("--label is about comparing models: pass --check TOKENS too")
     if args.device is not None and args.calibrate is None and args.check_on is None:
         raise UnsupportedError("--device is where cells are embedded: pass --calibrate TOKENS or --check TOKENS too")
+    check_device(args.device)
     check_model(args.model)
     for tokens in (args.calibrate, args.check_on):
         if tokens is not None:
             check_tokens(tokens)
+    if args.label is not None:
+        check_labels(args.check_on, [args.label])
     check_out(Path(args.out), Path(args.model), overwrite=args.overwrite)
 
 

@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused at once."""
+    from geneformer_fast.quickstart.ready import check_folder, check_ready
+
+    check_ready(args.cells)
+    check_folder(args.out)
+
+
 def run(args: argparse.Namespace) -> Answer:
     """Run the tour."""
     from geneformer_fast.quickstart.run import quickstart

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from geneformer_fast.errors import InputError
 from geneformer_fast.files.schema import read_json
+from geneformer_fast.finetuning.carried import why_not_carried
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.tokenization.arrow import TokenFolder
 
@@ -50,14 +51,8 @@ def column_values(tokens: TokenFolder, column: str, *, role: str) -> np.ndarray:
     InputError
         There is no such column, or it holds fractions or infinite numbers.
     """
-    own = ("input_ids", "length", "source_file", "source_row", "obs_names")
-    if column not in tokens.columns or column in own:
-        carried = [name for name in tokens.columns if name not in own]
-        there = f"it carries {', '.join(carried)}" if carried else "it carries none"
-        raise InputError(
-            f"{tokens.path} has no column {column!r} for the {role}; {there}. Carry it along with "
-            f"tokenize --obs {column}"
-        )
+    if why_not := why_not_carried(tokens.path, column, tokens.columns, role=role):
+        raise InputError(why_not)
     array = tokens.column(column)
     if pa.types.is_floating(array.type):
         numbers = array.to_numpy().astype(np.float64)

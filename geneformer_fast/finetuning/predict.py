@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,13 @@ def predict(
         is_compact = not (request.is_in_place or suffix == ".h5ad")
         opened = open_cells(data, vocabulary, encoder.config, reading, progress, selection, is_compact=is_compact)
         cells = stack.enter_context(opened)
+        if cells.n_not_taken and not is_genes:
+            columns = ", ".join(f"{name}_predicted" for name in names)
+            warnings.warn(
+                f"{cells.n_not_taken:,} of {cells.n_rows:,} cells were not taken: their rows have no {columns}, and "
+                "their probabilities are NaN",
+                stacklevel=3,
+            )
         run = ClassifyingRun(encoder, cells, token_budget, progress)
         _keep_within(run, memory, suffix, card)
         provenance = _provenance(card, Path(model), encoder, cells)

@@ -6,21 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import geneformer_fast
-from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.files.locks import folder_lock
-from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.quickstart.example import example_cells
+from geneformer_fast.quickstart.ready import EARLIER_REPORT, MADE_BY, REPORT, check_folder, check_ready
 from geneformer_fast.quickstart.tour import (
-    MADE_BY,
-    REPORT,
     WORK,
     Tour,
     Work,
@@ -44,13 +40,9 @@ if TYPE_CHECKING:
 # What a run leaves, and what the next run into the same folder may therefore replace.
 FILES = ("cells.h5ad", "embeddings.npy", "embeddings.npy.json", "embeddings.cells.parquet", "quickstart.png")
 FOLDERS = ("vocabulary", "tokens", "model", "finetuned")
-#: Where versions before this one said what they had made.
-_EARLIER_REPORT = "summary.json"
-
 #: What the picture shows, and what the model is taught: sort gates, and their five lineages.
 LABEL, TAUGHT = "cell_type", "lineage"
 POOL, LAYER = "cls", "last"
-LEAST_CELLS = 50
 
 
 def quickstart(
@@ -84,9 +76,8 @@ def quickstart(
         matplotlib, umap-learn or transformers is missing, or there are too few or too many cells.
     """
     work = work if n_cells is None else replace(work, n_cells=n_cells)
-    _check_ready(work)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a folder with --out")
+    check_ready(work.n_cells)
+    check_folder(out)
     with folder_lock(out):
         _prepare_folder(out)
         return _tour(Tour(out, work, seed, say))
@@ -121,39 +112,15 @@ def _tour(tour: Tour) -> dict[str, Any]:
     return report
 
 
-def _check_ready(work: Work) -> None:
-    needed = {"matplotlib": "plot", "umap": "plot", "transformers": "hf"}
-    missing = {name: extra for name, extra in needed.items() if find_spec(name) is None}
-    if missing:
-        extras = ",".join(sorted(set(missing.values())))
-        raise UnsupportedError(
-            f"quickstart needs {' and '.join(missing)}, not installed here: pip install 'geneformer-fast[{extras}]'"
-        )
-    if not LEAST_CELLS <= work.n_cells <= WORK.n_cells:
-        raise UnsupportedError(
-            f"--cells {work.n_cells}: the example has {WORK.n_cells} cells of ten types; take {LEAST_CELLS} to "
-            f"{WORK.n_cells} of them"
-        )
-
-
 def _prepare_folder(out: Path) -> None:
     """Clear an earlier tour out of the folder. Hidden files are no content of it."""
-    if any(not path.name.startswith(".") for path in out.iterdir()):
-        if not any(_made_here(out / name) for name in (REPORT, _EARLIER_REPORT)):
-            raise OutputError(f"{out} holds files that quickstart did not make; name another folder with --out")
-        (out / _EARLIER_REPORT).unlink(missing_ok=True)
+    check_folder(out)
+    (out / EARLIER_REPORT).unlink(missing_ok=True)
     write_json(out / REPORT, {"made_by": MADE_BY, "is_finished": False})
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
-
-
-def _made_here(path: Path) -> bool:
-    try:
-        return bool(read_json(path, OutputError).get("made_by") == MADE_BY)
-    except OutputError:
-        return False
 
 
 def _take_cells(tour: Tour) -> anndata.AnnData:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import geneformer_fast
+from geneformer_fast.quickstart.ready import MADE_BY, MOST_CELLS, REPORT
 
 if TYPE_CHECKING:
     import anndata
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from geneformer_fast.quickstart.side_by_side import Comparison
     from geneformer_fast.tokenization.arrow import TokenFolder
 
-REPORT = "report.json"
-MADE_BY = "geneformer-fast quickstart"
 N_STEPS = 7
 
 
@@ -40,7 +39,7 @@ class Work:
         Of fine-tuning.
     """
 
-    n_cells: int = 500
+    n_cells: int = MOST_CELLS
     n_compared: int = 48
     n_layers: int = 2
     width: int = 64

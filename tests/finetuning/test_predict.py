@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import anndata
 import numpy as np
@@ -26,6 +27,20 @@ def new_cells():
     counts[4] = 0  # no gene at all: no prediction
     adata.X = counts.tocsr()
     return adata
+
+
+def test_cells_that_were_not_taken_are_said_where_they_keep_a_row(done, new_cells, tmp_path):
+    adata, options = new_cells.copy(), {"max_cells": 7, "progress": False}
+    with pytest.warns(UserWarning, match="23 of 30 cells were not taken: their rows have no kind_predicted, and their"):
+        gf.predict(adata, done.model, **options)
+    assert adata.obs["kind_predicted"].isna().sum() >= 23
+    new_cells.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.warns(UserWarning, match="their rows have no guess_predicted"):
+        gf.predict(tmp_path / "cells.h5ad", done.model, tmp_path / "out.h5ad", key_added="guess", **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were not taken")
+        assert len(gf.predict(new_cells.copy(), done.model, tmp_path / "out.csv", **options).read_text().split()) == 8
+        gf.predict(new_cells.copy(), done.model, **options | {"max_cells": 30})
 
 
 def test_into_an_anndata(done, new_cells):
