@@ -162,13 +162,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
-    from geneformer_fast.cli.places import check_dictionary, check_file, check_layer, check_model, check_tokens
+    from geneformer_fast.cli.places import (
+        check_device,
+        check_dictionary,
+        check_file,
+        check_layer,
+        check_model,
+        check_tokens,
+    )
     from geneformer_fast.cli.tokenize import carried_columns
     from geneformer_fast.perturbation.folder import check_state
     from geneformer_fast.perturbation.kinds import check_genes, check_screen
     from geneformer_fast.perturbation.sets import read_sets
     from geneformer_fast.perturbation.shards import Shard
 
+    check_device(args.device)
     asked = _edits(args)
     if args.sets is not None:
         check_file(args.sets, "--sets")
