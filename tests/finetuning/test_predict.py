@@ -39,7 +39,9 @@ def test_cells_that_were_not_taken_are_said_where_they_keep_a_row(done, new_cell
         gf.predict(tmp_path / "cells.h5ad", done.model, tmp_path / "out.h5ad", key_added="guess", **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were not taken")
-        assert len(gf.predict(new_cells.copy(), done.model, tmp_path / "out.csv", **options).read_text().split()) == 8
+        assert (
+            len(gf.predict(new_cells.copy(), done.model, tmp_path / "out.csv", **options).read_text().splitlines()) == 8
+        )
         gf.predict(new_cells.copy(), done.model, **options | {"max_cells": 30})
 
 
