@@ -73,6 +73,23 @@ class Effects:
     genes: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class PendingEffects:
+    """:class:`Effects` as tensors on the device, perhaps not computed yet; ``of_genes`` [2, n]: variants and tokens."""
+
+    cell: torch.Tensor
+    of_genes: torch.Tensor | None = None
+    genes: torch.Tensor | None = None
+
+    def on_host(self) -> Effects:
+        """Wait for them."""
+        cell = self.cell.cpu().numpy()
+        if self.of_genes is None or self.genes is None:
+            return Effects(cell)
+        variant, affected = self.of_genes.cpu().numpy()
+        return Effects(cell, variant, affected, self.genes.cpu().numpy())
+
+
 class Comparison:
     """Compares hidden states of variants with those of their cells.
 
@@ -119,7 +136,7 @@ class Comparison:
         to_states = None if self._states is None else self._to_states(tokens, hidden)
         return Originals(rows, cell, to_states)
 
-    def effects(self, variants: Variants, hidden: torch.Tensor, originals: Originals) -> Effects:
+    def effects(self, variants: Variants, hidden: torch.Tensor, originals: Originals) -> PendingEffects:
         """Values of variants; ``hidden`` is of their tokens, as in :meth:`originals`."""
         tokens, similarity, shared = variants.tokens, None, variants.is_common
         if self._needs_rows:
@@ -135,13 +152,12 @@ class Comparison:
         else:
             assert similarity is not None
             cell = segment_mean(similarity, tokens.lengths.long(), shared)[:, None]
-        values = cell.float().cpu().numpy()
         if not self.has_genes:
-            return Effects(values)
+            return PendingEffects(cell.float())
         assert similarity is not None
         places = shared.nonzero()[:, 0]
-        of_genes = torch.stack((tokens.cell_index()[places], tokens.values[places].long())).int().cpu().numpy()
-        return Effects(values, of_genes[0], of_genes[1], similarity[places].float().cpu().numpy())
+        of_genes = torch.stack((tokens.cell_index()[places], tokens.values[places].long())).int()
+        return PendingEffects(cell.float(), of_genes, similarity[places].float())
 
     def _first(self, tokens: Ragged, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.reads == "cls" else hidden[tokens.starts.long()]
@@ -158,14 +174,17 @@ class Comparison:
 
 
 def segment_mean(values: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, ...] -> [B, ...]: means over each of B segments of the rows that count [T]; NaN where none does."""
+    """[T, ...] -> [B, ...]: means over each of B segments of the rows that count [T]; NaN where none does.
+
+    Lengths are not checked, for which a card would have to wait.
+    """
     if counts is None:
-        sums, numbers = torch.segment_reduce(values, "sum", lengths=lengths), lengths.to(values.dtype)
+        sums, numbers = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True), lengths.to(values.dtype)
     else:
         weights = counts.to(values.dtype)
         weighted = values * weights.view(-1, *[1] * (values.ndim - 1))
-        sums = torch.segment_reduce(weighted, "sum", lengths=lengths)
-        numbers = torch.segment_reduce(weights, "sum", lengths=lengths)
+        sums = torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
+        numbers = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
     return sums / numbers.view(-1, *[1] * (values.ndim - 1))
 
 

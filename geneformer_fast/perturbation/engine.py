@@ -12,7 +12,7 @@ import torch
 
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, cores_as_workers
-from geneformer_fast.perturbation.compare import Comparison, Effects, Originals
+from geneformer_fast.perturbation.compare import Comparison, Effects, Originals, PendingEffects
 from geneformer_fast.perturbation.edits import EditedCells, Edits
 from geneformer_fast.perturbation.encoder import VariantEncoder
 from geneformer_fast.perturbation.official_limits import cut_as_officially
@@ -173,6 +173,9 @@ class PerturbationRun:
 
     def effects(self, group: Group, variants: Variants) -> Effects:
         """Values of some variants of a group."""
+        return self._pending(group, variants).on_host()
+
+    def _pending(self, group: Group, variants: Variants) -> PendingEffects:
         originals = group.originals(self.originals)
         if variants.shortened is not None:
             originals = originals + self.originals(variants.shortened)
@@ -208,15 +211,22 @@ class PerturbationRun:
     def _results(self, is_wanted: np.ndarray) -> Generator[tuple[_Batch, Variants, Effects]]:
         """Values of batch after batch."""
 
-        def work(batch: _Batch) -> tuple[_Batch, Variants, Effects]:
+        def work(batch: _Batch) -> tuple[_Batch, Variants, PendingEffects]:
             with torch.inference_mode():
                 variants = self.variants(batch.group, batch.start, batch.stop)
-                return batch, variants, self.effects(batch.group, variants)
+                return batch, variants, self._pending(batch.group, variants)
 
-        with cores_as_workers(self.encoder.device) as cores:
-            workers = min(cores, self.workers)
+        def results_of(workers: int) -> Generator[tuple[_Batch, Variants, PendingEffects]]:
             batches = self._batches(is_wanted)
-            yield from ordered_map(work, batches, workers=workers) if workers else map(work, batches)
+            return ordered_map(work, batches, workers=workers) if workers else (work(batch) for batch in batches)
+
+        with (
+            cores_as_workers(self.encoder.device) as cores,
+            contextlib.closing(results_of(min(cores, self.workers))) as results,
+        ):
+            # Waited for here, so that a card has its next batch meanwhile.
+            for batch, variants, pending in results:
+                yield batch, variants, pending.on_host()
 
     def _batches(self, is_wanted: np.ndarray) -> Iterator[_Batch]:
         for first, last in self.groups():

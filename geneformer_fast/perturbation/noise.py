@@ -69,7 +69,7 @@ def noise_of(run: PerturbationRun, group: Group) -> Noise | None:
         order = torch.from_numpy(np.random.default_rng(_SEED).permutation(last - first))
         cut = len(order) // 3
         again = [
-            run.comparison.effects(some, run.reader(some.tokens), originals)
+            run.comparison.effects(some, run.reader(some.tokens), originals).on_host()
             for some in (picked(variants, part) for part in (order[:cut], order[cut:]) if len(part))
         ]
     cell = np.concatenate([each.cell for each in again]) - once.cell[order.numpy()]

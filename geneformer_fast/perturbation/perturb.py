@@ -176,6 +176,9 @@ def perturb(
         seed, _window(window), official, counts, screen, best,
     )  # fmt: skip
     question.check()
+    for name, number in (("token_budget", token_budget), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UnsupportedError(f"{name} must be at least 1, not {number}")
     part, place = Shard.of(shard), model.device if isinstance(model, Encoder) else local_device(device)
     if out is None and (resume or overwrite or compare is not None or not part.is_whole):
         raise UnsupportedError("resume, overwrite, compare and shard are of a folder: say where with out")

@@ -219,6 +219,8 @@ def test_without_its_only_gene_a_cell_is_cls_and_eos(tmp_path):
         ({"shard": "1/2"}, UnsupportedError, "out"),
         ({"resume": True}, UnsupportedError, "out"),
         ({"compare": "float32"}, UnsupportedError, "out"),
+        ({"workers": 0}, UnsupportedError, "at least 1"),
+        ({"token_budget": 0}, UnsupportedError, "at least 1"),
         ({"window": (1, 2, 3)}, UnsupportedError, "window"),
         ({"obs": "donor"}, InputError, "donor"),
     ],
@@ -286,3 +288,12 @@ def test_the_report_says_what_narrower_numbers_change(tmp_path):
     compared = json.loads((same / "_manifest.json").read_text())["report"]["compared"]
     assert compared["rank_correlation"] == pytest.approx(1)
     assert compared["largest"] < 1e-6
+
+
+def test_eight_bits_keep_the_order_of_effects(tmp_path):
+    gf.quantize(ISP / "model_v2", tmp_path / "small", scheme="int8-weights")
+    out = gf.perturb(
+        cells_folder("V2"), tmp_path / "small", tmp_path / "out", max_cells=4, compare=ISP / "model_v2", progress=False
+    )
+    compared = json.loads((out / "_manifest.json").read_text())["report"]["compared"]
+    assert 0.98 < compared["rank_correlation"] < 1
