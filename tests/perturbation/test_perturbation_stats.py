@@ -133,6 +133,22 @@ def test_cells_without_a_donor_are_left_out_with_a_warning(tables: dict[str, pa.
     assert effects["n_groups"].max() == 3
 
 
+def test_a_gene_of_cells_without_a_donor_is_like_no_other(tables: dict[str, pa.Table]) -> None:
+    """It has no mean, and takes nothing away from the means of genes like others."""
+    own = np.array([tokens == [10] for tokens in tables["shifts"]["tokens"].to_pylist()])
+    cells = np.unique(tables["shifts"]["cell"].to_numpy()[own])[:12]
+    at = tables["shifts"].schema.get_field_index("donor")
+    donors = tables["shifts"]["donor"].to_pylist()
+    is_chosen = np.isin(tables["shifts"]["cell"].to_numpy(), cells)
+    column = [None if chosen else donor for donor, chosen in zip(donors, is_chosen, strict=True)]
+    table = tables["shifts"].set_column(at, "donor", pa.array(column)).filter(pa.array(~own | is_chosen))
+    with pytest.warns(UserWarning, match="12 cells have no 'donor'"):
+        effects = by_gene(perturbation_stats(table, group="donor", **QUICK).effects)
+    assert effects["n_cells"][0] == 12
+    assert np.isnan(effects.loc[0, ["mean", "p_value", "low"]].astype(float)).all()
+    assert effects["p_value"].notna().sum() == N_GENES - 2  # nor the one in hardly any cell
+
+
 def test_nothing_is_found_where_nothing_is() -> None:
     """Of many genes without an effect hardly one is called unusual, and intervals hold zero."""
     rng = np.random.default_rng(0)

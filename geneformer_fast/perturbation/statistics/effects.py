@@ -75,6 +75,8 @@ def effects(
     first = run.values[states[0]]
     is_covered = first.counts >= settings.min_cells
     is_alike, rank = _alike(run, is_covered)
+    for state in states:  # a gene without a mean (all of its cells without a group, say) is like no other
+        is_alike &= ~np.isnan(_by_unit(run, run.values[state], settings)[0])
     matched = null.matched_genes(first.counts, rank, total, is_alike)
     share = responders.share_of_cells_moved_most([run.values[state] for state in states], is_shift=run.has_states)
     is_universal = is_covered & (share >= responders.UNIVERSAL)
@@ -122,17 +124,14 @@ def _of_state(
     run: Run, values: Values, matched: null.MatchedGenes, is_covered: np.ndarray, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Columns of one state."""
-    means, counts = values.means(), values.counts
-    deviation = spread(values)
+    counts, deviation = values.counts, spread(values)
+    means, of_groups = _by_unit(run, values, settings)
     columns: dict[str, np.ndarray] = {"n_cells": counts, "mean": means, "sd": deviation}
     units, unit_sd = counts, deviation
-    group, n_groups = groups_of(run, settings.group)
-    of_groups = None if n_groups < 2 else bootstrap.group_means(values, group, n_groups)
     if of_groups is not None:
-        means = bootstrap.mean_of_groups(of_groups)
         units = (~np.isnan(of_groups)).sum(axis=1)
         unit_sd = _deviation_of_groups(of_groups, means, units)
-        columns |= {"mean": means, "sd_cells": deviation, "sd": unit_sd, "n_groups": units}
+        columns |= {"sd_cells": deviation, "sd": unit_sd, "n_groups": units}
     columns |= _intervals(values, of_groups, len(run.cells), matched, units, means, settings)
     if run.has_states:  # cosines are positive
         columns["same_sign"] = _same_sign(values, of_groups, means)
@@ -150,6 +149,15 @@ def _of_state(
     columns["detectable"] = power.detectable(units, level) * unit_sd
     columns["units_needed"] = power.needed(_divided(columns["difference"], unit_sd), level)
     return columns
+
+
+def _by_unit(run: Run, values: Values, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:
+    """[E] means over the units, and [E, groups] those of groups; None where cells are the units."""
+    group, n_groups = groups_of(run, settings.group)
+    if n_groups < 2:
+        return values.means(), None
+    of_groups = bootstrap.group_means(values, group, n_groups)
+    return bootstrap.mean_of_groups(of_groups), of_groups
 
 
 def _intervals(
