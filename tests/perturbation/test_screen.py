@@ -161,3 +161,15 @@ def test_estimates_of_genes_are_means_over_cells(place: Path) -> None:
 def test_what_cannot_be_screened_is_refused(options: dict[str, Any], says: str, place: Path) -> None:
     with pytest.raises(UnsupportedError, match=says):
         gf.perturb(place / "tokens", place / "model", device="cpu", progress=False, **options)
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-weights", "bfloat16"])
+def test_models_of_fewer_bits_are_estimated_too(how: str) -> None:
+    size = {"width": 64, "ff_width": 128}
+    model = encoder(**size)
+    other = encoder(torch.bfloat16, **size) if how == "bfloat16" else gf.quantize(encoder(**size), scheme=how)
+    wanted, found = (
+        GradientScreen(each, "delete", "cls", "last", FRAMING, states(model)).cell(CELL).values.ravel()
+        for each in (model, other)
+    )
+    assert np.corrcoef(wanted, found)[0, 1] > 0.9
