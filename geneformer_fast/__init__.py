@@ -34,6 +34,7 @@ _HOME = {
     "finetune_genes": "geneformer_fast.finetuning.genes",
     "predict": "geneformer_fast.finetuning.predict",
     "open_perturbations": "geneformer_fast.perturbation.reading",
+    "Perturbations": "geneformer_fast.perturbation.reading",
     "perturb": "geneformer_fast.perturbation.perturb",
     "state_embeddings": "geneformer_fast.perturbation.states",
     "perturbation_stats": "geneformer_fast.perturbation.statistics.run",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from geneformer_fast.finetuning.genes import finetune_genes
     from geneformer_fast.finetuning.predict import predict
     from geneformer_fast.perturbation.perturb import perturb
-    from geneformer_fast.perturbation.reading import open_perturbations
+    from geneformer_fast.perturbation.reading import Perturbations, open_perturbations
     from geneformer_fast.perturbation.states import state_embeddings
     from geneformer_fast.perturbation.statistics.run import perturbation_stats
     from geneformer_fast.profiling.callback import ProfilerCallback

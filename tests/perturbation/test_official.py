@@ -45,7 +45,7 @@ def _options(fixtures: Path, name: str) -> tuple[str, dict[str, Any]]:
         *("v1_shift_delete_all_cell", "v1_anchor_delete_cell", "v1_shift_anchor_delete_cell"),
         *("v1_overexpress_three_short_cell_and_gene", "v1_overexpress_all_cell_and_gene_layer-1"),
         *("v2_anchor_delete_cls_and_gene", "v2_shift_noalt_delete_all_cls", "v2_overexpress_one_present_cls_and_gene"),
-        "v2_overexpress_three_short_cls",
+        *("v2_overexpress_three_short_cls", "v2_overexpress_three_cls_batch1"),
     ],
 )
 def test_the_same_arguments_give_the_same_pickles(name: str, fixtures: Path, shared_dir: Path, tmp_path: Path) -> None:
