@@ -118,8 +118,8 @@ def perturb(
         Cells of the start are perturbed. Values are then the cosine with each state's embedding after the edit, less
         the one before: positive towards it. None: values are similarities with the cell itself, 1 for no change.
     state_embeddings
-        A file of :func:`geneformer_fast.state_embeddings`, what it returned, or vectors by name. None makes them of the
-        same tokens: the mean of at most 1,000 cells of each state.
+        A file of :func:`geneformer_fast.state_embeddings` or (.pkl) of Geneformer's extractor, what the former
+        returned, or vectors by name. None makes them of the same tokens: the mean of at most 1,000 cells of each state.
     where, max_cells, seed, window
         Which cells: those with some values in columns of obs, at most so many of them, drawn by the seed (None is 42,
         as in the official tool), and of these ``(start, stop)``, the longest first.
@@ -141,7 +141,8 @@ def perturb(
     official
         What the official tool writes, also where it is wrong: with genes' values an overexpressed gene's neighbours
         bear each other's names, an anchor is dropped where there are states, and near the model's limit a list that is
-        overexpressed shortens the cell that it is compared with by too many genes.
+        overexpressed shortens the cell that it is compared with by too many genes (but of a V1 cell's own similarity
+        padding is no part, which there depends on the other cells of a batch).
     dry_run
         Return what the run will be, and do nothing of it.
     compare

@@ -22,6 +22,7 @@ from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.files.schema import parse_json
 from geneformer_fast.files.tensors import metadata_of, read_tensors
 from geneformer_fast.files.writing import write_tensors
+from geneformer_fast.perturbation.pickles import read_state_vectors
 from geneformer_fast.tokenization.arrow import open_tokens
 
 #: How cells of a state become one embedding.
@@ -154,7 +155,7 @@ class States:
 
 
 def read_states(path: str | os.PathLike[str]) -> States:
-    """Embeddings of states that :meth:`States.save` wrote.
+    """Embeddings of states that :meth:`States.save` wrote, or (.pkl, .pickle) Geneformer's own extractor.
 
     Raises
     ------
@@ -162,6 +163,9 @@ def read_states(path: str | os.PathLike[str]) -> States:
         The file is absent, damaged, or something else.
     """
     path = Path(path)
+    if path.suffix in (".pkl", ".pickle"):
+        vectors = read_state_vectors(path)
+        return States(tuple(vectors), np.stack([*vectors.values()]))
     embeddings = read_tensors(path, InputError, _ABOUT).get("embeddings")
     text = metadata_of(path).get("states")
     about = {} if text is None else parse_json(text, path, InputError)
