@@ -51,8 +51,8 @@ class Case:
 CASES = (
     Case("v1-10m", 2, 100, 3, False),
     Case("v1-10m", 2, 60, 3, True),
-    Case("v2-104m", 2, 30, 3, False),
-    Case("v2-104m", 2, 20, 3, True),
+    Case("v2-104m", 2, 20, 3, False),
+    Case("v2-104m", 2, 15, 3, True),
 )
 
 
