@@ -94,7 +94,7 @@ def perturb(
         tokens.
     together, pairs, anchor, sets
         Several genes at once: the whole list, every pair of it (of each cell's genes without a list), one gene with
-        each of the others, or every set: a file (:func:`~geneformer_fast.perturbation.sets.read_sets`), a mapping of
+        each of the others, or every set: a file (GMT, JSON, or a set of genes per line), a mapping of
         names to genes, both of which give a column ``set``, or a list of lists. A list is that of cells which have all
         of its genes, unless they are overexpressed; of a set, cells lose or move the genes that they have.
     doses
