@@ -30,7 +30,7 @@ from geneformer_fast import __version__
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import check_digest, fingerprint_of, with_digest
-from geneformer_fast.files.writing import is_leftover, write_json
+from geneformer_fast.files.writing import is_leftover, system_errors, write_json
 
 MANIFEST = "_manifest.json"
 UNFINISHED = "_UNFINISHED.json"
@@ -164,11 +164,23 @@ def check_state(folder: Path, *, resume: bool, overwrite: bool) -> str:
     state = state_of(folder)
     if state == "foreign":
         raise OutputError(f"{folder} exists and holds no perturbations; nothing in it is touched. Name another one")
+    if state in ("finished", "unfinished") and overwrite:
+        _check_own(folder / (MANIFEST if state == "finished" else UNFINISHED))
     if state == "finished" and not (resume or overwrite):
         raise OutputError(f"{folder} holds finished perturbations; name another folder or pass --overwrite")
     if state == "unfinished" and not (resume or overwrite):
         raise OutputError(unfinished_message(folder))
     return state
+
+
+def _check_own(path: Path) -> None:
+    """Nothing is removed beside a file that only has the name of one of ours, damaged ones excepted."""
+    with system_errors(path):
+        is_own = FORMAT.encode() in path.read_bytes()
+    if not is_own:
+        raise OutputError(
+            f"{path} is no file of perturbations, so nothing beside it is removed; name another folder, or move it"
+        )
 
 
 def unfinished_message(folder: Path) -> str:

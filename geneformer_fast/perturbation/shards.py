@@ -40,7 +40,7 @@ class Shard:
         if text is None:
             return cls()
         index, slash, n_shards = text.partition("/")
-        if not slash or not (index.strip().isascii() and index.strip().isdigit()) or not n_shards.strip().isdigit():
+        if not slash or not all(part.strip().isascii() and part.strip().isdigit() for part in (index, n_shards)):
             raise UnsupportedError(
                 f"shard (--shard) is i/N with i from 1 to N, such as 1/4, 2/4, 3/4 and 4/4; {text!r} is none"
             )

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError
 from geneformer_fast.perturbation import row_file, store
+from geneformer_fast.perturbation.reading import open_perturbations
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
@@ -364,7 +365,7 @@ def test_further_columns_of_a_run(tmp_path: Path) -> None:
     assert table["dose"].to_pylist() == [0.25, 0.5]
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3", "1/²"])
 def test_shards_that_are_none(text: str) -> None:
     with pytest.raises(UnsupportedError, match="is i/N with i from 1 to N"):
         Shard.of(text)
@@ -379,3 +380,22 @@ def test_shards_hold_every_cell_once() -> None:
     ranks = [Shard.of(f"{i}/3").ranks(10).tolist() for i in (1, 2, 3)]
     assert sorted(rank for part in ranks for rank in part) == list(range(10))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+@pytest.mark.parametrize("mark", ["_manifest.json", "_UNFINISHED.json"])
+def test_nothing_is_removed_beside_a_file_that_only_has_the_name_of_ours(mark: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (mark, "part-00000.parquet"):
+        (out / name).write_text('{"version": 3}')
+    with pytest.raises(OutputError, match=rf"{mark} is no file of perturbations, so nothing beside it is removed"):
+        folders.write(out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [mark, "part-00000.parquet"]
+
+
+def test_a_damaged_folder_of_ours_may_be_written_over(tmp_path: Path) -> None:
+    folders.write(tmp_path / "out")
+    manifest = tmp_path / "out" / "_manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    folders.write(tmp_path / "out", overwrite=True)
+    assert open_perturbations(tmp_path / "out").n_cells == 40
