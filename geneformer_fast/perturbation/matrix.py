@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from geneformer_fast.errors import InputError
+from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.perturbation.rows import CELL, GENES, STATE, TOKENS, VALUE
 
 if TYPE_CHECKING:
@@ -47,17 +47,18 @@ def anndata_of(
     about
         For ``uns``.
     """
-    import pandas
     from anndata import AnnData
 
-    place_of = pandas.Series(np.arange(cells.num_rows), index=cells[CELL].to_numpy())
     columns: dict[tuple[Any, ...], int] = {}
     genes: list[Any] = []
     pieces: list[tuple[np.ndarray, ...]] = []
     for batch in batches:
         number = _columns_of(batch, extra, columns, genes)
         of_state = _numbers(batch[STATE], states) if states else np.zeros(len(batch), dtype=np.int64)
-        pieces.append((place_of[batch[CELL].to_numpy()].to_numpy(), number, of_state, batch[VALUE].to_numpy()))
+        row = pc.index_in(batch[CELL], cells[CELL])
+        if row.null_count:
+            raise OutputError(f"{path}: there are values of cells that it does not list; perturb again")
+        pieces.append((row.to_numpy(), number, of_state, batch[VALUE].to_numpy()))
     n_layers = max(1, len(states))
     n_bytes = 4 * n_layers * cells.num_rows * len(columns)
     if (free := _free_bytes()) is not None and n_bytes > free:
@@ -68,12 +69,12 @@ def anndata_of(
     values = np.full((n_layers, cells.num_rows, len(columns)), np.nan, dtype=np.float32)
     is_there = np.zeros(values.shape, dtype=bool) if pieces else values
     for row, column, layer, value in pieces:
-        if is_there[layer, row, column].any():
+        place = (layer * cells.num_rows + row) * len(columns) + column
+        if is_there[layer, row, column].any() or len(np.unique(place)) < len(place):
             raise InputError(f"{path}: a cell has two values of one perturbation, so that they make no matrix")
         is_there[layer, row, column] = True
         values[layer, row, column] = value
-    names = [name.removeprefix("obs_") for name in cells.column_names]
-    obs = cells.rename_columns(names).to_pandas() if len(set(names)) == len(names) else cells.to_pandas()
+    obs = _observations(cells)
     adata = AnnData(
         X=values[states.index(state) if state is not None else 0],
         obs=obs.set_index(obs[CELL].astype(str).rename(None)),
@@ -86,6 +87,24 @@ def anndata_of(
     if state is not None:
         adata.uns["perturbations"]["state"] = state
     return adata
+
+
+def _observations(cells: pa.Table) -> Any:
+    """Cells and what is carried of them, as .h5ad files can hold it; names are short but for those that are taken."""
+    import pandas
+
+    own = [name for name in cells.column_names if not name.startswith("obs_")]
+    shorter = {name: name.removeprefix("obs_") for name in cells.column_names}
+    names = [name if short in own and name not in own else short for name, short in shorter.items()]
+    for place, field in enumerate(cells.schema):
+        if not (pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type)):
+            column = cells[field.name].cast(pa.string())
+            cells = cells.set_column(place, field.name, column)
+    kinds = {pa.bool_(): pandas.BooleanDtype()}
+    obs = cells.rename_columns(names).to_pandas(types_mapper=kinds.get)
+    # A column of missing values alone is one of text to nobody but Arrow.
+    empty = [name for name in obs if obs[name].dtype == object and obs[name].isna().all()]
+    return obs.astype(dict.fromkeys(empty, "category"))
 
 
 def _columns_of(

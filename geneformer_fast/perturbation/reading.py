@@ -121,6 +121,7 @@ class Perturbations:
         """Names of further columns that tell variants of the same genes apart, such as ``dose``."""
         return [name for name in self.columns if name not in OWN and name not in self.obs_columns]
 
+    @checked
     def batches(
         self,
         *,
@@ -157,6 +158,7 @@ class Perturbations:
             if (chosen := choose.rows(batch)).num_rows:
                 yield chosen.select(wanted)
 
+    @checked
     def read(
         self,
         *,
@@ -170,6 +172,7 @@ class Perturbations:
         wanted = self._columns(columns)
         return pa.Table.from_batches(found, schema=pa.schema([self.schema.field(name) for name in wanted]))
 
+    @checked
     def to_frame(
         self,
         *,
@@ -188,6 +191,7 @@ class Perturbations:
             frame[AFFECTED] = table[AFFECTED].to_pandas(types_mapper=_nullable)
         return frame
 
+    @checked
     def to_anndata(self, *, state: str | None = None, cells: Sequence[int] | None = None) -> AnnData:
         """Values of cells as an AnnData: cells x perturbations, NaN where a cell was not perturbed so.
 
@@ -226,7 +230,9 @@ class Perturbations:
         return dict(zip(self.cells[CELL].to_pylist(), self.cells["rank"].to_pylist(), strict=True))
 
     def _rank_of(self, cell: int) -> int:
-        return self._ranks[cell]
+        if (rank := self._ranks.get(cell)) is None:
+            raise OutputError(f"{self.path}: there are values of cell {cell}, which it does not list; perturb again")
+        return rank
 
     def _columns(self, columns: Sequence[str] | None) -> list[str]:
         wanted = self.columns if columns is None else list(columns)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import anndata
 import folders
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 import geneformer_fast as gf
-from geneformer_fast.errors import InputError, OutputError
+from geneformer_fast.errors import ArgumentError, InputError, OutputError
 from geneformer_fast.perturbation import matrix, parts, row_file, store
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
@@ -196,3 +200,56 @@ def test_checksums_may_be_left_out(home: Path, tmp_path: Path, monkeypatch: pyte
     gf.open_perturbations(home / "whole", verify=False).read()
     monkeypatch.setenv("GENEFORMER_FAST_VERIFY", "0")
     gf.open_perturbations(home / "whole").read()
+
+
+def _one_cell(out: Path, tokens: list[list[int]], obs: dict[str, pa.Array] | None = None) -> gf.Perturbations:
+    chosen = RunCells(np.array([5]), np.array([3]), np.array([len(tokens)]), obs=obs or {})
+    schema = RowSchema(obs={name: column.type for name, column in chosen.obs.items()})
+    with PerturbationWriter(out, chosen, plan={}, rows=schema) as writer:
+        writer.append(5, CellRows.of(tokens, np.zeros(len(tokens))))
+        writer.finish()
+    return gf.open_perturbations(out)
+
+
+def test_two_values_of_one_perturbation_are_no_matrix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two values of one perturbation"):
+        _one_cell(tmp_path / "out", [[1, 2], [7], [1, 2]]).to_anndata()
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (datetime.date(2020, 5, 1), "2020-05-01"),
+        (datetime.datetime(2020, 5, 1, 3, 4, 5), "2020-05-01 03:04:05.000000"),
+        (decimal.Decimal("1.50"), "1.50"),
+        (True, True),
+        (None, None),
+        (pa.scalar(None, pa.bool_()), None),
+        (pa.scalar(None, pa.string()), None),
+    ],
+)
+def test_what_is_carried_can_be_written_as_h5ad(value: object, kept: object, tmp_path: Path) -> None:
+    carried = {"what": pa.array([value]), "rank": pa.array([7])}
+    adata = _one_cell(tmp_path / "out", [[1], [7]], carried).to_anndata()
+    # Only the name that is taken is longer.
+    assert adata.obs.columns.tolist() == ["rank", "cell", "length", "what", "obs_rank"]
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    found = anndata.read_h5ad(tmp_path / "x.h5ad").obs["what"].iloc[0]
+    assert pd.isna(found) if kept is None else found == kept
+
+
+def test_values_of_cells_that_are_not_listed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = gf.open_perturbations([home / f"part{part}" for part in (1, 2, 3)])
+    monkeypatch.setattr(opened, "cells", opened.cells.slice(1))
+    with pytest.raises(OutputError, match="values of cell"):
+        opened.read()
+    opened = gf.open_perturbations(home / "whole")
+    monkeypatch.setattr(opened, "cells", opened.cells.slice(1))
+    with pytest.raises(OutputError, match="values of cells that it does not list"):
+        opened.to_anndata()
+
+
+@pytest.mark.parametrize("asked", [{"cells": 3}, {"cells": [1.5]}, {"columns": "value"}, {"affected": "yes"}])
+def test_what_is_read_is_asked_for_by_lists(asked: dict[str, Any], home: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(asked))} must be"):
+        gf.open_perturbations(home / "whole").read(**asked)
