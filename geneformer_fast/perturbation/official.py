@@ -6,6 +6,7 @@ Geneformer's ``InSilicoPerturber(...).perturb_data(model, tokens, folder, prefix
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ _IDLE: dict[str, tuple[Any, str]] = {
     "nproc": (4, "nothing is mapped by processes: workers"),
     "clear_mem_ncells": (1000, "memory is bounded by token_budget"),
 }
+#: Arguments of :func:`geneformer_fast.perturb` that :func:`perturb_official` has by itself, or that give no folder.
+_NO_OPTIONS = ("tokens", "model", "out", "dictionary", "official", "overwrite", "resume", "dry_run")
 _LAYERS = {0: "last", -1: "penultimate"}
 _STATES = {"state_key": "column", "start_state": "start", "goal_state": "goal", "alt_states": "alternatives"}
 # A quartile of a cell's ranks.
@@ -180,10 +183,15 @@ def perturb_official(
     """
     if unknown := next((name for name in arguments if name not in NAMES), None):
         raise UnsupportedError(f"InSilicoPerturber has no argument {unknown!r}; it has {', '.join(NAMES)}")
+    if not output_prefix or Path(output_prefix).name != output_prefix:
+        raise UnsupportedError(f"output_prefix is what files are called, without folders, not {output_prefix!r}")
     asked = arguments_of(**arguments)
     more = dict(options or {})
     if twice := next((name for name in more if asked.get(name) is not None), None):
         raise UnsupportedError(f"options: {twice} is given by an argument of InSilicoPerturber too; leave one out")
+    known = [name for name in inspect.signature(perturb).parameters if name not in _NO_OPTIONS]
+    if odd := next((name for name in more if name not in known), None):
+        raise UnsupportedError(f"options: {odd!r} is none of them; there are {', '.join(known)}")
     folder = Path(output_directory)
     out = perturb(
         input_data_file, model_directory, folder / output_prefix, dictionary=dictionary, official=official,

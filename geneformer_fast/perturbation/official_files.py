@@ -221,10 +221,12 @@ def write_official(
         Such files are there, or the system does not let them be written.
     """
     options = perturbations.manifest["plan"].get("options", {})
-    if perturbations.extra_columns:
+    # One dose alone is as good as none.
+    is_told = [name for name in perturbations.extra_columns if name != "dose" or len(options.get("doses") or ()) != 1]
+    if is_told:
         raise UnsupportedError(
             f"{perturbations.path}: keys of official pickles hold genes alone, and variants here differ by "
-            f"{perturbations.extra_columns[0]} too; read the Parquet files instead"
+            f"{is_told[0]} too; read the Parquet files instead"
         )
     path, beginning = Path(folder), f"in_silico_{options.get('kind') or 'delete'}_{prefix}"
     has_anchor = options.get("anchor") is not None

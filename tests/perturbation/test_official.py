@@ -138,3 +138,15 @@ def test_genes_of_a_token_dictionary(shared_dir: Path) -> None:
     assert asked["genes"] == [vocabulary.token_ids["ENSG00000142541"]]
     with pytest.raises(VocabularyError, match="gene 'ENSG0' has no token in token_dictionary_file; leave it out"):
         arguments_of(genes_to_perturb=["ENSG0"], token_dictionary_file=path)
+
+
+@pytest.mark.parametrize("name", ["dry_run", "overwrite", "out", "batch_size"])
+def test_options_are_those_of_perturb_that_give_a_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=f"options: '{name}' is none of them; there are kind, genes"):
+        perturb_official("model", "cells", tmp_path, "x", options={name: True})
+
+
+@pytest.mark.parametrize("prefix", ["", "../x", "a/b", "/x"])
+def test_a_prefix_is_no_folder(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="output_prefix is what files are called"):
+        perturb_official("model", "cells", tmp_path, prefix)

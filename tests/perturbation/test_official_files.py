@@ -127,6 +127,14 @@ def test_doses_are_in_no_key_either(tmp_path: Path) -> None:
         write_official(run, tmp_path / "official")
 
 
+def test_one_dose_needs_no_key(tmp_path: Path) -> None:
+    rows = {7: CellRows.of([4, 5], [0.5, 0.25], extra={"dose": [0.25, 0.25]})}
+    run = _run(tmp_path / "out", {"kind": "inhibit", "doses": [0.25]}, rows, extra={"dose": pa.float32()})
+    written = write_official(run, tmp_path / "official", "x")
+    assert all(path.name.startswith("in_silico_inhibit_x_") for path in written)
+    assert open_official(tmp_path / "official").read()["value"].to_pylist() == [0.5, 0.25]
+
+
 class _Runs:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
