@@ -17,6 +17,7 @@ from geneformer_fast.config import warn_if_emulated
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.cells import asked_columns
+from geneformer_fast.perturbation.folder import check_state
 from geneformer_fast.perturbation.plan import Plan
 from geneformer_fast.perturbation.question import Prepared, Question, prepared
 from geneformer_fast.perturbation.rows import OWN, RowSchema, plain
@@ -46,7 +47,7 @@ def perturb(
     together: bool = False,
     pairs: bool = False,
     anchor: str | int | None = None,
-    sets: str | os.PathLike[str] | Mapping[str, Sequence[str]] | Sequence[Sequence[str | int]] | None = None,
+    sets: str | os.PathLike[str] | Mapping[str, Sequence[str | int]] | Sequence[Sequence[str | int]] | None = None,
     doses: float | Sequence[float] | None = None,
     screen: str | None = None,
     best: int | None = None,
@@ -180,6 +181,10 @@ def perturb(
     for name, number in (("token_budget", token_budget), ("workers", workers)):
         if number is not None and number < 1:
             raise UnsupportedError(f"{name} must be at least 1, not {number}")
+    if isinstance(model, Encoder) and (dtype != "auto" or device is not None):
+        raise UnsupportedError("dtype and device are of a model that is loaded; an Encoder has its own: leave them out")
+    if out is not None and not dry_run:
+        check_state(Path(out), resume=resume, overwrite=overwrite)  # before what takes long; the writer looks again
     part, place = Shard.of(shard), model.device if isinstance(model, Encoder) else local_device(device)
     if out is None and (resume or overwrite or compare is not None or not part.is_whole):
         raise UnsupportedError("resume, overwrite, compare and shard are of a folder: say where with out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Question:
     together: bool
     pairs: bool
     anchor: Gene | None
-    sets: str | os.PathLike[str] | Mapping[str, Sequence[str]] | Sequence[Sequence[Gene]] | None
+    sets: str | os.PathLike[str] | Mapping[str, Sequence[Gene]] | Sequence[Sequence[Gene]] | None
     doses: float | Sequence[float] | None
     mode: str | None
     layer: str | int
@@ -217,7 +218,7 @@ def _edits(
     if question.official and roles is not None:
         anchor = None  # which is what the official tool does: single perturbations
     doses = question.doses
-    shares = () if doses is None else (doses,) if isinstance(doses, int | float) else tuple(doses)
+    shares = () if doses is None else (doses,) if isinstance(doses, numbers.Real) else tuple(doses)
     return Edits(
         question.kind, listed, together=question.together, pairs=question.pairs, anchor=anchor,
         sets=sets, doses=tuple(map(float, shares)),
@@ -242,7 +243,10 @@ def _states(
             where=question.where, max_cells=MAX_CELLS, seed=42, token_budget=token_budget, progress=progress,
         )  # fmt: skip
     if isinstance(given, Mapping):
-        rows = [np.asarray(torch.as_tensor(row).detach().float().cpu()).reshape(-1) for row in given.values()]
+        try:
+            rows = [np.asarray(torch.as_tensor(row).detach().float().cpu()).reshape(-1) for row in given.values()]
+        except (TypeError, ValueError, RuntimeError):
+            raise UnsupportedError("state_embeddings by name must be vectors of numbers") from None
         if len({len(row) for row in rows}) != 1:
             raise UnsupportedError("state_embeddings must have one width: a vector for each state")
         given = States(tuple(map(str, given)), np.stack(rows))

@@ -25,6 +25,7 @@ from geneformer_fast.perturbation.plan import Plan, estimated_seconds
 from geneformer_fast.perturbation.precision import agreement_of
 from geneformer_fast.perturbation.question import Prepared, Question
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
+from geneformer_fast.perturbation.states import StateRoles
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.training.distributed import Ranks
@@ -146,7 +147,9 @@ def _n_absent(piece: CellEffects) -> int:
 def _warn_of_absent(n: int) -> None:
     if n:
         warnings.warn(
-            f"{n:,} perturbed cells have no value: nothing is left of them to compare (cells of one gene)", stacklevel=4
+            f"{n:,} perturbed cells have no value: every gene of theirs is among the perturbed, and nothing is left to "
+            "compare",
+            stacklevel=4,
         )
 
 
@@ -198,7 +201,8 @@ def identity_of_run(
     states: dict[str, Any] | None = None
     if ready.states is not None:
         vectors = {"embeddings": torch.from_numpy(np.ascontiguousarray(ready.states.embeddings))}
-        roles = dict(question.states or {})
+        # As they were understood, so that a list and a tuple are the same, and numbers are text.
+        roles = StateRoles.of(question.states or {}).to_dict()
         states = {"names": list(ready.states.names), "roles": roles, "fingerprint": fingerprint_of_tensors(vectors)}
     return {
         "tokens": {"name": folder.path.name, "fingerprint": folder.content_fingerprint},

@@ -56,25 +56,32 @@ def read_sets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
 
 
 def tokens_of_sets(
-    sets: Mapping[str, Sequence[str]], token_of: Callable[[str], int | None]
+    sets: Mapping[str, Sequence[str | int]], token_of: Callable[[str | int], int | None]
 ) -> dict[str, tuple[int, ...]]:
     """Sets as tokens. Genes that the model does not know are left out, with a warning that says how many.
 
     Parameters
     ----------
     sets
-        Genes by the name of their set.
+        Genes by the name of their set, as :func:`read_sets` gives them, or tokens.
     token_of
         The token of a gene; None where there is none.
 
     Raises
     ------
+    InputError
+        A set has no genes, or one of them twice.
     VocabularyError
         No gene of a set has a token; or two genes of one have the same.
     """
     found, n_genes, unknown = {}, 0, []
     for name, genes in sets.items():
+        if not len(genes):
+            raise InputError(f"sets: the set {name!r} has no genes; leave it out")
         tokens = {gene: token_of(gene) for gene in genes}
+        if len(tokens) < len(genes):
+            twice = next(gene for gene in tokens if list(genes).count(gene) > 1)
+            raise InputError(f"sets: the set {name!r} has the gene {twice!r} twice")
         n_genes += len(tokens)
         unknown += [gene for gene, token in tokens.items() if token is None]
         known = {gene: token for gene, token in tokens.items() if token is not None}

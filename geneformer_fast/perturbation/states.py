@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,11 @@ class StateRoles:
         """All of them: start, goal, alternatives."""
         return tuple(str(name) for name in (self.start, self.goal, *self.alternatives) if name is not None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, states as text."""
+        start, goal = (None if name is None else str(name) for name in (self.start, self.goal))
+        return {"column": self.column, "start": start, "goal": goal, "alternatives": [*map(str, self.alternatives)]}
+
 
 @dataclass(frozen=True)
 class States:
@@ -112,6 +118,8 @@ class States:
         for name, row in zip(self.names, self.embeddings, strict=True):
             if not np.isfinite(row).all():
                 raise InputError(f"the embedding of state {name!r} holds values that are not finite; make it again")
+            if not row.any():
+                raise InputError(f"the embedding of state {name!r} is zero, which nothing moves towards; make it again")
 
     def of(self, names: Sequence[str]) -> States:
         """Those of some states, in the order of the names.
@@ -261,15 +269,18 @@ def embeddings_of(
     """:func:`state_embeddings` with an encoder."""
     if statistic not in STATISTICS:
         raise UnsupportedError(f"statistic must be one of {', '.join(STATISTICS)}, not {statistic!r}")
-    if max_cells is not None and max_cells < 1:
-        raise UnsupportedError(f"max_cells must be at least 1, not {max_cells}")
+    for what, number in (("max_cells", max_cells), ("token_budget", token_budget)):
+        if number is not None and number < 1:
+            raise UnsupportedError(f"{what} must be at least 1, not {number}")
     if not states:
         raise UnsupportedError("states must name a state")
     rows, n_cells = [], {}
-    with open_tokens(tokens) as folder:
-        found = {name: _cells_of(folder, column, name, where, max_cells, seed) for name in states}
     with open_cells(tokens, None, encoder.config, {"obs": {}}, progress) as cells:
         pool = _pool_of(pool, cells)
+        # Cells without genes have no mean over them.
+        n_special = 0 if pool == "cls" or cells.cls_id is None else 2
+        with open_tokens(tokens) as folder:
+            found = {name: _cells_of(folder, column, name, where, max_cells, seed, n_special) for name in states}
         for name, chosen in found.items():
             some = cells.of_rows(chosen, Selection({column: (name,)}), is_compact=True)
             embedded = EncodingRun(encoder, some, pool, layer, token_budget, progress).to_memory()
@@ -283,9 +294,10 @@ def embeddings_of(
 
 
 def _cells_of(
-    folder: Any, column: str, name: str, where: Mapping[str, Any] | None, max_cells: int | None, seed: int
-) -> np.ndarray:
-    """Ascending numbers of the cells of a state that are taken."""
+    folder: Any, column: str, name: str, where: Mapping[str, Any] | None, max_cells: int | None, seed: int,
+    n_special: int,
+) -> np.ndarray:  # fmt: skip
+    """Ascending numbers of the cells of a state that are taken, of those that have more than special tokens."""
     is_taken = np.zeros(folder.n_cells, dtype=bool)
     is_taken[Selection({column: (name,)}).matching(folder)] = True
     allowed = Selection.of(where, None, None)
@@ -296,6 +308,18 @@ def _cells_of(
     cells = np.flatnonzero(is_taken)
     if not len(cells):
         raise InputError(f"{folder.path}: no cell with {column} {name!r} is among those that are chosen by where")
+    is_empty = folder.lengths()[cells] <= n_special
+    if n_special and is_empty.any():
+        warnings.warn(
+            f"{folder.path}: {is_empty.sum():,} cells with {column} {name!r} have no genes and are left out of its "
+            "embedding",
+            stacklevel=4,
+        )
+        cells = cells[~is_empty]
+        if not len(cells):
+            raise InputError(
+                f"{folder.path}: no cell with {column} {name!r} has a gene; use mode cls, or another state"
+            )
     if max_cells is not None and max_cells < len(cells):
         # As datasets.Dataset.shuffle(seed) orders them, of which the official extractor takes the first.
         cells = np.sort(cells[np.random.default_rng(seed).permutation(len(cells))[:max_cells]])

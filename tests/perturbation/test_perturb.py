@@ -223,6 +223,13 @@ def test_without_its_only_gene_a_cell_is_cls_and_eos(tmp_path):
         ({"token_budget": 0}, UnsupportedError, "at least 1"),
         ({"window": (1, 2, 3)}, UnsupportedError, "window"),
         ({"obs": "donor"}, InputError, "donor"),
+        ({"token_budget": 0}, UnsupportedError, "token_budget .* at least 1, not 0"),
+        ({"workers": -1}, UnsupportedError, "workers .* at least 1, not -1"),
+        ({"dtype": "bfloat16"}, UnsupportedError, "an Encoder has its own"),
+        ({"device": "cpu"}, UnsupportedError, "an Encoder has its own"),
+        ({"sets": {"a": []}}, InputError, "'a' has no genes"),
+        ({"states": ROLES, "state_embeddings": dict.fromkeys(ROLES, "x")}, UnsupportedError, "vectors of numbers"),
+        ({"states": ROLES, "state_embeddings": {"CD56+ NK": [0.0] * 16}}, InputError, "'CD56. NK' is zero"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_sentence(options, error, said):
@@ -297,3 +304,45 @@ def test_eight_bits_keep_the_order_of_effects(tmp_path):
     )
     compared = json.loads((out / "_manifest.json").read_text())["report"]["compared"]
     assert 0.98 < compared["rank_correlation"] < 1
+
+
+def test_genes_and_doses_may_be_numbers_of_numpy():
+    token = perturbed("V1", window=(0, 1)).tokens[5][0]
+    frame = perturbed("V1", kind="inhibit", genes=np.int64(token), doses=np.float32(0.5), window=(0, 1))
+    assert frame.dose.tolist() == [0.5]
+    by_name = perturbed("V1", sets={"some": [int(token)]}, window=(0, 1))
+    assert by_name["set"].tolist() == ["some"]
+    assert by_name.tokens.map(tuple).tolist() == [(token,)]
+
+
+def test_states_are_the_same_however_they_are_written(tmp_path):
+    some = {name: np.arange(1.0, 17) + place for place, name in enumerate(("0", "1", "2"))}
+    asked = {"state_embeddings": some, "window": (0, 1), "genes": [8208], "kind": "overexpress"}
+    states = {"column": "index", "start": np.int64(0), "goal": 1, "alternatives": ("2",)}
+    perturbed("V1", tmp_path / "out", states=states, **asked)
+    states = {"alternatives": [2], "goal": "1", "start": "0", "column": "index"}
+    perturbed("V1", tmp_path / "out", states=states, resume=True, **asked)
+
+
+def test_a_folder_that_is_taken_is_refused_before_the_model_is_read(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no perturbations"):
+        gf.perturb(cells_folder("V1"), tmp_path / "no model", tmp_path)
+
+
+def test_cells_without_genes_are_in_no_state(tmp_path):
+    ids = [[2, 5, 6, 7, 3], [2, 3], [2, 9, 8, 3], [2, 3]]
+    table = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "length": [5, 2, 4, 2], "kind": list("aabc")})
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset(table).save_to_disk(tmp_path / "cells")
+    with pytest.warns(UserWarning, match="1 cells with kind 'a' have no genes"):
+        states = gf.state_embeddings(tmp_path / "cells", model("V2"), "kind", ["a", "b"], pool="mean")
+    with torch.inference_mode():
+        hidden = model("V2")(gf.Ragged.from_cells(ids[:1]), layer="penultimate").values[1:-1].mean(0)
+    np.testing.assert_allclose(states.embeddings[0], hidden, atol=1e-6)
+    with (
+        pytest.raises(InputError, match="no cell with kind 'c' has a gene"),
+        pytest.warns(UserWarning, match="no genes"),
+    ):
+        gf.state_embeddings(tmp_path / "cells", model("V2"), "kind", "c", pool="mean")
+    assert np.isfinite(gf.state_embeddings(tmp_path / "cells", model("V2"), "kind", "c").embeddings).all()

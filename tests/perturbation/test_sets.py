@@ -71,3 +71,10 @@ def test_genes_without_a_token_are_left_out_openly() -> None:
         tokens_of_sets({"y": ("X", "Y")}, tokens.get)
     with pytest.raises(VocabularyError, match="'B' and 'ENSB' in the set 'y' are one gene"):
         tokens_of_sets({"y": ("B", "A", "ENSB")}, tokens.get)
+
+
+def test_sets_by_name_are_as_those_of_a_file() -> None:
+    with pytest.raises(InputError, match="the set 'y' has no genes"):
+        tokens_of_sets({"x": ("A",), "y": ()}, {"A": 5}.get)
+    with pytest.raises(InputError, match="the set 'y' has the gene 'A' twice"):
+        tokens_of_sets({"y": ("A", "B", "A")}, {"A": 5, "B": 6}.get)
