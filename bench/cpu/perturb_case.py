@@ -36,7 +36,7 @@ from geneformer_fast.profiling.clock import percentiles
 LENGTH = 700
 #: Variants at once that the rivals are tried with; where more are slower than fewer, still more are not tried.
 RIVAL_BATCHES = (1, 2, 4, 8, 16, 32)
-#: Genes of the run whose memory is measured, at least; for rivals a whole batch. More are more batches of the same size.
+#: Genes of the run whose memory is measured, at least; for rivals a batch. More genes are more batches, no larger ones.
 GENES_OF_PEAK = 10
 #: What all others are compared with.
 WITNESS = "plain"
