@@ -16,6 +16,8 @@ import torch
 
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile
+from geneformer_kernels.cpu.int8_transpose import transpose_fours
+from geneformer_kernels.cpu.lanes import copy_floats
 from geneformer_kernels.cpu.parameters import copied
 from geneformer_kernels.cpu.row_arithmetic import ACTIVATION_CODES, activate, address_of
 from geneformer_kernels.cpu.shares import in_pieces
@@ -47,8 +49,8 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
     """A layer for loops; ``weight`` [N, K] and ``bias`` [N] or None, float32."""
     n_columns, width = weight.shape
     panels = torch.empty(n_columns // COLUMNS, width, COLUMNS, dtype=torch.float32).numpy()
-    rows = copied(weight)
-    _pack(rows, panels)
+    rows = weight.detach().contiguous()
+    _pack(rows.data_ptr(), panels)
     own_bias = np.zeros(n_columns, np.float32) if bias is None else copied(bias)
     return Packed(panels, own_bias, *room(n_columns, width))
 
@@ -116,10 +118,16 @@ def feed_forward(
 
 @numba.njit(**LOOP)
 def _pack(weight, panels):
+    """Rows of a weight from an address on to panels, sixteen steps at a time."""
+    n_steps = panels.shape[1]
+    row_bytes, whole = 4 * n_steps, n_steps // COLUMNS * COLUMNS
     for i_panel in range(panels.shape[0]):
-        for j in range(panels.shape[1]):
+        rows, panel = weight + i_panel * COLUMNS * row_bytes, address_of(panels) + i_panel * n_steps * STEP_BYTES
+        for step in range(0, whole, COLUMNS):
+            transpose_fours(rows + 4 * step, row_bytes, panel + step * STEP_BYTES)
+        for step in range(whole, n_steps):
             for i in range(COLUMNS):
-                panels[i_panel, j, i] = weight[i_panel * COLUMNS + i, j]
+                copy_floats(rows + i * row_bytes + 4 * step, 1, panel + step * STEP_BYTES + 4 * i)
 
 
 @numba.njit(**LOOP)

@@ -17,6 +17,7 @@ import numpy as np
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.int8_amx import multiply_rows_amx
 from geneformer_kernels.cpu.int8_dot import (
+    ROWS,
     multiply_avx512_vnni,
     multiply_avx_vnni,
     multiply_pairs,
@@ -49,14 +50,24 @@ _FLOAT32_RESULT, _BFLOAT16_RESULT = 0, 1
 
 @numba.njit(inline="always", **LOOP)
 def _multiply(kind, rows, row_bytes, n_rows, panels, n_panels, n_steps, sums):
-    if kind == PAIRS:
-        multiply_pairs(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
-    elif kind == UNSIGNED:
-        multiply_unsigned(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
-    elif kind == AVX_VNNI:
+    if kind == AVX_VNNI:
         multiply_avx_vnni(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
     else:
         multiply_avx512_vnni(rows, row_bytes, n_rows, panels, n_panels, n_steps, sums)
+
+
+@numba.njit(inline="always", **LOOP)
+def _multiply_avx2(
+    kind, rows, row_bytes, n_rows, panels, n_panels, n_steps, row_scales, scales, biases, floor, out, out_row_bytes
+):
+    if kind == PAIRS:
+        multiply_pairs(
+            rows, row_bytes, n_rows, panels, n_panels, n_steps, row_scales, scales, biases, floor, out, out_row_bytes
+        )
+    else:
+        multiply_unsigned(
+            rows, row_bytes, n_rows, panels, n_panels, n_steps, row_scales, scales, biases, floor, out, out_row_bytes
+        )
 
 
 @numba.njit(inline="always", **LOOP)
@@ -136,7 +147,21 @@ def _multiply_block(
         n = _COLUMNS * min(_GROUP_PANELS, n_panels - panel)
         at, here = 4 * _COLUMNS * panel, panels + panel * n_steps * 64
         n_there, to = min(n, n_columns - _COLUMNS * panel), out_at + _COLUMNS * panel * (2 if is_half else 4)
-        if kind == AMX:
+        done = 0
+        if kind <= UNSIGNED:
+            # Whole tiles go to where they belong, unless something is left to do; the rest has room in the block.
+            if activation <= RELU and not is_half and n_there == n:
+                done = n_rows // ROWS * ROWS
+            first, rest = rows + done * row_bytes, row_scales + 4 * done
+            _multiply_avx2(
+                kind, rows, row_bytes, done, here, n // _COLUMNS, n_steps, row_scales, scales + at, biases + at, floor,
+                to, out_row_bytes,
+            )  # fmt: skip
+            _multiply_avx2(
+                kind, first, row_bytes, n_rows - done, here, n // _COLUMNS, n_steps, rest, scales + at, biases + at,
+                floor, address_of(values), 4 * n,
+            )  # fmt: skip
+        elif kind == AMX:
             multiply_rows_amx(
                 rows, row_bytes, n_rows, row_scales, here, n_steps, n, scales + at, biases + at, floor, _FLOAT32_RESULT,
                 address_of(values), 4 * n, address_of(sums),
@@ -159,11 +184,12 @@ def _multiply_block(
                 address_of(sums), n_rows, n, row_scales, scales + at, biases + at, shifts + at, floor,
                 address_of(values), 4 * n,
             )  # fmt: skip
-        activate(values[: n_rows * n], activation)
+        n_left, to = n_rows - done, to + done * out_row_bytes
+        activate(values[: n_left * n], activation)
         if is_half:
-            write_halves(address_of(values), n_rows, n_there, to, out_row_bytes)
+            write_halves(address_of(values), n_left, n_there, to, out_row_bytes)
         else:
-            write_floats(address_of(values), n_rows, n_there, to, out_row_bytes)
+            write_floats(address_of(values), n_left, n_there, to, out_row_bytes)
 
 
 @numba.njit(**LOOP)

@@ -57,7 +57,8 @@ def _transposing(is_wide: bool) -> Callable[..., None]:
     return intrinsic(transpose)
 
 
-_transpose_fours, _transpose_pairs = _transposing(False), _transposing(True)
+#: What is four bytes at a time may be one float32.
+transpose_fours, _transpose_pairs = _transposing(False), _transposing(True)
 
 
 @numba.njit(**LOOP)
@@ -74,5 +75,5 @@ def pack_panels(weight, row_bytes, n_panels, n_steps, is_wide, panels):
             if is_wide:
                 _transpose_pairs(at, row_bytes, panels)
             else:
-                _transpose_fours(at, row_bytes, panels)
+                transpose_fours(at, row_bytes, panels)
             panels += _LANES * _STEP_BYTES
