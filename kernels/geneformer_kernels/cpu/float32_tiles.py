@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from geneformer_kernels.cpu.compiled import POWER_COEFFICIENTS_FLOAT32, ROUND_FLOAT32
-from geneformer_kernels.cpu.llvm import FLOAT, INT32, INT64, call, constant, everywhere, load, store
+from geneformer_kernels.cpu.llvm import FLOAT, INT32, INT64, call, constant, counting, everywhere, load, store
 
 #: Rows in work at a time, and columns of a panel.
 ROWS, COLUMNS = 6, 16
@@ -176,3 +176,35 @@ def _raise_blocks(
 #: (row, columns): ``2**x``, at most 2**127, in place of at least one number; their sum. Up to whole COLUMNS of memory
 #: zeros are written behind them.
 raise_two: Any = intrinsic(_raise_two)
+
+
+def _copy_columns(typing_context: Any, x: Any, x_row_bytes: Any, n_rows: Any, out: Any, out_row_bytes: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_row_bytes, n_rows, out, out_row_bytes = arguments
+        with counting(builder, INT64(0), n_rows) as row:
+            to = builder.mul(row, out_row_bytes)
+            for place in (INT64(4 * _LANES * i) for i in range(_REGISTERS)):
+                value = load(builder, x, builder.add(builder.mul(row, x_row_bytes), place), _FLOATS, align=4)
+                store(builder, value, out, builder.add(to, place), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+def _multiply_row(typing_context: Any, x: Any, factor: Any, n_panels: Any, out: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, factor, n_panels, out = arguments
+        factors = everywhere(builder, factor, _FLOATS)
+        with counting(builder, INT64(0), n_panels) as panel:
+            for i in range(_REGISTERS):
+                at = builder.add(builder.mul(panel, INT64(STEP_BYTES)), INT64(4 * _LANES * i))
+                store(builder, builder.fmul(load(builder, x, at, _FLOATS, align=4), factors), out, at, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64, types.int64), generate
+
+
+#: (x, bytes from row to row, rows, out, bytes): COLUMNS of so many rows, somewhere else.
+copy_columns: Any = intrinsic(_copy_columns)
+#: (x, factor, panels, out): whole COLUMNS of a row times a number.
+multiply_row: Any = intrinsic(_multiply_row)

@@ -19,8 +19,18 @@ import numba
 import numpy as np
 import torch
 
-from geneformer_kernels.cpu.compiled import LOG2_E, LOOP, as_bits
-from geneformer_kernels.cpu.float32_tiles import COLUMNS, ROWS, STEP_BYTES, add_tile, raise_two
+from geneformer_kernels.cpu.compiled import LOG2_E, LOOP
+from geneformer_kernels.cpu.float32_tiles import (
+    COLUMNS,
+    ROWS,
+    STEP_BYTES,
+    add_tile,
+    copy_columns,
+    multiply_row,
+    raise_two,
+)
+from geneformer_kernels.cpu.int8_transpose import pack_panels
+from geneformer_kernels.cpu.lanes import LANES, largest_floats
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.workspace import Workspace
@@ -152,30 +162,27 @@ def _pack_keys(k, k_step, start, length, column, scale, keys, panel):
                 _centre(k[at : at + head_dim], mean, scale, panel[i])
             else:
                 panel[i] = 0
-        for j in range(head_dim):
-            for i in range(COLUMNS):
-                keys[i_panel, j, i] = panel[i, j]
+        to = address_of(keys) + i_panel * head_dim * STEP_BYTES
+        pack_panels(address_of(panel), 4 * head_dim, 1, head_dim, False, to)
     return _are_numbers(mean)
 
 
 @numba.njit(**LOOP)
 def _take_queries(q, q_step, start, n_rows, column, queries):
     """Rows of a block; whether all are numbers."""
-    for i in range(n_rows):
-        at = (start + i) * q_step + column
-        for j in range(queries.shape[1]):
-            queries[i, j] = q[at + j]
+    at, to, row_bytes = address_of(q) + 4 * (start * q_step + column), address_of(queries), 4 * queries.shape[1]
+    for place in range(0, row_bytes, STEP_BYTES):
+        copy_columns(at + place, 4 * q_step, n_rows, to + place, row_bytes)
     return _are_numbers(queries.reshape(-1)[: n_rows * queries.shape[1]])
 
 
 @numba.njit(**LOOP)
 def _pack_values(v, v_step, start, length, column, values):
     """Values as panels of columns of a head, [panel, key, column]."""
-    for i in range(length):
-        at = (start + i) * v_step + column
-        for i_panel in range(values.shape[0]):
-            for j in range(COLUMNS):
-                values[i_panel, i, j] = v[at + i_panel * COLUMNS + j]
+    at, panel_bytes = address_of(v) + 4 * (start * v_step + column), values.shape[1] * STEP_BYTES
+    for i_panel in range(values.shape[0]):
+        to = address_of(values) + i_panel * panel_bytes
+        copy_columns(at + i_panel * STEP_BYTES, 4 * v_step, length, to, STEP_BYTES)
 
 
 @numba.njit(**LOOP)
@@ -231,16 +238,12 @@ def _divide(mixed, sums, n_rows, out, start, out_step):
     is_fine = _are_numbers(mixed.reshape(-1)[: n_rows * mixed.shape[1]])
     for i in range(n_rows):
         is_fine &= sums[i] < _MOST_TOTAL
-        factor, at = np.float32(1) / sums[i], start + i * out_step
-        for j in range(mixed.shape[1]):
-            out[at + j] = mixed[i, j] * factor
+        factor, to = np.float32(1) / sums[i], address_of(out) + 4 * (start + i * out_step)
+        multiply_row(address_of(mixed) + 4 * i * mixed.shape[1], factor, mixed.shape[1] // COLUMNS, to)
     return is_fine
 
 
 @numba.njit(**LOOP)
 def _are_numbers(row):
-    """Whether nothing is infinite, or NaN: magnitudes are in the order of their bits, and numbers come first."""
-    largest = np.uint32(0)
-    for j in range(len(row)):
-        largest = max(largest, as_bits(row[j]) & np.uint32(0x7FFFFFFF))
-    return largest < np.uint32(0x7F800000)
+    """Whether nothing of a row of whole LANES is infinite, or NaN: magnitudes are in the order of their bits."""
+    return largest_floats(address_of(row), len(row) // LANES) < np.uint32(0x7F800000)
