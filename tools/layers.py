@@ -150,6 +150,7 @@ PACKAGE_FILES = {
     "cpu.int8_block",
     "cpu.int8_norm",
     "cpu.int8_products",
+    "cpu.lanes",
     "cpu.llvm",
     "cpu.onednn",
     "arguments",
@@ -213,7 +214,8 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
         "workspace",
     },
     "cpu.float32_products": {
-        *(f"cpu.{name}" for name in ("compiled", "float32_tiles", "parameters", "row_arithmetic", "shares")),
+        *(f"cpu.{name}" for name in ("compiled", "float32_tiles", "int8_transpose", "lanes", "parameters")),
+        *("cpu.row_arithmetic", "cpu.shares"),
         "workspace",
     },
     "cpu.float32_tiles": {"cpu.compiled", "cpu.llvm"},
