@@ -20,13 +20,11 @@ import torch
 from bench.child import run_child
 from bench.cpu.embed_candidates import GEOMETRIES, Run, Workplace
 from bench.cpu.embed_rival import extractor_embeddings, stock_embeddings
-from bench.cpu.quantized_case import AVX2, CANDIDATES, Candidate, side_by_side
+from bench.cpu.quantized_case import CANDIDATES, HELD, Candidate, side_by_side
 from geneformer_fast import EncoderConfig
 from geneformer_fast.profiling import ceilings
 from geneformer_fast.profiling.flops.work import encoder_flops
 
-#: Environment that holds everything to AVX2; numba's compiler, too, so that loops have sixteen registers and no masks.
-HELD = {**AVX2, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
 #: Second-to-last layer, as the extractor counts: here the last one is asked of all.
 _LAST = 0
 

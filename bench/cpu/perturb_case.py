@@ -28,8 +28,8 @@ import torch
 from bench.child import run_child
 from bench.cpu.embed_candidates import GEOMETRIES, Geometry, Workplace, all_real_cells
 from bench.cpu.embed_case import CLOCK
-from bench.cpu.float32_case import HELD
 from bench.cpu.perturb_rival import deletion_values
+from bench.cpu.quantized_case import HELD
 from geneformer_fast.profiling.clock import percentiles
 
 #: Tokens of the cells, about.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bench.cpu.embed_candidates import GEOMETRIES, SHARED, Workplace
-from bench.cpu.float32_case import HELD
+from bench.cpu.quantized_case import HELD
 from bench.machine import ROOT, save_result
 from geneformer_fast.profiling.clock import percentiles
 

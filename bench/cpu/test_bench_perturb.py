@@ -17,8 +17,8 @@ import pytest
 from geneformer_kernels.target import cpu_features
 
 from bench.cpu.embed_candidates import GEOMETRIES, SHARED
-from bench.cpu.float32_case import HELD
 from bench.cpu.perturb_case import PerturbPlace, cells_near
+from bench.cpu.quantized_case import HELD
 from bench.machine import ROOT, save_result
 
 pytestmark = pytest.mark.bench

@@ -17,7 +17,7 @@ import pytest
 from geneformer_kernels.target import cpu_features
 
 from bench.cpu.embed_candidates import GEOMETRIES, SHARED, Workplace
-from bench.cpu.quantized_case import AVX2
+from bench.cpu.quantized_case import HELD
 from bench.machine import ROOT, save_result
 from geneformer_fast.profiling.clock import percentiles
 
@@ -71,8 +71,8 @@ def test_bench_quantized(case: Case, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.cpu.quantized_case", str(tmp_path), "--geometry", case.geometry]
     options = ["--threads", str(case.threads), "--rounds", str(rounds)]
     # Without the limits of the outer environment, which would make every case the same.
-    outer = {name: value for name, value in os.environ.items() if name not in AVX2}
-    environment = outer | (AVX2 if case.is_held else {})
+    outer = {name: value for name, value in os.environ.items() if name not in HELD}
+    environment = outer | (HELD if case.is_held else {})
     said = subprocess.run(
         [*command, *options], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
