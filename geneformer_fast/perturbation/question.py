@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -218,7 +217,8 @@ def _edits(
     if question.official and roles is not None:
         anchor = None  # which is what the official tool does: single perturbations
     doses = question.doses
-    shares = () if doses is None else (doses,) if isinstance(doses, numbers.Real) else tuple(doses)
+    # Of numpy too: its float32 is no float.
+    shares = () if doses is None else (doses,) if isinstance(doses, float | int | np.number) else tuple(doses)
     return Edits(
         question.kind, listed, together=question.together, pairs=question.pairs, anchor=anchor,
         sets=sets, doses=tuple(map(float, shares)),
