@@ -14,7 +14,7 @@ import toys
 import geneformer_fast as gf
 from geneformer_fast import cli
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.perturbation.engine import PerturbationRun
+from geneformer_fast.perturbation.compare import Comparison
 from geneformer_fast.perturbation.kinds import KINDS
 
 ROLES = "kind=a,b,c"
@@ -185,18 +185,18 @@ def test_what_is_there_after_an_interrupt(place: Path, tmp_path: Path, monkeypat
     options = ["perturb", "tokens", "--model", "model", "--device", "cpu", "--token-budget", "200"]
     args = cli.parsed([*options, "--out", str(tmp_path / "new")])
     assert args.interrupted(args).endswith("is not written; run the same command again to begin")
-    effects, n_calls = PerturbationRun.effects, itertools.count()
+    effects, n_calls = Comparison.effects, itertools.count()
 
     def until(*given: Any) -> Any:
         if next(n_calls) > 60:
             raise KeyboardInterrupt
         return effects(*given)
 
-    monkeypatch.setattr(PerturbationRun, "effects", until)
+    monkeypatch.setattr(Comparison, "effects", until)
     with pytest.raises(KeyboardInterrupt):
         args.run(args)
     assert args.interrupted(args).endswith("keeps the cells that are complete; the same command with --resume goes on")
-    monkeypatch.setattr(PerturbationRun, "effects", effects)
+    monkeypatch.setattr(Comparison, "effects", effects)
     assert cli.main([*options, "--out", str(tmp_path / "new"), "--resume", "--quiet"]) == 0
     assert cli.main([*options, "--out", str(tmp_path / "whole"), "--quiet"]) == 0
     assert args.interrupted(args) == f"{tmp_path / 'new'} is complete"
