@@ -17,7 +17,7 @@ EXTRAS = ("accelerate", "datasets", "matplotlib", "optuna", "peft", "sklearn", "
 #: Commands on what tools/first_run.py leaves, and the extra that each of them needs.
 NEEDY = {
     "embed cells.h5ad --model model --out plotted.npy --plot umap.png": "plot",
-    "finetune cells tokens --model model --label obs_names --out classes": "train",
+    "finetune cells tokens --model model --label kind --out classes": "train",
     "profile --model model --tokens tokens --compare stock": "hf",
     "profile --model model --tokens tokens --out report": "profile",
 }

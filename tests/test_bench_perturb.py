@@ -145,6 +145,7 @@ def test_a_result_is_tabulated_and_compared(
     place: PerturbPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(perturb_case, "peak_bytes", lambda *arguments: 123_456_789)
+    monkeypatch.setattr(perturb_case, "HELD", {"GENEFORMER_FAST_HELD": "no"})
     found = measured(place, ["float32", "plain"], rounds=1, threads=1)
     assert (found["n_cells"], found["n_variants"], found["held_to"]) == (3, 18, "")
     provenance = {

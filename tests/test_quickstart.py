@@ -261,9 +261,9 @@ def test_a_file_in_the_way_and_wrong_numbers_of_cells_are_refused(tmp_path):
 
 
 def test_what_is_missing_is_said_with_its_extra(tmp_path, monkeypatch):
-    from geneformer_fast.quickstart import run
+    from geneformer_fast.quickstart import ready
 
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name in ("umap", "transformers") else object())
+    monkeypatch.setattr(ready, "find_spec", lambda name: None if name in ("umap", "transformers") else object())
     with pytest.raises(UnsupportedError, match=re.escape("needs umap and transformers")) as caught:
         quickstart(tmp_path / "new")
     assert "geneformer-fast[hf,plot]" in str(caught.value)

@@ -37,7 +37,7 @@ def run(*arguments: str | Path) -> None:
 def write_cells(path: Path) -> None:
     """Random counts as an ``.h5ad``."""
     counts = np.random.default_rng(0).poisson(0.7, (N_CELLS, N_GENES)).astype(np.float32)
-    obs = pd.DataFrame(index=[f"cell{i}" for i in range(N_CELLS)])
+    obs = pd.DataFrame({"kind": ["a", "b"] * (N_CELLS // 2)}, index=[f"cell{i}" for i in range(N_CELLS)])
     var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(N_GENES)])
     anndata.AnnData(sp.csr_matrix(counts), obs=obs, var=var).write_h5ad(path)
 
@@ -55,7 +55,7 @@ def first_run(folder: Path) -> None:
     cells, words, tokens, model = (folder / name for name in ("cells.h5ad", "vocabulary", "tokens", "model"))
     write_cells(cells)
     run("medians", cells, "--out", words, "--name", "first-run", "--quiet")
-    run("tokenize", cells, "--dictionary", words, "--out", tokens, "--quiet")
+    run("tokenize", cells, "--dictionary", words, "--obs", "kind", "--out", tokens, "--quiet")
     write_model(model, Vocabulary.from_folder(words))
     run("embed", tokens, "--model", model, "--out", folder / "embeddings.npy")
     run("embed", tokens, "--model", model, "--pool", "gene", "--out", folder / "genes.parquet")

@@ -24,7 +24,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_tokens(place: Path, n_cells: int, vocabulary: Vocabulary) -> Path:
     toys.cells(n_cells).write_h5ad(place / "cells.h5ad")
-    tokenize(place / "cells.h5ad", place / "tokens", dictionary=vocabulary)
+    tokenize(place / "cells.h5ad", place / "tokens", dictionary=vocabulary, obs=["kind"])
     return place / "tokens"
 
 

@@ -129,6 +129,7 @@ def test_the_commands_name_the_project(
 
     monkeypatch.setattr("geneformer_fast.training.pretrain.pretrain", stop)
     monkeypatch.setattr("geneformer_fast.finetuning.cells.finetune_cells", stop)
+    monkeypatch.setattr("geneformer_fast.cli.places.check_labels", lambda tokens, columns: None)
     tokens, model = str(ground.tokens.path), str(gf.save(ground.model(), tmp_path / "model"))
     arguments = {
         "pretrain": ["pretrain", tokens, "--config", model],

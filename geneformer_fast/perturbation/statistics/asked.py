@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_fast.errors import OutputError, UnsupportedError
-from geneformer_fast.perturbation import folder as layout
 
 #: Modes, and what each asks.
 MODES = {
@@ -123,6 +122,8 @@ def check_run(folder: str) -> None:
         There is none, or it is not finished.
     """
     path = Path(folder)
+    from geneformer_fast.perturbation import folder as layout  # reads Parquet, which help does without
+
     state = layout.state_of(path)
     if state == "unfinished":
         raise OutputError(layout.unfinished_message(path))

@@ -49,7 +49,7 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
     """A layer for loops; ``weight`` [N, K] and ``bias`` [N] or None, float32."""
     n_columns, width = weight.shape
     panels = torch.empty(n_columns // COLUMNS, width, COLUMNS, dtype=torch.float32).numpy()
-    rows = weight.detach().contiguous()
+    rows = weight.detach().contiguous()  # kept until the loop has read it
     _pack(rows.data_ptr(), panels)
     own_bias = np.zeros(n_columns, np.float32) if bias is None else copied(bias)
     return Packed(panels, own_bias, *room(n_columns, width))
@@ -74,13 +74,12 @@ def for_thread(packed: Packed) -> Packed:
 def workspace(shapes: Sequence[tuple[int, int]], near: int = 0) -> Workspace:
     """Of layers [N, K] that are packed together; ``near``: numbers that a block keeps of a row between them.
 
-    A weight is copied before it is laid out, and the copy of the last one stands beside the panels of all.
+    Weights are read where they lie, and only their panels take memory.
     """
-    panels = [4 * n_columns * width for n_columns, width in shapes]
-    at_once = max(sum(panels[: i + 1]) + each for i, each in enumerate(panels))
+    panels = sum(4 * n_columns * width for n_columns, width in shapes)
     rooms = sum(4 * n_rows * size for shape in shapes for n_rows, size in _rooms(*shape))
     return Workspace(
-        call=at_once + 4 * sum(n_columns for n_columns, _ in shapes) + rooms, thread=rooms + 4 * BLOCK_ROWS * near
+        call=panels + 4 * sum(n_columns for n_columns, _ in shapes) + rooms, thread=rooms + 4 * BLOCK_ROWS * near
     )
 
 
