@@ -170,7 +170,7 @@ def said_of(report: Mapping[str, Any]) -> str:
     if noise is not None and effects["n"]:
         lines.append(
             f"effects: {effects['root_mean_square']:.2e} (root mean square), {effects['largest']:.2e} at most; noise "
-            f"of the arithmetic: {noise['root_mean_square']:.1e}, {noise['largest']:.1e} at most; "
+            f"of order and batches: {noise['root_mean_square']:.1e}, {noise['largest']:.1e} at most; "
             f"{effects['share_above_noise']:.1%} of effects are larger than that"
         )
     if (compared := report.get("compared")) is not None:
