@@ -141,6 +141,7 @@ PACKAGE_FILES = {
     "on_device",
     "operators",
     "cpu.compiled",
+    "cpu.kept",
     "cpu.float32_block",
     "cpu.float32_norm",
     "cpu.float32_products",
@@ -243,7 +244,8 @@ PACKAGE_DIRECTIONS: dict[str, set[str]] = {
     "cpu.parameters": set(),
     "cpu.widened_rows": {"cpu.compiled"},
     "cpu.dropout_loops": {"cpu.compiled"},
-    "cpu.compiled": set(),
+    "cpu.compiled": {"cpu.kept"},
+    "cpu.kept": set(),
     "cpu.shares": set(),
     "tiles": set(),
 }

@@ -12,10 +12,12 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-#: Options every compiled loop here shares: it releases the GIL and is compiled once per machine. numba keeps what it
-#: compiled beside the file of a loop until that file changes, not until one does that the loop takes pieces from: while
-#: working on this file, llvm.py or dropout_loops.py, touch those that import it. An installation writes all files anew.
-LOOP: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+from geneformer_kernels.cpu.kept import keep_for_all_sources
+
+#: Options every compiled loop here shares: it releases the GIL and is compiled once per machine and version.
+LOOP: dict[str, Any] = {
+    "nogil": True, "cache": keep_for_all_sources(), "boundscheck": False, "error_model": "numpy",
+}  # fmt: skip
 
 LOG2_E = np.float32(1.4426950408889634)
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer.
