@@ -39,13 +39,13 @@ def attend(qkv: torch.Tensor, bounds: list[int], scale: float) -> torch.Tensor:
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the cells that were computed by blocks instead."""
     lengths: list[int] = []
-    blocked = host_avx512.varlen_attention_blocked
+    blocked = host_avx512.host.varlen_attention_blocked
 
     def recorded(q: torch.Tensor, *rest: object) -> torch.Tensor:
         lengths.append(len(q))
         return blocked(q, *rest)
 
-    monkeypatch.setattr(host_avx512, "varlen_attention_blocked", recorded)
+    monkeypatch.setattr(host_avx512.host, "varlen_attention_blocked", recorded)
     return lengths
 
 
