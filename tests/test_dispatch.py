@@ -159,7 +159,8 @@ def test_what_onednn_may_not_use_is_not_there(limit: str | None, left: set[str],
     monkeypatch.setattr(target_module, "_cpuinfo", lambda key: flags.get(key, ""))
     left = left | {"fma"}
     monkeypatch.delenv("MKL_ENABLE_INSTRUCTIONS", raising=False)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
         if limit is not None:

@@ -89,6 +89,8 @@ class PartFolder(Source):
                 raise OutputError(f"{path} has not its {entry['n_bytes']:,} bytes any more; {layout.DAMAGED}")
         if not names or place != self.manifest["n_cells"]:
             raise OutputError(f"{self.path / layout.MANIFEST} lists files of {place} cells; {layout.DAMAGED}")
+        if (n_rows := sum(entry["n_rows"] for entry in self._files)) != self.manifest["n_rows"]:
+            raise OutputError(f"{self.path / layout.MANIFEST} lists files of {n_rows:,} rows; {layout.DAMAGED}")
         if odd := next((path for path in sorted(self.path.glob("*.parquet")) if _is_foreign(path, names)), None):
             raise OutputError(f"{odd} is in a folder of perturbations and is none of its files; move it elsewhere")
 

@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 import geneformer_fast as gf
 from geneformer_fast.errors import ArgumentError, InputError, OutputError
+from geneformer_fast.files.checksums import with_digest
 from geneformer_fast.perturbation import matrix, parts, row_file, store
 from geneformer_fast.perturbation.rows import CellRows, RowSchema
 from geneformer_fast.perturbation.store import PerturbationWriter, RunCells
@@ -178,6 +179,16 @@ def test_damage_is_found(name: str, damage: str, home: Path, tmp_path: Path) -> 
         gf.open_perturbations(out).read()
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_must_add_up_whatever_its_digest_says(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(home / "whole", out)
+    content = json.loads((out / "_manifest.json").read_text())
+    content["n_rows"] += 1
+    (out / "_manifest.json").write_text(json.dumps(with_digest(content)))
+    with pytest.raises(OutputError, match=r"_manifest.json lists files of [\d,]+ rows"):
+        gf.open_perturbations(out)
 
 
 def test_what_is_no_folder_of_perturbations(home: Path, tmp_path: Path) -> None:
