@@ -19,7 +19,7 @@ _WRITE_TOKENS = ("tokenize",)
 #: Module -> the commands that show its messages; the longest name that fits decides. What other modules advise has to
 #: be an option of some command.
 COMMANDS_OF = {
-    "tokenization/sources": _READ_COUNTS,
+    "counts": _READ_COUNTS,
     "tokenization/genes.py": _READ_COUNTS,
     "tokenization/inputs.py": _READ_COUNTS,
     "tokenization/doubts.py": _READ_COUNTS,

@@ -33,10 +33,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.block", f"{FAST}.heads"),
     (f"{FAST}.embeddings",),
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
-    (f"{FAST}.tokenization.genes", f"{FAST}.tokenization.sources"),
-    (f"{FAST}.tokenization.identifiers",),
+    (f"{FAST}.tokenization.genes",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
+    (f"{FAST}.counts",),
     (f"{FAST}.files", f"{FAST}.arguments", f"{FAST}.progress"),
     (KERNELS,),
     (f"{FAST}.errors",),
@@ -54,7 +54,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tokenization needs no model",
     ),
     *(
-        (f"{FAST}.{name}", (f"{FAST}.tokenization",), "the encoder knows nothing of files of cells")
+        (f"{FAST}.{name}", (f"{FAST}.tokenization", f"{FAST}.counts"), "the encoder knows nothing of files of cells")
         for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")
     ),
 )
@@ -67,7 +67,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "datasets": (f"{FAST}.drop_in",),
     "anndata": (
-        *(f"{FAST}.tokenization.sources", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
+        *(f"{FAST}.counts", f"{FAST}.extract", f"{FAST}.finetuning.predict"),
         *(f"{FAST}.cli.embed", f"{FAST}.quickstart", f"{FAST}.profiling.scenarios.counts"),
         f"{FAST}.perturbation.matrix",
     ),
@@ -78,8 +78,8 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     ),
     "jinja2": (f"{FAST}.profiling.page.html",),
     "markupsafe": (f"{FAST}.profiling.page.html", f"{FAST}.profiling.page.sections"),
-    "zarr": (f"{FAST}.tokenization.sources",),
-    "hdf5plugin": (f"{FAST}.tokenization.sources",),
+    "zarr": (f"{FAST}.counts",),
+    "hdf5plugin": (f"{FAST}.counts",),
     "sklearn": (
         *(f"{FAST}.{name}" for name in ("quickstart", "plot", "finetuning", "perturbation.statistics.mixture")),
     ),

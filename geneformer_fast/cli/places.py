@@ -22,7 +22,7 @@ def check_counts(inputs: Sequence[str]) -> None:
     InputError
         One does not.
     """
-    from geneformer_fast.tokenization.sources.discovery import expand_inputs
+    from geneformer_fast.counts.discovery import expand_inputs
 
     expand_inputs(inputs)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts import CountSource
+from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.tokenization.inputs import ReadOptions, passes_filter
-from geneformer_fast.tokenization.sources import CountSource
-from geneformer_fast.tokenization.sources.arrays import number_array
 
 # Values of a column that a message names.
 _MOST_SHOWN = 20

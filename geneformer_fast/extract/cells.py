@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.counts import expand_inputs
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
@@ -24,7 +25,6 @@ from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
 from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata, tokenize_rows
-from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 # What to do where files of ours in the folder for temporary files cannot be written.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts.source import OBS_NAMES
 from geneformer_fast.extract.files import check_columns, embedding_names, plain
 from geneformer_fast.extract.genes import gene_columns
-from geneformer_fast.tokenization.sources.source import OBS_NAMES
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts.features import expression_of
+from geneformer_fast.counts.memory import frame_table
+from geneformer_fast.counts.source import GENE_COLUMNS
 from geneformer_fast.tokenization.genes import map_genes
-from geneformer_fast.tokenization.sources.features import expression_of
-from geneformer_fast.tokenization.sources.memory import frame_table
-from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

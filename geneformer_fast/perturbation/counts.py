@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from geneformer_fast.counts import expand_inputs
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.perturbation.edited_cells import EditedCells
 from geneformer_fast.perturbation.edits import Edits
@@ -24,7 +25,6 @@ from geneformer_fast.perturbation.variants import Variants
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 # Cells that are read, and ranked to compare them with their tokens, at a time.
@@ -248,7 +248,7 @@ class _SourceCounts:
         self, rows: np.ndarray, perturbed: np.ndarray, factors: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """indptr, indices, data and totals of rows, in which some genes' counts are multiplied."""
-        from geneformer_fast.tokenization.sources.loops import row_totals
+        from geneformer_fast.counts.loops import row_totals
 
         sizes = self.indptr[rows + 1] - self.indptr[rows]
         indptr = np.concatenate([[0], np.cumsum(sizes)])

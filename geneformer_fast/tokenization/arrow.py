@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from geneformer_fast.arguments import checked
+from geneformer_fast.counts.arrays import text_list_array
 from geneformer_fast.errors import OutputError
 from geneformer_fast.files.checksums import damaged_message, fingerprint_of, is_verifying
 from geneformer_fast.files.schema import parse_json
 from geneformer_fast.tokenization import manifest
-from geneformer_fast.tokenization.sources.arrays import text_list_array
 from geneformer_fast.tokenization.stream import StreamFile
 
 _DAMAGED = "restore it from a good copy, or tokenize again"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts import CountSource
+from geneformer_fast.counts.arrays import number_array, text_list_array
+from geneformer_fast.counts.source import OBS_NAMES
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources import CountSource
-from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
-from geneformer_fast.tokenization.sources.source import OBS_NAMES
 
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import ReadOptions

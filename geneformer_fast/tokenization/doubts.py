@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources import CountSource
+from geneformer_fast.counts import CountSource
 
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import Task
@@ -103,7 +103,7 @@ def totals_tally(task: Task) -> dict[str, int]:
     block, rows = task.block, task.prepared.rows
     if task.n_counts is None or block.start != (0 if rows is None else rows[0]):
         return tally
-    from geneformer_fast.tokenization.sources import loops
+    from geneformer_fast.counts import loops
 
     is_counted = np.ones(len(task.prepared.columns.codes), dtype=np.bool_)
     found = loops.row_totals(block.indptr, block.indices, block.data, is_counted)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.identifiers import (
+from geneformer_fast.counts.identifiers import (
     embedded_id,
     id_text,
     is_ensembl_gene,
     is_missing,
     without_version,
 )
+from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

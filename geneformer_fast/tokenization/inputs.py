@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts import CountBlock, CountSource, open_source
+from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.carried import arrow_type, carried_values, no_column
 from geneformer_fast.tokenization.doubts import CellNames, about_genes, warn
 from geneformer_fast.tokenization.genes import GeneMap, map_genes
 from geneformer_fast.tokenization.manifest import OWN_COLUMNS
-from geneformer_fast.tokenization.sources import CountBlock, CountSource, open_source
-from geneformer_fast.tokenization.sources.arrays import number_array
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geneformer_fast.arguments import checked, renamed
+from geneformer_fast.counts import expand_inputs
+from geneformer_fast.counts.identifiers import id_text, is_missing, without_version
 from geneformer_fast.errors import InputError
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
@@ -18,11 +20,9 @@ from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
 from geneformer_fast.tokenization.dictionaries import check_vocabulary_folder
 from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
-from geneformer_fast.tokenization.identifiers import id_text, is_missing, without_version
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
 from geneformer_fast.tokenization.run import resolve_vocabulary
-from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.tokenization.doubts import totals_tally
-from geneformer_fast.tokenization.sources.arrays import number_array
 from geneformer_fast.tokenization.tally import NAMED_ROWS
 from geneformer_fast.tokenization.totals import cell_totals
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 import geneformer_fast
 from geneformer_fast.arguments import checked, renamed
+from geneformer_fast.counts import expand_inputs
 from geneformer_fast.errors import InputError, OutputError, VocabularyError
 from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
@@ -23,7 +24,6 @@ from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.ranking import Ranked, rank
 from geneformer_fast.tokenization.shards import record_batch, token_schema
-from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.tally import add_tally, empty_tally, nothing_left
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.files.writing import settle, system_errors
 from geneformer_fast.tokenization import manifest
-from geneformer_fast.tokenization.sources.arrays import number_array
 
 _DIGESTED_BYTES = 1 << 20
 #: Names of Arrow types in the ``features`` of ``datasets``.

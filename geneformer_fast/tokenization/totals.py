@@ -21,7 +21,7 @@ def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
     InputError
         A cell that is wanted has counts, but no positive finite total.
     """
-    from geneformer_fast.tokenization.sources import loops
+    from geneformer_fast.counts import loops
 
     block, entry = task.block, task.prepared
     is_needed = np.diff(block.indptr) > 0

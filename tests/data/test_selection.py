@@ -15,10 +15,10 @@ import toys
 import geneformer_fast as gf
 from geneformer_fast.cli import build_parser, main
 from geneformer_fast.cli.selection import parsed_where
+from geneformer_fast.counts.source import CountSource
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.tokenization.inputs import ReadOptions
-from geneformer_fast.tokenization.sources.source import CountSource
 
 N = 40
 COLUMNS = ("kind", "batch", "share", "is_primary", "word", "patchy")

@@ -8,7 +8,7 @@ import pandas as pd
 import scipy.sparse as sp
 from hypothesis import HealthCheck, settings
 
-from geneformer_fast.tokenization.sources import open_source
+from geneformer_fast.counts import open_source
 
 N_CELLS, N_GENES = 40, 30
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

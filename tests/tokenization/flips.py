@@ -102,7 +102,7 @@ def ours(kind: str, folder: Path) -> Content:
         from geneformer_fast.tokenization.pickles import read_pickle
 
         return [repr(read_pickle(path)) for path in sorted(folder.iterdir())]
-    from geneformer_fast.tokenization.sources import open_source
+    from geneformer_fast.counts import open_source
 
     (path,) = folder.iterdir()
     with open_source(path) as source:

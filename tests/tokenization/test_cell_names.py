@@ -14,8 +14,8 @@ import scipy.sparse as sp
 import toys
 
 from geneformer_fast import tokenize
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources import open_source
 
 NAMES = [f"AAAC{i:02d}-1" for i in range(6)]
 

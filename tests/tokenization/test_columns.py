@@ -11,10 +11,10 @@ import pytest
 import scipy.sparse as sp
 from corpus import GENES, make_cells, small_vocabulary
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.arrow import open_tokens
 from geneformer_fast.tokenization.run import tokenize
-from geneformer_fast.tokenization.sources import open_source
 
 N = 12
 

@@ -12,9 +12,9 @@ import scipy.sparse as sp
 from corpus import GENES
 from formats import FORMATS, written
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.run import tokenize, tokenize_anndata
-from geneformer_fast.tokenization.sources import open_source
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 N_CELLS = 40

@@ -16,9 +16,9 @@ from corpus import GENES, make_cells, small_vocabulary
 from formats import written
 
 from geneformer_fast.cli import main
+from geneformer_fast.counts import expand_inputs, open_source
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.run import tokenize
-from geneformer_fast.tokenization.sources import expand_inputs, open_source
 
 
 def dense_of(source):
@@ -252,7 +252,7 @@ def test_kb_pythons_cells_by_genes(tmp_path, n_cells):
 @pytest.mark.parametrize("header", ["integer", "real"])
 def test_powers_of_ten_in_a_matrix(tmp_path, monkeypatch, header):
     """R writes 100000 as 1e+05: as a count, and as the number of a cell."""
-    from geneformer_fast.tokenization.sources import tenx_mtx
+    from geneformer_fast.counts import tenx_mtx
 
     monkeypatch.setattr(tenx_mtx, "_BLOCK_BYTES", 256)
     n_cells = 100_001

@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
 from geneformer_fast.tokenization.genes import map_genes
-from geneformer_fast.tokenization.sources import open_source
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 A, B, C, D = (f"ENSG{i:011d}" for i in (11, 22, 33, 44))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources import open_source
 
 N_CELLS, N_GENES = 40, 30
 

@@ -15,9 +15,9 @@ from damaged_inputs import FUZZ, N_CELLS, N_GENES, replace, small_adata, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import GeneformerFastError, InputError
 from geneformer_fast.tokenization.genes import map_genes
-from geneformer_fast.tokenization.sources import open_source
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 

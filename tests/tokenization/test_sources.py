@@ -14,9 +14,9 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
+from geneformer_fast.counts import block as block_module
+from geneformer_fast.counts import expand_inputs, open_source, spool
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.tokenization.sources import block as block_module
-from geneformer_fast.tokenization.sources import expand_inputs, open_source, spool
 
 N_CELLS, N_GENES = 53, 37
 

@@ -21,8 +21,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from geneformer_fast.counts import open_source
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources import open_source
 
 zarr = pytest.importorskip("zarr", minversion="3.1.3")
 numcodecs = pytest.importorskip("numcodecs")

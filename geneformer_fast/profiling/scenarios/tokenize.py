@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from geneformer_fast.counts import expand_inputs
 from geneformer_fast.profiling.figures import Missing, divided
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.report import Report
@@ -19,7 +20,6 @@ from geneformer_fast.profiling.run import profile
 from geneformer_fast.profiling.scenarios.counts import made_up_vocabulary, write_made_up_counts
 from geneformer_fast.tokenization.pipeline import default_workers
 from geneformer_fast.tokenization.run import resolve_vocabulary, tokenize
-from geneformer_fast.tokenization.sources import expand_inputs
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 #: Made-up cells, where nobody says how many.

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountBlock, CountMatrix
+from geneformer_fast.counts.features import gene_expression
+from geneformer_fast.counts.identifiers import is_ensembl_gene
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.selection import CHOSEN_BY, shown
+from geneformer_fast.counts.table import Table, as_text, signed, text_array
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.identifiers import is_ensembl_gene
-from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix
-from geneformer_fast.tokenization.sources.features import gene_expression
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import CHOSEN_BY, shown
-from geneformer_fast.tokenization.sources.table import Table, as_text, signed, text_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -221,7 +221,7 @@ class CountSource:
                 yield block
 
     def _check(self, block: CountBlock, stamp: np.ndarray) -> None:
-        from geneformer_fast.tokenization.sources import loops
+        from geneformer_fast.counts import loops
 
         stamp.fill(-1)
         whole = self._whole and block.data.dtype.kind == "f"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountMatrix
+from geneformer_fast.counts.columns import ColumnSubset
+from geneformer_fast.counts.features import is_expression
+from geneformer_fast.counts.selection import CHOSEN_BY
+from geneformer_fast.counts.table import Table
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.block import CountMatrix
-from geneformer_fast.tokenization.sources.columns import ColumnSubset
-from geneformer_fast.tokenization.sources.features import is_expression
-from geneformer_fast.tokenization.sources.selection import CHOSEN_BY
-from geneformer_fast.tokenization.sources.table import Table
 
 
 def gene_features(

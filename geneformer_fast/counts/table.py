@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.counts.reading import reading
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.reading import reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,7 +83,7 @@ class Table:
         def chosen(values: np.ndarray | pa.Array) -> np.ndarray | pa.Array:
             if isinstance(values, np.ndarray):
                 return values[keep]
-            from geneformer_fast.tokenization.sources.arrays import number_array
+            from geneformer_fast.counts.arrays import number_array
 
             return values.filter(number_array(keep))
 
@@ -94,7 +94,7 @@ class Table:
 
 def as_text(values: Any) -> np.ndarray:
     """Any column as an object array of strings; missing values become empty strings."""
-    from geneformer_fast.tokenization.identifiers import id_text
+    from geneformer_fast.counts.identifiers import id_text
 
     listed = values.to_pylist() if hasattr(values, "to_pylist") else values
     out = np.empty(len(listed), dtype=object)
@@ -125,7 +125,7 @@ def text_array(values: np.ndarray) -> pa.Array:
     ValueError
         Bytes that are not UTF-8.
     """
-    from geneformer_fast.tokenization.sources.arrays import bytes_list_array, text_list_array
+    from geneformer_fast.counts.arrays import bytes_list_array, text_list_array
 
     listed = values.tolist()
     if listed and isinstance(listed[0], bytes):
@@ -143,7 +143,7 @@ def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> n
     """
     import pyarrow as pa
 
-    from geneformer_fast.tokenization.sources.arrays import number_array
+    from geneformer_fast.counts.arrays import number_array
 
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
@@ -161,7 +161,7 @@ def decode_categories(codes: np.ndarray, categories: np.ndarray | pa.Array) -> n
 
 def with_missing(values: np.ndarray | pa.Array, mask: np.ndarray) -> pa.Array:
     """A pyarrow array with nulls where `mask` is True."""
-    from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
+    from geneformer_fast.counts.arrays import number_array, text_list_array
 
     mask = np.asarray(mask, dtype=bool)
     if len(mask) != len(values):

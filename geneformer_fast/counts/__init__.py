@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.block import CountBlock
-from geneformer_fast.tokenization.sources.discovery import (
+from geneformer_fast.counts.block import CountBlock
+from geneformer_fast.counts.discovery import (
     COMPRESSED,
     FORMATS,
     SUFFIXES,
@@ -15,9 +14,10 @@ from geneformer_fast.tokenization.sources.discovery import (
     is_tenx_folder,
     is_zarr,
 )
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.triplets import has_companions, matrix_files
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.triplets import has_companions, matrix_files
+from geneformer_fast.errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,7 +63,7 @@ def open_source(
         with reading(str(data), "file"):
             source = _open_path(Path(data), str(data), options)
     elif hasattr(data, "obs_names") and hasattr(data, "X"):
-        from geneformer_fast.tokenization.sources.memory import open_anndata
+        from geneformer_fast.counts.memory import open_anndata
 
         with reading("<AnnData>", "counts"):
             source = open_anndata(data, **options)
@@ -81,18 +81,18 @@ def open_source(
 def _open_path(path: Path, name: str, options: dict[str, Any]) -> CountSource:
     if path.is_dir():
         if is_zarr(path):
-            from geneformer_fast.tokenization.sources.zarr_store import open_zarr
+            from geneformer_fast.counts.zarr_store import open_zarr
 
             return open_zarr(path, name, **options)
         if is_tenx_folder(path) or any(map(has_companions, matrix_files(path))):
-            from geneformer_fast.tokenization.sources.tenx_mtx import open_tenx_folder
+            from geneformer_fast.counts.tenx_mtx import open_tenx_folder
 
             return open_tenx_folder(path, name, **options)
         raise InputError(f"{name}: is a folder, but neither a .zarr store nor a 10x matrix folder")
     if not path.exists():
         raise InputError(f"{name}: no such file or folder")
     if path.name.endswith((".mtx", ".mtx.gz")):
-        from geneformer_fast.tokenization.sources.tenx_mtx import open_tenx_folder
+        from geneformer_fast.counts.tenx_mtx import open_tenx_folder
 
         return open_tenx_folder(path, name, **options)
     import h5py
@@ -116,14 +116,14 @@ def _open_hdf5(file: Any, path: Path, name: str, options: dict[str, Any]) -> Cou
     try:
         keys = set(file)
         if {"matrix", "row_attrs", "col_attrs"} <= keys:
-            from geneformer_fast.tokenization.sources.loom import open_loom
+            from geneformer_fast.counts.loom import open_loom
 
             return open_loom(file, path, name, **options)
         if "obs" in keys or "var" in keys:
-            from geneformer_fast.tokenization.sources.h5ad import open_h5ad
+            from geneformer_fast.counts.h5ad import open_h5ad
 
             return open_h5ad(file, path, name, **options)
-        from geneformer_fast.tokenization.sources.tenx_h5 import open_tenx_h5
+        from geneformer_fast.counts.tenx_h5 import open_tenx_h5
 
         return open_tenx_h5(file, path, name, **options)
     except BaseException:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountMatrix
+from geneformer_fast.counts.columns import ColumnSubset
+from geneformer_fast.counts.identifiers import is_missing
+from geneformer_fast.counts.table import Table, as_text
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.identifiers import is_missing
-from geneformer_fast.tokenization.sources.block import CountMatrix
-from geneformer_fast.tokenization.sources.columns import ColumnSubset
-from geneformer_fast.tokenization.sources.table import Table, as_text
 
 GENE_EXPRESSION = "Gene Expression"
 #: What features without a type are called in reports.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from geneformer_fast.counts.encodings import plain_vector
+from geneformer_fast.counts.h5ad import open_anndata_store
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.source import CountSource
 from geneformer_fast.errors import InputError, UnsupportedError
-from geneformer_fast.tokenization.sources.encodings import plain_vector
-from geneformer_fast.tokenization.sources.h5ad import open_anndata_store
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.source import CountSource
 
 
 def open_zarr(path: Path, name: str, *, layer: str | None, gene_column: str | None, allow_float: bool) -> CountSource:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from geneformer_fast.counts.encodings import is_group, member, read_matrix, read_table, table_length
+from geneformer_fast.counts.hdf5_storage import OwnBytes, linked_files
+from geneformer_fast.counts.raw_table import raw_table
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.selection import Candidate, choose_counts, modalities_message
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.vectors import hdf5_vector
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.encodings import is_group, member, read_matrix, read_table, table_length
-from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes, linked_files
-from geneformer_fast.tokenization.sources.raw_table import raw_table
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts, modalities_message
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.vectors import hdf5_vector
 
 
 def open_h5ad(

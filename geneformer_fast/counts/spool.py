@@ -8,9 +8,9 @@ from typing import IO
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources.block import MAX_ENTRIES, CountBlock, Sample, cut_rows, value_dtype
-from geneformer_fast.tokenization.sources.sparse import checked_indptr
-from geneformer_fast.tokenization.sources.vectors import Vector, read, read_exactly
+from geneformer_fast.counts.block import MAX_ENTRIES, CountBlock, Sample, cut_rows, value_dtype
+from geneformer_fast.counts.sparse import checked_indptr
+from geneformer_fast.counts.vectors import Vector, read, read_exactly
 
 # Entries regrouped at a time: about 50 MB with their sorting order.
 _PIECE = MAX_ENTRIES // 4
@@ -131,7 +131,7 @@ class SpooledMatrix:
         return rows, columns, values
 
     def _bucket_blocks(self, entries: Entries, first: int, end: int, rows: int) -> Iterator[CountBlock]:
-        from geneformer_fast.tokenization.sources import loops
+        from geneformer_fast.counts import loops
 
         if first % self._rows_per_bucket or (end % self._rows_per_bucket and end != self.shape[0]):
             wanted = (entries[0] >= first) & (entries[0] < end)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountMatrix, Sample
+from geneformer_fast.counts.reading import reading
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.block import CountMatrix, Sample
-from geneformer_fast.tokenization.sources.reading import reading
 
 # log1p of counts per ten thousand or per million stays far below this; TPM and counts do not.
 _LOG_MAX = 30.0

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountMatrix
+from geneformer_fast.counts.dense import DenseMatrix
+from geneformer_fast.counts.sparse import CsrMatrix
+from geneformer_fast.counts.spool import SpooledMatrix, csc_entries
+from geneformer_fast.counts.stored import Absent, readable
+from geneformer_fast.counts.table import Table, decode_categories, text_array, with_missing
+from geneformer_fast.counts.vectors import SlicedVector, Vector
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.block import CountMatrix
-from geneformer_fast.tokenization.sources.dense import DenseMatrix
-from geneformer_fast.tokenization.sources.sparse import CsrMatrix
-from geneformer_fast.tokenization.sources.spool import SpooledMatrix, csc_entries
-from geneformer_fast.tokenization.sources.stored import Absent, readable
-from geneformer_fast.tokenization.sources.table import Table, decode_categories, text_array, with_missing
-from geneformer_fast.tokenization.sources.vectors import SlicedVector, Vector
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +73,7 @@ def read_array(node: Any, *, absent: Absent = "refuse") -> Any:
 
 def _named(values: np.ndarray, names: dict[str, int]) -> pa.Array:
     """Values of an HDF5 enumeration: R's logical (FALSE, TRUE, NA) as booleans, of any other the names."""
-    from geneformer_fast.tokenization.sources.arrays import number_array, text_list_array
+    from geneformer_fast.counts.arrays import number_array, text_list_array
 
     if {name.upper() for name in names} <= {"FALSE", "TRUE", "NA"}:
         code = {name.upper(): number for name, number in names.items()}
@@ -85,7 +85,7 @@ def _named(values: np.ndarray, names: dict[str, int]) -> pa.Array:
 
 def _without_r_missing(values: np.ndarray) -> Any:
     """R stores a missing integer, or logical, as the least int32."""
-    from geneformer_fast.tokenization.sources.arrays import number_array
+    from geneformer_fast.counts.arrays import number_array
 
     if values.dtype != np.int32 or not (missing := values == _R_MISSING).any():
         return values

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
-from geneformer_fast.tokenization.sources.inflate import inflated
-from geneformer_fast.tokenization.sources.stored import readable
+from geneformer_fast.counts.hdf5_storage import OwnBytes
+from geneformer_fast.counts.inflate import inflated
+from geneformer_fast.counts.stored import readable
 
 Job = Callable[[], None]
 

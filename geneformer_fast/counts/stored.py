@@ -34,13 +34,13 @@ def readable(node: Any, *, absent: Absent = "refuse") -> Any:
     """
     library = type(node).__module__.partition(".")[0]
     if library == "h5py":
-        from geneformer_fast.tokenization.sources.hdf5_storage import absent_chunks, check_filters
+        from geneformer_fast.counts.hdf5_storage import absent_chunks, check_filters
 
         check_filters(node)
         _judge(node.file.filename, node.name.lstrip("/"), absent_chunks(node), absent, "file", node)
         return node
     if library == "zarr":
-        from geneformer_fast.tokenization.sources.zarr_storage import checked_array, n_absent, store_name
+        from geneformer_fast.counts.zarr_storage import checked_array, n_absent, store_name
 
         array = checked_array(node)
         _judge(store_name(array), array.path, n_absent(array), absent, "store", array)

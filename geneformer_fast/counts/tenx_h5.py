@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_fast.counts.encodings import is_group, read_array
+from geneformer_fast.counts.hdf5_storage import OwnBytes
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.selection import Candidate, choose_counts
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.sparse import CsrMatrix
+from geneformer_fast.counts.table import Table, as_text
+from geneformer_fast.counts.tenx_features import choose_genome, gene_features
+from geneformer_fast.counts.vectors import hdf5_vector
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.encodings import is_group, read_array
-from geneformer_fast.tokenization.sources.hdf5_storage import OwnBytes
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.sparse import CsrMatrix
-from geneformer_fast.tokenization.sources.table import Table, as_text
-from geneformer_fast.tokenization.sources.tenx_features import choose_genome, gene_features
-from geneformer_fast.tokenization.sources.vectors import hdf5_vector
 
 _MATRIX_KEYS = ("barcodes", "data", "indices", "indptr", "shape")
 _V3_FEATURES = {"id": "gene_ids", "name": "gene_symbol", "feature_type": "feature_types", "genome": "genome"}

@@ -11,14 +11,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.selection import Candidate, choose_counts
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.spool import Entries, SpooledMatrix
+from geneformer_fast.counts.table import Table
+from geneformer_fast.counts.tenx_features import gene_features
+from geneformer_fast.counts.triplets import Triplet, triplet_at
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.spool import Entries, SpooledMatrix
-from geneformer_fast.tokenization.sources.table import Table
-from geneformer_fast.tokenization.sources.tenx_features import gene_features
-from geneformer_fast.tokenization.sources.triplets import Triplet, triplet_at
 
 _BLOCK_BYTES = 8 << 20
 _PLAIN_ENTRY = re.compile(rb"\d+ \d+ \S+\r?\n?$")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources.block import CountBlock, CountMatrix, Sample
+from geneformer_fast.counts.block import CountBlock, CountMatrix, Sample
 
 
 class ColumnSubset:
@@ -25,7 +25,7 @@ class ColumnSubset:
         return self._matrix.sample()
 
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[CountBlock]:
-        from geneformer_fast.tokenization.sources import loops
+        from geneformer_fast.counts import loops
 
         for block in self._matrix.blocks(start, stop, rows):
             if len(block.indices) and not 0 <= int(block.indices.min()) <= int(block.indices.max()) < len(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources.block import CountBlock, Sample, sample_ranges, value_dtype
+from geneformer_fast.counts.block import CountBlock, Sample, sample_ranges, value_dtype
 
 # One read of a dense matrix: 64 MB, unless a single row of chunks is larger.
 _READ_BYTES = 64 << 20
@@ -66,7 +66,7 @@ class DenseMatrix:
 
 def to_csr(dense: np.ndarray, start: int) -> CountBlock:
     """The non-zero values of a dense block [n_cells, n_genes]."""
-    from geneformer_fast.tokenization.sources import loops
+    from geneformer_fast.counts import loops
 
     indptr = np.empty(len(dense) + 1, dtype=np.int64)
     loops.count_nonzero_rows(dense, indptr)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from geneformer_fast.counts.dense import DenseMatrix
+from geneformer_fast.counts.encodings import is_group, read_array
+from geneformer_fast.counts.reading import reading
+from geneformer_fast.counts.selection import Candidate, choose_counts
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.stored import readable
+from geneformer_fast.counts.table import Table
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.dense import DenseMatrix
-from geneformer_fast.tokenization.sources.encodings import is_group, read_array
-from geneformer_fast.tokenization.sources.reading import reading
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.stored import readable
-from geneformer_fast.tokenization.sources.table import Table
 
 _CELL_NAMES = ("CellID", "cell_names", "obs_names", "barcode")
 _GENE_NAMES = ("Accession", "var_names", "Gene")

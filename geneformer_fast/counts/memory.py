@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast.counts.block import CountMatrix
+from geneformer_fast.counts.dense import DenseMatrix
+from geneformer_fast.counts.encodings import read_matrix
+from geneformer_fast.counts.raw_table import raw_table
+from geneformer_fast.counts.selection import Candidate, choose_counts
+from geneformer_fast.counts.source import CountSource
+from geneformer_fast.counts.sparse import MemoryCsr
+from geneformer_fast.counts.table import Table
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.block import CountMatrix
-from geneformer_fast.tokenization.sources.dense import DenseMatrix
-from geneformer_fast.tokenization.sources.encodings import read_matrix
-from geneformer_fast.tokenization.sources.raw_table import raw_table
-from geneformer_fast.tokenization.sources.selection import Candidate, choose_counts
-from geneformer_fast.tokenization.sources.source import CountSource
-from geneformer_fast.tokenization.sources.sparse import MemoryCsr
-from geneformer_fast.tokenization.sources.table import Table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from geneformer_fast.tokenization.sources.block import (
+from geneformer_fast.counts.block import (
     BufferPool,
     CountBlock,
     Sample,
@@ -18,7 +18,7 @@ from geneformer_fast.tokenization.sources.block import (
     sample_ranges,
     value_dtype,
 )
-from geneformer_fast.tokenization.sources.vectors import Vector, read
+from geneformer_fast.counts.vectors import Vector, read
 
 _MAX_THREADS = 8
 

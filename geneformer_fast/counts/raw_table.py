@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_fast.counts.selection import CHOSEN_BY
+from geneformer_fast.counts.source import GENE_COLUMNS
+from geneformer_fast.counts.table import Table
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.selection import CHOSEN_BY
-from geneformer_fast.tokenization.sources.source import GENE_COLUMNS
-from geneformer_fast.tokenization.sources.table import Table
 
 
 def raw_table(raw: Table, var: Table, gene_column: str | None) -> Table:
@@ -70,6 +70,6 @@ def _places(names: np.ndarray, own: np.ndarray) -> np.ndarray:
 def _taken(values: Any, order: np.ndarray) -> Any:
     if isinstance(values, np.ndarray):
         return values[order]
-    from geneformer_fast.tokenization.sources.arrays import number_array
+    from geneformer_fast.counts.arrays import number_array
 
     return values.take(number_array(order))

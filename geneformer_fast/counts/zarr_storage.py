@@ -19,8 +19,8 @@ from numcodecs.abc import Codec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import vlen_utf8
 
+from geneformer_fast.counts.inflate import COMPRESSORS, bounded
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.inflate import COMPRESSORS, bounded
 
 # Names in format 2 (and, after "numcodecs.", in format 3) that turn bytes into plain values and nothing else.
 _FILTERS = frozenset(

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.sources.triplets import (
+from geneformer_fast.counts.triplets import (
     KB_PART,
     expected_companions,
     has_companions,
@@ -17,6 +16,7 @@ from geneformer_fast.tokenization.sources.triplets import (
     is_matrix_file,
     triplet_at,
 )
+from geneformer_fast.errors import InputError
 
 SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 FORMATS = "AnnData .h5ad and .zarr, 10x .h5 and matrix folders (matrix.mtx), .loom"
