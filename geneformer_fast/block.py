@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
 
 
@@ -94,6 +95,8 @@ class Block(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        if config.attention != "softmax" or config.attention_width is not None or not config.qkv_bias:
+            raise UnsupportedError("this block computes attention by softmax, as wide as the stream and with biases")
         self.config = config
         self.qkv: Linear | QuantizedLinear = Linear(config.width, 3 * config.width)
         self.out: Linear | QuantizedLinear = Linear(config.width, config.width)

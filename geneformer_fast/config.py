@@ -1,13 +1,15 @@
-"""What an encoder is: its geometry, its variants, its precision, and the published models as presets."""
+"""What an encoder is: its geometry, its variants, its precision; published models are presets of their families."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.errors import CheckpointError, UnsupportedError, VocabularyError
 from geneformer_fast.files.schema import check_fields
@@ -19,7 +21,8 @@ CHOICES = {
     "norm": ("post", "pre"),
     "activation": ("relu", "gelu", "gelu_tanh", "swiglu"),
     "head_activation": ("relu", "gelu", "gelu_tanh"),
-    "inputs": ("tokens", "values"),
+    "inputs": ("tokens", "values", "pairs"),
+    "attention": ("softmax", "favor"),
 }
 #: Least and largest value of every number. The largest are far beyond any model; they keep a wrong digit in a file from
 #: asking for all memory.
@@ -38,6 +41,8 @@ BOUNDS = {
     "init_std": (0.0, 100.0),
     "bin_alpha": (-1e6, 1e6),
     "pad_id": (-(2**31), 2**31),
+    "attention_width": (1, 2**19),
+    "n_features": (0, 2**16),
 }
 
 
@@ -66,7 +71,8 @@ class EncoderConfig:
     n_token_types
         Rows of the token type table, of which Geneformer uses row 0 only; 0 for none.
     inputs
-        ``"tokens"``: ranked gene tokens. ``"values"``: one value per gene, embedded by soft bins (AIDO.Cell).
+        ``"tokens"``: ranked gene tokens, or a value's bin at each gene's place. ``"values"``: one value per gene,
+        embedded by soft bins (AIDO.Cell). ``"pairs"``: a gene's id and its value (scGPT). Or what the family names.
     n_bins, bin_alpha
         Soft bins of ``inputs="values"``.
     dropout, attention_dropout
@@ -81,6 +87,16 @@ class EncoderConfig:
         Name of the vocabulary the model was trained on, such as ``"geneformer-v2"``; None if unknown.
     vocabulary_fingerprint
         SHA-256 of that vocabulary, or None if only its name is known.
+    family
+        Name in the registry of families (:mod:`geneformer_fast.families`); None: told by the vocabulary, or none.
+    attention
+        ``"softmax"``, or ``"favor"``: linear attention by random features (Choromanski et al., arXiv:2009.14794).
+    attention_width
+        Width of all heads together; None: ``width``.
+    qkv_bias
+        Whether the projections to queries, keys and values have biases.
+    n_features
+        Random features of ``attention="favor"``.
     """
 
     n_layers: int
@@ -106,20 +122,34 @@ class EncoderConfig:
     tied_decoder: bool = True
     vocabulary: str | None = None
     vocabulary_fingerprint: str | None = None
+    family: str | None = None
+    attention: str = "softmax"
+    attention_width: int | None = None
+    qkv_bias: bool = True
+    n_features: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, UnsupportedError, BOUNDS)
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            # Whether a family has the input that it names is seen where the input layer is made.
+            if getattr(self, name) not in allowed and not (name == "inputs" and self.family):
                 raise UnsupportedError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.eps == 0:
             raise UnsupportedError("eps must be above 0, such as 1e-12")
-        if self.inputs == "tokens" and self.vocab_size < 1:
+        has_ids = self.inputs in ("tokens", "pairs")
+        if has_ids and self.vocab_size < 1:
             raise UnsupportedError("an encoder over tokens needs vocab_size of at least 1")
-        if self.inputs == "tokens" and not 0 <= self.pad_id < self.vocab_size:
+        if has_ids and not 0 <= self.pad_id < self.vocab_size:
             raise UnsupportedError(f"pad_id must be one of the {self.vocab_size:,} token ids, not {self.pad_id}")
-        if self.width % self.n_heads:
-            raise UnsupportedError(f"width {self.width} is not divisible by {self.n_heads} heads")
+        if (self.attention_width or self.width) % self.n_heads:
+            name = "width" if self.attention_width is None else "attention_width"
+            raise UnsupportedError(
+                f"{name} {self.attention_width or self.width} is not divisible by {self.n_heads} heads"
+            )
+        if (self.attention == "favor") != (self.n_features > 0):
+            raise UnsupportedError(
+                f"n_features is {self.n_features} with attention={self.attention!r}; give it with 'favor' alone"
+            )
 
     @classmethod
     @checked
@@ -132,7 +162,7 @@ class EncoderConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.width // self.n_heads
+        return (self.attention_width or self.width) // self.n_heads
 
     def layer_index(self, layer: str | int) -> int:
         """Number of blocks to run for a named layer.
@@ -321,76 +351,18 @@ def has_float16() -> bool:
         return False
 
 
-def _geneformer(n_layers: int, width: int, ff_width: int, version: int, dropout: float) -> EncoderConfig:
-    vocab_size, max_len = {1: (25_426, 2048), 2: (20_275, 4096)}[version]
-    return EncoderConfig(
-        n_layers=n_layers,
-        width=width,
-        n_heads=width // 64,
-        ff_width=ff_width,
-        vocab_size=vocab_size,
-        max_len=max_len,
-        dropout=dropout,
-        attention_dropout=dropout,
-        vocabulary=f"geneformer-v{version}",
-    )
+class _Presets(Mapping[str, EncoderConfig]):
+    """The published models of all families, as they register them."""
+
+    def __getitem__(self, name: str) -> EncoderConfig:
+        return families.presets()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(families.presets())
+
+    def __len__(self) -> int:
+        return len(families.presets())
 
 
-def _bionemo(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderConfig:
-    # The model card says ReLU; the released weights need GELU: tanh in the blocks (fused bias-gelu), erf in the head.
-    return EncoderConfig(
-        n_layers=n_layers,
-        width=width,
-        n_heads=n_heads,
-        ff_width=ff_width,
-        vocab_size=25_472,
-        max_len=2048,
-        norm="pre",
-        activation="gelu_tanh",
-        head_activation="gelu",
-        embedding_norm=False,
-        final_norm=True,
-        n_token_types=0,
-        dropout=0.02,
-        attention_dropout=0.1,
-        pad_id=2,
-        vocabulary="bionemo",
-    )
-
-
-def _aido_cell(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderConfig:
-    return EncoderConfig(
-        n_layers=n_layers,
-        width=width,
-        n_heads=n_heads,
-        ff_width=ff_width,
-        vocab_size=0,
-        max_len=19_266,
-        norm="pre",
-        activation="swiglu",
-        head_activation="gelu",
-        eps=1e-5,
-        embedding_norm=False,
-        final_norm=True,
-        n_token_types=0,
-        inputs="values",
-        dropout=0.0,
-        attention_dropout=0.0,
-        pad_id=-2,
-        tied_decoder=False,
-        vocabulary="aido-cell",
-    )
-
-
-PRESETS: dict[str, EncoderConfig] = {
-    "geneformer-v1-10m": _geneformer(6, 256, 512, 1, 0.02),
-    "geneformer-v2-104m": _geneformer(12, 768, 3072, 2, 0.1),
-    "geneformer-v2-104m-clcancer": _geneformer(12, 768, 3072, 2, 0.1),
-    "geneformer-v2-316m": _geneformer(18, 1152, 4608, 2, 0.1),
-    "bionemo-10m": _bionemo(6, 256, 4, 512),
-    "bionemo-106m": _bionemo(12, 768, 12, 3072),
-    "aido-cell-3m": _aido_cell(6, 128, 4, 320),
-    "aido-cell-10m": _aido_cell(8, 256, 8, 640),
-    # The card says width 650, which 20 heads do not divide; 640 gives head dim 32 and the card's 100M parameters.
-    "aido-cell-100m": _aido_cell(18, 640, 20, 1664),
-}
+#: Published models by name (:func:`geneformer_fast.families.presets`).
+PRESETS: Mapping[str, EncoderConfig] = _Presets()

@@ -10,8 +10,9 @@ from geneformer_kernels.dispatch import is_forced
 from geneformer_kernels.on_device import is_plain, needs_gradient
 from torch import nn
 
+from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
-from geneformer_fast.errors import InputError, VocabularyError
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.layers import QuantizedEmbedding, QuantizedLinear
 from geneformer_fast.ragged import Ragged
 
@@ -210,6 +211,19 @@ def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
         )
 
 
-def input_layer(config: EncoderConfig) -> RankTokens | SoftBins:
-    """The input layer a configuration asks for."""
-    return RankTokens(config) if config.inputs == "tokens" else SoftBins(config)
+def input_layer(config: EncoderConfig) -> nn.Module:
+    """The input layer a configuration asks for: its family's, or one of those here.
+
+    Raises
+    ------
+    UnsupportedError
+        Nothing here makes a model's input of what the configuration names.
+    """
+    found = families.family_of(config)
+    if found is not None and found.input_layer is not None:
+        return found.input_layer(config)
+    makers = {"tokens": RankTokens, "values": SoftBins}
+    if config.inputs not in makers:
+        whose = "no family" if found is None else f"the family {found.name!r}, which has no input layer of its own"
+        raise UnsupportedError(f"inputs={config.inputs!r} is not known here (the configuration is of {whose})")
+    return makers[config.inputs](config)

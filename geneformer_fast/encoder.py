@@ -18,7 +18,7 @@ from geneformer_fast.block import Block, FirstTokens, Projected, add_norm, produ
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import RankTokens, input_layer
 from geneformer_fast.errors import UnsupportedError
-from geneformer_fast.heads import CellClassifier, MLMHead, Pooler, make_head
+from geneformer_fast.heads import MLMHead, make_head, reads_of
 from geneformer_fast.layers import (
     Quantization,
     QuantizedEmbedding,
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
     config
         Geometry and variants; :meth:`EncoderConfig.preset` holds the published models.
     head
-        ``"mlm"``, ``"cells"``, ``"genes"``, ``"pooler"`` or None.
+        ``"mlm"``, ``"cells"``, ``"genes"``, ``"pooler"``, a name of the model's family, or None.
     n_classes
         Classes of a ``"cells"`` or ``"genes"`` head.
 
@@ -241,9 +241,13 @@ class Encoder(nn.Module):
         self._check_hidden(hidden)
         if self.head is None:
             raise ValueError('this encoder has no head; make it with head="mlm", "cells", "genes" or "pooler"')
-        if isinstance(self.head, CellClassifier | Pooler):
-            if rows is not None:
-                raise ValueError("this head reads the first token of each cell; rows cannot be chosen")
+        reads = reads_of(self.head)
+        if reads != "rows" and rows is not None:
+            what = "the first token of each cell" if reads == "first" else "whole cells"
+            raise ValueError(f"this head reads {what}; rows cannot be chosen")
+        if reads == "cells":
+            return self.head(hidden)
+        if reads == "first":
             return self.head(hidden.values[hidden.starts.long()])
         wanted = hidden.values if rows is None else _rows_of(hidden, rows)
         if isinstance(self.head, MLMHead):

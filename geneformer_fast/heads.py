@@ -6,6 +6,8 @@ Heads take rows of hidden states, so that nobody pays for rows nobody asked for:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from geneformer_kernels import mlm_cross_entropy, residual_layernorm
@@ -13,6 +15,7 @@ from geneformer_kernels.arguments import check_whole
 from geneformer_kernels.ops.feed_forward.reference import activate
 from torch import nn
 
+from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.layers import EightBits
 
@@ -122,18 +125,40 @@ def _as_input(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
     return rows if isinstance(layer, EightBits) else rows.to(layer.weight.dtype)
 
 
+#: Heads that any encoder may have, by name.
+COMMON: dict[str, Callable[[EncoderConfig, int], nn.Module]] = {
+    "mlm": lambda config, _: MLMHead(config),
+    "pooler": lambda config, _: Pooler(config),
+    "cells": CellClassifier,
+    "genes": GeneClassifier,
+}
+
+
+def heads_of(config: EncoderConfig) -> dict[str, Callable[[EncoderConfig, int], nn.Module]]:
+    """The heads that an encoder may have, by name: the common ones, and those of its family in place of them or beside.
+
+    A head of a family says by its attribute ``reads`` what :meth:`Encoder.logits` gives it: ``"rows"`` of hidden states
+    [R, C], as without it; ``"first"``, those of each cell's first token [B, C]; or ``"cells"``, all of them, a Ragged.
+    """
+    found = families.family_of(config)
+    return COMMON if found is None else {**COMMON, **found.heads}
+
+
+def reads_of(head: nn.Module) -> str:
+    """What a head is given: ``"rows"``, ``"first"`` or ``"cells"`` (:func:`heads_of`)."""
+    return "first" if isinstance(head, CellClassifier | Pooler) else getattr(head, "reads", "rows")
+
+
 def make_head(name: str | None, config: EncoderConfig, n_classes: int = 2) -> nn.Module | None:
-    """A head by name: ``"mlm"``, ``"cells"``, ``"genes"``, ``"pooler"`` or None."""
+    """A head by name: ``"mlm"``, ``"cells"``, ``"genes"``, ``"pooler"``, one of the model's family, or None."""
     if name is None:
         return None
-    makers = {
-        "mlm": lambda: MLMHead(config),
-        "pooler": lambda: Pooler(config),
-        "cells": lambda: CellClassifier(config, n_classes),
-        "genes": lambda: GeneClassifier(config, n_classes),
-    }
+    makers = heads_of(config)
     if name in ("cells", "genes"):
         check_whole("n_classes", n_classes, 1)
     if name not in makers:
         raise ValueError(f"no head named {name!r}; there are {', '.join(makers)}")
-    return makers[name]()
+    head = makers[name](config, n_classes)
+    # Plain attributes: which one it is, for checkpoints.
+    head.head_name = name
+    return head

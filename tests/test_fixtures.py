@@ -9,7 +9,8 @@ import pytest
 import torch
 from formula_weights import formula_weights
 
-from geneformer_fast.checkpoints.mapping import aido_cell_entries, bert_entries, bionemo_entries, to_ours
+from geneformer_fast import families
+from geneformer_fast.checkpoints.mapping import bert_entries, to_ours
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.ragged import Ragged
@@ -103,7 +104,7 @@ def test_bionemo(shared_dir: Path) -> None:
     )
     encoder = filled(
         Encoder(config, "mlm"),
-        bionemo_entries(config),
+        families.family("bionemo").entries(config, "mlm"),
         lambda n: n.endswith(("layer_norm_weight", "norm.weight")),
         fixture["keys_sorted"],
     )
@@ -132,7 +133,12 @@ def test_aido_cell(shared_dir: Path, masked: bool) -> None:
         bin_alpha=tiny["bin_alpha"],
     )
     norms = set(fixture["norm_weight_keys"])
-    encoder = filled(Encoder(config, "mlm"), aido_cell_entries(config), norms.__contains__, fixture["keys_sorted"])
+    encoder = filled(
+        Encoder(config, "mlm"),
+        families.family("aido-cell").entries(config, "mlm"),
+        norms.__contains__,
+        fixture["keys_sorted"],
+    )
     values = torch.tensor(fixture["masked_input" if masked else "model_input"], dtype=torch.float64)
     tokens = Ragged.from_padded(values, torch.ones_like(values))
     states = encoder.hidden_states(tokens)

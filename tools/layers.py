@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.profiling",),
     (f"{FAST}.plot", f"{FAST}.heatmap"),
     (f"{FAST}.tokenization.run", f"{FAST}.tokenization.medians"),
+    (f"{FAST}.families",),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantization", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
     (f"{FAST}.block", f"{FAST}.heads"),
@@ -36,6 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.tokenization.genes",),
     (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
     (f"{FAST}.tokenization.pickles",),
+    # The registry loads families by name, so that those below them may ask it what they are.
+    (f"{FAST}.families.__init__", f"{FAST}.families.family", f"{FAST}.families.settings"),
     (f"{FAST}.counts",),
     (f"{FAST}.files", f"{FAST}.arguments", f"{FAST}.progress"),
     (KERNELS,),
@@ -58,6 +61,9 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
         for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")
     ),
 )
+
+# What declares what those above are to bring may name their types, which loads nothing.
+DECLARING = {f"{FAST}.families", f"{FAST}.families.family"}
 
 # Libraries that may appear only below these names.
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
@@ -121,7 +127,7 @@ HEAVY = frozenset(
 )
 LIGHT = (
     FAST,
-    *(f"{FAST}.{name}" for name in ("__main__", "errors", "cli", "progress", "arguments")),
+    *(f"{FAST}.{name}" for name in ("__main__", "errors", "cli", "progress", "arguments", "families")),
     KERNELS,
     f"{KERNELS}.dispatch",
     f"{KERNELS}.target",
@@ -337,8 +343,13 @@ def lazy_homes(known: dict[str, Path]) -> dict[str, str]:
 
 
 def unit_of(module: str) -> str | None:
-    """The name on :data:`LAYERS` a module belongs to; None where it is on no layer."""
-    names = [name for layer in LAYERS for name in layer if is_under(module, name)]
+    """The name on :data:`LAYERS` a module belongs to; None where it is on no layer.
+
+    ``package.__init__`` there is the package's own file alone.
+    """
+    names = [f"{module}.__init__" for layer in LAYERS if f"{module}.__init__" in layer] or [
+        name for layer in LAYERS for name in layer if is_under(module, name)
+    ]
     return max(names, key=len, default=None)
 
 
@@ -379,6 +390,8 @@ def _direction(item: Import) -> Iterator[str]:
     # The package itself holds the version and the lazy names only: everyone may import it, and its type imports are
     # free. A lazy name that is imported from it counts as an import of the module that holds it.
     if item.module == FAST or item.target == FAST:
+        return
+    if item.is_typing and item.module in DECLARING:
         return
     own, other = unit_of(item.module), unit_of(item.target)
     if own is not None and other is not None and level_of(other) > level_of(own):

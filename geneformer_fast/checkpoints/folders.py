@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, native
+from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import usable_device, warn_if_emulated
 from geneformer_fast.encoder import Encoder
+from geneformer_fast.errors import CheckpointError
 
 
 @checked
@@ -58,13 +62,37 @@ def load(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, device = Path(path), usable_device(device)
-    if hf.read_settings(folder).get("model_type") == native.MODEL_TYPE:
-        encoder = native.load_native(folder, dtype=dtype, device=device, verify=verify)
+    place, device = Path(path), usable_device(device)
+    family = families.recognise(place)
+    if family is not None and family.load is not None:
+        encoder = family.load(place, dtype=dtype, device=device, verify=verify)
+    elif _is_ours(place):
+        encoder = native.load_native(place, dtype=dtype, device=device, verify=verify)
     else:
-        encoder = hf.load(folder, dtype=dtype, device=device, verify=verify)
+        encoder = hf.load(place, dtype=dtype, device=device, verify=verify)
+    family = family or families.family_of(encoder.config)
+    for note in () if family is None else family.notes:
+        warnings.warn(f"{place}: {note}", stacklevel=2)
     warn_if_emulated(encoder.dtype, encoder.device)
     return encoder
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a folder is of our own names; one that is of nobody is refused here.
+
+    Raises
+    ------
+    CheckpointError
+        There is no folder, no ``config.json`` in it, or none of an architecture that is known.
+    """
+    kind = hf.read_settings(place).get("model_type", "bert")
+    if kind not in (native.MODEL_TYPE, "bert"):
+        known = ", ".join(family.title for family in families.all_families())
+        raise CheckpointError(
+            f"{place / CONFIG}: model_type is {kind!r}, which no family here knows; "
+            f"understood are checkpoints of {known}, any BERT, and what geneformer_fast saved"
+        )
+    return kind == native.MODEL_TYPE
 
 
 @checked
@@ -95,6 +123,9 @@ def save(encoder: Encoder, path: str | os.PathLike[str], *, overwrite: bool = Fa
     OutputError
         The folder holds a model already.
     """
+    family = families.family_of(encoder.config)
+    if family is not None and family.save is not None and (family.is_saved is None or family.is_saved(encoder)):
+        return family.save(encoder, Path(path), overwrite=overwrite)
     if hf.is_bert(encoder):
         return hf.save(encoder, path, overwrite=overwrite)
     return native.save_native(encoder, path, overwrite=overwrite)

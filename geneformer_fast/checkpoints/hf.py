@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.checkpoints import quantized
 from geneformer_fast.checkpoints.mapping import BERT_BIAS, Entry, bert_entries, to_ours, to_theirs
 from geneformer_fast.checkpoints.present import check_present
@@ -31,6 +32,7 @@ from geneformer_fast.checkpoints.weights import (
     write_model,
 )
 from geneformer_fast.config import BOUNDS, EncoderConfig, matmul_dtype
+from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.files import schema
@@ -45,8 +47,7 @@ ARCHITECTURES = {
     "BertForTokenClassification": "genes",
 }
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-# The published vocabularies differ in size, which is all a stock config.json says of them.
-VOCABULARIES = {25_426: "geneformer-v1", 20_275: "geneformer-v2"}
+_HEADS: dict[type, str] = {MLMHead: "mlm", CellClassifier: "cells", GeneClassifier: "genes", Pooler: "pooler"}
 OWN_KEY = "geneformer_fast"
 #: What safetensors files of transformers say in their header.
 METADATA = {"format": "pt"}
@@ -197,6 +198,7 @@ class OwnSettings:
 
     vocabulary: str | None = None
     vocabulary_fingerprint: str | None = None
+    family: str | None = None
 
 
 @dataclass
@@ -258,8 +260,9 @@ def config_from_settings(settings: Mapping[str, Any], where: Path) -> EncoderCon
             pad_id=pad_id,
             init_std=float(settings.get("initializer_range", 0.02)),
             tied_decoder=settings.get("tie_word_embeddings", True),
-            vocabulary=own.get("vocabulary", VOCABULARIES.get(vocab_size)),
+            vocabulary=own.get("vocabulary", families.vocabulary_of_rows(vocab_size)),
             vocabulary_fingerprint=own.get("vocabulary_fingerprint"),
+            family=own.get("family"),
         )
     except UnsupportedError as error:  # what the fields say together
         raise CheckpointError(f"{where}: {error}") from None
@@ -290,8 +293,10 @@ def settings_from_encoder(encoder: Encoder, source: Source) -> dict[str, Any]:
         initializer_range=config.init_std,
         tie_word_embeddings=config.tied_decoder,
     )
-    known = VOCABULARIES.get(config.vocab_size)
+    # The published vocabularies differ in size, which is all a stock config.json says of them.
+    known = families.vocabulary_of_rows(config.vocab_size)
     own = {"vocabulary": config.vocabulary, "vocabulary_fingerprint": config.vocabulary_fingerprint}
+    own |= {"family": config.family} if config.family else {}
     if own != {"vocabulary": known, "vocabulary_fingerprint": None}:
         settings[OWN_KEY] = own
     if isinstance(encoder.head, CellClassifier | GeneClassifier) and "id2label" not in settings:
@@ -318,16 +323,22 @@ def _architecture(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
 
 def head_name(encoder: Encoder) -> str | None:
     """Name of an encoder's head, as :class:`Encoder` takes it."""
-    names = {MLMHead: "mlm", CellClassifier: "cells", GeneClassifier: "genes", Pooler: "pooler"}
-    return names[type(encoder.head)] if encoder.head is not None else None
+    if encoder.head is None:
+        return None
+    return _HEADS.get(type(encoder.head)) or getattr(encoder.head, "head_name", type(encoder.head).__name__)
 
 
 def is_bert(encoder: Encoder) -> bool:
     """Whether BERT can express an encoder: post-norm over tokens, one activation, relu or gelu, token types."""
     config = encoder.config
+    if not isinstance(encoder.embeddings, RankTokens) or type(encoder.head) not in (type(None), *_HEADS):
+        return False
     if config.activation not in ACTIVATIONS.values() or config.head_activation != config.activation:
         return False
-    bert = dataclasses.replace(config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens")
+    bert = dataclasses.replace(
+        config, norm="post", embedding_norm=True, final_norm=False, inputs="tokens",
+        attention="softmax", attention_width=None, qkv_bias=True, n_features=0,
+    )  # fmt: skip
     return config == bert and config.n_token_types > 0
 
 

@@ -1,6 +1,7 @@
 """Which of our parameters is which tensor of a published checkpoint, and back.
 
-A table is a list of :class:`Entry`; the same table reads and writes, so that the two can never drift apart.
+A table is a list of :class:`Entry`; the same table reads and writes, so that the two can never drift apart. BERT's is
+here; those of other architectures stand with their families.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Entry:
         return [ours[0] // len(self.theirs), *ours[1:]]
 
 
-def _affine(ours: str, *theirs: str, n_heads: int = 0) -> list[Entry]:
+def affine(ours: str, *theirs: str, n_heads: int = 0) -> list[Entry]:
+    """The two entries of a layer with weight and bias; ``n_heads`` as in :class:`Entry`."""
     return [Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), n_heads) for kind in ("weight", "bias")]
 
 
@@ -76,80 +78,29 @@ def bert_entries(
         Entry("embeddings.token.weight", (f"{embeddings}word_embeddings.weight",)),
         Entry("embeddings.position.weight", (f"{embeddings}position_embeddings.weight",)),
         Entry("embeddings.token_type.weight", (f"{embeddings}token_type_embeddings.weight",)),
-        *_affine("embedding_norm", f"{embeddings}LayerNorm"),
+        *affine("embedding_norm", f"{embeddings}LayerNorm"),
     ]
     for i in range(config.n_layers):
         theirs, ours = f"{prefix}encoder.layer.{i}.", f"blocks.{i}."
         projections = (f"{theirs}attention.self.{part}" for part in ("query", "key", "value"))
-        table += _affine(f"{ours}qkv", *projections)
-        table += _affine(f"{ours}out", f"{theirs}attention.output.dense")
-        table += _affine(f"{ours}attention_norm", f"{theirs}attention.output.LayerNorm")
-        table += _affine(f"{ours}up", f"{theirs}intermediate.dense")
-        table += _affine(f"{ours}down", f"{theirs}output.dense")
-        table += _affine(f"{ours}ff_norm", f"{theirs}output.LayerNorm")
+        table += affine(f"{ours}qkv", *projections)
+        table += affine(f"{ours}out", f"{theirs}attention.output.dense")
+        table += affine(f"{ours}attention_norm", f"{theirs}attention.output.LayerNorm")
+        table += affine(f"{ours}up", f"{theirs}intermediate.dense")
+        table += affine(f"{ours}down", f"{theirs}output.dense")
+        table += affine(f"{ours}ff_norm", f"{theirs}output.LayerNorm")
     if head == "mlm":
-        table += _affine("head.dense", "cls.predictions.transform.dense")
-        table += _affine("head.norm", "cls.predictions.transform.LayerNorm")
+        table += affine("head.dense", "cls.predictions.transform.dense")
+        table += affine("head.norm", "cls.predictions.transform.LayerNorm")
         table.append(Entry("head.bias", (bias,)))
         if not config.tied_decoder:
             table.append(Entry("head.decoder.weight", ("cls.predictions.decoder.weight",)))
     elif head == "pooler":
-        table += _affine("head.dense", f"{prefix}pooler.dense")
+        table += affine("head.dense", f"{prefix}pooler.dense")
     elif head == "cells":
-        table += _affine("head.pooler.dense", f"{prefix}pooler.dense")
+        table += affine("head.pooler.dense", f"{prefix}pooler.dense")
     if head in ("cells", "genes"):
-        table += _affine("head.classifier", "classifier")
-    return table
-
-
-def bionemo_entries(config: EncoderConfig) -> list[Entry]:
-    """The table for BioNeMo's Megatron encoder with its LM head (Transformer Engine layer names)."""
-    table = [
-        Entry("embeddings.token.weight", ("embedding.word_embeddings.weight",)),
-        Entry("embeddings.position.weight", ("embedding.position_embeddings.weight",)),
-    ]
-    for i in range(config.n_layers):
-        theirs, ours = f"encoder.layers.{i}.", f"blocks.{i}."
-        for norm, module in (("attention_norm", "self_attention.linear_qkv"), ("ff_norm", "mlp.linear_fc1")):
-            table += [
-                Entry(f"{ours}{norm}.{kind}", (f"{theirs}{module}.layer_norm_{kind}",)) for kind in ("weight", "bias")
-            ]
-        table += _affine(f"{ours}qkv", f"{theirs}self_attention.linear_qkv", n_heads=config.n_heads)
-        table += _affine(f"{ours}out", f"{theirs}self_attention.linear_proj")
-        table += _affine(f"{ours}up", f"{theirs}mlp.linear_fc1")
-        table += _affine(f"{ours}down", f"{theirs}mlp.linear_fc2")
-    table += _affine("final_norm", "encoder.final_layernorm")
-    table += _affine("head.dense", "lm_head.dense")
-    table += _affine("head.norm", "lm_head.layer_norm")
-    table.append(Entry("head.bias", ("output_layer.bias",)))
-    return table
-
-
-def aido_cell_entries(config: EncoderConfig) -> list[Entry]:
-    """The table for AIDO.Cell's CellFoundationForMaskedLM; ``decoder.bias`` there is ``cls.predictions.bias``."""
-    source = "bert.gene_embedding."
-    table = [
-        *_affine("embeddings.linear1", f"{source}linear1"),
-        *_affine("embeddings.linear2", f"{source}linear2"),
-        *(
-            Entry(f"embeddings.{name}.weight", (f"{source}{name}.weight",))
-            for name in ("lookup_table", "mask_embedding", "pad_embedding")
-        ),
-        Entry("embeddings.position.weight", ("bert.position_embedding.weight",)),
-    ]
-    for i in range(config.n_layers):
-        theirs, ours = f"bert.encoder.layer.{i}.", f"blocks.{i}."
-        table += _affine(f"{ours}attention_norm", f"{theirs}attention.ln")
-        table += _affine(f"{ours}qkv", *(f"{theirs}attention.self.{part}" for part in ("query", "key", "value")))
-        table += _affine(f"{ours}out", f"{theirs}attention.output.dense")
-        table += _affine(f"{ours}ff_norm", f"{theirs}ln")
-        table += _affine(f"{ours}up", f"{theirs}mlp.gate_proj", f"{theirs}mlp.up_proj")
-        table += _affine(f"{ours}down", f"{theirs}mlp.down_proj")
-    table += _affine("final_norm", "bert.encoder.ln")
-    table += _affine("head.dense", "cls.predictions.transform.dense")
-    table += _affine("head.norm", "cls.predictions.transform.LayerNorm")
-    table.append(Entry("head.decoder.weight", ("cls.predictions.decoder.weight",)))
-    table.append(Entry("head.bias", ("cls.predictions.bias",)))
+        table += affine("head.classifier", "classifier")
     return table
 
 
@@ -163,7 +114,7 @@ def to_ours(
     tensors
         The checkpoint.
     table
-        Entries of one of the tables here.
+        Entries of a table.
     shapes
         Our parameter shapes by name, from an encoder with the checkpoint's configuration.
     source

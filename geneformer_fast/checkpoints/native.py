@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import is_verifying
-from geneformer_fast.heads import CellClassifier, GeneClassifier
+from geneformer_fast.heads import CellClassifier, GeneClassifier, heads_of
 from geneformer_fast.layers import EightBits, quantization_of
 
 #: ``model_type`` of config.json.
@@ -46,7 +46,7 @@ class NativeSettings:
     """What is read of a config.json of ours."""
 
     encoder: dict[str, Any]
-    head: Literal["mlm", "cells", "genes", "pooler"] | None
+    head: str | None
     n_classes: schema.whole(1) | None = None  # type: ignore[valid-type]
 
 
@@ -140,6 +140,8 @@ def opened(
     n_classes = n_classes_of(tensors, _CLASSIFIER, folder)
     if settings.get("n_classes") not in (None, n_classes):
         raise CheckpointError(f"{path}: n_classes is {settings['n_classes']:,}, but the weights have {n_classes}")
+    if settings["head"] not in (None, *heads_of(config)):
+        raise CheckpointError(f"{path}: head is {settings['head']!r}; there are {', '.join(heads_of(config))}")
     encoder = skeleton(config, settings["head"], n_classes=n_classes)
     for name, parameter in encoder.state_dict().items():
         found = tuple(tensors[name].shape) if name in tensors else None

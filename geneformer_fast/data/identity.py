@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.stored import StoredCells, without_padding
 from geneformer_fast.errors import VocabularyError
+from geneformer_fast.families.family import TokenLayout
 from geneformer_fast.tokenization.arrow import TokenFolder
-from geneformer_fast.tokenization.vocabulary import SPECIAL
 
-#: Published vocabularies and their families.
-FAMILIES = {"geneformer-v1": "v1", "geneformer-v2": "v2", "bionemo": "bionemo"}
 # Enough to see whether the cells of a folder begin with CLS and end with EOS.
 _CELLS_LOOKED_AT = 64
 
@@ -44,26 +43,31 @@ def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
 
 
 def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
-    if config.vocabulary not in FAMILIES:
+    published = families.layout_of_vocabulary(config.vocabulary)
+    if published is None:
         raise VocabularyError(
             f"{folder.path} does not say which vocabulary made its tokens, and the model's is no published one; "
             "tokenize with geneformer-fast, which writes that down"
         )
-    family = FAMILIES[config.vocabulary]
-    is_framed = _begins_with_cls(folder)
-    if family in ("v1", "v2") and is_framed != (family == "v2"):
-        found = "CLS first and EOS last, as geneformer-v2 has them" if is_framed else "no CLS first and EOS last"
+    name, layout = published
+    others = [each for each in families.layouts().values() if each.is_framed and each is not layout]
+    framing = next((each for each in others if _lie_in(folder, each)), None)
+    is_fitting = _lie_in(folder, layout) if layout.is_framed else framing is None
+    if not is_fitting:
+        found = "no CLS first and EOS last"
+        if framing is not None:
+            found = f"CLS first and EOS last, as {framing.published} has them"
         raise VocabularyError(
             f"{folder.path} does not say which vocabulary made its tokens; its cells have {found}, but the model reads "
             f"{config.vocabulary}. Tokenize again with the dictionary that belongs to the model."
         )
-    special = SPECIAL[family]
-    return {"name": config.vocabulary, "family": family, "special": special, "n_tokens": None, "fingerprint": None}
+    special = dict(layout.special)
+    return {"name": config.vocabulary, "family": name, "special": special, "n_tokens": None, "fingerprint": None}
 
 
-def _begins_with_cls(folder: TokenFolder) -> bool:
-    """Whether the first cells lie between CLS and EOS of Geneformer V2."""
-    special = SPECIAL["v2"]
+def _lie_in(folder: TokenFolder, layout: TokenLayout) -> bool:
+    """Whether the first cells lie between the special tokens of a layout."""
+    special = layout.special
     stored = folder.read_stored(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
     _, values, bounds = without_padding(*stored, special["pad"])
     cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.config import EncoderConfig, device_named, warn_if_emulated
-from geneformer_fast.data.identity import FAMILIES
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
@@ -307,7 +307,8 @@ def find_vocabulary(
     if dictionary is not None:
         try:
             # A folder may hold the dictionaries of several versions: the model says which one it needs.
-            return Vocabulary.from_folder(Path(dictionary), FAMILIES.get(str(config.vocabulary)))
+            published = families.layout_of_vocabulary(config.vocabulary)
+            return Vocabulary.from_folder(Path(dictionary), published and published[0])
         except VocabularyError:
             # Whatever single vocabulary it holds is refused later, where both names are known.
             return Vocabulary.from_folder(Path(dictionary))

@@ -11,12 +11,7 @@ from geneformer_fast.errors import OutputError, VocabularyError
 from geneformer_fast.files.checksums import DIGEST, VERIFY, check_digest
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.tokenization.pickles import read_pickle
-from geneformer_fast.tokenization.vocabulary import (
-    FAMILIES,
-    SAVED_FILE,
-    SPECIAL,
-    Vocabulary,
-)
+from geneformer_fast.tokenization.vocabulary import SAVED_FILE, Vocabulary, layout_named
 
 _FILE = re.compile(
     r"(?P<kind>token_dictionary|gene_median_dictionary|ensembl_mapping_dict|gene_name_id_dict|medians)"
@@ -58,8 +53,8 @@ def check_vocabulary_folder(folder: Path, overwrite: bool) -> None:
 
 def read_folder(folder: Path, preset: str | None) -> Vocabulary:
     """Read the vocabulary of `folder`; see `Vocabulary.from_folder`."""
-    if preset is not None and preset not in FAMILIES:
-        raise VocabularyError(f"unknown preset {preset!r}; use one of {', '.join(FAMILIES)}")
+    if preset is not None:
+        layout_named(preset, what="preset")
     if not folder.is_dir():
         raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
     saved = folder / SAVED_FILE
@@ -216,7 +211,7 @@ def _release_medians(release: _Release) -> dict[str, float]:
 def _bionemo_from_v1(release: _Release) -> Vocabulary:
     """BioNeMo numbers the genes in the order of Geneformer's V1 median dictionary, after its five special tokens."""
     medians = _release_medians(release)
-    special = dict(SPECIAL["bionemo"])
+    special = dict(layout_named("bionemo").special)
     genes = {gene: len(special) + i for i, gene in enumerate(medians)}
     aliases = checked_strings(release.read("ensembl_mapping_dict"), _where(release, "ensembl_mapping_dict"))
     symbols = checked_strings(release.read("gene_name_id_dict"), _where(release, "gene_name_id_dict"))
@@ -255,7 +250,7 @@ def _read_bionemo(path: Path, release: _Release) -> Vocabulary:
     else:
         content = read_json(path, VocabularyError)
         symbols = checked_strings(content.get("gene_to_ens"), f"{path}: gene_to_ens")
-        special = dict(SPECIAL["bionemo"])
+        special = dict(layout_named("bionemo").special)
         genes = {gene: len(special) + i for i, gene in enumerate(symbols.values())}
         if len(genes) != len(symbols):
             raise VocabularyError(f"{path}: several gene names share one Ensembl id; token ids would be ambiguous")

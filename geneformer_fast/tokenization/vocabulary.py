@@ -10,33 +10,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.errors import VocabularyError
+from geneformer_fast.families.family import TokenLayout
 from geneformer_fast.files.checksums import with_digest
 from geneformer_fast.files.writing import write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
-FAMILIES = ("v1", "v2", "bionemo")
 SAVED_FILE = "vocabulary.json"
 _FORMAT = "geneformer-fast vocabulary"
 
-SPECIAL = {
-    "v1": {"pad": 0, "mask": 1},
-    "v2": {"pad": 0, "mask": 1, "cls": 2, "eos": 3},
-    "bionemo": {"cls": 0, "mask": 1, "pad": 2, "sep": 3, "unk": 4},
-}
-MAX_LEN = {"v1": 2048, "v2": 4096, "bionemo": 2048}
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_LEN = 2**24
-
-# Fingerprints of the published dictionaries: only these contents carry the published names.
-_PUBLISHED = {
-    "ccc708bfa7ed79132075f96b3be75fb3df8eb41297ba854259ace6c84c930302": "geneformer-v1",
-    "182c79bd468fb674604795dbad75cf8950f812cf079d87d638b65503383e6a9e": "geneformer-v2",
-    "7cd1e82ff683fc0f5c82091a309cd05c96262ce171dfe5ccd49d7fd821873f47": "bionemo",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +66,11 @@ class Vocabulary:
     max_len: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise VocabularyError(f"{self.name}: unknown family {self.family!r}; use one of {', '.join(FAMILIES)}")
+        layout = layout_named(self.family, where=f"{self.name}: ")
         if not self.special:
-            object.__setattr__(self, "special", dict(SPECIAL[self.family]))
+            object.__setattr__(self, "special", dict(layout.special))
         if not self.max_len:
-            object.__setattr__(self, "max_len", MAX_LEN[self.family])
+            object.__setattr__(self, "max_len", layout.max_len)
         self._check_tokens()
         self._check_medians()
 
@@ -96,7 +83,7 @@ class Vocabulary:
 
     def _check_tokens(self) -> None:
         missing = [
-            key for key in SPECIAL[self.family] if key in ("pad", "mask", "cls", "eos") and key not in self.special
+            key for key in self.layout.special if key in ("pad", "mask", "cls", "eos") and key not in self.special
         ]
         if missing:
             raise VocabularyError(
@@ -139,6 +126,11 @@ class Vocabulary:
                 )
 
     @property
+    def layout(self) -> TokenLayout:
+        """What the family says of special tokens, lengths and totals."""
+        return families.layout(self.family)
+
+    @property
     def pad_id(self) -> int:
         """Token id of padding."""
         return self.special["pad"]
@@ -171,14 +163,15 @@ class Vocabulary:
     @property
     def totals_over_vocabulary(self) -> bool:
         """Whether a cell's total is over the genes of the vocabulary only (BioNeMo), not over all (Geneformer)."""
-        return self.family == "bionemo"
+        return self.layout.totals_over_vocabulary
 
     @property
     def input_ids_dtype(self) -> np.dtype:
         """Integer type of stored tokens: what the official tool of the family writes, wider if the ids need it."""
         import numpy as np
 
-        return np.dtype(np.int16 if self.family == "v1" and self.n_tokens <= 2**15 else np.int32)
+        own = np.dtype(self.layout.ids_dtype)
+        return own if self.n_tokens - 1 <= np.iinfo(own).max else np.dtype(np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,7 +180,8 @@ class Vocabulary:
 
     def under_public_name(self) -> Vocabulary:
         """Itself, renamed if it is a published pair of token and median dictionaries."""
-        object.__setattr__(self, "name", _PUBLISHED.get(self.fingerprint, self.name))
+        published = {each.fingerprint: each.published for each in families.layouts().values() if each.fingerprint}
+        object.__setattr__(self, "name", published.get(self.fingerprint, self.name))
         return self
 
     @cached_property
@@ -305,9 +299,8 @@ class Vocabulary:
         aliases, symbols, max_len
             As in the class; by default no aliases, no names, the family's length.
         """
-        if family not in FAMILIES:
-            raise VocabularyError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
-        special = dict(SPECIAL[family])
+        layout = layout_named(family)
+        special = dict(layout.special)
         first = len(special)
         return cls(
             name=name,
@@ -317,7 +310,7 @@ class Vocabulary:
             aliases={key.upper(): gene for key, gene in (aliases or {}).items()},
             symbols=dict(symbols or {}),
             special=special,
-            max_len=max_len or MAX_LEN[family],
+            max_len=max_len or layout.max_len,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -336,6 +329,20 @@ class Vocabulary:
         """Raise VocabularyError, naming both, unless `other` (a vocabulary or an identity) is this vocabulary."""
         theirs = other.identity() if isinstance(other, Vocabulary) else other
         check_same(self.identity(), theirs, first="tokens", second=what)
+
+
+def layout_named(family: str, *, what: str = "family", where: str = "") -> TokenLayout:
+    """The layout of a family's tokens; in the error, ``what`` is the name of the option and ``where`` begins it.
+
+    Raises
+    ------
+    VocabularyError
+        There is none of this name.
+    """
+    known = families.layouts()
+    if family not in known:
+        raise VocabularyError(f"{where}unknown {what} {family!r}; use one of {', '.join(known)}")
+    return known[family]
 
 
 def _text(value: Any, where: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from geneformer_fast import families
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.profiling.figures import Figure, Missing, divided
 from geneformer_fast.profiling.lengths import Lengths
@@ -15,7 +16,6 @@ from geneformer_fast.profiling.prediction.answer import ONE, Prediction, cells_l
 from geneformer_fast.profiling.prediction.energy import energy_of
 from geneformer_fast.profiling.prediction.fitted import GOOD_ENOUGH, interval
 from geneformer_fast.profiling.prediction.measurements import Machine, Tokenized, machine_named
-from geneformer_fast.tokenization.vocabulary import MAX_LEN
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def predict_tokenizing(
     machine = machine_named(card)
     chosen = chosen_passes(machine, preset, threads)
     first = chosen[0]
-    most = MAX_LEN[first.preset]
+    most = families.layout(first.preset).max_len
     cells = cells_like(n_cells, lengths, most, what=f"that the dictionaries of {first.preset} leave of a cell")
     found = fit_passes(chosen)
     seconds = found.per_token * cells.n_tokens + (found.start or 0.0)

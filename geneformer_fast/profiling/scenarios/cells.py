@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
-from geneformer_fast.data.identity import FAMILIES, identity_of
+from geneformer_fast.data.identity import identity_of
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
-from geneformer_fast.tokenization.vocabulary import SPECIAL
 
 #: Made-up cells, where nobody says how many.
 MADE_UP_CELLS = 4096
@@ -138,9 +138,9 @@ class MadeUpCells:
 
 def _made_up_identity(config: EncoderConfig) -> dict[str, Any]:
     """A vocabulary for made-up cells: the published one of the model, or special tokens where most have them."""
-    family = FAMILIES.get(str(config.vocabulary))
-    if family is not None and config.vocab_size > max(SPECIAL[family].values()):
-        special = dict(SPECIAL[family])
+    published = families.layout_of_vocabulary(config.vocabulary)
+    if published is not None and config.vocab_size > max(published[1].special.values()):
+        special = dict(published[1].special)
     else:
         special = {"pad": config.pad_id, "mask": 0 if config.pad_id else 1}
     return {"name": config.vocabulary, "special": special, "n_tokens": config.vocab_size, "fingerprint": None}

@@ -1,0 +1,210 @@
+"""The registry of model families: what a family is stands in one file of this folder, and everything else asks here.
+
+A family's module declares ``FAMILY``, a :class:`Family`. Modules are loaded by name when they are asked for, so that
+what they import themselves may ask the registry. A family from elsewhere is added by :func:`register`, or by an entry
+point of the group :data:`GROUP` that names a :class:`Family`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.families.family import Family, Reading, TokenLayout
+
+if TYPE_CHECKING:
+    from geneformer_fast.config import EncoderConfig
+
+__all__ = [
+    "FAMILIES",
+    "GROUP",
+    "Family",
+    "Reading",
+    "TokenLayout",
+    "all_families",
+    "family",
+    "family_of",
+    "family_reading",
+    "layout",
+    "layout_of_vocabulary",
+    "layouts",
+    "preset_family",
+    "presets",
+    "recognise",
+    "register",
+    "vocabulary_of_rows",
+]
+
+#: Families that come with this package, in the order in which they are listed and asked.
+FAMILIES = ("geneformer", "bionemo", "aido-cell", "scgpt", "scbert")
+#: Group of entry points that bring more.
+GROUP = "geneformer_fast.families"
+
+_registered: dict[str, Family] = {}
+
+
+@functools.cache
+def _of_this_package() -> tuple[Family, ...]:
+    there = [name for name in FAMILIES if importlib.util.find_spec(f"{__name__}.{name.replace('-', '_')}")]
+    return tuple(importlib.import_module(f"{__name__}.{name.replace('-', '_')}").FAMILY for name in there)
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    """Register what other packages bring, once. One that fails is named, and takes nothing else with it."""
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            brought = point.load()
+            register(getattr(brought, "FAMILY", brought))
+        except Exception as reason:
+            warnings.warn(
+                f"the family of models {point.name!r} ({point.value}) cannot be used: {reason}; "
+                "mend or uninstall the package that brings it",
+                stacklevel=2,
+            )
+
+
+def _families() -> Iterator[Family]:
+    """All of them, this package's first; those of other packages are looked for only where these do not answer."""
+    yield from _of_this_package()
+    yield from _from_elsewhere()
+
+
+def _from_elsewhere() -> tuple[Family, ...]:
+    _load_entry_points()
+    return tuple(_registered.values())
+
+
+def all_families() -> list[Family]:
+    """Every family there is."""
+    return list(_families())
+
+
+def register(new: Family) -> Family:
+    """Add a family to those that come with this package; one of the same name that was added before is replaced.
+
+    Raises
+    ------
+    UnsupportedError
+        It is no :class:`Family`, or has a name, a preset or a layout of another family.
+    """
+    if not isinstance(new, Family):
+        raise UnsupportedError(f"a family of models is a geneformer_fast.families.Family, not {type(new).__name__}")
+    for other in (*_of_this_package(), *(each for each in _registered.values() if each.name != new.name)):
+        taken = [("name", new.name)] if new.name == other.name else []
+        taken += [("preset", name) for name in new.presets if name in other.presets]
+        taken += [("layout", name) for name in new.layouts if name in other.layouts]
+        if taken:
+            what, name = taken[0]
+            raise UnsupportedError(f"the family {new.name!r} has the {what} {name!r} of {other.title}; rename it")
+    _registered[new.name] = new
+    return new
+
+
+def family(name: str) -> Family:
+    """A family by its name.
+
+    Raises
+    ------
+    UnsupportedError
+        There is none of this name.
+    """
+    for found in _families():
+        if found.name == name:
+            return found
+    known = ", ".join(found.name for found in all_families())
+    raise UnsupportedError(f"no family of models is called {name!r}; there are {known}")
+
+
+def presets() -> dict[str, EncoderConfig]:
+    """Published models of all families by name."""
+    return {name: config for found in _families() for name, config in found.presets.items()}
+
+
+def preset_family(name: str) -> Family:
+    """The family that a preset is of.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such preset.
+    """
+    for found in _families():
+        if name in found.presets:
+            return found
+    raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(presets())}")
+
+
+def layouts() -> dict[str, TokenLayout]:
+    """How cells become ranked tokens, by the name under which a layout is chosen."""
+    return {name: each for found in _families() for name, each in found.layouts.items()}
+
+
+def layout(name: str) -> TokenLayout:
+    """A layout of ranked tokens by its name.
+
+    Raises
+    ------
+    UnsupportedError
+        There is none of this name.
+    """
+    for found in _families():
+        if name in found.layouts:
+            return found.layouts[name]
+    raise UnsupportedError(f"no layout of tokens is called {name!r}; there are {', '.join(layouts())}")
+
+
+def layout_of_vocabulary(published: str | None) -> tuple[str, TokenLayout] | None:
+    """The layout of a published vocabulary, with its name; None where no published one is called so."""
+    for found in _families():
+        for name, each in found.layouts.items():
+            if each.published == published:
+                return name, each
+    return None
+
+
+def vocabulary_of_rows(n_rows: int) -> str | None:
+    """The published vocabulary that a token table of this many rows is of, which is all that stock files say of it."""
+    for each in layouts().values():
+        if each.n_rows == n_rows:
+            return each.published
+    return None
+
+
+def family_of(config: EncoderConfig) -> Family | None:
+    """The family that a configuration is of, which it names itself or by its vocabulary; None: none, as any BERT.
+
+    Raises
+    ------
+    UnsupportedError
+        It names one that is not here.
+    """
+    if config.family is not None:
+        return family(config.family)
+    if config.vocabulary is None:
+        return None
+    return next((found for found in _families() if config.vocabulary in found.vocabularies), None)
+
+
+def family_reading(config: EncoderConfig) -> Reading:
+    """Where the authors of a model's family read embeddings."""
+    found = family_of(config)
+    return Reading() if found is None else found.reading
+
+
+def recognise(folder: Path) -> Family | None:
+    """Whose checkpoint a folder or file is; None where no family knows it.
+
+    Families of other packages are asked first, since they know of those here.
+    """
+    for found in (*_from_elsewhere(), *_of_this_package()):
+        if found.recognise(folder):
+            return found
+    return None

@@ -1,0 +1,80 @@
+"""BioNeMo Geneformer: Megatron's pre-norm BERT over ranked genes (NVIDIA BioNeMo framework)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.families.family import Family, Reading, TokenLayout
+
+if TYPE_CHECKING:
+    from geneformer_fast.checkpoints.mapping import Entry
+
+LAYOUT = TokenLayout(
+    special={"cls": 0, "mask": 1, "pad": 2, "sep": 3, "unk": 4},
+    max_len=2048,
+    published="bionemo",
+    fingerprint="7cd1e82ff683fc0f5c82091a309cd05c96262ce171dfe5ccd49d7fd821873f47",
+    totals_over_vocabulary=True,
+)
+
+
+def _preset(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderConfig:
+    # The model card says ReLU; the released weights need GELU: tanh in the blocks (fused bias-gelu), erf in the head.
+    return EncoderConfig(
+        n_layers=n_layers,
+        width=width,
+        n_heads=n_heads,
+        ff_width=ff_width,
+        vocab_size=25_472,
+        max_len=2048,
+        norm="pre",
+        activation="gelu_tanh",
+        head_activation="gelu",
+        embedding_norm=False,
+        final_norm=True,
+        n_token_types=0,
+        dropout=0.02,
+        attention_dropout=0.1,
+        pad_id=2,
+        vocabulary="bionemo",
+        family="bionemo",
+    )
+
+
+def entries(config: EncoderConfig, head: str | None = "mlm") -> list[Entry]:
+    """The table for BioNeMo's Megatron encoder (Transformer Engine layer names), with its LM head or without."""
+    from geneformer_fast.checkpoints.mapping import Entry, affine
+
+    table = [
+        Entry("embeddings.token.weight", ("embedding.word_embeddings.weight",)),
+        Entry("embeddings.position.weight", ("embedding.position_embeddings.weight",)),
+    ]
+    for i in range(config.n_layers):
+        theirs, ours = f"encoder.layers.{i}.", f"blocks.{i}."
+        for norm, module in (("attention_norm", "self_attention.linear_qkv"), ("ff_norm", "mlp.linear_fc1")):
+            table += [
+                Entry(f"{ours}{norm}.{kind}", (f"{theirs}{module}.layer_norm_{kind}",)) for kind in ("weight", "bias")
+            ]
+        table += affine(f"{ours}qkv", f"{theirs}self_attention.linear_qkv", n_heads=config.n_heads)
+        table += affine(f"{ours}out", f"{theirs}self_attention.linear_proj")
+        table += affine(f"{ours}up", f"{theirs}mlp.linear_fc1")
+        table += affine(f"{ours}down", f"{theirs}mlp.linear_fc2")
+    table += affine("final_norm", "encoder.final_layernorm")
+    if head == "mlm":
+        table += affine("head.dense", "lm_head.dense")
+        table += affine("head.norm", "lm_head.layer_norm")
+        table.append(Entry("head.bias", ("output_layer.bias",)))
+    return table
+
+
+FAMILY = Family(
+    name="bionemo",
+    title="BioNeMo Geneformer",
+    paper="St. John et al., BioNeMo Framework, arXiv:2411.10548 (2024)",
+    licence="NVIDIA Open Model License (weights), Apache-2.0 (code)",
+    presets={"bionemo-10m": _preset(6, 256, 4, 512), "bionemo-106m": _preset(12, 768, 12, 3072)},
+    layouts={"bionemo": LAYOUT},
+    entries=entries,
+    reading=Reading(layer="last"),
+)

@@ -1,0 +1,75 @@
+"""Geneformer: BERT over genes ranked by how far they are above their median (Theodoris et al., Nature 618, 2023)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.families.family import Family, Reading, TokenLayout
+from geneformer_fast.families.settings import said_in
+
+if TYPE_CHECKING:
+    from geneformer_fast.checkpoints.mapping import Entry
+
+V1 = TokenLayout(
+    special={"pad": 0, "mask": 1},
+    max_len=2048,
+    published="geneformer-v1",
+    fingerprint="ccc708bfa7ed79132075f96b3be75fb3df8eb41297ba854259ace6c84c930302",
+    n_rows=25_426,
+    ids_dtype="int16",
+)
+V2 = TokenLayout(
+    special={"pad": 0, "mask": 1, "cls": 2, "eos": 3},
+    max_len=4096,
+    published="geneformer-v2",
+    fingerprint="182c79bd468fb674604795dbad75cf8950f812cf079d87d638b65503383e6a9e",
+    n_rows=20_275,
+)
+
+
+def _preset(n_layers: int, width: int, ff_width: int, layout: TokenLayout, dropout: float) -> EncoderConfig:
+    assert layout.n_rows is not None
+    return EncoderConfig(
+        n_layers=n_layers,
+        width=width,
+        n_heads=width // 64,
+        ff_width=ff_width,
+        vocab_size=layout.n_rows,
+        max_len=layout.max_len,
+        dropout=dropout,
+        attention_dropout=dropout,
+        vocabulary=layout.published,
+    )
+
+
+def recognise(folder: Path) -> bool:
+    """A folder of BERT with as many tokens as a vocabulary of Geneformer has."""
+    settings = said_in(folder / "config.json")
+    return settings.get("model_type", "bert") == "bert" and settings.get("vocab_size") in (V1.n_rows, V2.n_rows)
+
+
+def entries(config: EncoderConfig, head: str | None) -> list[Entry]:
+    """The table of BERT's tensors."""
+    from geneformer_fast.checkpoints.mapping import bert_entries
+
+    return bert_entries(config, head)
+
+
+FAMILY = Family(
+    name="geneformer",
+    title="Geneformer",
+    paper="Theodoris et al., Transfer learning enables predictions in network biology, Nature 618 (2023)",
+    licence="Apache-2.0",
+    presets={
+        "geneformer-v1-10m": _preset(6, 256, 512, V1, 0.02),
+        "geneformer-v2-104m": _preset(12, 768, 3072, V2, 0.1),
+        "geneformer-v2-104m-clcancer": _preset(12, 768, 3072, V2, 0.1),
+        "geneformer-v2-316m": _preset(18, 1152, 4608, V2, 0.1),
+    },
+    layouts={"v1": V1, "v2": V2},
+    recognise=recognise,
+    entries=entries,
+    reading=Reading(layer="penultimate"),
+)
