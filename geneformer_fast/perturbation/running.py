@@ -108,6 +108,7 @@ def into_folder(
         writer.complete()
         ranks.barrier()
         if ranks.is_first:
+            report |= _of_all(ready, writer, report)
             if beside is not None:
                 states = None if ready.states is None else torch.from_numpy(ready.states.embeddings).to(device)
                 agreement = agreement_of(ready.run, beside, states)
@@ -117,27 +118,35 @@ def into_folder(
 
 
 def _computed(ready: Prepared, writer: PerturbationWriter, ranks: Ranks, *, official: bool) -> dict[str, Any]:
-    """Compute and append what is left; what to report of it."""
+    """Compute and append what is left for this process; what to report of it."""
     run, left = ready.run, writer.remaining
     n_variants = int(ready.plan.n_variants[left].sum())
-    noise = _noise(ready, left) if n_variants else None
+    # Of what is computed already, where nothing is left: effects are said beside it.
+    noise = _noise(ready, left if n_variants else np.arange(len(ready.plan.n_variants)))
     if ranks.is_first:
         part = ready.plan.of_ranks(left)
         logger.info("%s", (timed(run, part) if n_variants else part).text())
-    spread = Spread(0.0 if noise is None else noise.largest, is_shift=ready.states is not None)
     begin, n_absent = perf_counter(), 0
     for piece in run.values(left, n_variants):
-        spread.add(piece.effects.cell)
         n_absent += _n_absent(piece)
         writer.append(int(ready.plan.chosen.cells[piece.rank]), rows_of(piece, ready, official=official))
     seconds = perf_counter() - begin
     _warn_of_absent(n_absent)
     return {
-        "n_variants": n_variants, "seconds": round(seconds, 3),
+        "n_variants_computed": n_variants, "seconds": round(seconds, 3),
         "perturbed_cells_per_second": round(n_variants / seconds, 3) if seconds else None,
         "screen": ready.screened,
-        "noise": None if noise is None else noise.to_dict(), "effects": spread.to_dict(),
+        "noise": None if noise is None else noise.to_dict(),
     }  # fmt: skip
+
+
+def _of_all(ready: Prepared, writer: PerturbationWriter, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What to report of all that the folder holds, whichever process computed it, and when."""
+    noise = report["noise"]
+    spread = Spread(0.0 if noise is None else noise["largest"], is_shift=ready.states is not None)
+    for values in writer.values_of_cells():
+        spread.add(values)
+    return {"n_variants": int(ready.plan.n_variants.sum()), "effects": spread.to_dict()}
 
 
 def _n_absent(piece: CellEffects) -> int:
@@ -166,7 +175,9 @@ def said_of(report: Mapping[str, Any]) -> str:
     """A report in words: speed, and effects beside their noise."""
     effects, noise = report["effects"], report["noise"]
     rate = report["perturbed_cells_per_second"]
-    lines = [f"{report['n_variants']:,} perturbed cells" + ("" if rate is None else f", {rate:,.1f}/s")]
+    n_computed, n_variants = report["n_variants_computed"], report["n_variants"]
+    others = "" if n_computed == n_variants else f" ({n_computed:,} of them by this process, now)"
+    lines = [f"{n_variants:,} perturbed cells{others}" + ("" if rate is None else f", {rate:,.1f}/s")]
     if noise is not None and effects["n"]:
         lines.append(
             f"effects: {effects['root_mean_square']:.2e} (root mean square), {effects['largest']:.2e} at most; noise "

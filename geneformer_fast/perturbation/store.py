@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.files.checksums import check_file, fingerprint_of, is_verifying, sha256_of, with_digest
@@ -19,7 +20,7 @@ from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import system_errors, whole_file, write_json
 from geneformer_fast.perturbation import folder as layout
 from geneformer_fast.perturbation import row_file
-from geneformer_fast.perturbation.rows import CellRows, RowSchema, plain
+from geneformer_fast.perturbation.rows import AFFECTED, VALUE, CellRows, RowSchema, plain
 from geneformer_fast.perturbation.shards import Shard
 
 #: A file is closed by the first cell that brings it to so many rows, or to a thousandth of the folder: little is lost
@@ -353,6 +354,17 @@ class PerturbationWriter:
         if not (self._part or self.is_finished or list((self.folder / layout.BLOCKS).glob("*.json"))):
             self._leave_nothing()
         self._lock.close()
+
+    def values_of_cells(self) -> Iterator[np.ndarray]:
+        """Values of cells themselves, without those of their genes, piece by piece; all files must be whole."""
+        from pyarrow import parquet
+
+        for number in range(len(self._blocks)):
+            path = self.folder / layout.part_name(number)
+            with system_errors(path), parquet.ParquetFile(path) as file:
+                for piece in file.iter_batches(columns=[AFFECTED, VALUE]):
+                    is_cells = pyarrow.compute.is_null(piece.column(AFFECTED))
+                    yield piece.column(VALUE).filter(is_cells).to_numpy(zero_copy_only=False)
 
     def _block(self, number: int) -> dict[str, Any] | None:
         """What is written down of a whole file of this run; None where it is not whole yet."""

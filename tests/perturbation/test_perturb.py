@@ -138,6 +138,14 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path, monkeyp
     assert 0 < len(set(seen)) < 24  # some of the cells are not computed again
     assert digests(tmp_path / "stopped") == digests(whole)
 
+    # What is reported is of the whole folder, and what this process did stands apart.
+    of_whole, of_stopped = (gf.open_perturbations(path).manifest["report"] for path in (whole, tmp_path / "stopped"))
+    assert of_stopped["n_variants"] == of_whole["n_variants"] == of_whole["n_variants_computed"]
+    assert 0 < of_stopped["n_variants_computed"] < of_stopped["n_variants"]
+    for name in ("n", "n_without_value", "largest"):
+        assert of_stopped["effects"][name] == of_whole["effects"][name]
+    assert of_whole["effects"]["n"] == len(gf.open_perturbations(whole).to_frame().query("affected.isna()"))
+
 
 def test_what_decides_values_is_looked_at_before_going_on(tmp_path):
     out = perturbed("V1", tmp_path / "out", genes=["RPL13A"])
