@@ -155,6 +155,8 @@ class Perturbations:
         needed = list(dict.fromkeys([*wanted, *choose.columns, *([CELL] if len(self._sources) > 1 else [])]))
         streams = [source.batches(needed, choose.places(source)) for source in self._sources]
         for batch in streams[0] if len(streams) == 1 else by_rank(streams, self._rank_of):
+            if CELL in batch.schema.names:
+                self._check_listed(batch.column(CELL))
             if (chosen := choose.rows(batch)).num_rows:
                 yield chosen.select(wanted)
 
@@ -231,8 +233,17 @@ class Perturbations:
 
     def _rank_of(self, cell: int) -> int:
         if (rank := self._ranks.get(cell)) is None:
-            raise OutputError(f"{self.path}: there are values of cell {cell}, which it does not list; perturb again")
+            raise self._unlisted(cell)
         return rank
+
+    def _check_listed(self, cells: pa.Array) -> None:
+        """Refuse rows of a cell that is not among those of the folder."""
+        for cell in cells.unique().to_pylist():
+            if cell not in self._ranks:
+                raise self._unlisted(cell)
+
+    def _unlisted(self, cell: int | None) -> OutputError:
+        return OutputError(f"{self.path}: there are values of cell {cell}, which it does not list; perturb again")
 
     def _columns(self, columns: Sequence[str] | None) -> list[str]:
         wanted = self.columns if columns is None else list(columns)

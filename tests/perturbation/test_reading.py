@@ -256,8 +256,9 @@ def test_values_of_cells_that_are_not_listed(home: Path, tmp_path: Path, monkeyp
         opened.read()
     opened = gf.open_perturbations(home / "whole")
     monkeypatch.setattr(opened, "cells", opened.cells.slice(1))
-    with pytest.raises(OutputError, match="values of cells that it does not list"):
-        opened.to_anndata()
+    for read in (opened.read, opened.to_frame, opened.to_anndata):
+        with pytest.raises(OutputError, match=r"values of cell .*which it does not list"):
+            read()
 
 
 @pytest.mark.parametrize("asked", [{"cells": 3}, {"cells": [1.5]}, {"columns": "value"}, {"affected": "yes"}])
