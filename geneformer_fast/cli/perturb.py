@@ -90,14 +90,14 @@ def _add_edits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--screen",
         choices=SCREENS,
-        help="estimate every gene of every cell from its gradients first, and compute the --best alone (default: "
-        "compute all)",
+        help="estimate every gene of every cell, or pairs of them with --pairs or --anchor, from its gradients first, "
+        "and compute the --best alone (default: compute all)",
     )
     parser.add_argument(
         "--best",
         type=int,
         metavar="N",
-        help="genes that --screen leaves, those with the largest effects (default: 100)",
+        help="genes, or pairs with --pairs, that --screen leaves, those with the largest effects (default: 100)",
     )
     parser.add_argument(
         "--counts",
@@ -182,8 +182,7 @@ def check(args: argparse.Namespace) -> None:
         check_file(args.sets, "--sets")
         asked["sets"] = list(read_sets(args.sets).values())
     check_genes(asked.pop("kind"), **{**asked, "genes": None if asked["genes"] == "all" else asked["genes"]})
-    is_one_by_one = not (args.together or args.pairs or args.anchor is not None or args.sets is not None)
-    check_screen(args.screen, args.best, args.kind, _genes(args.genes), is_one_by_one)
+    check_screen(args.screen, args.best, args.kind, _genes(args.genes), together=args.together, sets=args.sets)
     if args.counts is not None and args.kind != COUNTS:
         raise UnsupportedError(f"--counts is about --kind counts; {args.kind} needs none")
     selection_options(args)

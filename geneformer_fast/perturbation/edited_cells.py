@@ -140,7 +140,7 @@ class EditedCells:
         if edits.kind == "swap":
             return places.flip(1)
         if edits.kind == "overexpress":
-            if edits.items is None or edits.anchor is not None:
+            if edits.items is None or edits.anchor is not None or edits.chosen is not None:
                 return _order(places) + edits.front
             in_order = torch.arange(places.shape[1]).expand_as(places) + edits.front
             return torch.where(tokens >= 0, in_order, NOWHERE)

@@ -49,6 +49,8 @@ class Edits:
         Whether genes are perturbed in cells that have them only, also where they are put in front.
     max_len
         Most tokens that the model reads; None where nothing is ever put in front of a cell that lacks it.
+    chosen
+        Of the pairs that are asked for those that are made, in cells that have both genes; None is all.
 
     Notes
     -----
@@ -71,6 +73,7 @@ class Edits:
     back: int = 0
     max_len: int | None = None
     is_present: bool = False
+    chosen: tuple[tuple[int, ...], ...] | None = None
     #: [I, k] int64: lists that are perturbed together, filled up with -1; None where all genes are asked for.
     items: torch.Tensor | None = field(init=False, repr=False, compare=False)
 
@@ -110,6 +113,8 @@ class Edits:
 
 def _items(edits: Edits) -> torch.Tensor | None:
     """[I, k] lists that are perturbed together."""
+    if edits.chosen is not None:
+        return torch.tensor(edits.chosen)
     if edits.sets is not None:
         lists: Sequence[Sequence[int]] = edits.sets
     elif edits.genes is None:

@@ -59,7 +59,9 @@ def check_genes(
             raise UnsupportedError(f"gene {twice!r} is in a list twice: name each once")
 
 
-def check_screen(screen: str | None, best: int | None, kind: str, genes: object, is_one_by_one: bool) -> None:
+def check_screen(
+    screen: str | None, best: int | None, kind: str, genes: object, *, together: bool = False, sets: object = None
+) -> None:
     """Refuse a screen of what cannot be screened.
 
     Raises
@@ -75,8 +77,10 @@ def check_screen(screen: str | None, best: int | None, kind: str, genes: object,
         raise UnsupportedError(f"screen (--screen) must be one of {', '.join(SCREENS)}, not {screen!r}")
     if kind not in ("delete", "overexpress"):
         raise UnsupportedError(f"a screen (--screen) is of deletions or overexpressions, not of kind {kind!r}")
-    if genes != "all" or not is_one_by_one:
-        raise UnsupportedError("a screen (--screen) chooses among all genes, one by one: leave genes and lists out")
+    if genes != "all" or together or sets is not None:
+        raise UnsupportedError(
+            "a screen (--screen) chooses among all genes, or their pairs (--pairs, --anchor): leave genes and lists out"
+        )
     if best is not None and best < 1:
         raise UnsupportedError(f"best (--best) must be at least 1, not {best}")
 

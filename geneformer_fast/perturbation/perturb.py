@@ -104,7 +104,9 @@ def perturb(
     screen, best
         ``"gradient"``: estimate the deletion, or overexpression, of every gene of every cell from a few backward
         passes per cell, and compute only so many genes (None is 100) whose mean effect, on the goal where there is one,
-        is estimated to be largest, in the cells that have them. The report has the estimates.
+        is estimated to be largest, in the cells that have them. With ``pairs`` so many pairs, of the genes with the
+        largest effects by themselves (four for every pair, at least 256); with an ``anchor`` so many genes beside it.
+        The report has the estimates.
     counts
         What the tokens were made of, for the kind ``"counts"``: an AnnData, or files in the order of the token folder's
         inputs. None takes the files that the folder names. Counts that do not give its tokens are refused.
@@ -194,15 +196,13 @@ def perturb(
         ranks = stack.enter_context(process_group(place))
         if out is None and ranks.world_size > 1:
             raise UnsupportedError("several processes write into a folder: say where with out (--out)")
-        if screen is not None and ranks.world_size > 1:
-            raise UnsupportedError("a screen (--screen) chooses genes in one process; start one, or one per shard")
         encoder = model.eval() if isinstance(model, Encoder) else load(model, dtype=dtype, device=place)
         if isinstance(model, Encoder):
             warn_if_emulated(encoder.dtype, encoder.device)
         folder = stack.enter_context(open_tokens(tokens))
         shown = progress if ranks.is_first else False
         ready = prepared(
-            question, folder, encoder, model, dictionary, part, token_budget=token_budget, workers=workers,
+            question, folder, encoder, model, dictionary, part, ranks, token_budget=token_budget, workers=workers,
             progress=shown,
         )  # fmt: skip
         if dry_run:

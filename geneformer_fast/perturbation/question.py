@@ -23,12 +23,14 @@ from geneformer_fast.perturbation.genes import Gene, Names
 from geneformer_fast.perturbation.kinds import COUNTS, MODES, check_screen
 from geneformer_fast.perturbation.plan import Plan, plan_of
 from geneformer_fast.perturbation.screen import GradientScreen
+from geneformer_fast.perturbation.screened import Screened, screened_genes, screened_pairs
 from geneformer_fast.perturbation.selection import chosen_cells
 from geneformer_fast.perturbation.sets import read_sets, tokens_of_sets
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.states import MAX_CELLS, StateRoles, States, embeddings_of, read_states
 from geneformer_fast.tokenization.arrow import TokenFolder
 from geneformer_fast.tokenization.vocabulary import Vocabulary
+from geneformer_fast.training.distributed import Ranks
 
 #: A file of states, embeddings by name, or what was read or made before.
 Embeddings = States | Mapping[str, Any] | str | os.PathLike[str]
@@ -66,8 +68,7 @@ class Question:
             raise UnsupportedError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         if self.states is None and self.state_embeddings is not None:
             raise UnsupportedError("state_embeddings are of states: say which with states")
-        is_one_by_one = not (self.together or self.pairs or self.anchor is not None or self.sets is not None)
-        check_screen(self.screen, self.best, self.kind, self.genes, is_one_by_one)
+        check_screen(self.screen, self.best, self.kind, self.genes, together=self.together, sets=self.sets)
         if self.counts is not None and self.kind != COUNTS:
             raise UnsupportedError(f"counts (--counts) are of kind 'counts'; kind {self.kind!r} needs none")
         if self.seed is not None and self.max_cells is None:
@@ -114,6 +115,7 @@ def prepared(
     model: Encoder | str | os.PathLike[str],
     dictionary: str | os.PathLike[str] | Vocabulary | None,
     shard: Shard,
+    processes: Ranks,
     *,
     token_budget: int | None,
     workers: int | None,
@@ -151,9 +153,11 @@ def prepared(
     if question.screen is not None:
         screen = GradientScreen(encoder, edits.kind, mode.partition("_")[0], question.layer, framing, embeddings)
         goal = 0 if roles is None or roles.goal is None else roles.names.index(str(roles.goal))
-        found = screen.genes(folder, chosen.cells, goal=goal, progress=progress)
-        best = tuple(found.tokens[: question.best or BEST].tolist())
-        edits, screened = replace(edits, genes=best, is_present=True), found.to_dict(len(best))
+        found = None
+        if processes.is_first:
+            found = _screened(screen, edits, folder, chosen.cells, goal, question.best or BEST, progress)
+        edits = _best_of(edits, found, question.best or BEST, processes, encoder.device)
+        screened = None if found is None else found.to_dict(question.best or BEST)
     plan = plan_of(
         folder, chosen, edits, n_states=0 if states is None else len(states.names), has_gene_values=comparison.has_genes
     )
@@ -175,6 +179,30 @@ def prepared(
         token_budget=token_budget, workers=workers, progress=progress, is_official=question.official,
     )  # fmt: skip
     return Prepared(run, part, ranks, len(chosen), names, states, tuple(sets) if sets is not None else (), screened)
+
+
+def _screened(
+    screen: GradientScreen,
+    edits: Edits,
+    folder: TokenFolder,
+    cells: np.ndarray,
+    goal: int,
+    best: int,
+    progress: bool | None,
+) -> Screened:
+    """Genes, or pairs of them, by their estimated effects."""
+    if not edits.pairs and edits.anchor is None:
+        return screened_genes(screen, folder, cells, goal=goal, progress=progress)
+    return screened_pairs(screen, folder, cells, goal=goal, best=best, anchor=edits.anchor, progress=progress)
+
+
+def _best_of(edits: Edits, found: Screened | None, best: int, processes: Ranks, device: torch.device) -> Edits:
+    """The edits with the largest estimated effects, in all processes those that the first one found."""
+    given = None if found is None else torch.from_numpy(np.ascontiguousarray(found.tokens[:best]))
+    tokens = processes.whole_numbers_of_first(given, device).tolist()
+    if not edits.pairs and edits.anchor is None:
+        return replace(edits, genes=tuple(gene for (gene,) in tokens), is_present=True)
+    return replace(edits, chosen=tuple(map(tuple, tokens)), is_present=True)
 
 
 def _mode(mode: str | None, has_cls: bool) -> str:

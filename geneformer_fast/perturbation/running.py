@@ -207,6 +207,7 @@ def identity_of_run(
         "token_budget": run.token_budget,
         "set_names": list(ready.sets),
         "screen": question.screen,
+        "chosen": None if edits.chosen is None else [list(each) for each in edits.chosen],
         "counts": edits.counts.digests if isinstance(edits, CountEdits) and edits.counts is not None else None,
     }  # fmt: skip
     states: dict[str, Any] | None = None

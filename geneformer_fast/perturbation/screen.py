@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +30,11 @@ from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.perturbation.compare import Framing
-from geneformer_fast.perturbation.selection import packed_cells
-from geneformer_fast.progress import Progress
-from geneformer_fast.tokenization.arrow import TokenFolder
 
 #: Random directions of a screen without states.
 N_DIRECTIONS = 32
 # Head sizes that attention on a card takes are multiples of 8.
 _MULTIPLE = 8
-_CELLS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -56,34 +51,6 @@ class CellEstimates:
 
     tokens: np.ndarray
     values: np.ndarray
-
-
-@dataclass(frozen=True)
-class Screened:
-    """Genes by what a screen says of them.
-
-    Attributes
-    ----------
-    tokens
-        [G] int64, those with the largest effects first.
-    estimates
-        [G, S] float64, means over the cells that have the gene.
-    n_cells
-        [G] int64, how many these are.
-    """
-
-    tokens: np.ndarray
-    estimates: np.ndarray
-    n_cells: np.ndarray
-
-    def to_dict(self, best: int) -> dict[str, Any]:
-        """Plain values, of the best of them."""
-        shown = zip(self.tokens[:best], self.estimates[:best], self.n_cells[:best], strict=True)
-        rows = [
-            {"token": int(token), "estimates": [float(value) for value in values], "n_cells": int(n)}
-            for token, values, n in shown
-        ]
-        return {"screen": "gradient", "n_genes": len(self.tokens), "best": rows}
 
 
 class GradientScreen:
@@ -139,6 +106,20 @@ class GradientScreen:
 
     def cell(self, tokens: torch.Tensor) -> CellEstimates:
         """Estimates for one cell, of packed tokens [L] on the encoder's device."""
+        genes, changes = self.changes(tokens)
+        return CellEstimates(genes, self.values(changes))
+
+    def values(self, changes: np.ndarray) -> np.ndarray:
+        """[n, S] shifts, or [n, 1] similarities, of [n, S or directions] changes; those of several genes add up."""
+        return changes if self.has_states else 1 - np.square(changes).mean(1, keepdims=True) / 2
+
+    @property
+    def has_states(self) -> bool:
+        """Whether values are shifts towards states, and not similarities."""
+        return self._states is not None
+
+    def changes(self, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """[n] int64 genes of one cell by rank, and [n, S or directions] float32 what each changes to first order."""
         with _frozen(self.encoder), torch.enable_grad():
             summed = self._summed(tokens).requires_grad_()
             gate = torch.zeros(len(tokens), device=tokens.device, requires_grad=True)
@@ -149,35 +130,18 @@ class GradientScreen:
                 for number, each in enumerate(objectives)
             ]
         changes = torch.stack([self._changes(*each) for each in gradients], 1)  # [n, S]
-        if self._states is None:
-            changes = 1 - changes.square().mean(1, keepdim=True) / 2
         front, back = self.framing.n_front, self.framing.n_back
-        return CellEstimates(tokens[front : len(tokens) - back].cpu().numpy(), changes.float().cpu().numpy())
-
-    def genes(self, folder: TokenFolder, cells: np.ndarray, *, goal: int = 0, progress: bool | None = None) -> Screened:
-        """Genes of some cells of a folder, by the size of their mean effect on the state ``goal``."""
-        tokens, values = [], []
-        with Progress(len(cells), "screening", "cells", progress) as bar:
-            for _, packed in packed_cells(folder, cells, _CELLS_AT_ONCE):
-                for each in packed.to(self.encoder.device).cells():
-                    found = self.cell(each)
-                    # The first gene is in front already.
-                    first = int(self.kind == "overexpress")
-                    tokens.append(found.tokens[first:])
-                    values.append(found.values[first:])
-                    bar.update(1)
-        genes, place, n_cells = np.unique(np.concatenate(tokens), return_inverse=True, return_counts=True)
-        estimates = np.zeros((len(genes), self.n_values))
-        np.add.at(estimates, place, np.concatenate(values))
-        estimates /= n_cells[:, None]
-        sizes = np.abs(estimates[:, goal] - (1.0 if self._states is None else 0.0))
-        order = np.argsort(-np.nan_to_num(sizes), kind="stable")
-        return Screened(genes[order], estimates[order], n_cells[order])
+        return tokens[front : len(tokens) - back].cpu().numpy(), changes.float().cpu().numpy()
 
     @property
     def n_values(self) -> int:
         """Values per gene."""
         return 1 if self._states is None else len(self._states)
+
+    @property
+    def n_changes(self) -> int:
+        """Numbers per gene that add up: a change for every state, or every direction."""
+        return self._n_directions if self._states is None else len(self._states)
 
     def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[L, C] what the first LayerNorm reads."""

@@ -72,6 +72,18 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return float(tensor)
 
+    def whole_numbers_of_first(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """The first process's [N, k] int64, on the host; all others give None."""
+        if self.world_size == 1:
+            assert values is not None
+            return values
+        given = torch.zeros((0, 0), dtype=torch.int64) if values is None else values
+        shape = torch.tensor(given.shape, dtype=torch.int64, device=device)
+        dist.broadcast(shape, 0)
+        found = given.to(device) if self.is_first else torch.zeros(shape.tolist(), dtype=torch.int64, device=device)
+        dist.broadcast(found, 0)
+        return found.cpu()
+
     def barrier(self) -> None:
         """Wait for everybody."""
         if self.world_size > 1:

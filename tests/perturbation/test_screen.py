@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from geneformer_fast.perturbation.compare import Comparison, Framing
 from geneformer_fast.perturbation.edits import Edits
 from geneformer_fast.perturbation.engine import PerturbationRun
 from geneformer_fast.perturbation.screen import GradientScreen, hidden_states
+from geneformer_fast.perturbation.screened import screened_genes, screened_pairs
 from geneformer_fast.ragged import Ragged
 
 GEOMETRY = {
@@ -133,18 +135,73 @@ def test_estimates_of_genes_are_means_over_cells(place: Path) -> None:
     screen = GradientScreen(model, "delete", "cls", "last", FRAMING, n_directions=3)
     folder = gf.open_tokens(place / "tokens")
     cells = np.array([4, 0, 7])
-    found = screen.genes(folder, cells, progress=False)
+    found = screened_genes(screen, folder, cells, progress=False)
     values: dict[int, list[float]] = {}
     for cell in cells:
         each = screen.cell(torch.from_numpy(folder.read([cell])[0].astype(np.int64)))
         for token, value in zip(each.tokens.tolist(), each.values[:, 0].tolist(), strict=True):
             values.setdefault(token, []).append(value)
-    assert dict(zip(found.tokens.tolist(), found.n_cells.tolist(), strict=True)) == {
+    assert dict(zip(found.tokens[:, 0].tolist(), found.n_cells.tolist(), strict=True)) == {
         token: len(each) for token, each in values.items()
     }
-    means = [np.mean(values[token]) for token in found.tokens.tolist()]
+    means = [np.mean(values[token]) for token in found.tokens[:, 0].tolist()]
     np.testing.assert_allclose(found.estimates[:, 0], means, rtol=1e-6)
     assert means == sorted(means)  # the least similar first
+
+
+@pytest.mark.parametrize("has_states", [True, False])
+def test_estimates_of_pairs_are_those_of_both_genes_together(has_states: bool, place: Path) -> None:
+    """Against one cell after another in plain Python: changes add up, and means are over the cells that have both."""
+    model = gf.load(place / "model", device="cpu", dtype="float32")
+    vectors = states(model) if has_states else None
+    screen = GradientScreen(model, "delete", "cls", "last", FRAMING, vectors, n_directions=5)
+    folder, cells = gf.open_tokens(place / "tokens"), np.array([4, 0, 7])
+    found = screened_pairs(screen, folder, cells, goal=0, best=10_000, progress=False)
+    values: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for cell in cells:
+        genes, changes = screen.changes(torch.from_numpy(folder.read([cell])[0].astype(np.int64)))
+        for one, other in itertools.combinations(range(len(genes)), 2):
+            pair = tuple(sorted((int(genes[one]), int(genes[other]))))
+            both = changes[one].astype(np.float64) + changes[other]
+            values.setdefault(pair, []).append(both if has_states else np.array([1 - np.square(both).mean() / 2]))
+    pairs = [tuple(pair) for pair in found.tokens.tolist()]
+    assert dict(zip(pairs, found.n_cells.tolist(), strict=True)) == {pair: len(each) for pair, each in values.items()}
+    means = np.array([np.mean(values[pair], axis=0) for pair in pairs])
+    np.testing.assert_allclose(found.estimates, means, rtol=1e-5, atol=1e-9)
+    sizes = np.abs(means[:, 0] - (0.0 if has_states else 1.0))
+    assert (np.diff(sizes) <= 1e-9).all()
+
+    anchor = pairs[0][0]
+    with_anchor = screened_pairs(screen, folder, cells, goal=0, best=3, anchor=anchor, progress=False)
+    of_anchor = {frozenset(pair): n for pair, n in zip(pairs, found.n_cells.tolist(), strict=True) if anchor in pair}
+    tokens = with_anchor.tokens.tolist()
+    assert {frozenset(pair): n for pair, n in zip(tokens, with_anchor.n_cells.tolist(), strict=True)} == of_anchor
+    assert {first for first, _ in tokens} == {anchor}
+
+
+@pytest.mark.parametrize("kind", ["delete", "overexpress"])
+@pytest.mark.parametrize("way", ["pairs", "anchor"])
+def test_the_best_pairs_are_computed_exactly(way: str, kind: str, place: Path, tmp_path: Path) -> None:
+    ask: dict[str, Any] = {"kind": kind, "states": {"column": "kind", "goal": "b"}, "device": "cpu", "max_cells": 3}
+    folder = gf.open_tokens(place / "tokens")
+    ask |= {"pairs": True} if way == "pairs" else {"anchor": int(folder.read([4])[0][3])}
+    every = gf.perturb(place / "tokens", place / "model", progress=False, **ask)
+    out = gf.perturb(
+        place / "tokens", place / "model", tmp_path / "new", screen="gradient", best=6, progress=False, **ask
+    )
+    found = gf.open_perturbations(out)
+    rows, told = found.to_frame(), found.manifest["report"]["screen"]
+    best = {frozenset(each["tokens"]): each["n_cells"] for each in told["best"]}
+    assert len(best) == 6
+    assert set(rows["tokens"].map(frozenset)) == set(best)
+
+    def by_pair(frame: Any) -> dict[Any, float]:
+        return {(row.cell, frozenset(row.tokens), row.state): row.value for row in frame.itertuples()}
+
+    every, chosen = by_pair(every), by_pair(rows)
+    assert chosen.keys() == {key for key in every if key[1] in best}
+    assert {pair: sum(key[1] == pair for key in chosen) // len(found.states) for pair in best} == best
+    np.testing.assert_allclose([chosen[key] for key in chosen], [every[key] for key in chosen], atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +212,8 @@ def test_estimates_of_genes_are_means_over_cells(place: Path) -> None:
         ({"screen": "gradient", "best": 0}, "at least 1"),
         ({"screen": "gradient", "kind": "inhibit", "doses": 0.5}, "of deletions or overexpressions"),
         ({"screen": "gradient", "genes": [5]}, "leave genes and lists out"),
-        ({"screen": "gradient", "pairs": True}, "leave genes and lists out"),
+        ({"screen": "gradient", "genes": [5, 6], "pairs": True}, "leave genes and lists out"),
+        ({"screen": "gradient", "sets": [[5, 6]]}, "leave genes and lists out"),
     ],
 )
 def test_what_cannot_be_screened_is_refused(options: dict[str, Any], says: str, place: Path) -> None:
