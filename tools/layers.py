@@ -35,7 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.embeddings",),
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
     (f"{FAST}.tokenization.genes",),
-    (f"{FAST}.tokenization.vocabulary", f"{FAST}.tokenization.dictionaries"),
+    (f"{FAST}.tokenization.vocabulary",),
+    (f"{FAST}.tokenization.dictionaries",),
     (f"{FAST}.tokenization.pickles",),
     # The registry loads families by name, so that those below them may ask it what they are.
     (f"{FAST}.families.__init__", f"{FAST}.families.family", f"{FAST}.families.settings"),
@@ -128,11 +129,13 @@ HEAVY = frozenset(
 LIGHT = (
     FAST,
     *(f"{FAST}.{name}" for name in ("__main__", "errors", "cli", "progress", "arguments", "families")),
+    *(f"{FAST}.families.{name}" for name in ("family", "settings", "geneformer", "bionemo", "aido_cell")),
+    *(f"{FAST}.families.{name}" for name in ("scgpt", "scbert")),
     KERNELS,
     f"{KERNELS}.dispatch",
     f"{KERNELS}.target",
 )
-EXACT = {FAST, KERNELS}  # of LIGHT: the package itself, without its modules
+EXACT = {FAST, KERNELS, f"{FAST}.families"}  # of LIGHT: the package itself, without its modules
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import. Files
 # in the package's folder for the CPU are named with it.
@@ -476,10 +479,10 @@ def _package_file(parts: list[str]) -> str:
 
 
 def _cycles(runtime: list[Import], known: dict[str, Path]) -> Iterator[Breach]:
-    """Cycles of imports that run when a module loads; a lazy import may only reach back within its own layer."""
+    """Circles of modules, by imports that run when they load or later: two that need each other are one, or three."""
     graph: dict[str, dict[str, Import]] = {}
     for item in runtime:
-        if not item.is_lazy and item.module != item.target:
+        if item.module != item.target:
             graph.setdefault(item.module, {}).setdefault(item.target, item)
     for cycle in _cycles_of(graph):
         item = graph[cycle[0]][cycle[1]]

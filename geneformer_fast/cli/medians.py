@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from geneformer_fast.cli.places import check_counts, check_dictionary
-    from geneformer_fast.tokenization.dictionaries import check_vocabulary_folder
+    from geneformer_fast.tokenization.vocabulary import check_vocabulary_folder
 
     check_dictionary(args.dictionary)
     check_counts(args.inputs)

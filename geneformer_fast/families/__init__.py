@@ -33,6 +33,7 @@ __all__ = [
     "family_of",
     "family_reading",
     "layout",
+    "layout_family",
     "layout_of_vocabulary",
     "layouts",
     "preset_family",
@@ -159,6 +160,18 @@ def layout(name: str) -> TokenLayout:
         if name in found.layouts:
             return found.layouts[name]
     raise UnsupportedError(f"no layout of tokens is called {name!r}; there are {', '.join(layouts())}")
+
+
+def layout_family(name: str) -> Family:
+    """The family that a layout of ranked tokens is of.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such layout.
+    """
+    layout(name)
+    return next(found for found in _families() if name in found.layouts)
 
 
 def layout_of_vocabulary(published: str | None) -> tuple[str, TokenLayout] | None:

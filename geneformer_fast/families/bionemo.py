@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from geneformer_fast.config import EncoderConfig
+from geneformer_fast.families import bionemo_vocabulary
 from geneformer_fast.families.family import Family, Reading, TokenLayout
 
 if TYPE_CHECKING:
     from geneformer_fast.checkpoints.mapping import Entry
 
 LAYOUT = TokenLayout(
-    special={"cls": 0, "mask": 1, "pad": 2, "sep": 3, "unk": 4},
+    special=bionemo_vocabulary.numbered(),
     max_len=2048,
     published="bionemo",
     fingerprint="7cd1e82ff683fc0f5c82091a309cd05c96262ce171dfe5ccd49d7fd821873f47",
     totals_over_vocabulary=True,
+    files=bionemo_vocabulary.FILES,
+    read=bionemo_vocabulary.read,
+    derived_from="v1",
+    derive=bionemo_vocabulary.derive,
 )
 
 

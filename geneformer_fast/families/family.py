@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geneformer_fast.checkpoints.mapping import Entry
     from geneformer_fast.config import EncoderConfig
     from geneformer_fast.encoder import Encoder
+    from geneformer_fast.tokenization.dictionaries import Contents, Release
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class TokenLayout:
         Whether a cell's total is over the genes of the vocabulary only, not over all.
     ids_dtype
         Integer type of stored tokens, as the official tool writes them.
+    files, read
+        Names of files that list the tokens, and ``read(file, dictionaries beside it)``, where they do not come in
+        Geneformer's dictionaries.
+    derived_from, derive
+        Name of the layout whose dictionaries it can be made of, and ``derive(dictionaries)``.
     """
 
     special: Mapping[str, int]
@@ -51,6 +57,10 @@ class TokenLayout:
     n_rows: int | None = None
     totals_over_vocabulary: bool = False
     ids_dtype: str = "int32"
+    files: tuple[str, ...] = ()
+    read: Callable[[Path, Release], Contents] | None = None
+    derived_from: str | None = None
+    derive: Callable[[Release], Contents] | None = None
 
     @property
     def is_framed(self) -> bool:

@@ -15,6 +15,7 @@ from geneformer_fast.arguments import checked
 from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.perturbation.folder import is_official
 from geneformer_fast.perturbation.matrix import anndata_of
+from geneformer_fast.perturbation.official_rows import official_rows
 from geneformer_fast.perturbation.parts import PartFolder, Source, by_rank, check_together
 from geneformer_fast.perturbation.rows import AFFECTED, CELL, OWN, STATE, TOKENS
 
@@ -55,9 +56,7 @@ def open_perturbations(
     if not places:
         raise OutputError("no folder of perturbations is named")
     if len(places) == 1 and is_official(Path(places[0])):
-        from geneformer_fast.perturbation.official_files import open_official
-
-        return open_official(places[0])
+        return Perturbations([official_rows(places[0])])
     folders = [PartFolder(Path(place), verify=verify) for place in places]
     check_together(folders, is_partial=partial)
     folders.sort(key=lambda part: part.manifest["shard"]["index"])

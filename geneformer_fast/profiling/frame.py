@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.profiling.figures import Missing, Spread
 from geneformer_fast.profiling.listing import entries
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import unit_of
 
 if TYPE_CHECKING:
     import pandas
+
+    from geneformer_fast.profiling.report import Report
 
 COLUMNS = ("engine", "section", "name", "value", "unit", "text", "reason")
 _OF_OPERATIONS = ("calls", "time_ms", "share", "flops", "n_bytes", "roof_share")

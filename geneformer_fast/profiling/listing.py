@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.profiling.figures import KINDS, PARTS, Missing, Spread
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import unit_of, words, written
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from geneformer_fast.profiling.figures import KINDS, PARTS, Figure, Finding, Missing, Operation, divided
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import visible, words, written
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 WIDTH = 100
 #: Rows of the table of operations.

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from geneformer_fast import families
 from geneformer_fast.arguments import checked
-from geneformer_fast.errors import VocabularyError
+from geneformer_fast.errors import OutputError, VocabularyError
 from geneformer_fast.families.family import TokenLayout
-from geneformer_fast.files.checksums import with_digest
+from geneformer_fast.files.checksums import DIGEST, VERIFY, check_digest, with_digest
+from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
+from geneformer_fast.tokenization.dictionaries import SAVED_FILE, checked_numbers, checked_strings, read_contents
 
 if TYPE_CHECKING:
     import numpy as np
 
-SAVED_FILE = "vocabulary.json"
+_CHANGED = f"restore it, or if it was changed on purpose remove its field {DIGEST} (or set {VERIFY}=0)"
 _FORMAT = "geneformer-fast vocabulary"
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -227,8 +229,6 @@ class Vocabulary:
             raise VocabularyError(f"{where}: not a vocabulary saved by geneformer_fast")
         if content.get("version") != 1:
             raise VocabularyError(f"{where}: written by a newer geneformer_fast (version {content.get('version')!r})")
-        from geneformer_fast.tokenization.dictionaries import checked_numbers, checked_strings
-
         try:
             fields = {
                 "name": _text(content["name"], f"{where}: name"),
@@ -262,17 +262,32 @@ class Vocabulary:
         folder
             The folder.
         preset
-            ``"v1"``, ``"v2"`` or ``"bionemo"``: which one when the folder holds several. ``"bionemo"`` on a folder
-            with Geneformer's V1 dictionaries builds BioNeMo's vocabulary out of them.
+            ``"v1"``, ``"v2"`` or ``"bionemo"`` (:func:`geneformer_fast.families.layouts`): which one when the folder
+            holds several. ``"bionemo"`` on a folder with Geneformer's V1 dictionaries builds BioNeMo's vocabulary out
+            of them.
 
         Raises
         ------
         VocabularyError
             Nothing usable, several candidates, or dictionaries that do not belong together.
         """
-        from geneformer_fast.tokenization.dictionaries import read_folder
-
-        return read_folder(Path(folder), preset)
+        folder = Path(folder)
+        if preset is not None:
+            layout_named(preset, what="preset")
+        if not folder.is_dir():
+            raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
+        if not (folder / SAVED_FILE).is_file():
+            return cls(**vars(read_contents(folder, preset))).under_public_name()
+        saved = folder / SAVED_FILE
+        content = read_json(saved, VocabularyError)
+        found = cls.from_dict(content, where=str(saved))
+        check_digest(content, saved, VocabularyError, _CHANGED)
+        if preset is not None and found.family != preset:
+            raise VocabularyError(
+                f"{folder}: preset {preset!r} was asked for, but this is {found.name!r} of family "
+                f"{found.family!r}; use --preset {found.family}"
+            )
+        return found
 
     @classmethod
     @checked
@@ -329,6 +344,14 @@ class Vocabulary:
         """Raise VocabularyError, naming both, unless `other` (a vocabulary or an identity) is this vocabulary."""
         theirs = other.identity() if isinstance(other, Vocabulary) else other
         check_same(self.identity(), theirs, first="tokens", second=what)
+
+
+def check_vocabulary_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder in which no vocabulary may be saved."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is no folder; name another one")
+    if (folder / SAVED_FILE).exists() and not overwrite:
+        raise OutputError(f"{folder} holds a vocabulary already; name another folder or pass --overwrite")
 
 
 def layout_named(family: str, *, what: str = "family", where: str = "") -> TokenLayout:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.profiling.figures import Missing
 from geneformer_fast.profiling.listing import Entry, entries
 from geneformer_fast.profiling.page import sections
 from geneformer_fast.profiling.page.svg import style
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import visible
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 # Between a number and its unit, where no line may end.
 _UNIT = re.compile(

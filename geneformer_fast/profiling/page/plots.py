@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.profiling.figures import Setting
 from geneformer_fast.profiling.page.svg import COLORS, NARROW, ON_COLOR, WIDE, Plot
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import digits, unit_of, visible, words, written
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 #: Bars of batches on the wide plot; more batches than bars are joined.
 MOST_BARS = 90

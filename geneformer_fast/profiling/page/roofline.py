@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.profiling.figures import Operation
 from geneformer_fast.profiling.page.plots import both_widths, number
 from geneformer_fast.profiling.page.svg import COLORS, ON_COLOR, Plot
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import digits, visible, written
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 #: Operations with a number on the roofline, the longest first.
 MOST_POINTS = 12

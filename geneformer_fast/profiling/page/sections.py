@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.profiling.figures import Finding, Missing
 from geneformer_fast.profiling.page import plots, roofline
 from geneformer_fast.profiling.page.plots import number
-from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.units import digits, unit_of, words, written
+
+if TYPE_CHECKING:
+    from geneformer_fast.profiling.report import Report
 
 #: Rows of a table of batches or moments; more are joined, or every so manieth is shown.
 MOST_ROWS = 40
