@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from geneformer_fast import EncoderConfig
+from geneformer_fast import EncoderConfig, families
 
 # Published vocabularies name few special tokens, the first ones.
 _FIRST_GENE = 5
+
+
+def is_framed(config: EncoderConfig) -> bool:
+    """Whether cells of the model's vocabulary begin with CLS and end with EOS."""
+    published = families.layout_of_vocabulary(config.vocabulary)
+    return published is not None and published[1].is_framed
 
 
 def token_folder(folder: Path, lengths: Sequence[int], config: EncoderConfig) -> Path:
@@ -20,7 +26,7 @@ def token_folder(folder: Path, lengths: Sequence[int], config: EncoderConfig) ->
     """
     ids = np.random.default_rng(0).integers(_FIRST_GENE, config.vocab_size, sum(lengths), dtype=np.int32)
     bounds = np.cumsum([0, *lengths])
-    if config.vocabulary == "geneformer-v2":
+    if is_framed(config):
         ids[bounds[:-1]], ids[bounds[1:] - 1] = 2, 3
     return _saved(folder, ids, bounds)
 
@@ -35,16 +41,16 @@ def perturbable_folder(
     folder, genes
         ``genes``: tokens of those.
     """
-    rng, is_framed = np.random.default_rng(0), config.vocabulary == "geneformer-v2"
+    rng, has_frame = np.random.default_rng(0), is_framed(config)
     common = np.arange(_FIRST_GENE, _FIRST_GENE + n_common, dtype=np.int32)
     cells = []
     for length in lengths:
-        n_genes = length - 2 * is_framed
+        n_genes = length - 2 * has_frame
         others = rng.permutation(np.arange(_FIRST_GENE + n_common, config.vocab_size, dtype=np.int32))
         cell = others[: n_genes - n_common]
         # Places before which the common ones stand, of those that the others have.
         cell = np.insert(cell, ((np.arange(n_common) + 0.5) / n_common * (len(cell) + 1)).astype(int), common)
-        cells.append(np.concatenate([[2], cell, [3]]).astype(np.int32) if is_framed else cell)
+        cells.append(np.concatenate([[2], cell, [3]]).astype(np.int32) if has_frame else cell)
     return _saved(folder, np.concatenate(cells), np.cumsum([0, *lengths])), common.tolist()
 
 

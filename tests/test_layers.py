@@ -149,14 +149,36 @@ def test_cycles_are_reported(layers, tmp_path):
     assert "cycle: geneformer_fast.drop_in -> geneformer_fast.extract -> geneformer_fast.training" in found[0]
 
 
-def test_modules_of_one_package_may_not_need_each_other_to_load(layers, tmp_path):
+def test_modules_of_one_package_may_not_need_each_other(layers, tmp_path):
     package = "geneformer_fast/quickstart"
     cycle = {f"{package}/a.py": f"import {package.replace('/', '.')}.b\n", f"{package}/b.py": "from . import a\n"}
     root = write_tree(tmp_path, {f"{package}/__init__.py": "", **cycle})
     assert ["cycle" in breach.reason for breach in layers.breaches(root)] == [True]
-    # Loading one of them inside a function breaks the deadlock.
+    # Loading one of them inside a function ends the deadlock, and not the circle; naming its types is free.
     (root / package / "b.py").write_text("def f():\n    from . import a\n")
+    assert ["cycle" in breach.reason for breach in layers.breaches(root)] == [True]
+    (root / package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import a\n")
     assert layers.breaches(root) == []
+
+
+def test_the_registry_lies_low_and_the_families_high(layers, tmp_path):
+    root = write_tree(
+        tmp_path,
+        {
+            "geneformer_fast/families/__init__.py": "if TYPE_CHECKING:\n    import geneformer_fast.encoder\n",
+            "geneformer_fast/families/mine.py": "from geneformer_fast import families, checkpoints\n",
+            "geneformer_fast/checkpoints.py": "from geneformer_fast import families\n",
+            "geneformer_fast/encoder.py": "import geneformer_fast.families\n",
+        },
+    )
+    assert layers.breaches(root) == []
+    (root / "geneformer_fast/checkpoints.py").write_text("import geneformer_fast.families.mine\n")
+    (root / "geneformer_fast/families/__init__.py").write_text("import geneformer_fast.encoder\n")
+    found = {breach.module: breach.reason for breach in layers.breaches(root) if "cycle" not in breach.reason}
+    assert found == {
+        "geneformer_fast.checkpoints": "must not import geneformer_fast.families.mine, which is on a layer above",
+        "geneformer_fast.families": "must not import geneformer_fast.encoder, which is on a layer above",
+    }
 
 
 def test_the_tool_runs_from_the_command_line():

@@ -44,6 +44,11 @@ class Geometry:
     max_len: int
     least_cosine: float = 0.99
 
+    @property
+    def has_cls(self) -> bool:
+        """Whether cells lie between CLS and EOS."""
+        return self.family == "V2"
+
     def stock_config(self) -> Any:
         """The same as a BertConfig."""
         from transformers import BertConfig
@@ -180,7 +185,7 @@ def _extractor(place: Workplace) -> Run:
     from transformers import BertForMaskedLM
 
     model = BertForMaskedLM.from_pretrained(place.model).eval()
-    has_cls = place.geometry.family == "V2"
+    has_cls = place.geometry.has_cls
     return lambda cells, batch_size: extractor_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
 
@@ -190,7 +195,7 @@ def _stock(place: Workplace) -> Run:
     # Not with dtype=, which transformers before 4.56 calls torch_dtype.
     model = BertModel.from_pretrained(place.model, attn_implementation="sdpa", add_pooling_layer=False)
     model = model.bfloat16().eval()
-    has_cls = place.geometry.family == "V2"
+    has_cls = place.geometry.has_cls
     return lambda cells, batch_size: stock_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
 

@@ -45,7 +45,7 @@ def _stock(place: Workplace) -> Run:
     from transformers import BertModel
 
     model = BertModel.from_pretrained(place.model, attn_implementation="sdpa", add_pooling_layer=False).eval()
-    has_cls = place.geometry.family == "V2"
+    has_cls = place.geometry.has_cls
     return lambda cells, batch_size: stock_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
 
@@ -53,7 +53,7 @@ def _extractor(place: Workplace) -> Run:
     from transformers import BertForMaskedLM
 
     model = BertForMaskedLM.from_pretrained(place.model).eval()
-    has_cls = place.geometry.family == "V2"
+    has_cls = place.geometry.has_cls
     return lambda cells, batch_size: extractor_embeddings(
         model, cells, emb_layer=_LAST, has_cls=has_cls, batch_size=batch_size
     )

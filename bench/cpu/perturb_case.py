@@ -79,7 +79,7 @@ class PerturbPlace(Workplace):
     @property
     def has_cls(self) -> bool:
         """Whether cells begin with CLS, whose hidden states are compared then."""
-        return self.geometry.family == "V2"
+        return self.geometry.has_cls
 
 
 def cells_near(family: str, n_cells: int, length: int = LENGTH) -> pa.Table:

@@ -76,7 +76,7 @@ def _dynamic(place: Workplace) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it is about to be removed
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    has_cls = place.geometry.family == "V2"
+    has_cls = place.geometry.has_cls
     return lambda cells, batch_size: stock_embeddings(model, cells, has_cls=has_cls, batch_size=batch_size)
 
 

@@ -18,7 +18,7 @@ from geneformer_fast.files.writing import whole_file
 
 #: What the Hub shows.
 CARD = "README.md"
-TAGS = ("single-cell", "transcriptomics", "geneformer", "geneformer-fast")
+TAGS = ("single-cell", "transcriptomics", "geneformer-fast")
 _DASHES = "---"
 # Where a run puts its model.
 _FINAL = "final"
@@ -66,6 +66,8 @@ class ModelCard:
         ``"finetune"``, ``"adapter"`` or ``"quantized"``, with ``base``.
     library, task
         In the Hub's terms: what loads the model, and what it does.
+    family
+        Of models (:mod:`geneformer_fast.families`), if it is of one.
     scores
         For the Hub to list.
     kept
@@ -79,6 +81,7 @@ class ModelCard:
     relation: str = "finetune"
     library: str = "transformers"
     task: str | None = None
+    family: str | None = None
     scores: Sequence[Score] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,7 +102,7 @@ class ModelCard:
 
     def _front(self) -> str:
         blocks = {**licence_in(self.base), **self.kept}
-        values: dict[str, Any] = {"library_name": self.library, "tags": list(TAGS)}
+        values: dict[str, Any] = {"library_name": self.library, "tags": [*TAGS, *filter(None, [self.family])]}
         if "tags" in blocks:
             del values["tags"]
         if self.task is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from geneformer_fast import families
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.cli.tokenize import add_inputs, count_options
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_inputs(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the vocabulary in")
-    parser.add_argument("--family", choices=("v1", "v2", "bionemo"), default="v2", help="special tokens and length")
+    parser.add_argument(
+        "--family", choices=tuple(families.layouts()), default=families.DEFAULT_LAYOUT, help="special tokens and length"
+    )
     parser.add_argument("--name", default="custom", help="what the vocabulary is called")
     dictionary = parser.add_argument(
         "--dictionary",
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     renamed(parser, "--mapping", dictionary)
     preset = parser.add_argument(
-        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries (default: the only ones in DIR)"
+        "--preset", choices=tuple(families.layouts()), help="which dictionaries (default: the only ones in DIR)"
     )
     renamed(parser, "--mapping-preset", preset)
     parser.add_argument("--min-cells", type=int, default=1, metavar="N", help="leave out genes found in fewer cells")

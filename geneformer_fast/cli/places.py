@@ -145,6 +145,7 @@ def check_layer(layer: str | None, model: str | None) -> None:
     UnsupportedError
         It has not.
     """
+    from geneformer_fast import families
     from geneformer_fast.checkpoints.present import n_layers_in
     from geneformer_fast.config import PRESETS, EncoderConfig
 
@@ -153,7 +154,7 @@ def check_layer(layer: str | None, model: str | None) -> None:
     if model in PRESETS:
         PRESETS[model].layer_index(layer)
     elif (n_layers := n_layers_in(Path(model))) is not None:
-        EncoderConfig.preset("geneformer-v1-10m", n_layers=n_layers).layer_index(layer)
+        EncoderConfig.preset(families.DEFAULT_PRESET, n_layers=n_layers).layer_index(layer)
 
 
 def check_file(path: str | None, option: str) -> None:

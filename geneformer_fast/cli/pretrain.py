@@ -7,6 +7,7 @@ import json
 import logging
 from typing import Any
 
+from geneformer_fast import families
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 from geneformer_fast.errors import UnsupportedError
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run; the model is in its final/")
     parser.add_argument(
         "--config",
-        default="geneformer-v1-10m",
+        default=families.DEFAULT_PRESET,
         metavar="NAME",
         help="a preset's name, a config.json, or a model's folder (its geometry only) (default: geneformer-v1-10m)",
     )

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geneformer_fast import families
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--preset",
-        choices=("v1", "v2", "bionemo"),
+        choices=tuple(families.layouts()),
         help="which dictionaries, if there are several; with --predict, whose (default: the only ones in FOLDER)",
     )
     _add_how(parser)
@@ -111,7 +112,7 @@ def check(args: argparse.Namespace) -> None:
         check_counts([request.counts])
     if request.tokens is not None:
         check_tokens(request.tokens)
-    check_layer(request.layer, request.model or ("geneformer-v1-10m" if request.predict else None))
+    check_layer(request.layer, request.model or (families.DEFAULT_PRESET if request.predict else None))
     if request.out is not None:
         check_place(Path(request.out), is_replacing=request.overwrite)
 

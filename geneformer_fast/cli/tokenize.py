@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geneformer_fast import families
 from geneformer_fast.cli.answer import Answer
 from geneformer_fast.cli.options import renamed
 
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; datasets.load_from_disk opens it")
     parser.add_argument("--dictionary", required=True, metavar="FOLDER", help="folder with the gene dictionaries")
     parser.add_argument(
-        "--preset", choices=("v1", "v2", "bionemo"), help="which dictionaries (default: the only ones in FOLDER)"
+        "--preset", choices=tuple(families.layouts()), help="which dictionaries (default: the only ones in FOLDER)"
     )
     parser.add_argument(
         "--obs",

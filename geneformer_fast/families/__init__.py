@@ -12,9 +12,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.families.family import Family, Reading, TokenLayout
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from geneformer_fast.config import EncoderConfig
 
 __all__ = [
+    "DEFAULT_LAYOUT",
+    "DEFAULT_PRESET",
     "FAMILIES",
     "GROUP",
     "Family",
@@ -30,6 +32,7 @@ __all__ = [
     "TokenLayout",
     "all_families",
     "family",
+    "family_name",
     "family_of",
     "family_reading",
     "layout",
@@ -38,6 +41,7 @@ __all__ = [
     "layouts",
     "preset_family",
     "presets",
+    "recipes",
     "recognise",
     "register",
     "vocabulary_of_rows",
@@ -45,6 +49,8 @@ __all__ = [
 
 #: Families that come with this package, in the order in which they are listed and asked.
 FAMILIES = ("geneformer", "bionemo", "aido-cell", "scgpt", "scbert")
+#: What is taken where nobody names one.
+DEFAULT_PRESET, DEFAULT_LAYOUT = "geneformer-v1-10m", "v2"
 #: Group of entry points that bring more.
 GROUP = "geneformer_fast.families"
 
@@ -143,6 +149,11 @@ def preset_family(name: str) -> Family:
     raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(presets())}")
 
 
+def recipes() -> dict[str, Mapping[str, Any]]:
+    """How published models were trained, by name: fields of :class:`geneformer_fast.training.recipe.Recipe`."""
+    return {name: fields for found in _families() for name, fields in found.recipes.items()}
+
+
 def layouts() -> dict[str, TokenLayout]:
     """How cells become ranked tokens, by the name under which a layout is chosen."""
     return {name: each for found in _families() for name, each in found.layouts.items()}
@@ -204,6 +215,12 @@ def family_of(config: EncoderConfig) -> Family | None:
     if config.vocabulary is None:
         return None
     return next((found for found in _families() if config.vocabulary in found.vocabularies), None)
+
+
+def family_name(config: EncoderConfig) -> str | None:
+    """Name of the family that a configuration is of, if it is of one."""
+    found = family_of(config)
+    return None if found is None else found.name
 
 
 def family_reading(config: EncoderConfig) -> Reading:

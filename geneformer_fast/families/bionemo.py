@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.families import bionemo_vocabulary
@@ -47,6 +47,22 @@ def _preset(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderCo
     )
 
 
+def _recipe(steps: int) -> dict[str, Any]:
+    """From its documentation."""
+    return dict(
+        steps=steps,
+        batch_cells=2048,
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_share=0.01,
+        floor=0.02,  # a rate of 2e-5
+        floor_share=0.05,
+        weight_decay=0.1,
+        precision="bfloat16",
+        masking={"mask": 0.8, "random": 0.02},
+    )
+
+
 def entries(config: EncoderConfig, head: str | None = "mlm") -> list[Entry]:
     """The table for BioNeMo's Megatron encoder (Transformer Engine layer names), with its LM head or without."""
     from geneformer_fast.checkpoints.mapping import Entry, affine
@@ -80,6 +96,7 @@ FAMILY = Family(
     licence="NVIDIA Open Model License (weights), Apache-2.0 (code)",
     presets={"bionemo-10m": _preset(6, 256, 4, 512), "bionemo-106m": _preset(12, 768, 12, 3072)},
     layouts={"bionemo": LAYOUT},
+    recipes={"bionemo-10m": _recipe(81_485), "bionemo-106m": _recipe(35_650)},
     entries=entries,
     reading=Reading(layer="last"),
 )

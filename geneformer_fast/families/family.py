@@ -111,6 +111,9 @@ class Family:
         Of families that read ranked genes: the name under which a layout is chosen (``--preset``), and the layout.
     preparation
         Of families that read values: the rules from counts to them (``families.preparation.Preparation``).
+    recipes
+        How models were trained: name, a preset's where there is one, to fields of
+        :class:`geneformer_fast.training.recipe.Recipe`, batches being those of all GPUs together.
     recognise
         Whether a folder, or a file, holds a checkpoint of the family. Reads names and small JSON, and executes nothing.
     load
@@ -141,6 +144,7 @@ class Family:
     presets: Mapping[str, EncoderConfig]
     layouts: Mapping[str, TokenLayout] = field(default_factory=dict)
     preparation: Any = None
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recognise: Callable[[Path], bool] = _recognises_nothing
     load: Callable[..., Encoder] | None = None
     save: Callable[..., Path] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.families.family import Family, Reading, TokenLayout
@@ -44,6 +44,22 @@ def _preset(n_layers: int, width: int, ff_width: int, layout: TokenLayout, dropo
     )
 
 
+# The code of Geneformer's collator takes <cls> and <eos> for genes.
+_MASKING = {"masks_specials": True}
+# From the arguments saved with its runs; precision is not known.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "geneformer-v1-10m": dict(batch_cells=12 * 12, learning_rate=1e-3, warmup_steps=10_000),
+    "geneformer-v1-12l": dict(batch_cells=4 * 12, learning_rate=5e-4, warmup_steps=10_000),
+    "geneformer-12l-95m": dict(
+        batch_cells=4 * 8, learning_rate=5e-4, schedule="cosine", warmup_steps=5_000, masking=_MASKING
+    ),
+    # 18 cells per device are known, the number of devices is not: eight are assumed.
+    "geneformer-v2-104m": dict(
+        batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_share=0.007, masking=_MASKING
+    ),
+}
+
+
 def recognise(folder: Path) -> bool:
     """A folder of BERT with as many tokens as a vocabulary of Geneformer has."""
     settings = said_in(folder / "config.json")
@@ -70,6 +86,7 @@ FAMILY = Family(
     },
     layouts={"v1": V1, "v2": V2},
     recognise=recognise,
+    recipes=_RECIPES,
     entries=entries,
     reading=Reading(layer="penultimate"),
 )

@@ -39,6 +39,7 @@ def finetuned_card(
     base: Path | None,
     *,
     is_bert: bool,
+    family: str | None = None,
 ) -> ModelCard:
     """What there is to say.
 
@@ -56,6 +57,8 @@ def finetuned_card(
         Folder of the pretrained model, if it came from one.
     is_bert
         Whether transformers loads it.
+    family
+        Of models, if it is of one.
     """
     kind, tasks = about["kind"], about["tasks"]
     told = " and ".join(f"{task['name']} ({len(task['classes'])} classes)" for task in tasks)
@@ -77,6 +80,7 @@ def finetuned_card(
         base=base,
         library="transformers" if is_bert else "geneformer-fast",
         task=_TASKS[kind],
+        family=family,
         scores=found,
     )
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from geneformer_fast import __version__
+from geneformer_fast import __version__, families
 from geneformer_fast.checkpoints.hf import is_bert
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import OutputError, UnsupportedError
@@ -317,7 +317,15 @@ class Engine:
         """The card of the final model, and of its adapter, now that its scores are known."""
         final = self.folder.final
         about = read_json(final / CARD, OutputError)
-        card = finetuned_card(final, about, self.work.tokens, scores, self.source, is_bert=is_bert(self.base))
+        card = finetuned_card(
+            final,
+            about,
+            self.work.tokens,
+            scores,
+            self.source,
+            is_bert=is_bert(self.base),
+            family=families.family_name(self.base.config),
+        )
         card.save(final)
         if self.folder.adapter.exists():
             adapter_card(card, self.source, about).save(self.folder.adapter)

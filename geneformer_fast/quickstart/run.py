@@ -138,7 +138,7 @@ def _take_cells(tour: Tour) -> anndata.AnnData:
 
 def _make_vocabulary(tour: Tour) -> Vocabulary:
     with tour.step("medians", "Vocabulary: the median of every gene's non-zero normalised counts"):
-        vocabulary = geneformer_fast.medians(tour.out / "cells.h5ad", family="v2", name="quickstart", progress=False)
+        vocabulary = geneformer_fast.medians(tour.out / "cells.h5ad", name="quickstart", progress=False)
         vocabulary.save(tour.out / "vocabulary")
     tour.tell(f"{len(vocabulary.token_ids):,} genes -> {tour.out / 'vocabulary'}")
     return vocabulary

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.counts import expand_inputs
 from geneformer_fast.counts.identifiers import id_text, is_missing, without_version
@@ -41,7 +42,7 @@ def medians(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
     *,
-    family: str = "v2",
+    family: str = families.DEFAULT_LAYOUT,
     name: str = "custom",
     dictionary: str | os.PathLike[str] | Vocabulary | None = None,
     preset: str | None = None,
@@ -69,7 +70,7 @@ def medians(
     out
         Folder to save the vocabulary in, with a ``corpus.json`` that says what it was made of; None saves nothing.
     family
-        ``"v1"``, ``"v2"`` or ``"bionemo"``: special tokens and length.
+        ``"v1"``, ``"v2"`` or ``"bionemo"`` (:func:`geneformer_fast.families.layouts`): special tokens and length.
     name
         What the vocabulary is called.
     dictionary, preset

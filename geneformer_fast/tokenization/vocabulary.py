@@ -294,7 +294,7 @@ class Vocabulary:
     def from_medians(
         cls,
         medians: Mapping[str, float],
-        family: str = "v2",
+        family: str = families.DEFAULT_LAYOUT,
         *,
         name: str = "custom",
         aliases: Mapping[str, str] | None = None,

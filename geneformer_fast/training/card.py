@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from geneformer_fast import families
 from geneformer_fast.checkpoints.hf import is_bert
 from geneformer_fast.checkpoints.model_card import ModelCard, Score, as_code, listed, name_of
 from geneformer_fast.config import EncoderConfig
@@ -67,6 +68,7 @@ def pretrained_card(
         base=base,
         library="transformers" if is_bert(model) else "geneformer-fast",
         task="fill-mask",
+        family=families.family_name(model.config),
         scores=scores,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, load, save
 from geneformer_fast.checkpoints.model_card import ModelCard
@@ -48,7 +49,7 @@ def pretrain(
     tokens: str | os.PathLike[str] | TokenFolder,
     out: str | os.PathLike[str],
     *,
-    config: EncoderConfig | str | os.PathLike[str] = "geneformer-v1-10m",
+    config: EncoderConfig | str | os.PathLike[str] = families.DEFAULT_PRESET,
     recipe: Recipe | str | os.PathLike[str] | None = None,
     init: str | os.PathLike[str] | None = None,
     adapt_vocabulary: bool = False,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked, renamed_fields, with_new_names
 from geneformer_fast.data.masking import Masking
 from geneformer_fast.errors import UnsupportedError
@@ -202,34 +204,19 @@ class Recipe:
             raise UnsupportedError(f"{where}: {error}" if where is not None else str(error)) from None
 
 
-# The code of Geneformer's collator takes <cls> and <eos> for genes.
-_GENEFORMER_V2 = Masking(masks_specials=True)
+class _Recipes(Mapping[str, Recipe]):
+    """What the families say of how their models were trained."""
 
-#: Published recipes. Batches are those of all GPUs together; Geneformer's are from the arguments saved with its runs,
-#: BioNeMo's from its documentation. Precision is not known of Geneformer's.
-RECIPES: dict[str, Recipe] = {
-    "geneformer-v1-10m": Recipe(batch_cells=12 * 12, learning_rate=1e-3, warmup_steps=10_000),
-    "geneformer-v1-12l": Recipe(batch_cells=4 * 12, learning_rate=5e-4, warmup_steps=10_000),
-    "geneformer-12l-95m": Recipe(
-        batch_cells=4 * 8, learning_rate=5e-4, schedule="cosine", warmup_steps=5_000, masking=_GENEFORMER_V2
-    ),
-    # 18 cells per device are known, the number of devices is not: eight are assumed.
-    "geneformer-v2-104m": Recipe(
-        batch_cells=18 * 8, learning_rate=2e-4, schedule="cosine", warmup_share=0.007, masking=_GENEFORMER_V2
-    ),
-    **{
-        name: Recipe(
-            steps=steps,
-            batch_cells=2048,
-            learning_rate=1e-3,
-            schedule="cosine",
-            warmup_share=0.01,
-            floor=0.02,  # a rate of 2e-5
-            floor_share=0.05,
-            weight_decay=0.1,
-            precision="bfloat16",
-            masking=Masking(mask=0.8, random=0.02),
-        )
-        for name, steps in (("bionemo-10m", 81_485), ("bionemo-106m", 35_650))
-    },
-}
+    def __getitem__(self, name: str) -> Recipe:
+        fields = dict(families.recipes()[name])
+        return Recipe(**{**fields, "masking": Masking(**fields.get("masking", {}))})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(families.recipes())
+
+    def __len__(self) -> int:
+        return len(families.recipes())
+
+
+#: Published recipes by name (:func:`geneformer_fast.families.recipes`).
+RECIPES: Mapping[str, Recipe] = _Recipes()

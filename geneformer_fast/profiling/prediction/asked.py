@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from geneformer_fast import families
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.profiling.prediction.answer import Cells, Prediction, cells_like
 from geneformer_fast.profiling.prediction.predict import predict
@@ -14,7 +15,7 @@ from geneformer_fast.profiling.scenarios.models import geometry_of
 from geneformer_fast.tokenization.arrow import open_tokens
 
 #: Whose geometry is taken where nobody names a model.
-MODEL = "geneformer-v1-10m"
+MODEL = families.DEFAULT_PRESET
 
 
 def predicted(request: Request) -> Prediction:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from geneformer_fast import families
 from geneformer_fast.profiling.lengths import Lengths
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
@@ -18,7 +19,9 @@ _FIRST_ENSEMBL_NUMBER = 90_000_000_001
 def made_up_vocabulary() -> Vocabulary:
     """Genes with medians, in the layout of Geneformer V2."""
     medians = np.random.default_rng(1).uniform(0.5, 4.0, N_GENES)
-    return Vocabulary.from_medians(dict(zip(_gene_ids(), medians.tolist(), strict=True)), "v2", name="made-up")
+    return Vocabulary.from_medians(
+        dict(zip(_gene_ids(), medians.tolist(), strict=True)), families.DEFAULT_LAYOUT, name="made-up"
+    )
 
 
 def write_made_up_counts(path: Path, n_cells: int, lengths: Lengths) -> None:
