@@ -154,7 +154,10 @@ class EncoderConfig:
     @classmethod
     @checked
     def preset(cls, name: str, **changes: Any) -> EncoderConfig:
-        """A published model's configuration by name (see :data:`PRESETS`), with fields changed by keyword."""
+        """A published model's configuration by name (see :data:`PRESETS`), with fields changed by keyword.
+
+        Names that others have for a model serve too, such as ``"gf-12L-95M-i4096"``.
+        """
         if name not in PRESETS:
             raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
         return dataclasses.replace(PRESETS[name], **changes)
@@ -355,7 +358,8 @@ class _Presets(Mapping[str, EncoderConfig]):
     """The published models of all families, as they register them."""
 
     def __getitem__(self, name: str) -> EncoderConfig:
-        return families.presets()[name]
+        # Under whatever name a model is asked for, it is listed under one.
+        return families.presets()[families.preset_name(name) or name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(families.presets())

@@ -13,6 +13,10 @@ from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 # Parameters of the published models with their MLM or regression head.
 N_PARAMETERS = {
     "geneformer-v1-10m": 10_288_722,
+    "geneformer-v1-12l": 39_591_250,
+    "geneformer-12l-95m": 37_997_363,
+    "geneformer-12l-95m-clcancer": 37_997_363,
+    "geneformer-20l-95m": 151_313_459,
     "geneformer-v2-104m": 104_386_867,
     "geneformer-v2-104m-clcancer": 104_386_867,
     "geneformer-v2-316m": 316_354_867,

@@ -151,10 +151,10 @@ def check_layer(layer: str | None, model: str | None) -> None:
 
     if layer is None or model is None:
         return
-    if model in PRESETS:
-        PRESETS[model].layer_index(layer)
-    elif (n_layers := n_layers_in(Path(model))) is not None:
+    if (n_layers := n_layers_in(Path(model))) is not None:  # a folder may have a preset's name
         EncoderConfig.preset(families.DEFAULT_PRESET, n_layers=n_layers).layer_index(layer)
+    elif model in PRESETS:
+        PRESETS[model].layer_index(layer)
 
 
 def check_file(path: str | None, option: str) -> None:

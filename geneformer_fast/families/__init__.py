@@ -40,6 +40,7 @@ __all__ = [
     "layout_of_vocabulary",
     "layouts",
     "preset_family",
+    "preset_name",
     "presets",
     "recipes",
     "recognise",
@@ -135,6 +136,16 @@ def presets() -> dict[str, EncoderConfig]:
     return {name: config for found in _families() for name, config in found.presets.items()}
 
 
+def preset_name(name: str) -> str | None:
+    """The preset that a name stands for, whatever its case and whether with ``_`` or ``-``; None: for none."""
+    plain = name.lower().replace("_", "-")
+    for found in _families():
+        named = found.other_names.get(plain, plain)
+        if named in found.presets:
+            return named
+    return None
+
+
 def preset_family(name: str) -> Family:
     """The family that a preset is of.
 
@@ -143,10 +154,10 @@ def preset_family(name: str) -> Family:
     UnsupportedError
         There is no such preset.
     """
-    for found in _families():
-        if name in found.presets:
-            return found
-    raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(presets())}")
+    named = preset_name(name)
+    if named is None:
+        raise UnsupportedError(f"no preset named {name!r}; there are {', '.join(presets())}")
+    return next(found for found in _families() if named in found.presets)
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:

@@ -107,6 +107,8 @@ class Family:
         ``geneformer-fast doctor``.
     presets
         Published models: name to configuration.
+    other_names
+        Names that others have for these models, in lower case and with ``-`` for ``_``, to those of presets.
     layouts
         Of families that read ranked genes: the name under which a layout is chosen (``--preset``), and the layout.
     preparation
@@ -142,6 +144,7 @@ class Family:
     paper: str
     licence: str
     presets: Mapping[str, EncoderConfig]
+    other_names: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, TokenLayout] = field(default_factory=dict)
     preparation: Any = None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

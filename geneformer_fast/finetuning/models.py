@@ -22,6 +22,7 @@ from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder, write_json
+from geneformer_fast.finetuning.official import classes_of
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
 from geneformer_fast.tokenization.vocabulary import SAVED_FILE
 
@@ -187,6 +188,8 @@ def save_classifier(
 def read_card(folder: Path, encoder: Encoder) -> dict[str, Any]:
     """What a fine-tuned model tells: from :data:`CARD`, or for a model of other making from its ``id2label``.
 
+    What Geneformer's own classifier left beside it names classes that ``id2label`` does not.
+
     Returns
     -------
     dict
@@ -209,8 +212,7 @@ def read_card(folder: Path, encoder: Encoder) -> dict[str, Any]:
     else:
         path = folder / CONFIG
         settings = encoder.source.settings if encoder.source is not None else {}
-        named = settings.get("id2label") or {}
-        classes = [str(named.get(str(code), f"LABEL_{code}")) for code in range(n_classes)]
+        classes = classes_of(folder, settings.get("id2label") or {}, n_classes)
         card = {"kind": kind, "tasks": [{"name": "label", "classes": classes}]}
     _check_tasks(card["tasks"], kind, n_classes, path)
     return card

@@ -166,9 +166,10 @@ def config_of(config: EncoderConfig | str | os.PathLike[str]) -> EncoderConfig:
     """A configuration from a preset's name, a config.json, or the folder that holds one."""
     if isinstance(config, EncoderConfig):
         return config
-    if str(config) in PRESETS:
-        return EncoderConfig.preset(str(config))
     path = Path(config)
+    # A folder may have a model's name.
+    if not path.exists() and str(config) in PRESETS:
+        return EncoderConfig.preset(str(config))
     if not path.exists():
         raise UnsupportedError(
             f"no configuration {str(config)!r}: it is neither a file or folder nor one of {', '.join(PRESETS)}"

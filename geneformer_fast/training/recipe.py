@@ -208,7 +208,8 @@ class _Recipes(Mapping[str, Recipe]):
     """What the families say of how their models were trained."""
 
     def __getitem__(self, name: str) -> Recipe:
-        fields = dict(families.recipes()[name])
+        known = families.recipes()
+        fields = dict(known[name if name in known else families.preset_name(name) or name])
         return Recipe(**{**fields, "masking": Masking(**fields.get("masking", {}))})
 
     def __iter__(self) -> Iterator[str]:
