@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +14,7 @@ from damaged_inputs import FUZZ, replace, small_adata, use
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geneformer_fast.errors import GeneformerFastError, InputError, VocabularyError
-from geneformer_fast.tokenization.vocabulary import Vocabulary
+from geneformer_fast.errors import GeneformerFastError, InputError
 
 
 def test_loom_without_its_attributes(shared_dir, tmp_path):
@@ -163,36 +160,3 @@ def test_malformed_zarr(tmp_path):
     (path / ".zmetadata").write_text("{not json")
     with pytest.raises(InputError, match=r"cells\.zarr: cannot read store"):
         use(path)
-
-
-@FUZZ
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-        max_leaves=6,
-    ),
-    st.sampled_from(["token_dictionary.json", "gene_median_dictionary.json", "ensembl_mapping_dict.json"]),
-)
-def test_dictionaries_of_any_content(tmp_path, content, name):
-    good = {
-        "token_dictionary.json": {"<pad>": 0, "<mask>": 1, "G1": 2, "G2": 3},
-        "gene_median_dictionary.json": {"G1": 1.0, "G2": 2.0},
-        "ensembl_mapping_dict.json": {"A": "G1"},
-    }
-    for file, value in {**good, name: content}.items():
-        (tmp_path / file).write_text(json.dumps(value))
-    with suppress(VocabularyError):
-        Vocabulary.from_folder(tmp_path)
-
-
-def test_a_dictionary_that_executes_something(tmp_path):
-    class Runs:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "executed",))
-
-    (tmp_path / "token_dictionary.pkl").write_bytes(pickle.dumps({"<pad>": 0, "<mask>": 1, "G1": Runs()}))
-    (tmp_path / "gene_median_dictionary.pkl").write_bytes(pickle.dumps({"G1": 1.0}))
-    with pytest.raises(VocabularyError, match=r"token_dictionary\.pkl: refused.*could execute code"):
-        Vocabulary.from_folder(tmp_path)
-    assert not (tmp_path / "executed").exists()

@@ -1,4 +1,4 @@
-"""What damaged inputs are made from, and everything that tokenization does with one."""
+"""What damaged inputs are made from, and everything that a pass over counts does with one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_adata() -> anndata.AnnData:
 
 
 def use(data, **options):
-    """Everything tokenization does with an input, short of ranking."""
+    """Everything a pass over counts does with an input."""
     with open_source(data, **options) as source:
         n_cells = sum(block.n_cells for block in source.blocks(rows=16))
         assert n_cells == source.n_cells
