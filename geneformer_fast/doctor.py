@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from geneformer_fast import __version__
+from geneformer_fast import __version__, families
 
 if TYPE_CHECKING:
     from geneformer_kernels.target import Target
@@ -81,6 +82,21 @@ class Device:
 
 
 @dataclass(frozen=True)
+class FamilyOfModels:
+    """A family of models that is known here, and what cannot be done with it: command to reason.
+
+    ``reads``: ``"ranked genes"`` or ``"values of genes"``.
+    """
+
+    name: str
+    title: str
+    licence: str
+    reads: str
+    presets: list[str]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the doctor saw. ``problems`` is empty on a healthy machine."""
 
@@ -90,6 +106,7 @@ class Report:
     packages: list[Package]
     environment: dict[str, str]
     devices: list[Device] = field(default_factory=list)
+    families: list[FamilyOfModels] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +131,10 @@ def examine() -> Report:
         packages=packages,
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report.families.extend(_families())
+    report.problems.extend(str(warning.message) for warning in said)
     try:
         report.devices.extend(_devices())
     except ImportError as error:
@@ -128,6 +149,20 @@ def examine() -> Report:
             if operation.impl is None:
                 report.problems.append(f"{operation.name} cannot run on {device.name}: {operation.reason}")
     return report
+
+
+def _families() -> list[FamilyOfModels]:
+    return [
+        FamilyOfModels(
+            each.name,
+            each.title,
+            each.licence,
+            "ranked genes" if each.layouts else "values of genes",
+            list(each.presets),
+            dict(each.refused),
+        )
+        for each in families.all_families()
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -240,6 +275,10 @@ def as_text(report: Report) -> str:
         else:
             state = "MISSING" if _is_needed(package, report.devices) else "not needed"
         lines.append(f"  {package.name:<14} {state:<14} {package.purpose}")
+    lines += ["", "Families of models"]
+    for family in report.families:
+        lines.append(f"  {family.title}, of {family.reads}: {', '.join(family.presets) or 'no presets'}")
+        lines += [f"    not {command}: {reason}" for command, reason in family.refused.items()]
     if report.environment:
         lines += ["", "Environment", *(f"  {name}={value}" for name, value in report.environment.items())]
     for device in report.devices:

@@ -81,7 +81,7 @@ class Encoder(nn.Module):
                 module.bias.zero_()
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        if self.config.inputs == "tokens" and 0 <= self.config.pad_id < self.config.vocab_size:
+        if isinstance(self.embeddings, RankTokens) and 0 <= self.config.pad_id < self.config.vocab_size:
             self.token_table[self.config.pad_id].zero_()
 
     @property

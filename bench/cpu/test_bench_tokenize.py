@@ -142,7 +142,7 @@ def test_bench_rank(name, preset, benchmark, data):
     options = inputs.ReadOptions()
     prepared = inputs.prepare([data / f"{name}/{name}.h5ad"], vocabulary, options)
     tasks = list(inputs.tasks(prepared, options, {}, rows=1024))
-    specials = {"first": vocabulary.cls_id, "last": vocabulary.eos_id} if preset == "v2" else {}
+    specials = {"first": vocabulary.cls_id, "last": vocabulary.eos_id} if vocabulary.layout.is_framed else {}
 
     def rank():
         return [

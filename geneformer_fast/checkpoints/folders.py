@@ -11,7 +11,7 @@ import torch
 from geneformer_fast import families
 from geneformer_fast.arguments import checked
 from geneformer_fast.checkpoints import hf, native
-from geneformer_fast.checkpoints.weights import CONFIG
+from geneformer_fast.checkpoints.present import ADAPTER, CONFIG
 from geneformer_fast.config import usable_device, warn_if_emulated
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError
@@ -72,7 +72,7 @@ def load(
         encoder = hf.load(place, dtype=dtype, device=device, verify=verify)
     family = family or families.family_of(encoder.config)
     for note in () if family is None else family.notes:
-        warnings.warn(f"{place}: {note}", stacklevel=2)
+        warnings.warn(f"{place}: {note}", stacklevel=3)
     warn_if_emulated(encoder.dtype, encoder.device)
     return encoder
 
@@ -85,13 +85,13 @@ def _is_ours(place: Path) -> bool:
     CheckpointError
         There is no folder, no ``config.json`` in it, or none of an architecture that is known.
     """
+    known = ", ".join(family.title for family in families.all_families())
+    understood = f"understood are checkpoints of {known}, any BERT, and what geneformer_fast saved"
+    if place.is_dir() and not (place / CONFIG).exists() and not (place / ADAPTER).exists():
+        raise CheckpointError(f"{place} has no {CONFIG}, and no family here knows what it holds; {understood}")
     kind = hf.read_settings(place).get("model_type", "bert")
     if kind not in (native.MODEL_TYPE, "bert"):
-        known = ", ".join(family.title for family in families.all_families())
-        raise CheckpointError(
-            f"{place / CONFIG}: model_type is {kind!r}, which no family here knows; "
-            f"understood are checkpoints of {known}, any BERT, and what geneformer_fast saved"
-        )
+        raise CheckpointError(f"{place / CONFIG}: model_type is {kind!r}, which no family here knows; {understood}")
     return kind == native.MODEL_TYPE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from geneformer_fast.errors import VocabularyError
@@ -13,8 +14,9 @@ _SPECIAL = {"[CLS]": "cls", "[MASK]": "mask", "[PAD]": "pad", "[SEP]": "sep", "[
 _ORDER = ("cls", "mask", "pad", "sep", "unk")
 
 
-def read(path: Path, release: Release) -> Contents:
+def read(path: Path, beside: Callable[[], Release]) -> Contents:
     """vocab.txt has one token per line, the line number is the id; geneformer.vocab is JSON {"gene_to_ens": ...}."""
+    release = beside()
     medians = release.medians
     special: dict[str, int] = {}
     genes: dict[str, int] = {}

@@ -44,8 +44,8 @@ class TokenLayout:
     ids_dtype
         Integer type of stored tokens, as the official tool writes them.
     files, read
-        Names of files that list the tokens, and ``read(file, dictionaries beside it)``, where they do not come in
-        Geneformer's dictionaries.
+        Names of files that list the tokens, and ``read(file, beside)``, where they do not come in Geneformer's
+        dictionaries; ``beside()`` is the dictionaries beside the file, and refuses a folder without medians.
     derived_from, derive
         Name of the layout whose dictionaries it can be made of, and ``derive(dictionaries)``.
     """
@@ -58,7 +58,7 @@ class TokenLayout:
     totals_over_vocabulary: bool = False
     ids_dtype: str = "int32"
     files: tuple[str, ...] = ()
-    read: Callable[[Path, Release], Contents] | None = None
+    read: Callable[[Path, Callable[[], Release]], Contents] | None = None
     derived_from: str | None = None
     derive: Callable[[Release], Contents] | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def read_contents(folder: Path, preset: str | None) -> Contents:
                 f"{folder}: holds {listed.name} of {title} and Geneformer's dictionaries; pass preset (--preset)"
             )
         if listed is not None:
-            return layout.read(listed, _find_medians(folder, listed, releases))
+            return layout.read(listed, partial(_find_medians, folder, listed, releases))
         if preset == family and layout.derive is not None and layout.derived_from is not None:
             return layout.derive(_choose(folder, releases, layout.derived_from))
     return _from_release(_choose(folder, releases, preset), preset)
