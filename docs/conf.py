@@ -47,7 +47,7 @@ myst_heading_anchors = 3
 nitpick_ignore_regex = [
     (r"py:.*", r"PRESETS|RECIPES|SCHEMA_VERSION|Schedule|fit|labels\..*|(Handle|Run)\..*|geneformer_fast\.config\..*"),
     (r"py:.*", r"(geneformer_fast\.)?(data|extract|files|finetuning|perturbation|profiling|quantization)\..*"),
-    (r"py:.*", r"(geneformer_fast\.)?(tokenization|training)\..*"),
+    (r"py:.*", r"(geneformer_fast\.)?(families|tokenization|training)\..*"),
     (r"py:.*", r"(numpy|np|torch|nn|anndata|pandas|pathlib|transformers|optuna)\..*"),
 ]
 
