@@ -52,9 +52,9 @@ def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
     name, layout = published
     others = [each for each in families.layouts().values() if each.is_framed and each is not layout]
     framing = next((each for each in others if _lie_in(folder, each)), None)
-    is_fitting = _lie_in(folder, layout) if layout.is_framed else framing is None
+    is_fitting = _lie_in(folder, layout) if "cls" in layout.special else framing is None
     if not is_fitting:
-        found = "no CLS first and EOS last"
+        found = "no CLS first and EOS last" if layout.is_framed else "no CLS first"
         if framing is not None:
             found = f"CLS first and EOS last, as {framing.published} has them"
         raise VocabularyError(
@@ -66,9 +66,10 @@ def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
 
 
 def _lie_in(folder: TokenFolder, layout: TokenLayout) -> bool:
-    """Whether the first cells lie between the special tokens of a layout."""
+    """Whether the first cells begin, and end, with the special tokens of a layout."""
     special = layout.special
     stored = folder.read_stored(range(min(folder.n_cells, _CELLS_LOOKED_AT)))
     _, values, bounds = without_padding(*stored, special["pad"])
     cells = [values[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
-    return bool(cells) and all(cell[0] == special["cls"] and cell[-1] == special["eos"] for cell in cells)
+    ends = [(at, special[name]) for at, name in ((0, "cls"), (-1, "eos")) if name in special]
+    return bool(cells) and all(cell[at] == token for cell in cells for at, token in ends)

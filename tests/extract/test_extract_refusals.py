@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import toys
 
+import geneformer_fast as gf
 from geneformer_fast import embed, tokenize
 from geneformer_fast.errors import ArgumentError, InputError, OutputError, UnsupportedError, VocabularyError
 
@@ -58,6 +60,11 @@ def test_official_folders_show_by_their_cells_whose_they_are(tmp_path: Path) -> 
         embed(v1, published(2))
     with pytest.raises(VocabularyError, match=r"v2 does not say.*CLS first and EOS last.*model reads geneformer-v1"):
         embed(v2, published(1))
+    bionemo = gf.Encoder(dataclasses.replace(published(1).config, vocabulary="bionemo", pad_id=2)).eval()
+    assert embed(saved_by_datasets(tmp_path / "nvidia", [[0, 9, 11], [0, 8]]), bionemo).shape == (2, 32)
+    for wrong, found in ((v1, "no CLS first"), (v2, "CLS first and EOS last, as geneformer-v2 has them")):
+        with pytest.raises(VocabularyError, match=rf"{found}, but the model reads bionemo"):
+            embed(wrong, bionemo)
 
 
 def test_official_folder_to_a_model_of_an_own_vocabulary(tmp_path: Path) -> None:
