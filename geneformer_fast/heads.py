@@ -160,5 +160,5 @@ def make_head(name: str | None, config: EncoderConfig, n_classes: int = 2) -> nn
         raise ValueError(f"no head named {name!r}; there are {', '.join(makers)}")
     head = makers[name](config, n_classes)
     # Plain attributes: which one it is, for checkpoints.
-    head.head_name = name
+    head.head_name = name  # type: ignore[assignment]
     return head

@@ -162,5 +162,5 @@ class Family:
     @property
     def vocabularies(self) -> frozenset[str]:
         """Names by which a model of the family says what it reads."""
-        named = {config.vocabulary for config in self.presets.values()} - {None}
-        return frozenset({layout.published for layout in self.layouts.values()} | named)
+        named = (config.vocabulary for config in self.presets.values() if config.vocabulary is not None)
+        return frozenset({*named, *(layout.published for layout in self.layouts.values())})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, cores_as_workers
 from geneformer_fast.perturbation.compare import Comparison, Effects, Originals, PendingEffects
@@ -156,7 +157,8 @@ class PerturbationRun:
         packed = torch.from_numpy(values.astype(np.int64))
         tokens = Ragged.from_lengths(packed, torch.from_numpy(np.diff(bounds)))
         # While they are still on the host: a card would only die of tokens that do not fit.
-        self.encoder.embeddings.check(tokens)
+        if isinstance(self.encoder.embeddings, RankTokens):
+            self.encoder.embeddings.check(tokens)
         return Group(first, self.edits.on(tokens.to(self.encoder.device), np.arange(first, last)))
 
     def originals(self, tokens: Ragged) -> Originals:
