@@ -16,6 +16,9 @@ from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.layers import QuantizedEmbedding, QuantizedLinear
 from geneformer_fast.ragged import Ragged
 
+#: What scGPT takes every larger value for.
+LARGEST_VALUE = 512.0
+
 
 class RankTokens(nn.Module):
     """Ranked gene tokens: token, type and position tables (Theodoris et al., Nature 2023; Devlin et al., 1810.04805).
@@ -179,6 +182,98 @@ class SoftBins(nn.Module):
             raise InputError("a value is NaN or infinite; this model reads finite values")
 
 
+class GenesAndValues(nn.Module):
+    """A gene's id and its value, each embedded and normalised by itself, then added (scGPT, Cui et al., 2024).
+
+    There are no positions: a cell's genes may come in any order, and no number of them is too large for a table. Values
+    pass two linear layers, where nothing above :data:`LARGEST_VALUE` counts as more than that; with
+    ``config.inputs == "pairs-category"`` they are bins, looked up in a table of ``config.n_bins`` rows. All of it stays
+    float32, whatever the matrix products of the blocks use. The gene table may be a
+    :class:`~geneformer_fast.layers.QuantizedEmbedding`.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.vocab_size, config.width)
+        self.token_norm = nn.LayerNorm(config.width, eps=config.eps)
+        is_table = config.inputs == "pairs-category"
+        self.value_table = nn.Embedding(config.n_bins, config.width) if is_table else None
+        self.value1 = None if is_table else nn.Linear(1, config.width)
+        self.value2 = None if is_table else nn.Linear(config.width, config.width)
+        self.value_norm = nn.LayerNorm(config.width, eps=config.eps)
+
+    def forward(
+        self,
+        tokens: Ragged,
+        norm: nn.LayerNorm | None,
+        dropout_p: float,
+        out_dtype: torch.dtype,
+        reader: nn.Module | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, 2] ids and values -> the stream [T, C], normalised where there is a norm, and the same in ``out_dtype``.
+
+        Dropout is of the values alone, as scGPT has it. ``reader`` is the layer that multiplies what comes out, for
+        which nothing is different here.
+        """
+        self.check(tokens)
+        values = self.of_values(tokens.values[:, 1])
+        if self.value_table is None:
+            values = F.dropout(values, dropout_p)
+        return _finished(self.of_genes(tokens.values[:, 0].long()) + values, norm, 0.0, out_dtype)
+
+    def of_genes(self, ids: torch.Tensor) -> torch.Tensor:
+        """[n] ids of genes -> their embeddings [n, C], normalised: what scGPT calls gene embeddings."""
+        rows = self.token(ids)
+        return _normed(rows.to(self.token_norm.weight.dtype), self.token_norm)
+
+    def of_values(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] values -> [n, C], normalised.
+
+        Values are few different bins, so that on a CPU each is computed once; a card would have to wait to count them.
+        """
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():
+            distinct, index = torch.unique(values, return_inverse=True)
+            if len(distinct) <= len(values) // 2:
+                return self._of_values(distinct).index_select(0, index)
+        return self._of_values(values)
+
+    def _of_values(self, values: torch.Tensor) -> torch.Tensor:
+        if self.value_table is not None:
+            return _normed(self.value_table(values.long()), self.value_norm)
+        assert self.value1 is not None
+        assert self.value2 is not None
+        clipped = values.to(self.value1.weight.dtype).clamp(max=LARGEST_VALUE)[:, None]
+        return _normed(self.value2(F.relu(self.value1(clipped))).to(self.value_norm.weight.dtype), self.value_norm)
+
+    def check(self, tokens: Ragged) -> None:
+        """Refuse what are no pairs of a gene and a value, and on the CPU ids that no gene has."""
+        _check_ragged(tokens)
+        if not tokens.values.is_floating_point() or tokens.values.ndim != 2 or tokens.values.shape[1] != 2:
+            kind = f"{tokens.values.dtype} of the shape {[*tokens.values.shape]}"
+            raise InputError(
+                f"this model reads genes and their values, [T, 2] floating point (id, value), not {kind}; prepare the "
+                "counts with geneformer-fast tokenize --family scgpt"
+            )
+        if not is_looked_into(tokens.values) or not tokens.n_tokens:
+            return
+        ids, values = tokens.values.unbind(1)
+        low, high = (float(value) for value in ids.aminmax())
+        if not (low >= 0 and high < self.config.vocab_size):  # NaN is neither
+            raise VocabularyError(
+                f"gene id {low if not low >= 0 else high:g} is outside the model's {self.config.vocab_size:,} tokens "
+                f"({self.config.vocabulary or 'its vocabulary'}); these cells were prepared with another vocabulary"
+            )
+        if (ids != ids.trunc()).any():
+            raise InputError("a gene id is no whole number; ids are column 0, values column 1")
+        if not values.isfinite().all():
+            raise InputError("a value is NaN or infinite; this model reads finite values")
+        if self.value_table is not None and not (values.min() >= 0 and values.max() < self.config.n_bins):
+            raise InputError(
+                f"a value is outside the model's {self.config.n_bins} bins; prepare the counts with as many bins"
+            )
+
+
 def _is_made_by_loops(reader: nn.Module | None) -> bool:
     """Whether loops multiply or widen the weight of a layer: where numba, of 110 MB, is there anyway.
 
@@ -187,22 +282,30 @@ def _is_made_by_loops(reader: nn.Module | None) -> bool:
     return isinstance(reader, QuantizedLinear) and reader.weight_q.dtype == torch.int8
 
 
+def _normed(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """[n, C] normalised, in its dtype."""
+    normed, _ = residual_layernorm(
+        hidden, None, norm.weight, norm.bias, eps=norm.eps, norm="post", out_dtype=hidden.dtype
+    )
+    return normed
+
+
 def _finished(
     hidden: torch.Tensor, norm: nn.LayerNorm | None, dropout_p: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stream, normalised where there is a norm and after dropout, and the same in ``out_dtype``."""
-    if norm is not None:
-        hidden, _ = residual_layernorm(
-            hidden, None, norm.weight, norm.bias, eps=norm.eps, norm="post", out_dtype=hidden.dtype
-        )
-    stream = F.dropout(hidden, dropout_p)
+    stream = F.dropout(hidden if norm is None else _normed(hidden, norm), dropout_p)
     return stream, stream.to(out_dtype)
 
 
-def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
+def _check_ragged(tokens: Ragged) -> None:
     if not isinstance(tokens, Ragged):
         raise TypeError(f"tokens must be a Ragged (Ragged.from_cells packs cells), not {type(tokens).__name__}")
     tokens.check()
+
+
+def _check_length(tokens: Ragged, config: EncoderConfig) -> None:
+    _check_ragged(tokens)
     if tokens.max_len > config.max_len:
         name = config.vocabulary or "this model"
         raise VocabularyError(
@@ -222,7 +325,7 @@ def input_layer(config: EncoderConfig) -> nn.Module:
     found = families.family_of(config)
     if found is not None and found.input_layer is not None:
         return found.input_layer(config)
-    makers = {"tokens": RankTokens, "values": SoftBins}
+    makers = {"tokens": RankTokens, "values": SoftBins, "pairs": GenesAndValues, "pairs-category": GenesAndValues}
     if config.inputs not in makers:
         whose = "no family" if found is None else f"the family {found.name!r}, which has no input layer of its own"
         raise UnsupportedError(f"inputs={config.inputs!r} is not known here (the configuration is of {whose})")

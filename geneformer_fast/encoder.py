@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from geneformer_fast.block import Block, FirstTokens, Projected, add_norm, products_dtype
 from geneformer_fast.config import EncoderConfig, matmul_dtype
-from geneformer_fast.embeddings import RankTokens, input_layer
+from geneformer_fast.embeddings import GenesAndValues, RankTokens, input_layer
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.heads import MLMHead, make_head, reads_of
 from geneformer_fast.layers import (
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
     @property
     def token_table(self) -> torch.Tensor:
         """[V, C], the token embeddings; of a quantized encoder a wide copy."""
-        if not isinstance(self.embeddings, RankTokens):
+        if not isinstance(self.embeddings, RankTokens | GenesAndValues):
             raise AttributeError("an encoder over values has no token table")
         return self.embeddings.token.weight
 
@@ -297,7 +297,8 @@ class Encoder(nn.Module):
 
     def _embed_once(self, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | Rows | Projected]:
         """(stream, x) before the first block; each token in each place is computed once where that is less."""
-        if tokens.values.device.type != "cpu" or self.training or torch.is_grad_enabled():
+        is_counted = isinstance(self.embeddings, RankTokens) and tokens.values.device.type == "cpu"
+        if not is_counted or self.training or torch.is_grad_enabled():
             return self._embed(tokens)
         most = self.config.max_len
         keys, index = torch.unique(tokens.values * most + tokens.positions(), return_inverse=True)

@@ -25,14 +25,16 @@ N_PARAMETERS = {
     "aido-cell-3m": 3_630_908 + 16_897,
     "aido-cell-10m": 11_027_004 + 66_561,
     "aido-cell-100m": 99_569_724 + 412_161,
+    "scgpt-whole-human": 51_856_898 - 527_873,  # without the annotation head
 }
+HEADS = {"scgpt-whole-human": "expression-mvc"}
 
 
 def test_presets_have_the_published_number_of_parameters() -> None:
     assert N_PARAMETERS.keys() == PRESETS.keys()
     for name, expected in N_PARAMETERS.items():
         with torch.device("meta"):
-            encoder = Encoder(EncoderConfig.preset(name), "mlm")
+            encoder = Encoder(EncoderConfig.preset(name), HEADS.get(name, "mlm"))
         assert sum(parameter.numel() for parameter in encoder.parameters()) == expected, name
         assert encoder.config.head_dim in (32, 64)
 

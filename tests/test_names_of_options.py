@@ -115,6 +115,7 @@ NAMES = {
     "floor": "final learning rate over the peak",
     "floor_share": "share of steps spent there",
     "power": "of a polynomial schedule",
+    "decay": "what a schedule of steps multiplies the rate by after every epoch",
     "betas": "of AdamW",
     "eps": "of AdamW, in the denominator",
     "weight_decay": "of AdamW, per step",

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.families",),
     (f"{FAST}.data", f"{FAST}.checkpoints", f"{FAST}.quantization", f"{FAST}.tokenization"),
     (f"{FAST}.encoder",),
+    (f"{FAST}.decoders",),
     (f"{FAST}.block", f"{FAST}.heads"),
     (f"{FAST}.embeddings",),
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
@@ -52,14 +53,17 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         f"{FAST}.tokenization",
         (
-            *(f"{FAST}.{name}" for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")),
+            *(
+                f"{FAST}.{name}"
+                for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads", "decoders")
+            ),
             *(f"{FAST}.checkpoints", f"{FAST}.quantization"),
         ),
         "tokenization needs no model",
     ),
     *(
         (f"{FAST}.{name}", (f"{FAST}.tokenization", f"{FAST}.counts"), "the encoder knows nothing of files of cells")
-        for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads")
+        for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads", "decoders")
     ),
 )
 
@@ -135,7 +139,8 @@ LIGHT = (
     f"{KERNELS}.dispatch",
     f"{KERNELS}.target",
 )
-EXACT = {FAST, KERNELS, f"{FAST}.families"}  # of LIGHT: the package itself, without its modules
+# Of LIGHT: the package itself, without its modules.
+EXACT = {FAST, KERNELS, *(f"{FAST}.families{name}" for name in ("", ".scgpt", ".scbert"))}
 
 # Inside one operation's folder: the files of the folder, and of the package, that each kind of file may import. Files
 # in the package's folder for the CPU are named with it.

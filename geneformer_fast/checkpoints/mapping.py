@@ -105,7 +105,12 @@ def bert_entries(
 
 
 def to_ours(
-    tensors: Mapping[str, torch.Tensor], table: Iterable[Entry], shapes: Mapping[str, torch.Size], *, source: str
+    tensors: Mapping[str, torch.Tensor],
+    table: Iterable[Entry],
+    shapes: Mapping[str, torch.Size],
+    *,
+    source: str,
+    settings: str = "config.json",
 ) -> dict[str, torch.Tensor]:
     """Our state dict from their tensors.
 
@@ -117,8 +122,8 @@ def to_ours(
         Entries of a table.
     shapes
         Our parameter shapes by name, from an encoder with the checkpoint's configuration.
-    source
-        The file or folder to name in errors.
+    source, settings
+        The file or folder, and the file of its configuration, to name in errors.
 
     Raises
     ------
@@ -134,7 +139,7 @@ def to_ours(
             if list(tensors[name].shape) != wanted:
                 raise CheckpointError(
                     f"{source}: tensor {name!r} has shape {list(tensors[name].shape)} but the configuration asks for "
-                    f"{wanted}; config.json and the weights do not belong together"
+                    f"{wanted}; {settings} and the weights do not belong together"
                 )
         state[entry.ours] = entry.read(tensors)
     return state

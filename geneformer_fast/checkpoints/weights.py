@@ -311,7 +311,7 @@ def check_against_sums(path: Path, sha256: str | None) -> None:
     """Compare a file with its checksum, or with those inside it."""
     if sha256 is not None:
         check_file(path, sha256, CheckpointError, _CHANGED)
-    elif path.suffix == ".bin" and is_archive(path):
+    elif path.suffix in (".bin", ".pt") and is_archive(path):
         with _archive(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at these
         if damaged is not None:

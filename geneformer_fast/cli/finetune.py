@@ -27,7 +27,7 @@ _RECIPE = {
     "epochs": ("epochs", float, "X", "passes over the training cells", ("10", "1")),
     "batch-cells": ("batch_cells", int, "N", "cells per step", ("12", "12")),
     "learning-rate": ("learning_rate", float, "X", "peak of the learning rate, per step", ("5e-05", "5e-05")),
-    "schedule": ("schedule", str, "NAME", "constant, linear, cosine or polynomial", ("linear", "linear")),
+    "schedule": ("schedule", str, "NAME", "constant, linear, cosine, polynomial or step", ("linear", "linear")),
     "warmup-steps": ("warmup_steps", int, "N", "optimizer steps until the peak", ("none", "none")),
     "warmup-share": (
         *("warmup_share", float, "X", "share of all steps until the peak, 0 to 1, instead of their number"),
@@ -143,7 +143,9 @@ def _add_training(parser: argparse.ArgumentParser, *, is_genes: bool) -> None:
         "--search", type=int, metavar="N", help="search hyperparameters with N trials per fold (default: no search)"
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", help="a recipe as .json; the options below change it (default: Geneformer's)"
+        "--recipe",
+        metavar="FILE",
+        help="a recipe as .json; the options below change it (default: that of the model's family, else Geneformer's)",
     )
     either = parser.add_mutually_exclusive_group()
     for option, (field, kind, metavar, text, defaults) in _RECIPE.items():
@@ -252,13 +254,14 @@ def _labels(entries: list[str]) -> str | dict[str, float]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
+    from pathlib import Path
+
+    from geneformer_fast.families import recognise
     from geneformer_fast.finetuning import recipes
     from geneformer_fast.training.named import recipe_of
 
-    recipe = recipes.CELLS if args.kind == "cells" else recipes.GENES
+    recipe = recipes.cells_of(recognise(Path(args.model))) if args.kind == "cells" else recipes.GENES
     if args.recipe is not None:
-        from pathlib import Path
-
         from geneformer_fast.errors import UnsupportedError
         from geneformer_fast.files.schema import read_json
 

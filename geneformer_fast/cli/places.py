@@ -78,8 +78,10 @@ def check_model(folder: str) -> None:
         It is not.
     """
     from geneformer_fast.checkpoints.present import check_present
+    from geneformer_fast.families import recognise
 
-    check_present(Path(folder))
+    if recognise(Path(folder)) is None:
+        check_present(Path(folder))
 
 
 def check_device(name: str | None) -> None:

@@ -30,7 +30,7 @@ _FIELDS: dict[str, tuple[str, type, str, str | None]] = {
         "16384",
     ),
     "--learning-rate": ("learning_rate", float, "peak of the learning rate, per step", "0.001"),
-    "--schedule": ("schedule", str, "linear, cosine, polynomial or constant", "linear"),
+    "--schedule": ("schedule", str, "linear, cosine, polynomial, step or constant", "linear"),
     "--warmup-steps": ("warmup_steps", int, "optimizer steps until the peak", "10000"),
     "--warmup-share": (
         *("warmup_share", float, "share of all steps until the peak, 0 to 1, instead of their number"),

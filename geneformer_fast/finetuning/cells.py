@@ -17,6 +17,7 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.families import family_of
 from geneformer_fast.files.checksums import fingerprint_of_tensors
 from geneformer_fast.finetuning.engine import Choices, Engine, Tested, check_ready, check_splits
 from geneformer_fast.finetuning.labels import Task, check_ignored, column_values, read_task
@@ -26,7 +27,7 @@ from geneformer_fast.finetuning.names import check_names
 from geneformer_fast.finetuning.objectives import CellObjective
 from geneformer_fast.finetuning.outputs import Finetuned, out_folder
 from geneformer_fast.finetuning.predictions import ClassifyingRun, cell_table, probabilities_of, some_cells
-from geneformer_fast.finetuning.recipes import CELLS, with_progress
+from geneformer_fast.finetuning.recipes import CELLS, cells_of, with_progress
 from geneformer_fast.finetuning.samplers import ClassSampler
 from geneformer_fast.finetuning.search import Search
 from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share_for_testing
@@ -112,7 +113,8 @@ def finetune_cells(
         classifier learns as ever. They want about ten times the learning rate. In the end they are added to the
         weights; ``out/adapter`` keeps them apart, as PEFT loads them.
     recipe
-        How to train; None is :data:`~geneformer_fast.finetuning.recipes.CELLS`.
+        How to train; None is what the authors of the model's family published for it, if anything, else
+        :data:`~geneformer_fast.finetuning.recipes.CELLS`.
     search
         Hyperparameters to search in every fold, by its training and evaluation cells alone: a number of trials, or a
         :class:`~geneformer_fast.finetuning.search.Search`.
@@ -157,10 +159,10 @@ def finetune_cells(
     wanted = check_ready(search)
     profile = checked_place(profile, Path(out), is_resuming=resume, is_replacing=overwrite)
     test_share = share_for_testing(test_share, folds, 0.1)
-    recipe = with_progress(recipe or CELLS, progress)
-    selection = Selection.of(where, max_cells, seed, default_seed=recipe.seed)
+    selection = Selection.of(where, max_cells, seed, default_seed=(recipe or CELLS).seed)
     with open_tokens(tokens) as folder:
         base = pretrained(model, device)
+        recipe = with_progress(recipe or cells_of(family_of(base.config)), progress)
         identity = identity_of(folder, base.config)
         tasks, cells = _selected_tasks(folder, selection, label, drop_unlabelled, ignore, min_cells)
         check_names({task.name: task.classes for task in tasks})

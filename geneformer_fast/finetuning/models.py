@@ -81,11 +81,12 @@ def with_head(encoder: Encoder, kind: str, n_classes: int, *, seed: int = 0) -> 
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, encoder.config.init_std, generator=generator)
                 module.bias.zero_()
-    found = head.pooler if isinstance(head, CellClassifier) else head
-    if isinstance(fresh, CellClassifier) and isinstance(found, Pooler):
-        fresh.pooler.load_state_dict(found.state_dict())
+    found, pooler = getattr(head, "pooler", head), getattr(fresh, "pooler", None)
+    if isinstance(found, Pooler) and isinstance(pooler, Pooler):
+        pooler.load_state_dict(found.state_dict())
     made.head = fresh.to(encoder.device)
-    made.source = None
+    if is_bert(encoder):
+        made.source = None  # its architecture is another now; other formats keep what they came with
     return made
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from geneformer_fast.training.recipe import Recipe
+from geneformer_fast.training.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from geneformer_fast.families import Family
 
 #: Classes of cells. Geneformer: batches of 12, 10 epochs, the best by evaluation kept; 5e-5 is its rate for six layers.
 CELLS = Recipe(
@@ -31,6 +35,11 @@ GENES = Recipe(
     is_greater_better=True,
     is_best_restored=True,
 )
+
+
+def cells_of(family: Family | None) -> Recipe:
+    """The recipe for classes of cells that a family's authors published, ``"<family>-cells"``; else :data:`CELLS`."""
+    return CELLS if family is None else RECIPES.get(f"{family.name}-cells", CELLS)
 
 
 def with_progress(recipe: Recipe, progress: bool | None) -> Recipe:

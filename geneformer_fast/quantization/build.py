@@ -21,9 +21,7 @@ BLOCK_LAYERS = ("qkv", "out", "up", "down")
 def layers_of(encoder: Encoder) -> dict[str, nn.Linear | nn.Embedding]:
     """Name -> layer or table, of all that may be quantized; those of eight bits already are among them."""
     names = [f"blocks.{index}.{layer}" for index in range(encoder.config.n_layers) for layer in BLOCK_LAYERS]
-    names += [
-        f"embeddings.{table}" for table in (["token"] if encoder.config.inputs == "tokens" else []) + ["position"]
-    ]
+    names += [f"embeddings.{table}" for table in ("token", "position") if hasattr(encoder.embeddings, table)]
     found = {name: encoder.get_submodule(name) for name in names}
     if encoder.head is not None:
         found |= {

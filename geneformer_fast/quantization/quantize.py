@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geneformer_fast import families
 from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import is_bert
@@ -32,7 +34,7 @@ from geneformer_fast.quantization.convert import (
     refuse_quantized,
 )
 from geneformer_fast.quantization.hugging_face import check_theirs, encoder_of, quantized_theirs
-from geneformer_fast.quantization.places import check_out
+from geneformer_fast.quantization.places import check_out, others_in
 from geneformer_fast.quantization.report import Report
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder
@@ -128,14 +130,17 @@ def quantize(
     if out is None and overwrite:
         raise UnsupportedError("overwrite is about a folder: name one as out=")
     folder = None if isinstance(model, nn.Module) else Path(model)
+    # A family's own format has no place for eight bits: such a model is loaded, and becomes a folder of ours.
+    has_our_format = folder is not None and not _has_own_format(folder)
     if out is not None:
-        if folder is not None:
+        if has_our_format:
+            assert folder is not None
             refuse_quantized(folder)
         out = followed(Path(out))
         check_out(out, folder, overwrite=overwrite)
-        if folder is not None and calibrate is None:
-            if device is not None:
-                raise UnsupportedError("device is where a folder is measured: pass cells as calibrate= too")
+        if folder is not None and calibrate is None and device is not None:
+            raise UnsupportedError("device is where a folder is measured: pass cells as calibrate= too")
+        if folder is not None and calibrate is None and has_our_format:
             options: dict[str, Any] = {"scheme": scheme, "keep_embeddings": keep_embeddings, "overwrite": overwrite}
             quantize_folder(folder, out, choices=choices, **options)
             return out
@@ -147,7 +152,7 @@ def quantize(
             encoder, calibrate, scheme=scheme, keep_embeddings=keep_embeddings, progress=progress, **measuring
         )
         choices = calibration.choices
-    if folder is not None and out is not None:
+    if folder is not None and out is not None and has_our_format:
         del encoder, model, table  # its numbers are read again, some rows at a time
         quantize_folder(folder, out, scheme=scheme, choices=choices, calibration=calibration, overwrite=overwrite)
         return out
@@ -163,10 +168,18 @@ def quantize(
         return made
     with alone_in(out, None, overwrite=overwrite), whole_folder(out) as unfinished:
         save(ours, unfinished)
+        for path in () if folder is None else others_in(folder):
+            shutil.copyfile(path, unfinished / path.name)
         report = Report.of(scheme, chosen, bytes_of(encoder), bytes_of(ours), calibration, dtypes=dtypes_of(ours))
         report.save(unfinished)
         quantized_card(out, report, folder, is_bert=is_bert(ours)).save(unfinished)
     return out
+
+
+def _has_own_format(folder: Path) -> bool:
+    """Whether a family reads a folder in its own way, and not as BERT's or ours are read."""
+    found = families.recognise(folder)
+    return found is not None and found.load is not None
 
 
 def _opened(

@@ -173,7 +173,7 @@ class _Run:
         check_lengths(model, tokens, lengths[self.train_cells])
         check_lengths(model, self.eval_tokens, self.eval_tokens.lengths()[self.eval_cells])
         self.n_steps = recipe.steps or self.plan.total_steps(recipe.epochs)
-        self.schedule = recipe.schedule_for(self.n_steps)
+        self.schedule = recipe.schedule_for(self.n_steps, self.plan.n_steps())
         self.history = History()
         self.divergence = Divergence(getattr(objective, "chance_loss", None))
         self.step = 0

@@ -48,9 +48,10 @@ class Recipe:
         counting once, whatever piece it is in.
     learning_rate
         The peak.
-    schedule, warmup_steps, warmup_share, floor, floor_share, power
+    schedule, warmup_steps, warmup_share, floor, floor_share, power, decay
         See :class:`Schedule`. The rise takes ``warmup_steps``, or where that is None this share of all steps; ``floor``
-        is the final learning rate over the peak, ``floor_share`` the share of steps at the end spent there.
+        is the final learning rate over the peak, ``floor_share`` the share of steps at the end spent there; ``decay``
+        is what ``"step"`` multiplies the rate by after every epoch.
     betas, eps, weight_decay, decays_all
         AdamW; ``decays_all`` decays biases and LayerNorm too.
     clip
@@ -101,6 +102,7 @@ class Recipe:
     floor: float = 0.0
     floor_share: float = 0.0
     power: float = 1.0
+    decay: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.001
@@ -148,6 +150,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UnsupportedError(f"{name} must not be negative, but is {value}")
+        if not 0 < self.decay <= 1:
+            raise UnsupportedError(f"decay must be above 0 and at most 1, not {self.decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UnsupportedError(f"betas must be from 0 to below 1, not {self.betas}")
         if self.clip is not None and not self.clip > 0:
@@ -164,11 +168,12 @@ class Recipe:
             raise UnsupportedError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
         return dataclasses.replace(RECIPES[name], **changes)
 
-    def schedule_for(self, n_steps: int) -> Schedule:
-        """The learning rate over a run of ``n_steps``."""
+    def schedule_for(self, n_steps: int, epoch_steps: float | None = None) -> Schedule:
+        """The learning rate over ``n_steps``; an epoch has ``epoch_steps``, or where that is None as ``epochs`` say."""
         warmup = self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_share * n_steps)
         floor_steps = math.floor(self.floor_share * n_steps)
-        return Schedule(self.schedule, n_steps, warmup, self.floor, floor_steps, self.power)
+        each = n_steps / self.epochs if epoch_steps is None else epoch_steps
+        return Schedule(self.schedule, n_steps, warmup, self.floor, floor_steps, self.power, self.decay, each)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -45,6 +45,26 @@ def test_schedules_are_those_of_transformers(kind: str, theirs: str, options: di
         scheduler.step()
 
 
+def test_steps_are_those_of_torch() -> None:
+    """scGPT's annotation: a tenth less after every epoch, whatever the number of steps in one."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
+    recipe = Recipe.preset("scgpt-cells", epochs=4)
+    schedule = recipe.schedule_for(4 * 7, 7)
+    assert schedule == recipe.schedule_for(4 * 7)
+    for _ in range(4):
+        for _ in range(7):
+            step = scheduler.last_epoch * 7 + _
+            assert recipe.learning_rate * schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    # As a share of a run whose end is a time.
+    by_share = recipe.schedule_for(1)
+    assert [by_share(share) for share in (0.0, 0.24, 0.25, 0.99)] == pytest.approx([1, 1, 0.9, 0.9**3])
+    with pytest.raises(UnsupportedError, match="decay must be above 0"):
+        Recipe(decay=0.0)
+
+
 def test_the_floor_of_bionemo() -> None:
     """NeMo's cosine: warm-up, a fall to the minimal rate, and that rate for the last 5 %."""
     recipe = Recipe.preset("bionemo-10m", steps=1000)
@@ -107,7 +127,7 @@ def test_what_is_asked_for_wins(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (dict(schedule="step"), "schedule must be one of"),
+        (dict(schedule="stairs"), "schedule must be one of"),
         (dict(precision="int8"), "precision must be one of"),
         (dict(batch_tokens=5), "either batch_cells or batch_tokens"),
         (dict(batch_cells=None), "either batch_cells or batch_tokens"),

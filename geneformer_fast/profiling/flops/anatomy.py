@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from geneformer_fast.config import EncoderConfig
-from geneformer_fast.embeddings import SoftBins
+from geneformer_fast.decoders import N_LAYERS, ExpressionDecoder, LayeredClassifier
+from geneformer_fast.embeddings import GenesAndValues, SoftBins
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.heads import CellClassifier, GeneClassifier, MLMHead, Pooler
 from geneformer_fast.profiling.figures import Missing
@@ -151,8 +152,10 @@ def anatomy(
 
 
 def _input_sizes(config: EncoderConfig) -> list[tuple[int, int]]:
-    """(k, n) of the layers that embed a value in soft bins."""
-    if config.inputs == "tokens":
+    """(k, n) of the layers that embed a value: by soft bins, or by two layers (scGPT)."""
+    if config.inputs == "pairs":
+        return [(1, config.width), (config.width, config.width)]
+    if config.inputs != "values":
         return []
     return [(1, config.n_bins), (config.n_bins, config.n_bins), (config.n_bins, config.width)]
 
@@ -160,6 +163,9 @@ def _input_sizes(config: EncoderConfig) -> list[tuple[int, int]]:
 def _head_sizes(config: EncoderConfig, head: str | None, n_classes: int) -> list[tuple[int, int]]:
     """(k, n) of a head's layers."""
     width, n_outputs = config.width, config.vocab_size if config.inputs == "tokens" else 1
+    if config.inputs.startswith("pairs") and head is not None and head not in ("genes", "pooler"):
+        outputs = n_classes if head == "cells" else 1
+        return [(width, width)] * (N_LAYERS - 1) + [(width, outputs)]
     return {
         None: [],
         "mlm": [(width, width), (width, n_outputs)],
@@ -257,6 +263,8 @@ def chain(*modules: nn.Module) -> tuple[Layer, ...] | Missing:
 
 def _inputs_of(encoder: Encoder) -> tuple[Layer, ...] | Missing:
     inputs = encoder.embeddings
+    if isinstance(inputs, GenesAndValues):
+        return chain(*filter(None, (inputs.value1, inputs.value2)))
     if not isinstance(inputs, SoftBins):
         return ()
     layers = chain(inputs.linear1, inputs.linear2)
@@ -273,7 +281,11 @@ def _head_of(encoder: Encoder) -> tuple[str | None, HeadParts | None] | Missing:
     if isinstance(head, MLMHead):
         return _mlm_head(encoder, head)
     modules: Sequence[nn.Module]
-    if isinstance(head, CellClassifier):
+    if isinstance(head, LayeredClassifier):
+        name, modules = "cells", head.linears()
+    elif isinstance(head, ExpressionDecoder):
+        name, modules = "expression", head.linears()
+    elif isinstance(head, CellClassifier):
         name, modules = "cells", (head.pooler.dense, head.classifier)
     elif isinstance(head, GeneClassifier):
         name, modules = "genes", (head.classifier,)

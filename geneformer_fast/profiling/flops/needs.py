@@ -131,13 +131,14 @@ class _Ledger:
     def embeddings(self) -> None:
         """Tables looked up, added and normalised."""
         config, width = self.encoder.config, self.encoder.config.width
-        if config.inputs != "tokens":
+        if config.inputs == "values":
             return
+        name = "embed_tokens" if config.inputs == "tokens" else "embeddings"
         tables = min(self.rows.n_tokens, self.n_passes * config.vocab_size) * width * 4
         out = self.rows.n_tokens * width * (self.stream_size + (self.size if self.size < self.stream_size else 0))
-        self.add("embed_tokens", 0.0, tables + out + 4 * self.rows.n_tokens)
+        self.add(name, 0.0, tables + out + 4 * self.rows.n_tokens)
         if self.is_training and self.encoder.has_learning_inputs:
-            self.add("embed_tokens" + BACKWARD, 0.0, self.rows.n_tokens * width * self.stream_size + tables)
+            self.add(name + BACKWARD, 0.0, self.rows.n_tokens * width * self.stream_size + tables)
 
     def product(self, product: Product) -> None:
         """One product, and its gradients."""
