@@ -5,28 +5,24 @@ Nothing is executed: PyTorch files are read by ``torch.load`` with ``weights_onl
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from geneformer_fast.checkpoints.described import schemes_in
 from geneformer_fast.checkpoints.present import CONFIG
+from geneformer_fast.checkpoints.pytorch import ADVICE, check_records, is_archive, read_pytorch
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import CheckpointError, OutputError
 from geneformer_fast.files import schema
 from geneformer_fast.files.checksums import SUMS, VERIFY, check_file, is_verifying, read_sums, sums_text
-from geneformer_fast.files.foreign import foreign_kind
 from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.streaming import write_pieces
 from geneformer_fast.files.tensors import read_tensors as read_safetensors
@@ -37,11 +33,7 @@ WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BUFFERS = ("position_ids", "token_type_ids")  # whole numbers that old checkpoints keep
-_AGAIN = "download or copy it again"
-ADVICE = f"the file is truncated or damaged; {_AGAIN}"
 _CHANGED = f"copy it again, or if it was changed on purpose remove {SUMS} (or set {VERIFY}=0)"
-# torch stores tensors as they are; who packed them again gains less than this.
-_MOST_INFLATED = 64
 # How the line of SHA256SUMS begins that notes the configuration.
 _NOTED = "# config.json: "
 _SCHEMES = "schemes"
@@ -311,32 +303,8 @@ def check_against_sums(path: Path, sha256: str | None) -> None:
     """Compare a file with its checksum, or with those inside it."""
     if sha256 is not None:
         check_file(path, sha256, CheckpointError, _CHANGED)
-    elif path.suffix in (".bin", ".pt") and is_archive(path):
-        with _archive(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at these
-        if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; {_AGAIN}")
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a PyTorch file is a zip archive; older ones are not, and have no checksums."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-@contextlib.contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An open PyTorch file whose records have names of their own, and sizes that its own size bears out."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if len({record.filename for record in records}) < len(records):
-                raise CheckpointError(f"{path} is damaged: two of its records have one name; {_AGAIN}")
-            if sum(record.file_size for record in records) > _MOST_INFLATED * path.stat().st_size:
-                raise CheckpointError(f"{path} unpacks to more than {_MOST_INFLATED} times its size; {_AGAIN}")
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {ADVICE}") from None
+    elif path.suffix in (".bin", ".pt", ".pth", ".ckpt") and is_archive(path):
+        check_records(path)
 
 
 def check_shard(folder: Path, shard: str, found: Mapping[str, torch.Tensor], weight_map: Mapping[str, str]) -> None:
@@ -354,38 +322,3 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path, CheckpointError, ADVICE)
     return read_pytorch(path)
-
-
-def read_pytorch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a file of ``torch.save`` by name; mapped, their numbers are read when they are looked at.
-
-    Raises
-    ------
-    CheckpointError
-        The file is damaged, something else, or holds more than tensors.
-    """
-    # Older PyTorch files begin like other pickles, and archives like any: these are what is expected here.
-    what = foreign_kind(path)
-    if what is not None and "torch.save" not in what:
-        raise CheckpointError(f"{path} is {what}")
-    if is_archive(path):
-        with _archive(path):
-            pass
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than weights, and was not loaded ({_first_line(error)})"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); {ADVICE}") from None
-    is_plain = isinstance(tensors, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
-    )
-    if not is_plain:
-        raise CheckpointError(f"{path} is not a state dict of tensors by name")
-    return dict(tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
