@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
     (f"{FAST}.tokenization.genes",),
     (f"{FAST}.tokenization.vocabulary",),
-    (f"{FAST}.tokenization.dictionaries",),
+    (f"{FAST}.tokenization.dictionaries", f"{FAST}.tokenization.bundled"),
     (f"{FAST}.tokenization.pickles",),
     # The registry loads families by name, so that those below them may ask it what they are.
     (f"{FAST}.families.__init__", f"{FAST}.families.family", f"{FAST}.families.settings"),
@@ -104,8 +104,10 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "umap": (f"{FAST}.extract", f"{FAST}.quickstart", f"{FAST}.plot"),
     "pickle": (
         *(f"{FAST}.tokenization.pickles", f"{FAST}.perturbation.pickles"),
-        f"{FAST}.checkpoints.weights",  # for its error class only
+        f"{FAST}.checkpoints.pytorch",  # for its error class only
+        f"{FAST}.checkpoints.distributed",  # for that and the numbers of instructions
     ),
+    "yaml": (f"{FAST}.checkpoints.nemo",),
     "dill": (),
     "cloudpickle": (),
     "joblib": (),

@@ -224,9 +224,7 @@ def _place_of(name: str, place: _Record) -> tuple[str, int, int]:
     return file, start, n_bytes
 
 
-def read_sharded(
-    folder: Path, tensors: Iterable[ShardedTensor], *, verify: bool = False
-) -> dict[str, torch.Tensor]:
+def read_sharded(folder: Path, tensors: Iterable[ShardedTensor], *, verify: bool = False) -> dict[str, torch.Tensor]:
     """Tensors put together out of their pieces, each of which is in memory beside them for as long as it is copied.
 
     With ``verify`` the checksums of every piece are looked at.
@@ -242,7 +240,9 @@ def read_sharded(
     if n_bytes > sum((folder / name).stat().st_size for name in names if (folder / name).is_file()):
         missing = sorted(name for name in names if not (folder / name).is_file())
         told = f"{missing[0]} is missing" if missing else "its files are truncated"
-        raise CheckpointError(f"{folder}: {METADATA} lists more than the files beside it hold; {told}, download them again")
+        raise CheckpointError(
+            f"{folder}: {METADATA} lists more than the files beside it hold; {told}, download them again"
+        )
     return {tensor.name: _assembled(folder, tensor, verify) for tensor in tensors}
 
 
@@ -288,9 +288,7 @@ def _check_cover(folder: Path, tensor: ShardedTensor) -> None:
             raise CheckpointError(f"{where} overlap; {ADVICE}")
 
 
-def _read_piece(
-    folder: Path, tensor: ShardedTensor, piece: Piece, dtype: torch.dtype, verify: bool
-) -> torch.Tensor:
+def _read_piece(folder: Path, tensor: ShardedTensor, piece: Piece, dtype: torch.dtype, verify: bool) -> torch.Tensor:
     path = folder / piece.file
     where = f"{path}: a piece of {tensor.name!r}"
     if math.prod(piece.shape) * dtype.itemsize > piece.n_bytes:
@@ -300,7 +298,9 @@ def _read_piece(
             file.seek(piece.start)
             content = file.read(min(piece.n_bytes, path.stat().st_size))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {piece.file} named by {METADATA} is missing; download all of its files") from None
+        raise CheckpointError(
+            f"{folder}: {piece.file} named by {METADATA} is missing; download all of its files"
+        ) from None
     except OSError as reason:
         raise CheckpointError(f"{path} cannot be read ({reason.strerror or reason})") from None
     if len(content) != piece.n_bytes:

@@ -22,6 +22,7 @@ from geneformer_fast.checkpoints.present import check_present
 from geneformer_fast.checkpoints.skeleton import skeleton
 from geneformer_fast.checkpoints.stored import stored_tensors
 from geneformer_fast.checkpoints.tied import DECODER_BIAS, DECODER_WEIGHT, bias_in, sort_leftovers
+from geneformer_fast.checkpoints.transformer_engine import as_bert, is_transformer_engine
 from geneformer_fast.checkpoints.weights import (
     CONFIG,
     check_floats,
@@ -100,6 +101,8 @@ def load(
         return _load_quantized(folder, settings, dtype, device, verify)
     config_from_settings(settings, folder / CONFIG)
     tensors = read_tensors(folder, verify=verify)
+    if is_transformer_engine(tensors):
+        settings, tensors = as_bert(settings, tensors, folder)
     check_floats(tensors, folder)
     encoder, table = opened(settings, tensors, folder)
     if is_verifying(verify):

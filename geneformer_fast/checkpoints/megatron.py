@@ -1,4 +1,4 @@
-"""Megatron's BERT as BioNeMo trains it: names of its tensors in all their spellings, and what its configurations say."""
+"""Megatron's BERT as BioNeMo trains it: its tensors under all their names, and what its configurations say."""
 
 from __future__ import annotations
 
@@ -42,11 +42,6 @@ _DIVIDED = {
     **dict.fromkeys(("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias"), 0),
     **dict.fromkeys(("linear_proj.weight", "linear_fc2.weight"), 1),
 }
-
-
-def is_megatron(names: str) -> bool:
-    """Whether names of tensors, in any order and among anything, are of Megatron's BERT in one of its spellings."""
-    return "word_embeddings" in names and ("linear_qkv" in names or "query_key_value" in names)
 
 
 def is_of_model(name: str) -> bool:
@@ -224,8 +219,8 @@ def check_said(said: Said, geometry: Geometry) -> None:
             if name == "num_query_groups" and said.fields[name] in (heads, "null"):
                 continue
             raise CheckpointError(
-                f"{said.where}: {name} is {said.fields[name]!r}, which means {meaning}; no published BioNeMo Geneformer "
-                "has that, and nothing here computes it"
+                f"{said.where}: {name} is {said.fields[name]!r}, which means {meaning}; no published BioNeMo "
+                "Geneformer has that, and nothing here computes it"
             )
     pairs = (
         ("num_layers", geometry.n_layers),
@@ -239,8 +234,8 @@ def check_said(said: Said, geometry: Geometry) -> None:
         is_fitting = value is None or value == found or (name == "seq_length" and value <= found)
         if not is_fitting:
             raise CheckpointError(
-                f"{said.where}: {name} is {value:,} but the weights have {found:,}; the configuration and the weights do "
-                "not belong together"
+                f"{said.where}: {name} is {value:,} but the weights have {found:,}; the configuration and the weights "
+                "do not belong together"
             )
 
 

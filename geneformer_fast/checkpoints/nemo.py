@@ -59,15 +59,17 @@ def read_nemo(path: Path, *, verify: bool = False) -> tuple[dict[str, torch.Tens
     with _opened(path) as archive:
         weights = sorted(name for name in archive.sizes if _RANK.match(name))
         has_shards = f"{_SHARDED}{METADATA}" in archive.sizes
-        if len(weights) > 1 and _WEIGHTS in weights or (weights and has_shards):
+        if (len(weights) > 1 and _WEIGHTS in weights) or (weights and has_shards):
             names = ", ".join((*weights[:3], *((_SHARDED,) if has_shards else ())))
             raise CheckpointError(f"{path} holds weights twice ({names}), and does not say which are the model's")
         if any(int(match["stage"] or 0) for name in weights if (match := _RANK.match(name))):
             raise CheckpointError(
-                f"{path}: its layers are divided among stages (pipeline parallelism); convert it to one rank with NeMo's "
-                "tools"
+                f"{path}: its layers are divided among stages (pipeline parallelism); convert it to one rank with "
+                "NeMo's tools"
             )
-        said = _said_in_yaml(archive.read(CONFIG, _MOST_TEXT), f"{path}: {CONFIG}") if CONFIG in archive.sizes else Said()
+        said = (
+            _said_in_yaml(archive.read(CONFIG, _MOST_TEXT), f"{path}: {CONFIG}") if CONFIG in archive.sizes else Said()
+        )
         if has_shards:
             return _read_shards(archive, path, verify), said
         if not weights:
@@ -76,7 +78,9 @@ def read_nemo(path: Path, *, verify: bool = False) -> tuple[dict[str, torch.Tens
         for name in weights:
             where = f"{path}: {name}"
             with archive.open(name) as file:
-                ranks.append(named(state_in(read_stream(file, archive.sizes[name], where, verify=verify), where), where))
+                ranks.append(
+                    named(state_in(read_stream(file, archive.sizes[name], where, verify=verify), where), where)
+                )
         return joined(ranks, path), said
 
 
@@ -149,7 +153,9 @@ def read_context(folder: Path) -> Said | None:
 def _text_of(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MOST_TEXT:
-            raise CheckpointError(f"{path} is larger than {_MOST_TEXT >> 20} MiB, so it is not the configuration of a model")
+            raise CheckpointError(
+                f"{path} is larger than {_MOST_TEXT >> 20} MiB, so it is not the configuration of a model"
+            )
         return path.read_bytes()
     except OSError as reason:
         raise CheckpointError(f"{path} cannot be read: {reason.strerror or reason}") from None
@@ -228,7 +234,9 @@ def read_plain(place: Path, *, verify: bool = False) -> tuple[dict[str, torch.Te
         return named(dict(read_tensors(place, verify=verify)), place), _said_beside(folder)
     path = place if place.is_file() else _only_file(place)
     if verify:
-        check_against_sums(path, read_sums(folder, CheckpointError).get(path.name) if (folder / SUMS).exists() else None)
+        check_against_sums(
+            path, read_sums(folder, CheckpointError).get(path.name) if (folder / SUMS).exists() else None
+        )
     if path.suffix == ".safetensors":
         state = dict(read_safetensors(path, CheckpointError, ADVICE))
     else:

@@ -46,6 +46,8 @@ from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
 from geneformer_fast.heatmap import plot_heatmap
 from geneformer_fast.plot import check_enough, check_format, check_picture, plot_umap
+from geneformer_fast.tokenization.bundled import has_dictionaries
+from geneformer_fast.tokenization.dictionaries import SAVED_FILE
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def embed(
         Blocks beyond it are not computed.
     dictionary
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
-        is taken. None looks for ``vocabulary.json`` in the model's folder.
+        is taken. None looks for ``vocabulary.json`` in the model's folder, and into archives and contexts of NeMo.
     counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts
         As in ``tokenize``.
     obs
@@ -312,7 +314,7 @@ def find_vocabulary(
         except VocabularyError:
             # Whatever single vocabulary it holds is refused later, where both names are known.
             return Vocabulary.from_folder(Path(dictionary))
-    if not isinstance(model, Encoder) and (Path(model) / "vocabulary.json").exists():
+    if not isinstance(model, Encoder) and ((Path(model) / SAVED_FILE).exists() or has_dictionaries(Path(model))):
         return Vocabulary.from_folder(Path(model))
     return None
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.families import bionemo_vocabulary
 from geneformer_fast.families.family import Family, Reading, TokenLayout
+from geneformer_fast.families.settings import said_in
 
 if TYPE_CHECKING:
     from geneformer_fast.checkpoints.mapping import Entry
+    from geneformer_fast.encoder import Encoder
+
+# How much of a file is looked through for names of tensors: the header of safetensors, or the program of a pickle.
+_LOOKED_AT = 4 << 20
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 LAYOUT = TokenLayout(
     special=bionemo_vocabulary.numbered(),
@@ -86,7 +93,45 @@ def entries(config: EncoderConfig, head: str | None = "mlm") -> list[Entry]:
         table += affine("head.dense", "lm_head.dense")
         table += affine("head.norm", "lm_head.layer_norm")
         table.append(Entry("head.bias", ("output_layer.bias",)))
+        if not config.tied_decoder:
+            table.append(Entry("head.decoder.weight", ("output_layer.weight",)))
     return table
+
+
+def recognise(place: Path) -> bool:
+    """An archive of NeMo, a folder of one, or tensors under Megatron's names."""
+    if place.is_file():
+        return place.suffix == ".nemo" or (place.suffix in _SUFFIXES and _names_megatron(place))
+    if not place.is_dir():
+        return False
+    if any((folder / ".metadata").is_file() for folder in (place, place / "weights")):
+        return True
+    if (place / "model_config.yaml").is_file() or any(place.glob("*.nemo")):
+        return True
+    if "num_hidden_layers" in (said := said_in(place / "config.json")) and said.get("model_type") == "bert":
+        return False  # BERT's own, of which only a config.json is read here
+    files = sorted(path for path in place.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    return bool(files) and _names_megatron(files[0])
+
+
+def _names_megatron(path: Path) -> bool:
+    """Whether names of Megatron's tensors stand near the beginning of a file; nothing in it is executed.
+
+    torch.save writes them there, before the numbers; so does safetensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_LOOKED_AT)
+    except OSError:
+        return False
+    return b"word_embeddings" in head and (b"linear_qkv" in head or b"query_key_value" in head)
+
+
+def load(place: Path, **options: Any) -> Encoder:
+    """As :func:`geneformer_fast.checkpoints.bionemo.load`."""
+    from geneformer_fast.checkpoints import bionemo
+
+    return bionemo.load(place, **options)
 
 
 FAMILY = Family(
@@ -97,6 +142,9 @@ FAMILY = Family(
     presets={"bionemo-10m": _preset(6, 256, 4, 512), "bionemo-106m": _preset(12, 768, 12, 3072)},
     layouts={"bionemo": LAYOUT},
     recipes={"bionemo-10m": _recipe(81_485), "bionemo-106m": _recipe(35_650)},
+    recognise=recognise,
+    load=load,
     entries=entries,
-    reading=Reading(layer="last"),
+    # BioNeMo 1's rule, and what BioNeMo 2's was meant to be.
+    reading=Reading(layer="last", pool="mean"),
 )

@@ -1,4 +1,4 @@
-"""Tar archives of model files, packed or not: members are read where they lie, and nothing is unpacked by its own name."""
+"""Tar archives of model files, packed or not: members are read where they lie, none is unpacked by its own name."""
 
 from __future__ import annotations
 

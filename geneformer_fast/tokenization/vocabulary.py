@@ -17,6 +17,7 @@ from geneformer_fast.families.family import TokenLayout
 from geneformer_fast.files.checksums import DIGEST, VERIFY, check_digest, with_digest
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import write_json
+from geneformer_fast.tokenization.bundled import dictionaries_in
 from geneformer_fast.tokenization.dictionaries import SAVED_FILE, checked_numbers, checked_strings, read_contents
 
 if TYPE_CHECKING:
@@ -255,12 +256,12 @@ class Vocabulary:
         Understood are Geneformer's own files under any of their names (``token_dictionary*``,
         ``gene_median_dictionary*``, optionally ``ensembl_mapping_dict*`` and ``gene_name_id_dict*``; pickles, read
         without executing anything, or JSON), BioNeMo's (``vocab.txt`` or ``geneformer.vocab`` with medians), and what
-        `save` writes.
+        `save` writes. So are BioNeMo's where they lie in a ``.nemo`` archive, or in the context of a NeMo 2 folder.
 
         Parameters
         ----------
         folder
-            The folder.
+            The folder, or a ``.nemo`` archive.
         preset
             ``"v1"``, ``"v2"`` or ``"bionemo"`` (:func:`geneformer_fast.families.layouts`): which one when the folder
             holds several. ``"bionemo"`` on a folder with Geneformer's V1 dictionaries builds BioNeMo's vocabulary out
@@ -274,10 +275,13 @@ class Vocabulary:
         folder = Path(folder)
         if preset is not None:
             layout_named(preset, what="preset")
-        if not folder.is_dir():
+        if not folder.is_dir() and not folder.is_file():
             raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
         if not (folder / SAVED_FILE).is_file():
-            return cls(**vars(read_contents(folder, preset))).under_public_name()
+            with dictionaries_in(folder) as place:
+                if not place.is_dir():
+                    raise VocabularyError(f"{folder} is a file; give the folder that holds the gene dictionaries")
+                return cls(**vars(read_contents(place, preset))).under_public_name()
         saved = folder / SAVED_FILE
         content = read_json(saved, VocabularyError)
         found = cls.from_dict(content, where=str(saved))
