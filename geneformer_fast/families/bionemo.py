@@ -128,10 +128,10 @@ def _names_megatron(path: Path) -> bool:
 
 
 def load(place: Path, **options: Any) -> Encoder:
-    """As :func:`geneformer_fast.checkpoints.bionemo.load`."""
-    from geneformer_fast.checkpoints import bionemo
+    """As :func:`geneformer_fast.families.bionemo_checkpoints.load`."""
+    from geneformer_fast.families import bionemo_checkpoints
 
-    return bionemo.load(place, **options)
+    return bionemo_checkpoints.load(place, **options)
 
 
 FAMILY = Family(

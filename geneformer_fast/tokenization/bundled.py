@@ -69,8 +69,8 @@ def dictionaries_in(place: Path) -> Iterator[Path]:
     if not has_dictionaries(place):
         if place.suffix == _ARCHIVE and archive is not None:
             raise VocabularyError(
-                f"{place} holds no list of tokens with their medians (geneformer.vocab and medians.json); name the folder "
-                "that has them"
+                f"{place} holds no list of tokens with their medians (geneformer.vocab and medians.json); name the "
+                "folder that has them"
             )
         yield place
         return
