@@ -278,7 +278,8 @@ def embeddings_of(
     with open_cells(tokens, None, encoder.config, {"obs": {}}, progress) as cells:
         pool = _pool_of(pool, cells)
         # Cells without genes have no mean over them.
-        n_special = 0 if pool == "cls" or cells.cls_id is None else 2
+        special = cells.vocabulary["special"]
+        n_special = 0 if pool == "cls" or cells.cls_id is None else sum(name in special for name in ("cls", "eos"))
         with open_tokens(tokens) as folder:
             found = {name: _cells_of(folder, column, name, where, max_cells, seed, n_special) for name in states}
         for name, chosen in found.items():
