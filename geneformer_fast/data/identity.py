@@ -61,8 +61,8 @@ def _assumed(config: EncoderConfig, folder: TokenFolder) -> dict[str, Any]:
             f"{folder.path} does not say which vocabulary made its tokens; its cells have {found}, but the model reads "
             f"{config.vocabulary}. Tokenize again with the dictionary that belongs to the model."
         )
-    special = dict(layout.special)
-    return {"name": config.vocabulary, "family": name, "special": special, "n_tokens": None, "fingerprint": None}
+    special, n_tokens = dict(layout.special), layout.n_tokens
+    return {"name": config.vocabulary, "family": name, "special": special, "n_tokens": n_tokens, "fingerprint": None}
 
 
 def _lie_in(folder: TokenFolder, layout: TokenLayout) -> bool:

@@ -23,6 +23,7 @@ LAYOUT = TokenLayout(
     max_len=2048,
     published="bionemo",
     fingerprint="7cd1e82ff683fc0f5c82091a309cd05c96262ce171dfe5ccd49d7fd821873f47",
+    n_tokens=25_429,
     totals_over_vocabulary=True,
     files=bionemo_vocabulary.FILES,
     read=bionemo_vocabulary.read,

@@ -27,7 +27,7 @@ _LEFT_OUT = {
     "pooler.": "the pooler of the head for next sentences",
 }
 # Tokens of the published vocabulary; a table has more rows, up to a multiple of what its layers were divided among.
-_N_TOKENS, _MOST_PADDED = 25_429, 2_048
+_MOST_PADDED = 2_048
 
 
 def load(
@@ -94,7 +94,8 @@ def _config(geometry: Geometry, said: Said, activation: str, place: Path) -> Enc
         raise CheckpointError(
             f"{said.where}: kv_channels is {kv_channels}; read are heads of {geometry.width} / {n_heads} channels"
         )
-    n_padded = geometry.vocab_size - _N_TOKENS
+    layout = families.layout("bionemo")
+    n_padded = geometry.vocab_size - (layout.n_tokens or 0)
     attention_dropout = said.number("attention_dropout", kind=float) if said.is_followed else None
     try:
         return EncoderConfig(
@@ -114,9 +115,9 @@ def _config(geometry: Geometry, said: Said, activation: str, place: Path) -> Enc
             dropout=_first(said.number("hidden_dropout", kind=float), 0.02),
             # NeMo 1 took 0.1 whatever its configuration said.
             attention_dropout=_first(attention_dropout, 0.1),
-            pad_id=families.layout("bionemo").special["pad"],
+            pad_id=layout.special["pad"],
             init_std=_first(said.number("init_method_std", kind=float), 0.02),
-            vocabulary="bionemo" if 0 <= n_padded < _MOST_PADDED else None,
+            vocabulary=layout.published if 0 <= n_padded < _MOST_PADDED else None,
             family="bionemo",
         )
     except UnsupportedError as error:

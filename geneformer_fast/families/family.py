@@ -39,6 +39,8 @@ class TokenLayout:
     n_rows
         Rows of the token table by which a stock ``config.json`` of BERT is told to read this vocabulary; None where
         the number tells nothing.
+    n_tokens
+        Ids of the published vocabulary, where its models have more rows than that; None: as many as a model has rows.
     totals_over_vocabulary
         Whether a cell's total is over the genes of the vocabulary only, not over all.
     ids_dtype
@@ -55,6 +57,7 @@ class TokenLayout:
     published: str
     fingerprint: str | None = None
     n_rows: int | None = None
+    n_tokens: int | None = None
     totals_over_vocabulary: bool = False
     ids_dtype: str = "int32"
     files: tuple[str, ...] = ()
