@@ -65,7 +65,9 @@ def check_dictionary(folder: str | None) -> None:
     VocabularyError
         It is not.
     """
-    if folder is not None and not Path(folder).is_dir():
+    from geneformer_fast.tokenization.bundled import is_archive
+
+    if folder is not None and not Path(folder).is_dir() and not is_archive(Path(folder)):
         raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
 
 

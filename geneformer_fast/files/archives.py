@@ -20,7 +20,7 @@ _GZIP = b"\x1f\x8b"
 _AGAIN = "the file is truncated or damaged; download or copy it again"
 # Weights hardly shrink, so an archive that grows more is made to fill a disk.
 _MOST_INFLATED = 64
-_MOST_MEMBERS = 10_000
+_MOST_MEMBERS, _SMALL = 10_000, 16 << 20
 _PIECE = 1 << 20
 
 
@@ -108,7 +108,7 @@ def opened_archive(path: Path, error: type[GeneformerFastError]) -> Iterator[Arc
 @contextlib.contextmanager
 def _unpacked(path: Path, file: BinaryIO, error: type[GeneformerFastError]) -> Iterator[BinaryIO]:
     """The tar archive inside a gzip file, in a temporary file that nobody else can name."""
-    left = _MOST_INFLATED * path.stat().st_size
+    left = max(_MOST_INFLATED * path.stat().st_size, _SMALL)
     with tempfile.TemporaryFile(prefix="geneformer-fast-") as plain, gzip.open(file) as packed:
         while piece := packed.read(_PIECE):
             left -= len(piece)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from geneformer_fast.checkpoints import hf, native, quantized
+from geneformer_fast import families
+from geneformer_fast.checkpoints import hf, load, native, quantized
 from geneformer_fast.checkpoints.mapping import to_ours
 from geneformer_fast.checkpoints.quantized import SCALE, SMOOTH, TIED_DECODER, WEIGHT, beside
 from geneformer_fast.checkpoints.stored import Stored, stored_tensors
@@ -148,7 +149,12 @@ def refuse_float64(encoder: Encoder, folder: Path | None) -> None:
 
 
 def without_numbers(folder: Path) -> Encoder:
-    """The encoder of a folder in floating point, on the meta device; only headers of its files are read."""
+    """The encoder of a folder in floating point, on the meta device; only headers of its files are read.
+
+    One of a format of its family's own is loaded.
+    """
+    if (family := families.recognise(folder)) is not None and family.load is not None:
+        return load(folder, device="cpu")
     settings = refuse_quantized(folder)
     with stored_tensors(folder, verify=False) as stored:
         return Conversion(folder, settings, stored).encoder

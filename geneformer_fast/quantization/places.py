@@ -39,7 +39,8 @@ def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
             raise OutputError(
                 f"{out} holds a model already; choose another folder or pass overwrite=True (--overwrite)"
             )
-        _check_replaced(out, set() if folder is None else {path.name for path in others_in(folder)})
+        is_folder = folder is not None and folder.is_dir()  # beside a file nothing belongs to it
+        _check_replaced(out, {path.name for path in others_in(folder)} if folder is not None and is_folder else set())
     elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
         raise OutputError(f"{out} holds files and no model; name another folder")
 

@@ -20,9 +20,14 @@ _BUNDLED = re.compile(
 _LISTS = ("geneformer.vocab", "vocab.txt")
 
 
+def is_archive(place: Path) -> bool:
+    """Whether a path is of an archive that dictionaries may be inside of."""
+    return place.suffix == _ARCHIVE and place.is_file()
+
+
 def _archive_of(place: Path) -> Path | None:
     """The archive that a path is of, or that a folder holds alone."""
-    if place.suffix == _ARCHIVE and place.is_file():
+    if is_archive(place):
         return place
     found = sorted(place.glob(f"*{_ARCHIVE}")) if place.is_dir() else []
     return found[0] if len(found) == 1 else None
@@ -67,7 +72,7 @@ def dictionaries_in(place: Path) -> Iterator[Path]:
     """
     archive, context = _archive_of(place), place / _CONTEXT
     if not has_dictionaries(place):
-        if place.suffix == _ARCHIVE and archive is not None:
+        if is_archive(place):
             raise VocabularyError(
                 f"{place} holds no list of tokens with their medians (geneformer.vocab and medians.json); name the "
                 "folder that has them"
