@@ -24,7 +24,8 @@ from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder, write_json
 from geneformer_fast.finetuning.official import classes_of
 from geneformer_fast.heads import CellClassifier, GeneClassifier, Pooler, make_head
-from geneformer_fast.tokenization.vocabulary import SAVED_FILE
+from geneformer_fast.tokenization.bundled import has_dictionaries
+from geneformer_fast.tokenization.vocabulary import SAVED_FILE, Vocabulary
 
 ARCHITECTURE = {"cells": "BertForSequenceClassification", "genes": "BertForTokenClassification"}
 #: What the folder of a fine-tuned model holds besides what transformers reads.
@@ -52,10 +53,13 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     return encoder.cast("float32")
 
 
-def vocabulary_in(folder: Path | None) -> Path | None:
-    """The ``vocabulary.json`` of a checkpoint folder, if it has one."""
-    path = None if folder is None else folder / SAVED_FILE
-    return path if path is not None and path.exists() else None
+def vocabulary_in(folder: Path | None) -> Path | Vocabulary | None:
+    """The ``vocabulary.json`` of a checkpoint folder, or what a checkpoint has inside instead, if there is any."""
+    if folder is None:
+        return None
+    if (folder / SAVED_FILE).exists():
+        return folder / SAVED_FILE
+    return Vocabulary.from_folder(folder) if has_dictionaries(folder) else None
 
 
 def with_head(encoder: Encoder, kind: str, n_classes: int, *, seed: int = 0) -> Encoder:
@@ -150,7 +154,7 @@ def save_classifier(
     folder: Path,
     labels: Sequence[str],
     card: Mapping[str, Any],
-    vocabulary: Path | None,
+    vocabulary: Path | Vocabulary | None,
     base: Mapping[str, Any],
 ) -> Path:
     """Write a Hugging Face folder that transformers loads (of a BERT encoder), whole or not at all.
@@ -166,7 +170,8 @@ def save_classifier(
     card
         What :data:`CARD` says: tasks and their classes, and where the model comes from.
     vocabulary
-        A ``vocabulary.json`` to put beside the model, so that counts can be given to it.
+        A ``vocabulary.json`` to put beside the model, or what is to be written as one, so that counts can be given to
+        it.
     base
         The pretrained model's config.json, whose further settings are kept.
     """
@@ -181,7 +186,9 @@ def save_classifier(
     with whole_folder(folder) as made:
         save(encoder, made)
         write_json(made / CARD, card)
-        if vocabulary is not None:
+        if isinstance(vocabulary, Vocabulary):
+            vocabulary.save(made)
+        elif vocabulary is not None:
             shutil.copyfile(vocabulary, made / SAVED_FILE)
     return folder
 
