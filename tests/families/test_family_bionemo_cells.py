@@ -21,6 +21,7 @@ from typed_bionemo import N_PADDED, archive, model_state, write_dictionaries
 
 import geneformer_fast as gf
 from geneformer_fast import families
+from geneformer_fast.cli import main
 from geneformer_fast.errors import VocabularyError
 from geneformer_fast.extract.pooling import MEANS, Place, pools_of
 from geneformer_fast.tokenization.bundled import has_dictionaries
@@ -172,7 +173,7 @@ def test_classifiers_are_tuned_and_predict(home: Path, tmp_path: Path) -> None:
     assert classifier.config.family == "bionemo"
     table = gf.predict(home / "tokens", made.model, device="cpu", progress=False)
     assert len(table) == 41
-    counted = gf.predict(home / "cells.h5ad", made.model, dictionary=home / "model.nemo", device="cpu", progress=False)
+    counted = gf.predict(home / "cells.h5ad", made.model, device="cpu", progress=False)
     pd.testing.assert_frame_equal(
         table.select_dtypes("number").reset_index(drop=True)[["kind_probability"]],
         counted.select_dtypes("number").reset_index(drop=True)[["kind_probability"]],
@@ -240,3 +241,21 @@ def test_a_profile_of_it_counts_its_work(home: Path) -> None:
         for _ in run.steps(range(5)):
             model(tokens)
     assert run.report is not None
+
+
+def test_the_command_line_takes_an_archive_for_a_model_and_for_dictionaries(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, cells = str(home / "model.nemo"), str(home / "cells.h5ad")
+    quiet = ["--quiet"]
+    assert main(["tokenize", cells, str(tmp_path / "tokens"), "--dictionary", model, *quiet]) == 0
+    out = tmp_path / "two.npy"
+    asked = ["--pool", "bionemo2", "--layer", "last", "--dtype", "float32", "--device", "cpu"]
+    assert main(["embed", str(tmp_path / "tokens"), "--model", model, "--out", str(out), *asked, *quiet]) == 0
+    expected = gf.embed(
+        home / "tokens", model, pool="bionemo2", layer="last", device="cpu", dtype="float32", progress=False
+    )
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+    assert main(["quantize", model, "--out", str(tmp_path / "int8"), *quiet]) == 0
+    assert gf.load(tmp_path / "int8", device="cpu").quantization is not None
+    assert "Traceback" not in capsys.readouterr().err

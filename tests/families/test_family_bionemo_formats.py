@@ -277,8 +277,7 @@ def test_heads_of_published_sizes_are_known_without_a_configuration(tmp_path: Pa
     assert encoder.token_table.dtype == torch.float32
 
 
-def test_two_processes_write_and_one_reads(tmp_path: Path, state: State, reference: dict[str, Any]) -> None:
-    # What torch plans for two ranks is what a hand-made folder holds: rows of a tensor in two files.
+def test_pieces_in_the_files_of_two_ranks_are_put_together(tmp_path: Path, state: State) -> None:
     pieces, sizes = files.pieces_of(state)
     folder = files.write_by_hand(tmp_path / "made" / "weights", pieces, sizes)
     assert {each.name for each in folder.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
