@@ -67,7 +67,8 @@ class _Record:
     __slots__ = ("kind", "state")
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.state = kind, {}
+        self.kind = kind
+        self.state: Any = {}
 
     def __getitem__(self, field: str) -> Any:
         return self.state.get(field) if isinstance(self.state, dict) else None

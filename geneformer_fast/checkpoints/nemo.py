@@ -183,7 +183,7 @@ def _plain(value: Any, objects: Mapping[str, Any]) -> Any:
     if value.get("type") == "leaf":
         return value.get("value")
     if value.get("type") == "ref":
-        value = objects.get(value.get("key"))
+        value = objects.get(str(value.get("key")))
         value = value.get("type") if isinstance(value, dict) else None
     if isinstance(value, dict) and isinstance(value.get("name"), str):
         return f"{value.get('module')}.{value['name']}"

@@ -90,7 +90,7 @@ def opened_archive(path: Path, error: type[GeneformerFastError]) -> Iterator[Arc
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, "rb"))
+            file: BinaryIO = stack.enter_context(open(path, "rb"))
             begins = file.read(2)
             file.seek(0)
             if begins == _GZIP:
