@@ -13,7 +13,7 @@ from geneformer_fast.files.writing import is_leftover
 #: What becomes of each layer, beside a quantized model.
 REPORT = "quantization.json"
 # Weights of any framework, and what else of a training may lie beside them: of the model before, and not small.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".nemo", ".distcp")
 # What lies beside a model, with settings and reports in JSON.
 _BESIDE = (SUMS, "README.md", ".gitattributes", "vocab.txt")
 
@@ -39,8 +39,7 @@ def check_out(out: Path, folder: Path | None, *, overwrite: bool) -> None:
             raise OutputError(
                 f"{out} holds a model already; choose another folder or pass overwrite=True (--overwrite)"
             )
-        is_folder = folder is not None and folder.is_dir()  # beside a file nothing belongs to it
-        _check_replaced(out, {path.name for path in others_in(folder)} if folder is not None and is_folder else set())
+        _check_replaced(out, set() if folder is None else {path.name for path in others_in(folder)})
     elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
         raise OutputError(f"{out} holds files and no model; name another folder")
 
@@ -57,8 +56,8 @@ def _check_replaced(out: Path, others: set[str]) -> None:
 
 
 def others_in(folder: Path) -> Iterator[Path]:
-    """Files that are no weights, and say nothing about them."""
-    for path in sorted(folder.iterdir()):
+    """Files that are no weights, and say nothing about them; beside a model that is a file there are none."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and path.name not in (CONFIG, SUMS, REPORT) and not is_leftover(path):
             yield path
