@@ -57,6 +57,7 @@ SUITES = {
             for geometry in ("v1-10m", "v2-104m")
             for name in (f"perturb_{geometry}_2-threads{end}" for end in ("", "_avx2"))
         },
+        "aido_embed": "bench/cpu/test_bench_aido.py::test_bench_aido",
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
     },

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import finetune_report, float32_report, front, perturb_report, quantize_report
+from bench import aido_report, finetune_report, float32_report, front, perturb_report, quantize_report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_perturbed(result) for result in of_case("perturb_") if "geometry" in result]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),
-        *(("quantize_real", _accuracy), ("perturb_real", _effects)),
+        *(("quantize_real", _accuracy), ("perturb_real", _effects), ("aido_", _aido)),
         *(("verify_", _verifying), ("finetune_", _finetuning), ("cost_", _costs), ("first_call_", _first_calls)),
     )
     for prefix, table in tables:
@@ -266,6 +266,10 @@ def _peaks(results: Sequence[Result]) -> str:
     )
     header = ("", "weights", "peak memory", "smallest budget", "peak memory within it", "goal")
     return _block(title, header, rows, results)
+
+
+def _aido(results: Sequence[Result]) -> str:
+    return _block(aido_report.title(results[0]), aido_report.HEADER, aido_report.rows(results[0]), results)
 
 
 def _accuracy(results: Sequence[Result]) -> str:

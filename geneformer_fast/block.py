@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
+from geneformer_fast.pieces import in_pieces, is_long
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,35 @@ class Block(nn.Module):
             return self._by_rows(context, stream, dtype, first_norm, second_norm, second_kind, reader)
         if loop == "float32":
             return self._by_float32(context, stream, first_norm, second_norm, second_kind, reader)
-        attended = self.out(context)
+        rest: dict[str, Any] = {
+            "dtype": dtype,
+            "norms": (first_norm, second_norm),
+            "second_kind": second_kind,
+            "reader": reader,
+        }
+        if not dropout_p and is_long(context) and all(map(is_untouched, (self.out, self.up, self.down))):
+            return in_pieces(lambda rows, stream: self._after_attention([rows], stream, **rest), context, stream)
+        handed = [context]
         del context
+        return self._after_attention(handed, stream, **rest)
+
+    def _after_attention(
+        self,
+        handed: list[torch.Tensor],
+        stream: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        norms: tuple[nn.LayerNorm, nn.LayerNorm | None],
+        second_kind: str,
+        reader: nn.Module | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+        """(stream, x) after what follows attention, one operation after the other.
+
+        What attention gives is taken out of its list, so that nobody holds it while hidden units are there.
+        """
+        first_norm, second_norm = norms
+        dropout_p = self.config.dropout if self.training else 0.0
+        attended = self.out(handed.pop())
         stream, x = add_norm(attended, stream, first_norm, self.config.norm, dtype, dropout_p, reader=self.up)
         del attended  # its memory is needed by the feed-forward
         weights, activation = float_weights(self.up, self.down, x, dtype), self.config.activation

@@ -10,7 +10,7 @@ from geneformer_kernels.dispatch import is_forced
 from geneformer_kernels.on_device import is_plain, needs_gradient
 from torch import nn
 
-from geneformer_fast import families
+from geneformer_fast import families, pieces
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.layers import QuantizedEmbedding, QuantizedLinear
@@ -164,13 +164,33 @@ class SoftBins(nn.Module):
         ``reader`` is the layer that multiplies what comes out, for which nothing is different here.
         """
         self.check(tokens)
-        values = tokens.values.to(self.linear1.weight.dtype)[:, None]
+        values = tokens.values.to(self.linear1.weight.dtype)
+        if values.device.type == "cpu" and pieces.is_nothing_learning():
+            hidden = self._embedded_once(values).add_(self.position(tokens.positions()))
+        else:
+            hidden = self._embedded(values) + self.position(tokens.positions())
+        return _finished(hidden, norm, dropout_p, out_dtype)
+
+    def _embedded(self, values: torch.Tensor) -> torch.Tensor:
+        """[T] values -> [T, C], without their positions."""
+        values = values[:, None]
         scores = F.leaky_relu(self.linear1(values), 0.1)
         weights = torch.softmax(self.linear2(scores) + self.config.bin_alpha * scores, dim=-1)
         hidden = weights @ self.lookup_table.weight
         hidden = torch.where(values == -1, self.mask_embedding.weight, hidden)
-        hidden = torch.where(values == -2, self.pad_embedding.weight, hidden)
-        return _finished(hidden + self.position(tokens.positions()), norm, dropout_p, out_dtype)
+        return torch.where(values == -2, self.pad_embedding.weight, hidden)
+
+    def _embedded_once(self, values: torch.Tensor) -> torch.Tensor:
+        """As :meth:`_embedded`, each value that is there several times once, and some thousand values at a time.
+
+        Most genes of a cell are 0, and its other counts are few and small: 19,266 values are some hundred different
+        ones.
+        """
+        kinds, index = torch.unique(values, return_inverse=True)
+        if len(kinds) > len(values) // 2:
+            kinds, index = values, None
+        made = torch.cat([self._embedded(piece) for piece in kinds.split(pieces.PIECE_ROWS)])
+        return made if index is None else made.index_select(0, index)
 
     def check(self, tokens: Ragged) -> None:
         """Refuse what is no value, and on the CPU values that are not finite."""

@@ -18,6 +18,7 @@ from torch import nn
 from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.layers import EightBits
+from geneformer_fast.ragged import Ragged
 
 
 class MLMHead(nn.Module):
@@ -84,6 +85,8 @@ class MLMHead(nn.Module):
 class Pooler(nn.Module):
     """BERT's pooler: ``tanh(linear(first token))``. For Geneformer V1 the first token is the top-ranked gene."""
 
+    reads = "first"
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
@@ -96,6 +99,8 @@ class Pooler(nn.Module):
 class CellClassifier(nn.Module):
     """Class of a cell, from the pooled first token (BertForSequenceClassification)."""
 
+    reads = "first"
+
     def __init__(self, config: EncoderConfig, n_classes: int) -> None:
         super().__init__()
         self.pooler = Pooler(config)
@@ -105,6 +110,19 @@ class CellClassifier(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, C] first rows -> [B, n_classes] logits."""
         return self.classifier(self.dropout(self.pooler(rows)))
+
+
+class MeanClassifier(CellClassifier):
+    """Class of a cell, from the mean over all its positions in place of the first token, which is a gene like others.
+
+    Parameters as in :class:`CellClassifier`.
+    """
+
+    reads = "cells"
+
+    def forward(self, hidden: Ragged) -> torch.Tensor:  # type: ignore[override]
+        """Hidden states of whole cells -> [B, n_classes] logits."""
+        return super().forward(torch.segment_reduce(hidden.values, "mean", lengths=hidden.lengths.long()))
 
 
 class GeneClassifier(nn.Module):
@@ -146,7 +164,7 @@ def heads_of(config: EncoderConfig) -> dict[str, Callable[[EncoderConfig, int], 
 
 def reads_of(head: nn.Module) -> str:
     """What a head is given: ``"rows"``, ``"first"`` or ``"cells"`` (:func:`heads_of`)."""
-    return "first" if isinstance(head, CellClassifier | Pooler) else getattr(head, "reads", "rows")
+    return getattr(head, "reads", "rows")
 
 
 def make_head(name: str | None, config: EncoderConfig, n_classes: int = 2) -> nn.Module | None:

@@ -25,6 +25,7 @@ N_PARAMETERS = {
     "aido-cell-3m": 3_630_908 + 16_897,
     "aido-cell-10m": 11_027_004 + 66_561,
     "aido-cell-100m": 99_569_724 + 412_161,
+    "aido-cell-650m": 651_913_788 + 1_643_521,
     "scgpt-whole-human": 51_856_898 - 527_873,  # without the annotation head
 }
 HEADS = {"scgpt-whole-human": "expression-mvc"}

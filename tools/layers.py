@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.decoders",),
     (f"{FAST}.block", f"{FAST}.heads"),
     (f"{FAST}.embeddings",),
-    (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config"),
+    (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config", f"{FAST}.pieces"),
     (f"{FAST}.tokenization.genes",),
     (f"{FAST}.tokenization.vocabulary",),
     (f"{FAST}.tokenization.dictionaries", f"{FAST}.tokenization.bundled"),

@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pool",
-        choices=("cls", "mean", "gene"),
-        help="cls token, mean over a cell's genes, or mean per gene over cells (default: cls where the model has one, "
-        "else mean)",
+        metavar="cls|mean|gene|RULE",
+        help="cls token, mean over a cell's genes, mean per gene over cells, or a rule of the model's family (default: "
+        "the family's; Geneformer: cls where the model has one, else mean)",
     )
     parser.add_argument(
         "--layer",
-        default="penultimate",
         metavar="last|penultimate|N",
-        help="which block's output, N counts from 0 (default: penultimate, as Geneformer's own extractor)",
+        help="which block's output, N counts from 0 (default: as the authors of the model's family; Geneformer: "
+        "penultimate)",
     )
     parser.add_argument(
         "--dictionary", metavar="DIR", help="gene dictionaries for counts (default: the model folder's vocabulary.json)"

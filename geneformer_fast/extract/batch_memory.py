@@ -12,6 +12,7 @@ from geneformer_kernels.ops.varlen_attention.op import attention_workspace
 from geneformer_kernels.workspace import Workspace, one_by_one, together
 from torch import nn
 
+from geneformer_fast import pieces
 from geneformer_fast.block import Block
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.layers import EightBits, QuantizedLinear, wants_rows
@@ -52,7 +53,8 @@ def batch_memory(encoder: Encoder, longest: int, device: torch.device | None = N
     - the latter three, and the stream and x after the second LayerNorm.
 
     To each comes what the implementation that runs takes for itself (:class:`geneformer_kernels.workspace.Workspace`).
-    Where one compiled loop computes all that follows attention, there are only the context and its two results.
+    Where one compiled loop computes all that follows attention, there are only the context and its two results; so it
+    is, beside what a piece takes, where cells are so long that they are computed in pieces (:mod:`..pieces`).
     """
     device = encoder.device if device is None else device
     with torch.inference_mode():
@@ -97,11 +99,15 @@ def _of_block(encoder: Encoder, index: int, longest: int, device: torch.device) 
     else:
         norms = [_of_norm(norm, x, config.norm, kinds) for norm in block.norms(next_norm) if norm is not None]
         norm = one_by_one(*norms)
-        steps += [
+        after_attention = [
             together(Workspace(context + both), norm, _of_product(block.out, x)._replace(row=0)),
             together(Workspace(both + context), _of_feed_forward(block, x, kinds)),
             together(Workspace(2 * both + context), norm),
         ]
+        if device.type == "cpu" and pieces.is_long_batch(longest):
+            row, call, thread = one_by_one(*after_attention)
+            after_attention = [Workspace(context + both, call + pieces.PIECE_ROWS * row, thread)]
+        steps += after_attention
     return together(Workspace(both), one_by_one(*steps))
 
 

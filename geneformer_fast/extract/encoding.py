@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from geneformer_kernels.cpu.onednn import keep_few_products
 
-from geneformer_fast import __version__
+from geneformer_fast import __version__, families
 from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
@@ -22,6 +22,7 @@ from geneformer_fast.extract.batch_memory import batch_memory
 from geneformer_fast.extract.budget import MemoryBudget, Need
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.extract.files import ArrayWriter, RowWriter
+from geneformer_fast.extract.pooling import Place, pooled
 from geneformer_fast.progress import Progress
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.pipeline import ordered_map
@@ -57,6 +58,7 @@ class EncodingRun:
     ) -> None:
         self.encoder, self.cells, self.pool, self.layer, self.progress = encoder, cells, pool, layer, progress
         self.width = encoder.config.width
+        self.reading = families.family_reading(encoder.config)
         self.token_budget = token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
         self._asked_budget, self.window_cells, self.workers = token_budget, WINDOW_CELLS, MOST_WORKERS
         self.memory: MemoryBudget | None = None
@@ -86,7 +88,7 @@ class EncodingRun:
         if memory is None or not len(lengths):
             return
         first, _ = self.cells.read(np.arange(1))
-        batch = Ragged.from_cells([torch.from_numpy(first[:_FIRST_TOKENS].astype(np.int64))])
+        batch = Ragged.from_cells([as_read(first[:_FIRST_TOKENS])])
         self._check(batch)
         with torch.inference_mode(), cores_as_workers(self.encoder.device, is_keeping=False) as workers:
             batch = batch.to(self.encoder.device)
@@ -161,20 +163,29 @@ class EncodingRun:
         -------
         means, n_cells
             [n_tokens, C] float32, each token's mean hidden state over the cells that hold it, NaN where none does and
-            for special tokens; [n_tokens] int64, how many cells hold it.
+            for special tokens; [n_tokens] int64, how many cells hold it. Of models over values genes are in the order
+            of their list, and cells hold those whose value is above 0.
         """
-        n_tokens = self.encoder.config.vocab_size
+        config, n_behind = self.encoder.config, self.reading.n_behind
+        n_tokens = config.vocab_size if config.inputs == "tokens" else config.max_len - n_behind
         sums = torch.zeros(n_tokens, self.width, dtype=torch.float64)
         counts = torch.zeros(n_tokens, dtype=torch.int64)
-        states = self._results(lambda hidden, tokens: (tokens.values.cpu(), hidden.values.cpu().double()))
-        for _, _, (ids, hidden) in states:
+        for _, _, (ids, hidden) in self._results(self._genes_of):
             sums.index_add_(0, ids, hidden)
             counts += torch.bincount(ids, minlength=n_tokens)
-        special = [i for i in self.cells.special_ids if i < n_tokens]
+        special = [i for i in self.cells.special_ids if i < n_tokens] if config.inputs == "tokens" else []
         counts[special] = 0
         means = sums.div_(counts[:, None])
         means[counts == 0] = float("nan")
         return means.float().numpy(), counts.numpy()
+
+    def _genes_of(self, hidden: Ragged, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+        """Genes that a batch's cells express, and their hidden states in float64, on the host."""
+        if self.encoder.config.inputs == "tokens":
+            return tokens.values.cpu(), hidden.values.cpu().double()
+        # Every cell has a place for every gene.
+        is_there = Place(tokens, n_behind=self.reading.n_behind).is_gene() & (tokens.values > 0)
+        return tokens.positions()[is_there].cpu(), hidden.values[is_there].cpu().double()
 
     def _results(
         self, finish: Callable[[Ragged, Ragged], Result]
@@ -212,8 +223,7 @@ class EncodingRun:
             room = self.token_budget if self.memory is None else self.memory.room()
             for part in token_batches(lengths, max(1, min(self.token_budget, room))):
                 pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
-                packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-                tokens = Ragged.from_lengths(packed, torch.from_numpy(lengths[part]))
+                tokens = Ragged.from_lengths(as_read(np.concatenate(pieces)), torch.from_numpy(lengths[part]))
                 self._check(tokens)
                 yield window, part, tokens
 
@@ -222,7 +232,8 @@ class EncodingRun:
         if isinstance(self.encoder.embeddings, RankTokens):
             self.encoder.embeddings.check(tokens)
         cls_id = self.cells.cls_id
-        if self.pool == "cls" and cls_id is not None and tokens.values[tokens.starts.long()].ne(cls_id).any():
+        first = tokens.values[tokens.starts.long()]
+        if self.pool == "cls" and cls_id is not None and (first if first.ndim == 1 else first[:, 0]).ne(cls_id).any():
             raise InputError(
                 f"pool 'cls' needs token {cls_id} (CLS) at the start of every cell, and some cells start "
                 "with a gene; use pool 'mean' or tokenize again"
@@ -230,14 +241,13 @@ class EncodingRun:
 
     def _pooled(self, hidden: Ragged, tokens: Ragged) -> np.ndarray:
         """[B, C] float32 embeddings of the cells of one batch."""
-        if self.pool == "cls":
-            return hidden.values[hidden.starts.long()].float().cpu().numpy()
-        special = torch.tensor(self.cells.special_ids, device=tokens.values.device)
-        weights = (~torch.isin(tokens.values, special)).to(hidden.values.dtype)
-        lengths = hidden.lengths.long()
-        sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
-        means = sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]
-        return means.float().cpu().numpy()
+        place = Place(tokens, self.cells.special_ids, self.reading.n_behind)
+        return pooled(hidden, self.pool, place, is_normalised=self.reading.normalise).cpu().numpy()
+
+
+def as_read(values: np.ndarray) -> torch.Tensor:
+    """What cells hold as a model takes it: ids in 64 bits, numbers as they are."""
+    return torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.int64))
 
 
 def scheme_of(encoder: Encoder) -> str:

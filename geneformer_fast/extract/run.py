@@ -44,6 +44,7 @@ from geneformer_fast.extract.frames import cell_frame, gene_frame
 from geneformer_fast.extract.genes import by_column, gene_columns
 from geneformer_fast.extract.options import EMBED, SUFFIXES, Request, check_h5ad, check_options, check_pictures_asked
 from geneformer_fast.extract.outputs import Output, alone, as_text, check_free, read_cells
+from geneformer_fast.extract.pooling import choose_pool
 from geneformer_fast.heatmap import plot_heatmap
 from geneformer_fast.plot import check_enough, check_format, check_picture, plot_umap
 from geneformer_fast.tokenization.bundled import has_dictionaries
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     import pandas
     from anndata import AnnData
 
-POOLS = ("cls", "mean", "gene")
 KEY = "X_geneformer"
 # A data frame's numbers, the array they come from, and those of the cells among it.
 _FRAME_COPIES = 3
@@ -67,7 +67,7 @@ def embed(
     out: str | os.PathLike[str] | None = None,
     *,
     pool: str | None = None,
-    layer: str | int = "penultimate",
+    layer: str | int | None = None,
     dictionary: str | os.PathLike[str] | Vocabulary | None = None,
     counts_layer: str | None = None,
     gene_column: str | None = None,
@@ -109,11 +109,12 @@ def embed(
         token, id, symbol and the number of cells that hold it, as far as the vocabulary knows them.
     pool
         ``"cls"``: the hidden state of the CLS token. ``"mean"``: the mean over a cell's genes, special tokens excluded.
-        ``"gene"``: for every gene, the mean of its hidden states over all cells that express it. None: ``"cls"`` where
-        the vocabulary has that token (Geneformer V2), else ``"mean"``.
+        ``"gene"``: for every gene, the mean of its hidden states over all cells that express it. Families have more, by
+        the names in their pages, such as ``"mean-all"``. None: what the authors of the model's family take; for
+        Geneformer ``"cls"`` where the vocabulary has that token (V2), else ``"mean"``.
     layer
-        ``"penultimate"`` (as Geneformer's extractor does by default), ``"last"``, ``"embeddings"``, or a block from 0.
-        Blocks beyond it are not computed.
+        ``"penultimate"``, ``"last"``, ``"embeddings"``, or a block from 0. Blocks beyond it are not computed. None:
+        what the authors of the model's family take; for Geneformer ``"penultimate"``, as its extractor does by default.
     dictionary
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
         is taken. None looks for ``vocabulary.json`` in the model's folder, and into archives and contexts of NeMo.
@@ -172,8 +173,6 @@ def embed(
     ----------
     Theodoris et al., Nature 618 (2023).
     """
-    if pool is not None and pool not in POOLS:
-        raise UnsupportedError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
     if token_budget is not None and token_budget < 1:
         raise UnsupportedError(f"token_budget must be at least 1, not {token_budget}")
     is_genes, key = pool == "gene", key_added or KEY
@@ -211,7 +210,10 @@ def embed(
         encoder = model.eval() if isinstance(model, Encoder) else load(model, dtype=dtype, device=place)
         if isinstance(model, Encoder):
             warn_if_emulated(encoder.dtype, encoder.device)
+        families.refuse(encoder.config, "embed")
+        layer = families.family_reading(encoder.config).layer if layer is None else layer
         encoder.config.layer_index(layer)
+        choose_pool(pool, encoder.config, cls_id=0)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
         for picture in pictures:
@@ -228,7 +230,7 @@ def embed(
             )
         if plot is not None:
             check_enough(len(cells.lengths))
-        run = EncodingRun(encoder, cells, _choose_pool(pool, cells), layer, token_budget, progress)
+        run = EncodingRun(encoder, cells, _pool_of(pool, encoder.config, cells), layer, token_budget, progress)
         keep_within(run, memory, suffix, is_genes, is_frame=as_frame)
         provenance, labels = (
             run.provenance(model),
@@ -292,7 +294,7 @@ def keep_within(
         import pandas  # noqa: F401
     width, copies = run.width, _FRAME_COPIES if is_frame else 1
     if is_genes:  # sums in float64, means in float32 twice
-        n_tokens = run.encoder.config.vocab_size
+        n_tokens = run.encoder.config.vocab_size or run.encoder.config.max_len
         run.keep_within(memory, result_bytes=n_tokens * width * (8 + (1 + copies) * 4), waiting_bytes=8 * width)
     else:
         run.keep_within(memory, result_bytes=0 if suffix else run.cells.n_rows * width * 4 * copies)
@@ -319,14 +321,8 @@ def find_vocabulary(
     return None
 
 
-def _choose_pool(pool: str | None, cells: Cells) -> str:
-    if pool is None:
-        return "mean" if cells.cls_id is None else "cls"
-    if pool == "cls" and cells.cls_id is None:
-        raise UnsupportedError(
-            f"{cells.vocabulary.get('name')} has no CLS token: its first token is the top-ranked gene. Use pool 'mean'"
-        )
-    return pool
+def _pool_of(pool: str | None, config: EncoderConfig, cells: Cells) -> str:
+    return choose_pool(pool, config, cells.cls_id, cells.vocabulary.get("name"))
 
 
 def _write_cells(

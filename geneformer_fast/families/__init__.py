@@ -44,6 +44,7 @@ __all__ = [
     "presets",
     "recipes",
     "recognise",
+    "refuse",
     "register",
     "vocabulary_of_rows",
 ]
@@ -238,6 +239,19 @@ def family_reading(config: EncoderConfig) -> Reading:
     """Where the authors of a model's family read embeddings."""
     found = family_of(config)
     return Reading() if found is None else found.reading
+
+
+def refuse(config: EncoderConfig, what: str) -> None:
+    """Refuse what cannot be done with models of a family, named as :attr:`Family.refused` names it.
+
+    Raises
+    ------
+    UnsupportedError
+        In the family's own words.
+    """
+    found = family_of(config)
+    if found is not None and what in found.refused:
+        raise UnsupportedError(found.refused[what])
 
 
 def recognise(folder: Path) -> Family | None:

@@ -84,13 +84,16 @@ class Reading:
     normalise
         Whether embeddings are divided by their length.
     pools
-        Rules of pooling that are the family's own: name to what it is.
+        Rules of pooling that are the family's own: name (in ``extract.pooling.MEANS``) to what it is.
+    n_behind
+        Positions behind a cell's genes that stand for none, and are in no mean over genes (depth tokens of AIDO.Cell).
     """
 
     layer: str = "penultimate"
     pool: str | None = None
     normalise: bool = False
     pools: Mapping[str, str] = field(default_factory=dict)
+    n_behind: int = 0
 
 
 def _recognises_nothing(_folder: Path) -> bool:

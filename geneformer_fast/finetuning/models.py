@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from geneformer_fast import families
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import Source, is_bert
 from geneformer_fast.checkpoints.weights import CONFIG
@@ -40,7 +41,7 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     CheckpointError
         The folder holds no model.
     UnsupportedError
-        The encoder reads values, not tokens.
+        Models of its family are not fine-tuned here.
     """
     if isinstance(model, Encoder):
         encoder = copy.deepcopy(model)
@@ -48,8 +49,7 @@ def pretrained(model: Encoder | str | os.PathLike[str], device: str | torch.devi
     else:
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = load(model, dtype="float32", device=fastest if device is None else device)
-    if encoder.config.inputs != "tokens":
-        raise UnsupportedError("this encoder reads values, not ranked tokens; fine-tuning serves encoders over tokens")
+    families.refuse(encoder.config, "finetune")
     return encoder.cast("float32")
 
 

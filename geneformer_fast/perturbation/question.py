@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
@@ -129,6 +130,7 @@ def prepared(
         It cannot be answered; says why.
     """
     roles, config = question.check(), encoder.config
+    families.refuse(config, "perturb")
     if config.inputs != "tokens":
         raise UnsupportedError("this encoder reads values, not ranked tokens; perturb() serves encoders over tokens")
     config.layer_index(question.layer)

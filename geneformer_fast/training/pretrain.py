@@ -205,6 +205,7 @@ def _model(
         if adapt_vocabulary:
             raise UnsupportedError("a checkpoint's vocabulary cannot be changed; leave either init or the change out")
         model = load(init, dtype="float32", device="cpu")
+        families.refuse(model.config, "pretrain")
         if hf.head_name(model) != "mlm":
             raise UnsupportedError(f"{init} has no head for masked genes; pretraining goes on from one that has")
         if model.quantization is not None:
@@ -214,6 +215,7 @@ def _model(
             )
         return model
     chosen = config_of(config)
+    families.refuse(chosen, "pretrain")
     if chosen.inputs != "tokens":
         raise UnsupportedError("pretraining masks ranked tokens; this configuration reads values")
     if adapt_vocabulary:

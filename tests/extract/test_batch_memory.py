@@ -14,7 +14,7 @@ from geneformer_kernels.dispatch import use_impl
 from geneformer_kernels.target import target_of
 from memory_use import most_bytes
 
-from geneformer_fast import Encoder, EncoderConfig, Ragged, quantize
+from geneformer_fast import Encoder, EncoderConfig, Ragged, pieces, quantize
 from geneformer_fast.extract.batch_memory import _KEPT_BYTES, batch_memory
 from geneformer_fast.layers import QuantizedLinear
 
@@ -132,6 +132,32 @@ def test_eight_bits_multiplied_by_torch_take_no_more(scheme: str, activation: st
     with use_impl("torch"):
         check_tokens(model, most=6)
         check_cell(model, most=None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_long_cells_in_pieces(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that is computed in pieces takes no more than is said, which is less than for it at once."""
+    model = Encoder(replace(BASE, **VARIANTS[name])).eval().cast(dtype)
+    with use_impl("torch"):
+        row, call, _ = batch_memory(model, max(LONG))
+        at_once = sum(LONG) * row + call
+        monkeypatch.setattr(pieces, "PIECE_ROWS", 64)
+        row, call, _ = batch_memory(model, max(LONG))
+        assert sum(LONG) * row + call < at_once
+        check_cell(model, most=None)
+
+
+def test_cells_of_values_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft bins of a whole cell, all of them different, are no more than a block takes."""
+    config = EncoderConfig.preset("aido-cell-3m", n_layers=2, max_len=3000)
+    model, tokens = Encoder(config).eval(), Ragged.from_cells([torch.rand(3000) * 5])
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 256)
+    row, call, thread = batch_memory(model, 3000)
+    with torch.inference_mode():
+        model(tokens)
+        found = sum(most_bytes(lambda: model(tokens)))
+    assert found <= 3000 * row + call + thread
 
 
 def of_integers(config: EncoderConfig, scheme: str) -> Encoder:

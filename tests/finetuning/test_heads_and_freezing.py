@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import toys
 
 import geneformer_fast as gf
+from geneformer_fast import families
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.finetuning.labels import Task
 from geneformer_fast.finetuning.losses import cross_entropy
@@ -176,7 +179,10 @@ def test_heads_are_fresh_by_seed_and_the_pooler_is_kept():
     assert isinstance(base.head, type(gf.Encoder(base.config, head="pooler").head))
 
 
-def test_an_encoder_over_values_is_refused():
+def test_what_a_family_refuses_is_said_in_its_words(monkeypatch):
     model = gf.Encoder(gf.EncoderConfig.preset("aido-cell-3m", n_layers=1, width=32, n_heads=2, ff_width=32))
-    with pytest.raises(UnsupportedError, match="reads values, not ranked tokens"):
+    assert pretrained(model).config == model.config
+    refusing = replace(families.family("aido-cell"), refused={"finetune": "it learns nothing more"})
+    monkeypatch.setattr(families, "family_of", lambda config: refusing)
+    with pytest.raises(UnsupportedError, match="it learns nothing more"):
         pretrained(model)

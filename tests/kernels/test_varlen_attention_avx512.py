@@ -59,6 +59,33 @@ def test_forward(n_heads: int, head_dim: int, left: list[int]) -> None:
     assert_as_good_as(out, witness, exact(qkv, bounds, scale))
 
 
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(2, 32), (1, 80), (1, 128)])
+def test_cells_of_many_keys(n_heads: int, head_dim: int, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk of keys, as whole and odd numbers of them and of tiles come."""
+    monkeypatch.setattr(host_avx512, "_LONG", 60)
+    lengths = [1023, 61, 7, 1025, 97, 2 * 1024 + 17]
+    qkv, bounds = inputs(n_heads, head_dim, lengths)
+    qkv[:, 1] += 16  # keys are centred
+    scale = head_dim**-0.5
+    out = attend(qkv, bounds, scale)
+    assert left == []
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), torch.tensor(bounds), scale)
+    assert_as_good_as(out, witness, exact(qkv, bounds, scale))
+
+
+def test_a_long_cell_is_one_of_many_keys(left: list[int]) -> None:
+    """By itself, and its weights beyond float32 noticed in whatever chunk they are."""
+    length = host_avx512._LONG + 101
+    qkv, bounds = inputs(1, 32, [length])
+    found, rows = attend(qkv, bounds, 0.2), slice(length - 40, length)
+    expected = torch.softmax(qkv[rows, 0, 0].double() @ qkv[:, 1, 0].double().T * 0.2, -1) @ qkv[:, 2, 0].double()
+    torch.testing.assert_close(found[rows, 0].double(), expected, atol=2e-3, rtol=2e-2)
+    assert left == []
+    qkv[-1, :2] = 60.0
+    attend(qkv, bounds, 1.0)
+    assert left == [length]
+
+
 def test_it_is_what_the_public_function_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, bounds = inputs(4, 64)
     asked = []

@@ -8,7 +8,7 @@ import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
 from geneformer_kernels.dispatch import ImplUnavailableError
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
-from geneformer_kernels.ops.varlen_attention.host_float32 import _BLOCK_ROWS, _CHUNK
+from geneformer_kernels.ops.varlen_attention.host_float32 import _BLOCK_ROWS, _BLOCKS, _CHUNK, _LONG
 from geneformer_kernels.target import target_of
 from tolerance import Witness, assert_as_good_as
 
@@ -57,6 +57,20 @@ def test_forward(n_heads: int, head_dim: int, left: list[int]) -> None:
     assert not left
     witness = Witness(reference.varlen_attention, *qkv.unbind(1), bounds, scale)
     assert_as_good_as(out, witness, exact(qkv, bounds, scale))
+
+
+@pytest.mark.parametrize("more", [1, 5 * _BLOCK_ROWS + 3, _BLOCKS * _BLOCK_ROWS])
+def test_cells_of_many_keys(more: int, left: list[int]) -> None:
+    """Several blocks meet a chunk of keys; a row's numbers are those of any block."""
+    length = _LONG + more
+    qkv, bounds = inputs(1, 32, [length])
+    found = attend(qkv, bounds, 0.2)
+    assert not left
+    for rows in (slice(0, 30), slice(2000, 2030), slice(length - 30, length)):
+        expected = torch.softmax(qkv[rows, 0, 0].double() @ qkv[:, 1, 0].double().T * 0.2, -1) @ qkv[:, 2, 0].double()
+        torch.testing.assert_close(found[rows, 0].double(), expected, atol=2e-6, rtol=2e-5)
+    moved = torch.cat([qkv[:, :1].roll(7, 0), qkv[:, 1:]], 1)
+    assert torch.equal(attend(moved, bounds, 0.2), found.roll(7, 0))
 
 
 def test_only_what_the_loops_serve() -> None:

@@ -27,6 +27,9 @@ from geneformer_kernels.workspace import Workspace, one_by_one
 
 #: Keys of a tile of scores.
 _KEYS = 4 * LANES
+# In cells of more keys than this many, whose keys and values are in no near cache, so many tiles of rows meet a chunk
+# of keys before the next is read: those of a cell of 19,266 and a head of 32 are 2.5 MB, weights of all keys 230 KB.
+_LONG, _CHUNK, _TILES = 4096, 16 * _KEYS, 16
 # Sums of weights beyond these are computed otherwise. With keys centred a row's mean score is 0, so the sum is at least
 # about the number of keys; what empty places add to it and is taken away again is then lost in rounding.
 _LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-4), np.float32(2.0**100)
@@ -60,7 +63,9 @@ def varlen_attention_avx512(
     def attend(items: list[tuple[int, int, int, int]]) -> None:
         buffers = _buffers(max(stop - start for start, stop, _, _ in items), head_dim)
         for start, stop, *heads in items:
-            if stop - start < ROWS or not _attend(
+            is_short = stop - start < ROWS
+            loop = _attend_long if stop - start > _LONG else _attend
+            if is_short or not loop(
                 *rows[0], *rows[1], *rows[2], start, stop, *heads, head_dim, factor, out_rows, *buffers,
             ):  # fmt: skip
                 left.add((start, stop))
@@ -83,19 +88,20 @@ def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
-    """Keys, values, one tile of keys as they come, weights, sums and outputs; torch aligns them to whole registers."""
+    """Keys, values, a tile of keys as they come, weights, sums, outputs and their totals; torch aligns them."""
     return tuple(torch.empty(shape, dtype=dtype).numpy() for shape, dtype in _rooms(longest, head_dim))
 
 
 def _rooms(longest: int, head_dim: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    n_tiles = -(-longest // _KEYS)
+    n_tiles, n_at_once = -(-longest // _KEYS), _TILES if longest > _LONG else 1
     return (
         ((n_tiles, head_dim // 2, _KEYS), torch.uint32),
         ((n_tiles * _KEYS // 2 * head_dim,), torch.uint32),
         ((_KEYS, head_dim), torch.uint16),
-        ((ROWS, n_tiles * _KEYS), torch.uint16),
-        ((ROWS, LANES), torch.float32),
+        ((ROWS, min(n_tiles * _KEYS, max(_LONG, _CHUNK))), torch.uint16),
+        ((n_at_once, ROWS, LANES), torch.float32),
         ((ROWS, _KEYS), torch.float32),
+        ((n_at_once, ROWS, head_dim), torch.float32),
     )
 
 
@@ -109,10 +115,10 @@ def workspace(longest: int, n_heads: int, head_dim: int, block_rows: int) -> Wor
 @numba.njit(**LOOP)
 def _attend(
     q, q_step, k, k_step, v, v_step, start, stop, first_head, last_head, head_dim, scale, out,
-    keys, values, tile, weights, sums, mixed,
+    keys, values, tile, weights, all_sums, mixed, totals,
 ):  # fmt: skip
     """Some heads of one cell; False if a sum of weights is out of bounds, and what was written means nothing."""
-    length = stop - start
+    length, sums = stop - start, all_sums[0]
     is_fine = True
     for head in range(first_head, last_head):
         _pack_keys(k, k_step, start, length, head, head_dim, scale, keys, tile)
@@ -123,6 +129,38 @@ def _attend(
             _weigh(query, q_step * 2, keys, length, head_dim // 2, weights, sums)
             is_fine &= _totals(sums, length)
             _mix(weights, values, length, head_dim, sums, mixed, out[start + row : start + row + ROWS], head * head_dim)
+    return is_fine
+
+
+@numba.njit(**LOOP)
+def _attend_long(
+    q, q_step, k, k_step, v, v_step, start, stop, first_head, last_head, head_dim, scale, out,
+    keys, values, tile, weights, sums, mixed, totals,
+):  # fmt: skip
+    """As :func:`_attend`, for a cell of many keys: chunk by chunk of them, each for some tiles of rows."""
+    length = stop - start
+    n_pairs, at_once = (length + 1) // 2, _TILES * ROWS
+    is_fine = True
+    for head in range(first_head, last_head):
+        _pack_keys(k, k_step, start, length, head, head_dim, scale, keys, tile)
+        _pack_values(v, v_step, start, length, head, head_dim, values)
+        for first in range(0, length, at_once):
+            n_tiles = -(-min(at_once, length - first) // ROWS)
+            sums[:n_tiles] = 0
+            totals[:n_tiles] = 0
+            for chunk in range(0, length, _CHUNK):
+                n_keys = min(_CHUNK, length - chunk)
+                for i in range(n_tiles):
+                    row = min(first + i * ROWS, length - ROWS)
+                    query = q.ctypes.data + ((start + row) * q_step + head * head_dim) * 2
+                    _weigh_some(query, q_step * 2, keys, chunk, n_keys, head_dim // 2, weights, sums[i])
+                    _mix_some(weights, values, n_pairs, chunk, n_keys, mixed, totals[i])
+            for i in range(n_tiles):
+                row = start + min(first + i * ROWS, length - ROWS)
+                is_fine &= _totals(sums[i], length)
+                for j in range(ROWS):
+                    to = out[row + j, head * head_dim : (head + 1) * head_dim]
+                    _divide(totals[i, j], np.float32(1) / sums[i, j, 0], to)
     return is_fine
 
 
@@ -175,6 +213,29 @@ def _weigh(query, query_row, keys, length, n_pairs, weights, sums):
 
 
 @numba.njit(**LOOP)
+def _weigh_some(query, query_row, keys, first, n_keys, n_pairs, weights, sums):
+    """Unnormalised weights of ROWS queries and some keys from ``first`` on; their sums are added to those by lane."""
+    for i_tile in range(-(-n_keys // _KEYS)):
+        key = keys.ctypes.data + (first // _KEYS + i_tile) * keys.strides[0]
+        to = weights.ctypes.data + i_tile * _KEYS * 2
+        arguments = (query, query_row, key, n_pairs, to, weights.strides[0], sums.ctypes.data)
+        weigh_keys(min(4, -(-(n_keys - i_tile * _KEYS) // LANES)), arguments)
+
+
+@numba.njit(**LOOP)
+def _mix_some(weights, values, n_pairs, first, n_keys, mixed, totals):
+    """Adds values of some keys from ``first`` on, under unnormalised weights, to the totals of ROWS queries."""
+    for column in range(0, totals.shape[1], _KEYS):
+        width = min(_KEYS, totals.shape[1] - column)
+        value = values.ctypes.data + (n_pairs * column + first // 2 * width) * 4
+        mix_values(
+            width // LANES, (weights.ctypes.data, weights.strides[0], value, (n_keys + 1) // 2, mixed.ctypes.data)
+        )
+        for row in range(ROWS):
+            _add_floats(mixed[row, :width], totals[row, column : column + width])
+
+
+@numba.njit(**LOOP)
 def _totals(sums, length):
     """Puts every row's sum into its first lane; whether all are within bounds."""
     # A place behind the last key had a score of 0.
@@ -215,6 +276,12 @@ def _add(row, total):
 def _centre(row, mean, scale, out):
     for j in range(len(out)):
         out[j] = to_bfloat16((from_bfloat16(row[j]) - mean[j]) * scale)
+
+
+@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+def _add_floats(row, total):
+    for j in range(len(total)):
+        total[j] += row[j]
 
 
 @numba.njit(**LOOP)

@@ -19,25 +19,26 @@ import numba
 import numpy as np
 import torch
 
+from geneformer_kernels.cpu import float32_tiles
 from geneformer_kernels.cpu.compiled import LOG2_E, LOOP
-from geneformer_kernels.cpu.float32_tiles import (
-    COLUMNS,
-    ROWS,
-    STEP_BYTES,
-    add_tile,
-    copy_columns,
-    multiply_row,
-    raise_two,
-)
+from geneformer_kernels.cpu.float32_tiles import COLUMNS, STEP_BYTES, WIDE, copy_columns, multiply_row, shape_here
 from geneformer_kernels.cpu.int8_transpose import pack_panels
 from geneformer_kernels.cpu.lanes import LANES, largest_floats
 from geneformer_kernels.cpu.row_arithmetic import address_of
 from geneformer_kernels.cpu.shares import in_shares
 from geneformer_kernels.workspace import Workspace
 
+# Tiles as this CPU has registers for them; a row's numbers are the same whatever its tile, but for their sum.
+_SHAPE = shape_here()
+_ROWS = _SHAPE.rows
+_add_tile = float32_tiles.add_wide_tile if _SHAPE == WIDE else float32_tiles.add_tile
+_raise_two = float32_tiles.raise_two_widely if _SHAPE == WIDE else float32_tiles.raise_two
 # Rows of a block and keys of a chunk: their weights take 26 of the 32 KB of the smallest first-level caches. With twice
 # the rows, or half the keys, it takes 2 to 3 % longer (480 tokens, a Xeon held to AVX2, 2026-11-30).
-_BLOCK_ROWS, _CHUNK = 4 * ROWS, 256
+_BLOCK_ROWS, _CHUNK = 24, 256
+# In cells of more keys than this many, whose keys and values are in no near cache, so many blocks meet a chunk of them
+# before the next one is read: those of a cell of 19,266 and a head of 32 are 4.9 MB.
+_LONG, _BLOCKS = 4096, 8
 # Weights of a row begin apart from those of the next by this, so that rows do not share places of a cache.
 _WEIGHTS_WIDTH = _CHUNK + COLUMNS
 # A sum of weights beyond this is computed otherwise: means of values as large as 2**67 are then float32 all the same.
@@ -101,14 +102,15 @@ def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
 
 
 def _rooms(longest: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+    n_blocks = _BLOCKS if longest > _LONG else 1
     return (
         (-(-longest // COLUMNS), head_dim, COLUMNS),
         (head_dim // COLUMNS, longest, COLUMNS),
         (COLUMNS, head_dim),
-        (_BLOCK_ROWS, head_dim),
+        (n_blocks, _BLOCK_ROWS, head_dim),
         (_BLOCK_ROWS, _WEIGHTS_WIDTH),
-        (_BLOCK_ROWS, head_dim),
-        (_BLOCK_ROWS,),
+        (n_blocks, _BLOCK_ROWS, head_dim),
+        (n_blocks, _BLOCK_ROWS),
         (COLUMNS,),
     )
 
@@ -130,17 +132,26 @@ def _attend(
         column = head * head_dim
         is_fine &= _pack_keys(k, k_step, start, length, column, scale, keys, panel)
         _pack_values(v, v_step, start, length, column, values)
-        for first in range(0, length, _BLOCK_ROWS):
-            n_rows = min(_BLOCK_ROWS, length - first)
-            is_fine &= _take_queries(q, q_step, start + first, n_rows, column, queries)
-            n_tiles = -(-n_rows // ROWS)
-            queries[n_rows : n_tiles * ROWS] = 0
-            sums[:] = 0
+        at_once = _BLOCK_ROWS * (_BLOCKS if length > _LONG else 1)
+        for first in range(0, length, at_once):
+            n_blocks = -(-min(at_once, length - first) // _BLOCK_ROWS)
+            for i in range(n_blocks):
+                row = first + i * _BLOCK_ROWS
+                n_rows = min(_BLOCK_ROWS, length - row)
+                is_fine &= _take_queries(q, q_step, start + row, n_rows, column, queries[i])
+                queries[i, n_rows : -(-n_rows // _ROWS) * _ROWS] = 0
+                sums[i] = 0
             for chunk in range(0, length, _CHUNK):
                 n_keys = min(_CHUNK, length - chunk)
-                _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums, zeros)
-                _mix(weights, values, chunk, n_keys, n_tiles, mixed, zeros)
-            is_fine &= _divide(mixed, sums, n_rows, out, (start + first) * out_step + column, out_step)
+                for i in range(n_blocks):
+                    n_rows = min(_BLOCK_ROWS, length - first - i * _BLOCK_ROWS)
+                    n_tiles = -(-n_rows // _ROWS)
+                    _weigh(queries[i], keys, chunk, n_keys, n_rows, n_tiles, weights, sums[i], zeros)
+                    _mix(weights, values, chunk, n_keys, n_tiles, mixed[i], zeros)
+            for i in range(n_blocks):
+                row = first + i * _BLOCK_ROWS
+                n_rows = min(_BLOCK_ROWS, length - row)
+                is_fine &= _divide(mixed[i], sums[i], n_rows, out, (start + row) * out_step + column, out_step)
     return is_fine
 
 
@@ -194,13 +205,13 @@ def _weigh(queries, keys, chunk, n_keys, n_rows, n_tiles, weights, sums, zeros):
     for i_panel in range(-(-n_keys // COLUMNS)):
         panel = key + (chunk // COLUMNS + i_panel) * head_dim * STEP_BYTES
         for i_tile in range(n_tiles):
-            row = i_tile * ROWS
-            add_tile(
+            row = i_tile * _ROWS
+            _add_tile(
                 address_of(zeros), 0, query + row * row_bytes, row_bytes, panel, head_dim,
                 to + row * weights_row_bytes + i_panel * STEP_BYTES, weights_row_bytes,
             )  # fmt: skip
     for i in range(n_rows):
-        sums[i] += raise_two(to + i * weights_row_bytes, n_keys)
+        sums[i] += _raise_two(to + i * weights_row_bytes, n_keys)
 
 
 @numba.njit(**LOOP)
@@ -211,13 +222,13 @@ def _mix(weights, values, chunk, n_keys, n_tiles, mixed, zeros):
     for i_panel in range(values.shape[0]):
         panel = value + (i_panel * values.shape[1] + chunk) * STEP_BYTES
         for i_tile in range(n_tiles):
-            row = i_tile * ROWS
+            row = i_tile * _ROWS
             to = first_out + row * row_bytes + i_panel * STEP_BYTES
             start, start_row_bytes = to, row_bytes
             if chunk == 0:
                 start, start_row_bytes = address_of(zeros), 0
             rows = weight + row * weights_row_bytes
-            add_tile(start, start_row_bytes, rows, weights_row_bytes, panel, n_keys, to, row_bytes)
+            _add_tile(start, start_row_bytes, rows, weights_row_bytes, panel, n_keys, to, row_bytes)
 
 
 @numba.njit(fastmath={"contract", "nsz"}, **LOOP)

@@ -1,0 +1,90 @@
+"""Rules by which hidden states of a cell become one embedding: which positions count, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from geneformer_fast import families
+from geneformer_fast.config import EncoderConfig
+from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where hidden states stand: what a rule decides by.
+
+    Attributes
+    ----------
+    tokens
+        What the model was given.
+    special_ids
+        Ids of special tokens.
+    n_behind
+        Positions behind a cell's genes that stand for none (:attr:`~geneformer_fast.families.Reading.n_behind`).
+    """
+
+    tokens: Ragged
+    special_ids: Sequence[int] = ()
+    n_behind: int = 0
+
+    def is_gene(self) -> torch.Tensor:
+        """[T] booleans: positions of genes."""
+        tokens = self.tokens
+        if self.n_behind:
+            behind = tokens.lengths.long().repeat_interleave(tokens.lengths.long(), output_size=tokens.n_tokens)
+            return tokens.positions() < behind - self.n_behind
+        if tokens.values.is_floating_point() or not self.special_ids:
+            return torch.ones(tokens.n_tokens, dtype=torch.bool, device=tokens.values.device)
+        return ~torch.isin(tokens.values, torch.tensor(self.special_ids, device=tokens.values.device))
+
+
+#: Means: name to which positions count [T], booleans. A family names those that are its authors' (``Reading.pools``).
+MEANS: dict[str, Callable[[Place], torch.Tensor]] = {
+    "mean": Place.is_gene,
+    "mean-all": lambda place: torch.ones_like(place.is_gene()),
+}
+
+
+_COMMON = ("cls", "mean", "gene")
+
+
+def pools_of(config: EncoderConfig) -> tuple[str, ...]:
+    """Names that ``pool`` may have for a model."""
+    own = (name for name in families.family_reading(config).pools if name not in _COMMON)
+    return *_COMMON, *own
+
+
+def choose_pool(pool: str | None, config: EncoderConfig, cls_id: int | None, vocabulary: object = None) -> str:
+    """The rule that is asked for, or that of the model's family; without one CLS where there is such a token.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such rule for the model, or no CLS token.
+    """
+    reading = families.family_reading(config)
+    if pool is None:
+        return reading.pool or ("mean" if cls_id is None else "cls")
+    if pool not in pools_of(config):
+        raise UnsupportedError(f"pool must be one of {', '.join(pools_of(config))}, not {pool!r}")
+    if pool == "cls" and cls_id is None and reading.pool != "cls":
+        whose = vocabulary or "this model"
+        raise UnsupportedError(f"{whose} has no CLS token: its first token is the top-ranked gene. Use pool 'mean'")
+    return pool
+
+
+def pooled(hidden: Ragged, pool: str, place: Place, *, is_normalised: bool = False) -> torch.Tensor:
+    """[B, C] float32 embeddings of cells; ``is_normalised``: divided by their length."""
+    if pool == "cls":
+        rows = hidden.values[hidden.starts.long()]
+    else:
+        weights = MEANS[pool](place).to(hidden.values.dtype)
+        lengths = hidden.lengths.long()
+        sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
+        rows = sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]
+    rows = rows.float()
+    return torch.nn.functional.normalize(rows, dim=1) if is_normalised else rows
