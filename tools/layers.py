@@ -35,7 +35,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.block", f"{FAST}.heads"),
     (f"{FAST}.embeddings",),
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config", f"{FAST}.pieces"),
-    (f"{FAST}.tokenization.genes",),
+    (
+        f"{FAST}.tokenization.genes",
+        # The rules of value families, which stand on counts alone: the tokenization pass follows them.
+        *(f"{FAST}.families.{name}" for name in ("gene_list", "preparation", "preparations")),
+    ),
     (f"{FAST}.tokenization.vocabulary",),
     (f"{FAST}.tokenization.dictionaries", f"{FAST}.tokenization.bundled"),
     (f"{FAST}.tokenization.pickles",),

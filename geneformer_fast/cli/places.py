@@ -57,8 +57,8 @@ def check_tokens(folder: str) -> None:
     manifest.check_finished(Path(folder))
 
 
-def check_dictionary(folder: str | None) -> None:
-    """A folder of gene dictionaries is there, or none was named.
+def check_dictionary(folder: str | None, *, may_be_file: bool = False) -> None:
+    """A folder of gene dictionaries is there, or none was named; a file serves families that read values.
 
     Raises
     ------
@@ -67,7 +67,9 @@ def check_dictionary(folder: str | None) -> None:
     """
     from geneformer_fast.tokenization.bundled import is_archive
 
-    if folder is not None and not Path(folder).is_dir() and not is_archive(Path(folder)):
+    if folder is None or Path(folder).is_dir() or (may_be_file and Path(folder).is_file()):
+        return
+    if not is_archive(Path(folder)):
         raise VocabularyError(f"{folder}: no such folder; give the folder that holds the gene dictionaries")
 
 

@@ -74,9 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_inputs(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; datasets.load_from_disk opens it")
-    parser.add_argument("--dictionary", required=True, metavar="FOLDER", help="folder with the gene dictionaries")
+    parser.add_argument(
+        "--dictionary",
+        required=True,
+        metavar="FOLDER",
+        help="folder with the gene dictionaries; of a family that reads values the file with its genes, or its folder",
+    )
     parser.add_argument(
         "--preset", choices=tuple(families.layouts()), help="which dictionaries (default: the only ones in FOLDER)"
+    )
+    of_values = tuple(found.name for found in families.all_families() if found.preparation is not None)
+    parser.add_argument(
+        "--family", choices=of_values, help="write the values that this family reads (default: ranked tokens)"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a choice about the values of --family, see the guide to values (default: as its authors have it)",
     )
     parser.add_argument(
         "--obs",
@@ -109,14 +125,37 @@ def carried_columns(entries: list[str]) -> dict[str, str]:
     return carried
 
 
+def chosen_options(args: argparse.Namespace) -> dict[str, str]:
+    """``["ties=random", "seed=1"]`` as {name: value}, of which the family is asked whether it has them."""
+    from geneformer_fast.errors import InputError, UnsupportedError
+
+    chosen: dict[str, str] = {}
+    for entry in args.option:
+        name, equals, value = entry.partition("=")
+        if not name or not equals or not value:
+            raise InputError(f"--option {entry}: write --option NAME=VALUE")
+        if name in chosen:
+            raise InputError(f"--option {entry}: {name} is chosen already, as {chosen[name]}")
+        chosen[name] = value
+    if args.family is None:
+        if chosen:
+            raise UnsupportedError("--option is about the values of a family; name it with --family")
+        return {}
+    from geneformer_fast.tokenization.values import value_preparation
+
+    value_preparation(args.family).chosen(args.family, chosen)
+    return chosen
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from geneformer_fast.cli.places import check_counts, check_dictionary
     from geneformer_fast.tokenization import manifest
 
     carried_columns(args.obs)
+    chosen_options(args)
     manifest.refuse_both(args.resume, args.overwrite)
-    check_dictionary(args.dictionary)
+    check_dictionary(args.dictionary, may_be_file=args.family is not None)
     check_counts(args.inputs)
     out = Path(args.out)
     manifest.check_state(out, manifest.state_of(out), resume=args.resume, overwrite=args.overwrite)
@@ -124,6 +163,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run the command."""
+    from geneformer_fast.tokenization import manifest
     from geneformer_fast.tokenization.run import tokenize
 
     tokens = tokenize(
@@ -131,6 +171,8 @@ def run(args: argparse.Namespace) -> Answer:
         args.out,
         dictionary=args.dictionary,
         preset=args.preset,
+        family=args.family,
+        options=chosen_options(args),
         counts_layer=args.counts_layer,
         obs=carried_columns(args.obs),
         max_len=args.max_len,
@@ -144,9 +186,10 @@ def run(args: argparse.Namespace) -> Answer:
     assert not isinstance(tokens, tuple)
     content = tokens.manifest
     assert content is not None
-    values = {
+    values: dict[str, Any] = {
         "out": tokens.path, "cells": totals_of(content["cells"]), "tokens": tokens.n_tokens,
         "vocabulary": content["vocabulary"]["name"],
+        **({} if manifest.PREPARATION not in content else {"preparation": content[manifest.PREPARATION]}),
         "inputs": [{name: entry[name] for name in ("path", "genes", "warnings")} for entry in content["inputs"]],
     }  # fmt: skip
     return Answer(summary(tokens), values)
@@ -162,6 +205,8 @@ def interrupted(args: argparse.Namespace) -> str:
 
 def summary(tokens: TokenFolder) -> str:
     """What became of genes and cells, as text."""
+    from geneformer_fast.tokenization import manifest
+
     content = tokens.manifest
     assert content is not None
     lines = []
@@ -184,9 +229,16 @@ def summary(tokens: TokenFolder) -> str:
             f"  {total['empty']:,} left out as empty (no counts in any gene of the vocabulary), e.g. row {rows} of"
         )
         lines[-1] += f" {first['source']}"
+    few = sum(tally.get("few_genes", 0) for tally in cells)
+    if few:
+        least = content[manifest.PREPARATION]["options"].get("min_genes", 1)
+        lines.append(f"  {few:,} left out since they express fewer than {least:,} genes of the list (option min_genes)")
     zeros = sum(tally["stored_zeros"] for tally in cells)
     if zeros:
         lines.append(f"  {zeros:,} stored zeros ignored (the official tokenizer makes tokens of them)")
+    if (rule := content.get(manifest.PREPARATION)) is not None:
+        said = ", ".join(f"{name} {value}" for name, value in rule["options"].items())
+        lines.append(f"values of {rule['family']}, {rule['n_genes']:,} genes{f' ({said})' if said else ''}")
     lines.append(f"vocabulary: {content['vocabulary']['name']}; written to {tokens.path}")
     return "\n".join(lines)
 

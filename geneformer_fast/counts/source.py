@@ -145,6 +145,12 @@ class CountSource:
         """Gene ids as written, an object array of strings; see `gene_ids_from`."""
         return self._gene_ids
 
+    def gene_ids_of(self, column: str) -> np.ndarray | None:
+        """What a column of var holds as gene ids, ``"var_names"`` for its row names; None where there is no such."""
+        if column == "var_names":
+            return self._var.index()
+        return as_text(self._var.read(column)) if column in self._var.columns else None
+
     def _read_gene_ids(self) -> np.ndarray:
         if self.gene_ids_from == "var_names":
             return self._var.index()

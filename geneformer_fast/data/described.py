@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.tokenization.arrow import TokenFolder
 
 _MOST_FILES = 5
@@ -23,4 +24,7 @@ def described(tokens: TokenFolder) -> dict[str, Any]:
     if tokens.vocabulary is not None:
         identity = tokens.vocabulary
         found["vocabulary"] = f"{identity['name']} (`{str(identity.get('fingerprint'))[:_DIGITS]}`)"
+    if (rule := preparation_in(tokens)) is not None:
+        chosen = ", ".join(f"{name} {value}" for name, value in rule["options"].items())
+        found["values"] = f"{rule['family']}, {rule['n_genes']:,} genes{f' ({chosen})' if chosen else ''}"
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.stored import StoredCells, without_padding
+from geneformer_fast.data.values import ValueCells, cells_of_folder, check_model, check_ranked, preparation_in
 from geneformer_fast.errors import VocabularyError
 from geneformer_fast.families.family import TokenLayout
 from geneformer_fast.tokenization.arrow import TokenFolder
@@ -20,7 +21,8 @@ def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
     """The vocabulary of a folder's tokens, after making sure that a model reads it.
 
     From then on the folder gives its cells as that model may read them: padding after the genes is left out with a
-    warning, and special tokens in places where none may be are refused (:class:`StoredCells`).
+    warning, and special tokens in places where none may be are refused (:class:`StoredCells`). Cells of a family that
+    reads values are expanded to what the model reads (:class:`~geneformer_fast.data.values.ValueCells`).
 
     Parameters
     ----------
@@ -35,7 +37,14 @@ def identity_of(folder: TokenFolder, config: EncoderConfig) -> dict[str, Any]:
     VocabularyError
         The tokens belong to another vocabulary, or nobody knows to which.
     """
+    if preparation_in(folder) is not None:
+        assert folder.vocabulary is not None
+        check_model(folder.vocabulary, config)
+        if not isinstance(folder.on_read, ValueCells):
+            folder.on_read = cells_of_folder(folder)
+        return dict(folder.vocabulary)
     identity = dict(folder.vocabulary or _assumed(config, folder))
+    check_ranked(identity, config)
     config.check_vocabulary(identity)
     if getattr(folder.on_read, "special", None) != identity["special"]:
         folder.on_read = StoredCells(folder, identity["special"])

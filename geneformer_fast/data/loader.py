@@ -21,11 +21,16 @@ from geneformer_fast.tokenization.pipeline import ordered_map
 Collate = Callable[[Ragged, np.ndarray, CellRandom], Any]
 
 
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """Packed values as models read them: int64 tokens, or float32 of families that read values."""
+    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else np.float32))
+
+
 def read_ragged(tokens: TokenFolder, cells: np.ndarray) -> Ragged:
-    """Cells of a folder as one packed batch of int64 tokens."""
+    """Cells of a folder as one packed batch of int64 tokens, or of what a family reads instead."""
     values, cu_seqlens = tokens.read(cells)
     longest = int(np.diff(cu_seqlens).max(initial=0))
-    return Ragged(torch.from_numpy(values.astype(np.int64)), torch.from_numpy(cu_seqlens.astype(np.int32)), longest)
+    return Ragged(as_tensor(values), torch.from_numpy(cu_seqlens.astype(np.int32)), longest)
 
 
 def load_pieces(

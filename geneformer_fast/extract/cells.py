@@ -14,17 +14,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.counts import expand_inputs
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.selection import Selection
+from geneformer_fast.data.values import (
+    SomeValueCells,
+    ValueCells,
+    cells_in_memory,
+    check_model,
+    check_ranked,
+    preparation_in,
+    values_of,
+)
 from geneformer_fast.errors import InputError, OutputError, UnsupportedError, VocabularyError
 from geneformer_fast.extract.options import is_anndata, is_token_folder
+from geneformer_fast.families.preparation import Stored
 from geneformer_fast.files.writing import reason_of
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, cell_columns
 from geneformer_fast.tokenization.inputs import ReadOptions
-from geneformer_fast.tokenization.run import TokenizedCells, tokenize, tokenize_anndata, tokenize_rows
+from geneformer_fast.tokenization.run import TokenizedCells, TokenizedValues, tokenize, tokenize_anndata, tokenize_rows
+from geneformer_fast.tokenization.values import TOTAL, ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 # What to do where files of ours in the folder for temporary files cannot be written.
@@ -59,6 +71,8 @@ class Cells:
         [n] ascending row of each cell in the input; None where ``rows`` are these.
     n_not_taken
         Rows of the output whose cells were not selected.
+    values
+        Which positions of cells are of genes that their files have, for families that read values; None for tokens.
     """
 
     lengths: np.ndarray
@@ -72,6 +86,7 @@ class Cells:
     selection: Mapping[str, Any] = field(default_factory=dict)
     input_rows: np.ndarray | None = None
     n_not_taken: int = 0
+    values: ValueCells | SomeValueCells | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -92,6 +107,7 @@ class Cells:
             made = replace(
                 made, lengths=self.lengths[kept], rows=self.rows[kept], read=lambda cells: whole.read(kept[cells]),
                 column=lambda name: whole.column(name).take(pa.array(kept)),
+                values=None if self.values is None else self.values.of(kept),
             )  # fmt: skip
         if not is_compact:
             return replace(made, n_not_taken=self.n_rows - len(chosen))
@@ -121,7 +137,7 @@ class Cells:
 @contextlib.contextmanager
 def open_cells(
     data: Any,
-    vocabulary: Vocabulary | None,
+    vocabulary: Vocabulary | ValueGenes | None,
     config: EncoderConfig,
     options: Mapping[str, Any],
     progress: bool | None,
@@ -150,12 +166,19 @@ def open_cells(
         )
     if isinstance(data, str | os.PathLike):
         expand_inputs(os.fspath(data))  # what is not there is said before what is missing to read it
+    family = families.family_of(config)
+    is_of_values = family is not None and family.preparation is not None
     if vocabulary is None:
+        what = "the gene list of" if is_of_values else "the folder with the token and median dictionaries of"
         raise VocabularyError(
-            "counts need a gene dictionary to become tokens: pass dictionary= (--dictionary), the folder with "
-            f"{config.vocabulary or 'the model'}'s token and median dictionaries"
+            "counts need a gene dictionary to become tokens: pass dictionary= (--dictionary), "
+            f"{what} {config.vocabulary or 'the model'}"
         )
-    config.check_vocabulary(vocabulary.identity())
+    if isinstance(vocabulary, ValueGenes):
+        check_model(vocabulary.identity(), config)
+    else:
+        check_ranked(vocabulary.identity(), config)
+        config.check_vocabulary(vocabulary.identity())
     if config.max_len < vocabulary.max_len:
         options = {**options, "max_len": config.max_len}
     reading = ReadOptions(
@@ -183,7 +206,7 @@ def open_cells(
         except OutputError as error:
             raise OutputError(f"{error}; {_ABOUT_SCRATCH}") from error
         with open_tokens(tokens) as folder:
-            cells = _input_cells(folder, vocabulary.identity(), data, reading)
+            cells = _input_cells(folder, identity_of(folder, config), data, reading)
             yield _selected(cells, chosen, selection, is_compact)
 
 
@@ -200,9 +223,15 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
         raise OutputError(f"{place} cannot be written: {reason_of(error)}; {_ABOUT_SCRATCH}") from error
 
 
+def _columns_of(folder: TokenFolder) -> list[str]:
+    """Columns of one value per cell, those aside that only a rule of values needs."""
+    own = () if preparation_in(folder) is None else (TOTAL,)
+    return [field.name for field in folder.schema if not pa.types.is_nested(field.type) and field.name not in own]
+
+
 def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mapping[str, str]) -> Cells:
     """Cells of a token folder, with all columns of one value per cell that it carries, named as asked for."""
-    there = [field.name for field in folder.schema if not pa.types.is_nested(field.type)]
+    there = _columns_of(folder)
     absent = next((name for name in asked if name not in there), None)
     if absent is not None:
         raise InputError(
@@ -223,7 +252,9 @@ def _folder_cells(folder: TokenFolder, identity: Mapping[str, Any], asked: Mappi
         return folder.column(stored[name]) if name in stored else _chunked(pa.array(folder.lengths()))
 
     rows = np.arange(folder.n_cells)
-    return Cells(folder.lengths(), folder.read, rows, len(rows), identity, names, column)
+    return Cells(
+        folder.lengths(), folder.read, rows, len(rows), identity, names, column, values=values_of(folder)
+    )  # fmt: skip
 
 
 def _input_cells(folder: TokenFolder, identity: Mapping[str, Any], data: Any, reading: ReadOptions) -> Cells:
@@ -245,17 +276,25 @@ def _input_cells(folder: TokenFolder, identity: Mapping[str, Any], data: Any, re
             "source_row": _chunked(pa.array(np.arange(n_rows) - starts[file_of_row], pa.int64())),
         }
 
-    columns = [name for name in folder.columns if name != "input_ids"]
+    columns = _columns_of(folder)
     is_whole = n_rows == len(rows)
     return Cells(
         folder.lengths(), folder.read, rows, n_rows, identity, columns, folder.column,
-        None if is_whole else of_every_row,
+        None if is_whole else of_every_row, values=values_of(folder),
     )  # fmt: skip
 
 
-def _memory_cells(tokenized: TokenizedCells, adata: Any, vocabulary: Vocabulary, reading: ReadOptions) -> Cells:
+def _memory_cells(
+    tokenized: TokenizedCells, adata: Any, vocabulary: Vocabulary | ValueGenes, reading: ReadOptions
+) -> Cells:
     values, cu_seqlens = tokenized.values, tokenized.cu_seqlens
-    rows, n_rows, lengths = tokenized.kept_rows, adata.n_obs, np.diff(cu_seqlens)
+    of_values = None
+    if isinstance(vocabulary, ValueGenes):
+        assert isinstance(tokenized, TokenizedValues)
+        stored = Stored(values, tokenized.amounts, cu_seqlens, tokenized.totals)
+        of_values = cells_in_memory(stored, vocabulary, tokenized.report["inputs"])
+    lengths = np.diff(cu_seqlens) if of_values is None else of_values.lengths
+    rows, n_rows = tokenized.kept_rows, adata.n_obs
 
     def read(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Windows are contiguous ranges of cells.
@@ -272,8 +311,8 @@ def _memory_cells(tokenized: TokenizedCells, adata: Any, vocabulary: Vocabulary,
 
     columns = [*reading.carried.values(), "length", "source_row"]
     return Cells(
-        lengths, read, rows, n_rows, vocabulary.identity(), columns,
-        lambda name: of_every_row()[name].take(pa.array(rows)), of_every_row,
+        lengths, read if of_values is None else of_values, rows, n_rows, vocabulary.identity(), columns,
+        lambda name: of_every_row()[name].take(pa.array(rows)), of_every_row, values=of_values,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from geneformer_fast.counts.source import OBS_NAMES
 from geneformer_fast.extract.files import check_columns, embedding_names, plain
 from geneformer_fast.extract.genes import gene_columns
+from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def cell_frame(run: EncodingRun) -> tuple[pandas.DataFrame, np.ndarray]:
     return _frame(columns, embeddings[cells.rows], OBS_NAMES), embeddings
 
 
-def gene_frame(run: EncodingRun, vocabulary: Vocabulary | None) -> tuple[pandas.DataFrame, np.ndarray]:
+def gene_frame(run: EncodingRun, vocabulary: Vocabulary | ValueGenes | None) -> tuple[pandas.DataFrame, np.ndarray]:
     """A row per gene that some cell holds, and the array with a row for every token."""
     means, n_cells = run.genes()
     seen = np.flatnonzero(n_cells)

@@ -11,13 +11,16 @@ from geneformer_fast.counts.features import expression_of
 from geneformer_fast.counts.memory import frame_table
 from geneformer_fast.counts.source import GENE_COLUMNS
 from geneformer_fast.tokenization.genes import map_genes
+from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def gene_columns(tokens: np.ndarray, n_cells: np.ndarray, vocabulary: Vocabulary | None) -> dict[str, pa.ChunkedArray]:
+def gene_columns(
+    tokens: np.ndarray, n_cells: np.ndarray, vocabulary: Vocabulary | ValueGenes | None
+) -> dict[str, pa.ChunkedArray]:
     """What names rows of genes.
 
     Parameters
@@ -52,7 +55,7 @@ def gene_columns(tokens: np.ndarray, n_cells: np.ndarray, vocabulary: Vocabulary
 def by_column(
     embeddings: np.ndarray,
     adata: AnnData,
-    vocabulary: Vocabulary | None,
+    vocabulary: Vocabulary | ValueGenes | None,
     gene_column: str | None,
     allow_few_genes: bool = False,
 ) -> np.ndarray:

@@ -49,6 +49,7 @@ from geneformer_fast.heatmap import plot_heatmap
 from geneformer_fast.plot import check_enough, check_format, check_picture, plot_umap
 from geneformer_fast.tokenization.bundled import has_dictionaries
 from geneformer_fast.tokenization.dictionaries import SAVED_FILE
+from geneformer_fast.tokenization.values import ValueGenes, has_genes, make_value_genes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def embed(
     *,
     pool: str | None = None,
     layer: str | int | None = None,
-    dictionary: str | os.PathLike[str] | Vocabulary | None = None,
+    dictionary: str | os.PathLike[str] | Vocabulary | ValueGenes | None = None,
     counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
@@ -117,7 +118,8 @@ def embed(
         what the authors of the model's family take; for Geneformer ``"penultimate"``, as its extractor does by default.
     dictionary
         Folder of gene dictionaries, or a :class:`Vocabulary`, for counts; of a folder with several versions the model's
-        is taken. None looks for ``vocabulary.json`` in the model's folder, and into archives and contexts of NeMo.
+        is taken. None looks for ``vocabulary.json`` in the model's folder, and into archives and contexts of NeMo. For
+        families that read values: the file with the genes, or a folder that holds it; None looks in the model's folder.
     counts_layer, gene_column, allow_float, allow_duplicate_cells, allow_few_genes, n_counts
         As in ``tokenize``.
     obs
@@ -301,13 +303,19 @@ def keep_within(
 
 
 def find_vocabulary(
-    dictionary: str | os.PathLike[str] | Vocabulary | None,
+    dictionary: str | os.PathLike[str] | Vocabulary | ValueGenes | None,
     model: Encoder | str | os.PathLike[str],
     config: EncoderConfig,
-) -> Vocabulary | None:
-    """The vocabulary that a user names, or that lies beside the model; None where there is neither."""
-    if isinstance(dictionary, Vocabulary):
+) -> Vocabulary | ValueGenes | None:
+    """The vocabulary (or gene list) that a user names, or that lies beside the model; None where there is neither."""
+    if isinstance(dictionary, Vocabulary | ValueGenes):
         return dictionary
+    family = families.family_of(config)
+    if family is not None and family.preparation is not None:
+        if dictionary is not None:
+            return make_value_genes(dictionary, family.name, None)
+        is_beside = not isinstance(model, Encoder) and has_genes(Path(model), family.name)
+        return ValueGenes.from_folder(Path(model), family.name) if is_beside else None  # type: ignore[arg-type]
     if dictionary is not None:
         try:
             # A folder may hold the dictionaries of several versions: the model says which one it needs.
@@ -326,7 +334,12 @@ def _pool_of(pool: str | None, config: EncoderConfig, cells: Cells) -> str:
 
 
 def _write_cells(
-    run: EncodingRun, target: Output, data: Any, vocabulary: Vocabulary | None, key: str, provenance: dict[str, Any]
+    run: EncodingRun,
+    target: Output,
+    data: Any,
+    vocabulary: Vocabulary | ValueGenes | None,
+    key: str,
+    provenance: dict[str, Any],
 ) -> None:
     """Embed cells into a file."""
     cells, suffix = run.cells, target.path.suffix
@@ -350,7 +363,12 @@ def _write_cells(
 
 
 def _write_genes(
-    run: EncodingRun, target: Output, data: Any, vocabulary: Vocabulary | None, key: str, provenance: dict[str, Any]
+    run: EncodingRun,
+    target: Output,
+    data: Any,
+    vocabulary: Vocabulary | ValueGenes | None,
+    key: str,
+    provenance: dict[str, Any],
 ) -> None:
     """Embed genes into a file: all tokens into an array, those that were seen into a table."""
     means, n_cells = run.genes()

@@ -44,6 +44,13 @@ def _preset(n_layers: int, width: int, n_heads: int, ff_width: int) -> EncoderCo
     )
 
 
+def preparation() -> Any:
+    """The rule from counts to values."""
+    from geneformer_fast.families.preparations.aido_cell import PREPARATION
+
+    return PREPARATION
+
+
 def entries(config: EncoderConfig, head: str | None = "mlm") -> list[Entry]:
     """The table for AIDO.Cell's CellFoundation models; ``decoder.bias`` there is ``cls.predictions.bias``."""
     from geneformer_fast.families import cell_foundation
@@ -99,6 +106,7 @@ FAMILY = Family(
         "aido-cell-100m": _preset(18, 640, 20, 1664),
         "aido-cell-650m": _preset(32, 1280, 20, 3392),
     },
+    preparation=preparation,
     recognise=recognise,
     load=load,
     save=save,

@@ -118,7 +118,8 @@ class Family:
     layouts
         Of families that read ranked genes: the name under which a layout is chosen (``--preset``), and the layout.
     preparation
-        Of families that read values: the rules from counts to them (``families.preparation.Preparation``).
+        Of families that read values: the rules from counts to them (``families.preparation.Preparation``), or a
+        function that gives them, so that numpy is loaded by who needs them.
     recipes
         How models were trained: name, a preset's where there is one, to fields of
         :class:`geneformer_fast.training.recipe.Recipe`, batches being those of all GPUs together.

@@ -15,8 +15,9 @@ import torch
 from geneformer_fast.arguments import checked
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.selection import Selection
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, VocabularyError
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import scores as scoring
 from geneformer_fast.finetuning.cells import content_of, digest, origin_of, source_of
@@ -34,6 +35,7 @@ from geneformer_fast.finetuning.splits import Split, hold_out, numbers_of, share
 from geneformer_fast.finetuning.splits import folds as make_folds
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.genes import map_genes
+from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 from geneformer_fast.training.identity import SELECTION
 from geneformer_fast.training.loop import Objective
@@ -133,7 +135,13 @@ def finetune_genes(
     with open_tokens(tokens) as folder, open_tokens(tokens) as again:
         base = pretrained(model, device)
         identity = identity_of(folder, base.config)
+        if preparation_in(folder) is not None:
+            raise UnsupportedError(
+                f"classes of genes are told from ranked tokens, and {identity['family']} reads values; take a model "
+                "over ranked tokens, or embed genes (pool 'gene') and classify these"
+            )
         vocabulary = find_vocabulary(dictionary, model, base.config)
+        assert not isinstance(vocabulary, ValueGenes)  # which no folder of ranks lets through
         if vocabulary is None:
             raise InputError(
                 "gene ids need the dictionary that made the tokens: pass dictionary= (--dictionary), the folder with "

@@ -21,6 +21,7 @@ from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
+from geneformer_fast.families.gene_list import SAVED_FILE as GENES_FILE
 from geneformer_fast.files.schema import read_json
 from geneformer_fast.files.writing import whole_folder, write_json
 from geneformer_fast.finetuning.official import classes_of
@@ -57,8 +58,9 @@ def vocabulary_in(folder: Path | None) -> Path | Vocabulary | None:
     """The ``vocabulary.json`` of a checkpoint folder, or what a checkpoint has inside instead, if there is any."""
     if folder is None:
         return None
-    if (folder / SAVED_FILE).exists():
-        return folder / SAVED_FILE
+    for name in (SAVED_FILE, GENES_FILE):
+        if (folder / name).exists():
+            return folder / name
     return Vocabulary.from_folder(folder) if has_dictionaries(folder) else None
 
 
@@ -170,8 +172,8 @@ def save_classifier(
     card
         What :data:`CARD` says: tasks and their classes, and where the model comes from.
     vocabulary
-        A ``vocabulary.json`` to put beside the model, or what is to be written as one, so that counts can be given to
-        it.
+        A ``vocabulary.json`` (of values ``genes.json``) to put beside the model, or what is to be written as one, so
+        that counts can be given to it.
     base
         The pretrained model's config.json, whose further settings are kept.
     """
@@ -189,7 +191,7 @@ def save_classifier(
         if isinstance(vocabulary, Vocabulary):
             vocabulary.save(made)
         elif vocabulary is not None:
-            shutil.copyfile(vocabulary, made / SAVED_FILE)
+            shutil.copyfile(vocabulary, made / vocabulary.name)
     return folder
 
 

@@ -31,6 +31,7 @@ from geneformer_fast.finetuning import names as naming
 from geneformer_fast.finetuning.losses import IGNORED
 from geneformer_fast.finetuning.models import read_card
 from geneformer_fast.finetuning.predictions import ClassifyingRun, probabilities_of, task_columns
+from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def _cell_table(
 
 
 def _gene_table(
-    run: ClassifyingRun, card: Mapping[str, Any], key: str | None, vocabulary: Vocabulary | None
+    run: ClassifyingRun, card: Mapping[str, Any], key: str | None, vocabulary: Vocabulary | ValueGenes | None
 ) -> pa.Table:
     """One row per gene that occurs: its mean probabilities over cells."""
     config = run.encoder.config

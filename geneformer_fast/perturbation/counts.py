@@ -353,6 +353,7 @@ def _read(
         if not each:  # an input of other parts of the run
             continue
         sizes, indices, data, totals = (np.concatenate(part) for part in zip(*each, strict=True))
+        assert entry.columns is not None
         codes = entry.columns.codes
         found.append(
             _SourceCounts(

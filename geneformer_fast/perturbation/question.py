@@ -13,6 +13,7 @@ import torch
 
 from geneformer_fast import families
 from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.run import find_vocabulary
@@ -30,6 +31,7 @@ from geneformer_fast.perturbation.sets import read_sets, tokens_of_sets
 from geneformer_fast.perturbation.shards import Shard
 from geneformer_fast.perturbation.states import MAX_CELLS, StateRoles, States, embeddings_of, read_states
 from geneformer_fast.tokenization.arrow import TokenFolder
+from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 from geneformer_fast.training.distributed import Ranks
 
@@ -135,7 +137,13 @@ def prepared(
         raise UnsupportedError("this encoder reads values, not ranked tokens; perturb() serves encoders over tokens")
     config.layer_index(question.layer)
     identity = identity_of(folder, config)
+    if preparation_in(folder) is not None:
+        raise UnsupportedError(
+            f"genes are perturbed where they are ranked, and {folder.path} holds values of {identity['family']}; "
+            "change counts, and embed them with the others"
+        )
     vocabulary = find_vocabulary(dictionary, model, config)
+    assert not isinstance(vocabulary, ValueGenes)  # which no folder of ranks lets through
     if vocabulary is not None:
         config.check_vocabulary(vocabulary.identity())
     special = identity["special"]

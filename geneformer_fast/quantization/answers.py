@@ -13,8 +13,8 @@ from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
 from geneformer_fast.data.loader import load_pieces
 from geneformer_fast.data.masking import Masking, mask_genes
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.encoding import TOKEN_BUDGET, EncodingRun
 from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells
 from geneformer_fast.heads import CellClassifier, MLMHead
@@ -89,19 +89,17 @@ class Questions:
 
         Raises
         ------
-        UnsupportedError
-            It reads values.
         VocabularyError
             The tokens belong to another vocabulary.
         """
-        check_asked(encoder)
         cells = some_cells(self.tokens, self.cells, identity_of(self.tokens, encoder.config))
         pool = "mean" if cells.cls_id is None else "cls"
         embedding = EncodingRun(encoder, cells, pool, self.layer, self.token_budget, self.progress)
         logits = genes = targets = None
         if isinstance(encoder.head, CellClassifier):
             logits = ClassifyingRun(encoder, cells, self.token_budget, self.progress).to_memory()
-        if isinstance(encoder.head, MLMHead):
+        # Of families that read values no gene is asked for by masking it: theirs are not named but valued.
+        if isinstance(encoder.head, MLMHead) and preparation_in(self.tokens) is None:
             genes, targets = self._masked_genes(encoder, identity_of(self.tokens, encoder.config))
         sizes = (x.numel() * x.element_size() for x in (*encoder.parameters(), *encoder.buffers()))
         scheme = None if encoder.quantization is None else encoder.quantization.scheme
@@ -128,15 +126,3 @@ class Questions:
                 genes.append(logits.topk(min(N_GENES, logits.shape[1])).indices.cpu().numpy())
                 targets.append(batch.targets.numpy())
         return np.concatenate(genes), np.concatenate(targets)
-
-
-def check_asked(encoder: Encoder) -> None:
-    """See that an encoder reads what a token folder holds.
-
-    Raises
-    ------
-    UnsupportedError
-        It reads values.
-    """
-    if encoder.config.inputs != "tokens":
-        raise UnsupportedError("this encoder reads values, not ranked tokens; checking serves encoders over tokens")

@@ -14,8 +14,9 @@ from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.batches import evaluation_pieces
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.loader import read_ragged
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
-from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.errors import InputError
 from geneformer_fast.ragged import Ragged
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 
@@ -59,18 +60,14 @@ class SomeCells:
             if not found.n_tokens:
                 raise InputError("there are no cells to calibrate on")
             return found
-        if config.inputs != "tokens":
-            raise UnsupportedError(
-                "this encoder reads values, and no token folder has them; pass packed cells of values in Python, or "
-                "leave calibrate (--calibrate) out"
-            )
         special = identity_of(tokens, config)["special"]
         if not tokens.n_cells:
             raise InputError(f"{tokens.path} has no cells to calibrate on; name a folder that has")
         drawn = np.random.default_rng(seed).choice(tokens.n_cells, min(n_cells, tokens.n_cells), replace=False)
         pieces = evaluation_pieces(tokens.lengths(), drawn, _TOKEN_BUDGET)
         batches = [read_ragged(tokens, piece.cells) for piece in pieces]
-        return cls(batches, sorted(special.values()), special.get("cls"))
+        is_of_values = preparation_in(tokens) is not None
+        return cls(batches, () if is_of_values else sorted(special.values()), special.get("cls"))
 
     @property
     def n_cells(self) -> int:
@@ -98,11 +95,9 @@ class SomeCells:
                 if self.cls_id is not None:
                     found.append(hidden.values[hidden.starts.long()])
                     continue
-                is_gene = (
-                    ~torch.isin(tokens.values, special)
-                    if len(special)
-                    else torch.ones_like(tokens.values, dtype=torch.bool)
-                )
+                is_gene = torch.ones(tokens.n_tokens, dtype=torch.bool, device=tokens.values.device)
+                if len(special):
+                    is_gene = ~torch.isin(tokens.values, special)
                 weights, lengths = is_gene.to(hidden.values.dtype), hidden.lengths.long()
                 sums = torch.segment_reduce(hidden.values * weights[:, None], "sum", lengths=lengths)
                 found.append(sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None])

@@ -69,7 +69,8 @@ class TokenFolder:
     dtype
         Integer dtype of the stored tokens.
     on_read
-        Called with the cells that ``read`` gives, and what it would give of them; its result is given instead.
+        Called with the cells that ``read`` gives, and what it would give of them; its result is given instead. Where it
+        has ``lengths``, these are the lengths of cells as read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool | None = None) -> None:
@@ -107,17 +108,42 @@ class TokenFolder:
 
     def _locate_cells(self) -> None:
         """Where every cell's tokens lie: file, byte position, length."""
-        files, positions, lengths = [], [], []
-        for number, file in enumerate(self._files):
+        rows = [(number, batch.n_rows) for number, file in enumerate(self._files) for batch in file.batches]
+        files = [np.full(n_rows, number, dtype=np.int32) for number, n_rows in rows]
+        self._file_of = np.concatenate(files) if files else np.zeros(0, np.int32)
+        position_of, self._length_of = self._located("input_ids", self.dtype)
+        self._lists = {"input_ids": (self.dtype, position_of)}
+
+    def _located(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """[n_cells] byte positions of every cell's list in a column, and how long they are."""
+        positions, lengths = [], []
+        for file in self._files:
             for batch in file.batches:
-                offsets, buffer = file.list_column(batch, "input_ids")
-                positions.append(buffer.position + offsets[:-1] * self.dtype.itemsize)
+                offsets, buffer = file.list_column(batch, name)
+                positions.append(buffer.position + offsets[:-1] * dtype.itemsize)
                 lengths.append(np.diff(offsets))
-                files.append(np.full(batch.n_rows, number, dtype=np.int32))
-        join = np.concatenate
-        self._file_of = join(files) if files else np.zeros(0, np.int32)
-        self._position_of = join(positions) if files else np.zeros(0, np.int64)
-        self._length_of = join(lengths) if files else np.zeros(0, np.int64)
+        if not positions:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(positions), np.concatenate(lengths)
+
+    def locate_values(self, name: str) -> None:
+        """Find a column of float32 lists as long as ``input_ids``, for ``read_stored`` to give.
+
+        Raises
+        ------
+        OutputError
+            There is no such column, or it does not fit.
+        """
+        if name in self._lists:
+            return
+        index = self.schema.get_field_index(name)
+        kind = self.schema.field(index).type if index >= 0 else pa.null()
+        if kind != pa.list_(pa.float32()):
+            raise OutputError(f"{self.path}: has no column {name} of lists of float32; tokenize again")
+        positions, lengths = self._located(name, np.dtype(np.float32))
+        if not np.array_equal(lengths, self._length_of):
+            raise OutputError(f"{self.path}: lists of {name} are not as long as those of input_ids; tokenize again")
+        self._lists[name] = np.dtype(np.float32), positions
 
     def __len__(self) -> int:
         return self.n_cells
@@ -132,7 +158,7 @@ class TokenFolder:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens of all cells, specials included."""
+        """Number of stored tokens of all cells, specials included."""
         return int(self._length_of.sum())
 
     @property
@@ -171,7 +197,12 @@ class TokenFolder:
             self._unchecked[number] = None
 
     def lengths(self) -> np.ndarray:
-        """[n_cells] int64, tokens per cell, specials included."""
+        """[n_cells] int64, tokens per cell as ``read`` gives them, specials included."""
+        as_read: np.ndarray | None = getattr(self.on_read, "lengths", None)
+        return (self._length_of if as_read is None else as_read).copy()
+
+    def stored_lengths(self) -> np.ndarray:
+        """[n_cells] int64, what is stored of each cell, whatever ``on_read`` makes of it."""
         return self._length_of.copy()
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -235,8 +266,11 @@ class TokenFolder:
             return values, cu_seqlens
         return self.on_read(np.asarray(cells), values, cu_seqlens)
 
-    def read_stored(self, cells: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
-        """What is stored of some cells, whatever ``on_read`` makes of it."""
+    def read_stored(
+        self, cells: np.ndarray | Sequence[int] | range, column: str = "input_ids"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What is stored of some cells, whatever ``on_read`` makes of it; of ``column``, once that was located."""
+        dtype, position_of = self._lists[column]
         cells = np.arange(cells.start, cells.stop, cells.step) if isinstance(cells, range) else np.asarray(cells)
         cells = cells.astype(np.int64, copy=False)
         if len(cells) and not 0 <= cells.min() <= cells.max() < self.n_cells:
@@ -244,10 +278,10 @@ class TokenFolder:
         lengths = self._length_of[cells]
         cu_seqlens = np.zeros(len(cells) + 1, dtype=np.int64)
         np.cumsum(lengths, out=cu_seqlens[1:])
-        values = np.empty(int(cu_seqlens[-1]), dtype=self.dtype)
+        values = np.empty(int(cu_seqlens[-1]), dtype=dtype)
         view = values.view(np.uint8)
-        size = self.dtype.itemsize
-        files, positions = self._file_of[cells], self._position_of[cells]
+        size = dtype.itemsize
+        files, positions = self._file_of[cells], position_of[cells]
         for number in np.unique(files).tolist():
             self._check(number)
         # Neighbours on the disk come with one read.

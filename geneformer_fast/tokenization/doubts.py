@@ -13,6 +13,7 @@ from geneformer_fast.counts import CountSource
 
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import Task
+    from geneformer_fast.tokenization.values import ValueGenes
     from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 # Single-cell assays of the whole transcriptome list 10,000 genes and more; selections of variable genes, and panels,
@@ -34,15 +35,20 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def about_genes(source: CountSource, vocabulary: Vocabulary) -> str | None:
+def about_genes(source: CountSource, vocabulary: Vocabulary | ValueGenes) -> str | None:
     """What to say where genes look like a selection of variable ones, or a panel."""
     if source.n_genes > _SELECTED_GENES or len(vocabulary.token_ids) < _WHOLE_VOCABULARY:
         return None
+    consequence = (
+        "Values are relative to all genes that a cell expresses: these will be larger than those the models were "
+        "trained on"
+        if vocabulary.medians is None
+        else "Tokens are ranks among all genes that a cell expresses: these will be shorter and in other places than "
+        "those the models were trained on"
+    )
     return (
         f"{source.name}: {source.counts_from} has only {source.n_genes:,} genes, as a selection of highly variable "
-        "genes or a targeted panel has. Tokens are ranks among all genes that a cell expresses: these will be shorter "
-        "and in other places than those the models were trained on. Give the counts of all measured genes if there "
-        "are any"
+        f"genes or a targeted panel has. {consequence}. Give the counts of all measured genes if there are any"
     )
 
 
@@ -105,7 +111,7 @@ def totals_tally(task: Task) -> dict[str, int]:
         return tally
     from geneformer_fast.counts import loops
 
-    is_counted = np.ones(len(task.prepared.columns.codes), dtype=np.bool_)
+    is_counted = np.ones(len(task.prepared.gene_map.column_to_gene), dtype=np.bool_)
     found = loops.row_totals(block.indptr, block.indices, block.data, is_counted)
     is_used = (found > 0) & (task.n_counts > 0)
     for is_left in (task.is_wanted, task.is_asked):

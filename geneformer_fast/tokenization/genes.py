@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from geneformer_fast.counts.identifiers import (
     without_version,
 )
 from geneformer_fast.errors import InputError
-from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -32,6 +32,26 @@ _MIN_MATCHED = 500
 # Annotations list all genes, also the many that no model knows: where most genes of the vocabulary are found, ids that
 # are not in it are no sign of ids gone wrong.
 _MOST_OF_VOCABULARY = 2 / 3
+
+
+class Genes(Protocol):
+    """What columns are looked up in: a vocabulary of ranked tokens, or the genes of a family that reads values."""
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+
+    @property
+    def token_ids(self) -> Mapping[str, int]:
+        """Gene id to token id."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """UPPER-CASE other id to gene id."""
+
+    @property
+    def medians(self) -> Mapping[str, float] | None:
+        """Gene id to median; None where there are none."""
 
 
 @dataclass
@@ -95,7 +115,7 @@ class GeneMap:
     token_ids
         int32 [n_genes].
     medians
-        float64 [n_genes].
+        float64 [n_genes]; NaN where there are none.
     has_collisions
         True where several columns belong to one gene and have to be summed.
     report
@@ -129,7 +149,7 @@ class GeneMap:
 class _Lookup:
     """One id to its gene, following the official mapping first and then what the official tool misses."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Genes) -> None:
         self.tokens = vocabulary.token_ids
         self.aliases = vocabulary.aliases
         # only needed where some gene id is not upper-case already (symbols of other species, say)
@@ -166,9 +186,7 @@ class _Lookup:
         return None
 
 
-def map_genes(
-    ids: Iterable[Any], vocabulary: Vocabulary, *, source_name: str, allow_few_genes: bool = False
-) -> GeneMap:
+def map_genes(ids: Iterable[Any], vocabulary: Genes, *, source_name: str, allow_few_genes: bool = False) -> GeneMap:
     """Find the gene of every column.
 
     Follows the official tokenizer wherever that finds a gene (upper-cased id, looked up in the mapping dictionary,
@@ -200,7 +218,7 @@ def map_genes(
     report = GeneReport(source=source_name, n_columns=len(names))
     missing = _missing(names, vocabulary)
     targets = [_target(name, lookup, report, missing) for name in names]
-    tokens = vocabulary.token_ids
+    tokens, medians = vocabulary.token_ids, vocabulary.medians
     genes = sorted({gene for gene in targets if gene is not None}, key=tokens.__getitem__)
     index = {gene: i for i, gene in enumerate(genes)}
     index_or_drop: dict[str | None, int] = {None: -1}
@@ -213,13 +231,15 @@ def map_genes(
         column_to_gene=column_to_gene,
         genes=genes,
         token_ids=np.fromiter((tokens[gene] for gene in genes), dtype=np.int32, count=len(genes)),
-        medians=np.fromiter((vocabulary.medians[gene] for gene in genes), dtype=np.float64, count=len(genes)),
+        medians=np.fromiter(
+            (math.nan if medians is None else medians[gene] for gene in genes), dtype=np.float64, count=len(genes)
+        ),
         has_collisions=report.collapsed > 0,
         report=report,
     )
 
 
-def _missing(names: Sequence[str], vocabulary: Vocabulary) -> frozenset[str]:
+def _missing(names: Sequence[str], vocabulary: Genes) -> frozenset[str]:
     """The names that say that an id is missing."""
     # an Ensembl id has 15 characters: most names need no closer look
     found = [name for name in names if len(name) < 15 and is_missing(name)]
@@ -300,7 +320,7 @@ def _check_matched(
     targets: list[str | None],
     report: GeneReport,
     lookup: _Lookup,
-    vocabulary: Vocabulary,
+    vocabulary: Genes,
     allow_few_genes: bool,
 ) -> None:
     is_next_to_nothing = report.matched < _MIN_MATCHED and report.matched < max(1, _MIN_FRACTION * len(names))
@@ -321,7 +341,13 @@ def _check_matched(
             "Name the column with Ensembl ids with gene_column= (--gene-column), or choose the dictionary of the right "
             "species."
         )
-    if len(vocabulary.aliases) <= len(vocabulary.token_ids) and 2 * n_ensembl < len(names):
+    # A list of genes knows best what to do: it may be of symbols.
+    hint = getattr(vocabulary, "hint", hint)
+    if (
+        vocabulary.medians is not None
+        and len(vocabulary.aliases) <= len(vocabulary.token_ids)
+        and 2 * n_ensembl < len(names)
+    ):
         hint += " This vocabulary's mapping knows no gene symbols (Geneformer V1's does not; V2's does)."
     if report.matched:
         hint += " To go on with so few genes, pass --allow-few-genes (allow_few_genes=True)."

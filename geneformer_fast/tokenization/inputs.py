@@ -13,10 +13,12 @@ import pyarrow as pa
 from geneformer_fast.counts import CountBlock, CountSource, open_source
 from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.errors import InputError
+from geneformer_fast.families.preparation import name_keys, pack_genes
 from geneformer_fast.tokenization.carried import arrow_type, carried_values, no_column
 from geneformer_fast.tokenization.doubts import CellNames, about_genes, warn
 from geneformer_fast.tokenization.genes import GeneMap, map_genes
-from geneformer_fast.tokenization.manifest import OWN_COLUMNS
+from geneformer_fast.tokenization.manifest import GENES_THERE, OWN_COLUMNS
+from geneformer_fast.tokenization.values import ValueGenes, ids_for
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ class PreparedInput:
     source
         The opened source, where it was kept open.
     gene_map, columns
-        Its genes, and the same tabulated for ranking.
+        Its genes, and the same tabulated for ranking; None for families that read values.
     description
         What the manifest says about it: fingerprint, shape, where counts, genes and totals come from.
     carried_types
@@ -120,7 +122,7 @@ class PreparedInput:
     name: str
     n_cells: int
     gene_map: GeneMap
-    columns: Columns
+    columns: Columns | None
     description: dict[str, Any]
     carried_types: dict[str, pa.DataType]
     n_counts_column: str | None
@@ -150,6 +152,8 @@ class Task:
         [cells] bool, whether somebody asked for them; None asks for all.
     carried
         Columns of the whole input by their name in the token folder.
+    keys
+        [cells] uint64 of their names, to draw by; None where nothing is drawn.
     """
 
     source: int
@@ -159,11 +163,12 @@ class Task:
     is_wanted: np.ndarray | None
     carried: dict[str, pa.Array]
     is_asked: np.ndarray | None = None
+    keys: np.ndarray | None = None
 
 
 def prepare(
     inputs: Iterable[Any],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: ReadOptions,
     *,
     is_resumable: bool = False,
@@ -175,7 +180,7 @@ def prepare(
     to be told from another one. ``rows`` are those that are asked for of each input, ascending; None asks for all.
     """
     prepared: list[PreparedInput] = []
-    known: dict[bytes, tuple[GeneMap, Columns]] = {}
+    known: dict[bytes, tuple[GeneMap, Columns | None]] = {}
     names = CellNames()
     inputs = list(inputs)
     try:
@@ -216,14 +221,12 @@ def close_all(prepared: Iterable[PreparedInput]) -> None:
 def _prepare_one(
     data: Any,
     source: CountSource,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: ReadOptions,
-    known: dict[bytes, tuple[GeneMap, Columns]],
+    known: dict[bytes, tuple[GeneMap, Columns | None]],
     is_resumable: bool,
 ) -> PreparedInput:
-    from geneformer_kernels.ops.rank_genes.host import prepare_columns
-
-    ids = source.gene_ids()
+    ids, gene_ids_from = ids_for(source, vocabulary, options.gene_column)
     # Files of one study mostly list the same genes: they are looked up once.
     key = sha256("\n".join(ids.tolist()).encode("utf-8", "surrogatepass")).digest()
     doubt = about_genes(source, vocabulary)
@@ -231,7 +234,7 @@ def _prepare_one(
         gene_map, columns = known[key]
     else:
         gene_map = map_genes(ids, vocabulary, source_name=source.name, allow_few_genes=options.allow_few_genes)
-        columns = prepare_columns(gene_map.column_to_gene, gene_map.token_ids, gene_map.medians)
+        columns = _tabulated(gene_map, vocabulary)
         known[key] = gene_map, columns
         if doubt is not None:
             warn(doubt)
@@ -246,13 +249,14 @@ def _prepare_one(
         "counts_from": source.counts_from,
         "dtype": source.value_dtype.name,
         "is_dense": source.is_dense,
-        "gene_ids_from": source.gene_ids_from,
+        "gene_ids_from": gene_ids_from,
         "n_counts_from": f"obs/{n_counts_column}" if n_counts_column else _computed_over(vocabulary),
         "n_counts_dtype": None if n_counts_column is None else _dtype_name(source.obs(n_counts_column)),
         "filter_pass": has_filter,
         **(_obs_digest(source, options, n_counts_column, has_filter) if is_resumable else {}),
         "left_out": source.left_out,
         "genes": {**gene_map.report.to_dict(), "source": source.name},
+        **_genes_there(gene_map, vocabulary),
         "warnings": [] if doubt is None else [doubt],
     }
     return PreparedInput(
@@ -267,6 +271,23 @@ def _prepare_one(
         has_filter=has_filter,
         source=source,
     )
+
+
+def _tabulated(gene_map: GeneMap, vocabulary: Vocabulary | ValueGenes) -> Columns | None:
+    if isinstance(vocabulary, ValueGenes):
+        return None
+    from geneformer_kernels.ops.rank_genes.host import prepare_columns
+
+    return prepare_columns(gene_map.column_to_gene, gene_map.token_ids, gene_map.medians)
+
+
+def _genes_there(gene_map: GeneMap, vocabulary: Vocabulary | ValueGenes) -> dict[str, str]:
+    """Which genes of the list an input has, for families that read a value for every gene of it."""
+    if not isinstance(vocabulary, ValueGenes) or not vocabulary.preparation.is_dense:
+        return {}
+    is_there = np.zeros(len(vocabulary.token_ids), dtype=bool)
+    is_there[gene_map.token_ids] = True
+    return {GENES_THERE: pack_genes(is_there)}
 
 
 def _obs_digest(
@@ -289,16 +310,20 @@ def _dtype_name(values: Any) -> str:
     return np.dtype(values.type.to_pandas_dtype() if isinstance(values, pa.Array) else values.dtype).name
 
 
-def _computed_over(vocabulary: Vocabulary) -> str:
+def _computed_over(vocabulary: Vocabulary | ValueGenes) -> str:
     return "computed over genes of the vocabulary" if vocabulary.totals_over_vocabulary else "computed over all columns"
 
 
-def _n_counts_column(source: CountSource, vocabulary: Vocabulary, options: ReadOptions) -> str | None:
+def _n_counts_column(source: CountSource, vocabulary: Vocabulary | ValueGenes, options: ReadOptions) -> str | None:
     if options.n_counts == "computed":
         return None
     if options.n_counts == "auto":
         # Totals over other genes than the family's would not be the family's normalisation.
-        is_usable = "n_counts" in source.obs_columns and not vocabulary.totals_over_vocabulary
+        is_usable = (
+            "n_counts" in source.obs_columns
+            and not vocabulary.totals_over_vocabulary
+            and not isinstance(vocabulary, ValueGenes)
+        )
         return "n_counts" if is_usable else None
     if options.n_counts not in source.obs_columns:
         raise InputError(no_column(source, options.n_counts, "for the total counts"))
@@ -313,8 +338,9 @@ def tasks(
     source: int = 0,
     row: int = 0,
     rows: int,
+    has_keys: bool = False,
 ) -> Iterator[Task]:
-    """The cells of all inputs from a position on, in blocks of at most ``rows``."""
+    """The cells of all inputs from a position on, in blocks of at most ``rows``; ``has_keys`` of their names."""
     for index in range(source, len(prepared)):
         entry = prepared[index]
         if not entry.n_asked:
@@ -324,6 +350,7 @@ def tasks(
             n_counts = _n_counts(opened, entry)
             is_wanted = _filter(opened) if entry.has_filter else None
             carried = {new: carried_values(opened, old, types[new]) for old, new in options.carried.items()}
+            keys = name_keys(opened.cell_names().tolist()) if has_keys else None
             for block in _blocks(opened, entry, row if index == source else 0, rows):
                 span = slice(block.start, block.start + block.n_cells)
                 yield Task(
@@ -334,6 +361,7 @@ def tasks(
                     is_wanted=None if is_wanted is None else is_wanted[span],
                     carried=carried,
                     is_asked=_is_among(entry.rows, block),
+                    keys=None if keys is None else keys[span],
                 )
         finally:
             opened.close()

@@ -37,6 +37,9 @@ FORMAT_VERSION = 1
 #: Hexadecimal digits of the manifest's fingerprint that state.json holds, as ``datasets`` writes its own.
 N_FINGERPRINT = 16
 
+#: What a manifest says of the rule of a family that reads values; of an input, which genes of its list it has.
+PREPARATION, GENES_THERE = "preparation", "genes_there"
+
 #: Columns a token folder always has; carried columns take other names.
 OWN_COLUMNS = ("input_ids", "length", "source_file", "source_row")
 

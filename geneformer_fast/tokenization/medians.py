@@ -19,10 +19,10 @@ from geneformer_fast.files.locks import folder_lock
 from geneformer_fast.files.writing import write_json
 from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization.arguments import resolve_vocabulary
 from geneformer_fast.tokenization.doubts import about_totals, totals_tally, warn
 from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
 from geneformer_fast.tokenization.quantiles import MedianSearch, normalised_values
-from geneformer_fast.tokenization.run import resolve_vocabulary
 from geneformer_fast.tokenization.totals import cell_totals
 from geneformer_fast.tokenization.vocabulary import Vocabulary, check_vocabulary_folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Ranked:
-    """The result of one block."""
+    """The result of one block; ``extra`` are further columns, a number per token or per cell."""
 
     source: int
     next_row: int
@@ -30,6 +30,7 @@ class Ranked:
     rows: np.ndarray
     tally: dict[str, Any]
     carried: dict[str, pa.Array]
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def rank(task: Task, vocabulary: Vocabulary, max_len: int) -> Ranked:
@@ -37,6 +38,7 @@ def rank(task: Task, vocabulary: Vocabulary, max_len: int) -> Ranked:
     from geneformer_kernels.ops.rank_genes.host import rank_block
 
     block, entry = task.block, task.prepared
+    assert entry.columns is not None
     n_counts = cell_totals(task, vocabulary)
     specials = {
         "first": -1 if vocabulary.cls_id is None else vocabulary.cls_id,

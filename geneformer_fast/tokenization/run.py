@@ -14,30 +14,32 @@ import pyarrow as pa
 import geneformer_fast
 from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.counts import expand_inputs
-from geneformer_fast.errors import InputError, OutputError, VocabularyError
+from geneformer_fast.errors import InputError, OutputError
 from geneformer_fast.progress import Progress
 from geneformer_fast.tokenization import inputs as reading
+from geneformer_fast.tokenization.arguments import as_paths, checked_max_len, checked_workers, made_by
 from geneformer_fast.tokenization.arrow import TokenFolder, open_tokens
 from geneformer_fast.tokenization.carried import carried_columns, joined_types
 from geneformer_fast.tokenization.doubts import about_totals, warn
 from geneformer_fast.tokenization.output import SHARD_BYTES, TokenOutput
-from geneformer_fast.tokenization.pipeline import default_workers, ordered_map
+from geneformer_fast.tokenization.pipeline import ordered_map
 from geneformer_fast.tokenization.ranking import Ranked, rank
 from geneformer_fast.tokenization.shards import record_batch, token_schema
 from geneformer_fast.tokenization.tally import add_tally, empty_tally, nothing_left
+from geneformer_fast.tokenization.values import TOTAL, VALUES, ValueGenes, value_cells
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from geneformer_fast.families.gene_list import GeneList
+
 #: Cells per block of reading, ranking and writing, and so per Arrow record batch.
 BLOCK_ROWS = 1024
-# CLS, a gene, EOS.
-_SHORTEST = 3
 
 
 class TokenizedCells(NamedTuple):
-    """Ranked tokens in memory.
+    """Tokens in memory.
 
     Attributes
     ----------
@@ -55,7 +57,22 @@ class TokenizedCells(NamedTuple):
     kept_rows: np.ndarray
 
     def __repr__(self) -> str:
-        return f"TokenizedCells({len(self.kept_rows):,} cells, {len(self.values):,} tokens)"
+        return f"{type(self).__name__}({len(self.kept_rows):,} cells, {len(self.values):,} tokens)"
+
+
+class TokenizedValues(TokenizedCells):
+    """Cells of a family that reads values, in memory: the tokens are numbers of genes.
+
+    Attributes
+    ----------
+    amounts
+        float32, the value of every token.
+    totals
+        [cells] float64, the cells' totals, where the family needs them, else None.
+    """
+
+    amounts: np.ndarray
+    totals: np.ndarray | None
 
 
 @renamed(layer="counts_layer", vocabulary="dictionary")
@@ -64,8 +81,10 @@ def tokenize(
     data: str | os.PathLike[str] | AnnData | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
     *,
-    dictionary: str | os.PathLike[str] | Vocabulary | None = None,
+    dictionary: str | os.PathLike[str] | Vocabulary | GeneList | ValueGenes | None = None,
     preset: str | None = None,
+    family: str | None = None,
+    options: Mapping[str, Any] | None = None,
     counts_layer: str | None = None,
     gene_column: str | None = None,
     allow_float: bool = False,
@@ -81,7 +100,7 @@ def tokenize(
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
 ) -> TokenFolder | TokenizedCells:
-    """Turn counts into ranked gene tokens, identical to those of the official tokenizer.
+    """Turn counts into what a model reads: ranked gene tokens, identical to those of the official tokenizer, or values.
 
     Parameters
     ----------
@@ -92,7 +111,10 @@ def tokenize(
         Folder to write. Without one, an AnnData's tokens are returned.
     dictionary, preset
         A :class:`Vocabulary`, or the folder of gene dictionaries to read it from and which one of several (``"v1"``,
-        ``"v2"``, ``"bionemo"``).
+        ``"v2"``, ``"bionemo"``). For a family that reads values: the file with its genes, or the folder that holds it.
+    family, options
+        ``"aido-cell"``, ``"scgpt"`` or ``"scbert"``: a family that reads values, and what is chosen about them
+        (:doc:`/guide/values` lists the options); None: ranked tokens.
     counts_layer
         The layer that holds the counts; None takes raw.X where it holds counts, else X.
     gene_column, allow_float, allow_duplicate_cells
@@ -109,7 +131,8 @@ def tokenize(
     filter_pass
         Leave out cells whose obs column filter_pass exists and is not 1.
     max_len
-        Longest token list of a cell, special tokens included; None is the vocabulary's, and no other is longer.
+        Longest token list of a cell, special tokens included; None is the vocabulary's, and no other is longer. For
+        scGPT 1,200, or any; AIDO.Cell and scBERT read every gene of their lists.
     workers
         Ranking threads; None takes all cores. The result does not depend on it.
     resume, overwrite
@@ -137,8 +160,8 @@ def tokenize(
     ----------
     Theodoris et al., Nature 618 (2023), "Transfer learning enables predictions in network biology".
     """
-    vocabulary = resolve_vocabulary(dictionary, preset)
-    options = reading.ReadOptions(
+    vocabulary = made_by(dictionary, preset, family, options)
+    read = reading.ReadOptions(
         layer=counts_layer,
         gene_column=gene_column,
         allow_float=allow_float,
@@ -147,25 +170,25 @@ def tokenize(
         n_counts=n_counts,
         use_filter_pass=filter_pass,
         allow_few_genes=allow_few_genes,
-        max_len=_checked_max_len(max_len, vocabulary),
+        max_len=checked_max_len(max_len, vocabulary),
     )
-    workers = _checked_workers(workers)
+    workers = checked_workers(workers)
     is_object = hasattr(data, "obs_names")
     if out is None:
         if not is_object:
             raise OutputError("tokenize needs a folder to write to (out=) unless it is given an AnnData")
         if obs:
             raise InputError("columns of obs go into a folder (out=); in memory, adata.obs.iloc[kept_rows] has them")
-        return _tokenize_in_memory(data, vocabulary, options, workers)
-    entries = [data] if is_object else expand_inputs(_as_paths(data))  # type: ignore[arg-type]
+        return _tokenize_in_memory(data, vocabulary, read, workers)
+    entries = [data] if is_object else expand_inputs(as_paths(data))  # type: ignore[arg-type]
     _tokenize_to_folder(
-        entries, Path(out), vocabulary, options, workers, resume, overwrite, shard_bytes, progress
+        entries, Path(out), vocabulary, read, workers, resume, overwrite, shard_bytes, progress
     )  # fmt: skip
     return open_tokens(out)
 
 
 def tokenize_anndata(
-    adata: AnnData, dictionary: Vocabulary, *, workers: int | None = None, **options: Any
+    adata: AnnData, dictionary: Vocabulary | ValueGenes, *, workers: int | None = None, **options: Any
 ) -> TokenizedCells:
     """Tokens of an AnnData in memory.
 
@@ -193,7 +216,7 @@ def tokenize_anndata(
 
 def tokenize_rows(
     data: Any,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: reading.ReadOptions,
     rows: Sequence[np.ndarray],
     out: str | os.PathLike[str] | None = None,
@@ -219,73 +242,48 @@ def tokenize_rows(
     InputError, OutputError
         As :func:`tokenize`.
     """
-    workers = _checked_workers(workers)
+    workers = checked_workers(workers)
     if out is None:
         return _tokenize_in_memory(data, vocabulary, dataclasses.replace(options, carried={}), workers, rows)
-    entries = expand_inputs(_as_paths(data))
+    entries = expand_inputs(as_paths(data))
     _tokenize_to_folder(
         entries, Path(out), vocabulary, options, workers, False, False, SHARD_BYTES, progress, rows
     )  # fmt: skip
     return open_tokens(out)
 
 
-def resolve_vocabulary(dictionary: str | os.PathLike[str] | Vocabulary | None, preset: str | None) -> Vocabulary:
-    """The vocabulary given, or the one in a folder of dictionaries."""
-    if isinstance(dictionary, Vocabulary):
-        if preset is not None and preset != dictionary.family:
-            raise VocabularyError(f"vocabulary {dictionary.name!r} is of family {dictionary.family}, not {preset}")
-        return dictionary
-    if dictionary is None:
-        raise VocabularyError(
-            "no gene dictionaries given: --dictionary FOLDER (dictionary=) names a folder with Geneformer's dictionary "
-            "files, or with a vocabulary made by `geneformer-fast medians`"
-        )
-    return Vocabulary.from_folder(Path(dictionary), preset)
-
-
-def _as_paths(data: Any) -> list[str]:
-    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
-    for entry in entries:
-        if not isinstance(entry, str | os.PathLike):
-            raise InputError(f"cannot read counts from a {type(entry).__name__}; give paths, or one AnnData")
-    return [os.fspath(entry) for entry in entries]
-
-
-def _checked_workers(workers: int | None) -> int:
-    if workers is None:
-        return default_workers()
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, not {workers}")
-    return workers
-
-
-def _checked_max_len(max_len: int | None, vocabulary: Vocabulary) -> int | None:
-    if max_len is None:
-        return None
-    if type(max_len) is not int or not _SHORTEST <= max_len <= vocabulary.max_len:
-        raise InputError(
-            f"max_len (--max-len) must be a whole number from {_SHORTEST} to {vocabulary.max_len:,}, the length of "
-            f"vocabulary {vocabulary.name!r}, not {max_len!r}"
-        )
-    return max_len
-
-
 def _plan(
-    prepared: list[reading.PreparedInput], vocabulary: Vocabulary, options: reading.ReadOptions
+    prepared: list[reading.PreparedInput], vocabulary: Vocabulary | ValueGenes, options: reading.ReadOptions
 ) -> dict[str, Any]:
     """What is made out of what: the part of the manifest that is known before the pass."""
     return {
         "written_by": f"geneformer-fast {geneformer_fast.__version__}",
         "vocabulary": {**vocabulary.identity(), "max_len": vocabulary.max_len, "special": vocabulary.special},
+        **(vocabulary.plan() if isinstance(vocabulary, ValueGenes) else {}),
         "options": options.to_dict(),
         "inputs": [entry.description for entry in prepared],
     }
 
 
+def _extra_types(vocabulary: Vocabulary | ValueGenes, options: reading.ReadOptions) -> dict[str, pa.DataType]:
+    """Columns that a folder of values has besides."""
+    if not isinstance(vocabulary, ValueGenes):
+        return {}
+    has_totals = vocabulary.preparation.has_totals
+    extra = {VALUES: pa.list_(pa.float32()), **({TOTAL: pa.float64()} if has_totals else {})}
+    for old, new in options.carried.items():
+        if new in extra:
+            raise InputError(
+                f"the name {new!r} for a carried obs column is taken in folders of {vocabulary.family}; name it "
+                f"otherwise, as in --obs another_name={old}"
+            )
+    return extra
+
+
 def _tokenize_to_folder(
     entries: Sequence[Any],
     folder: Path,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: reading.ReadOptions,
     workers: int,
     resume: bool,
@@ -294,11 +292,12 @@ def _tokenize_to_folder(
     progress: bool | None,
     rows: Sequence[np.ndarray] | None = None,
 ) -> None:
+    extra = _extra_types(vocabulary, options)
     prepared = reading.prepare(entries, vocabulary, options, is_resumable=True, rows=rows)
     try:
         types = joined_types([entry.carried_types for entry in prepared], options)
         names = [entry.name for entry in prepared]
-        schema = token_schema(vocabulary.input_ids_dtype, types, names)
+        schema = token_schema(vocabulary.input_ids_dtype, types, names, extra)
         plan = {**_plan(prepared, vocabulary, options), "shard_bytes": shard_bytes}
         output = TokenOutput(
             folder, schema=schema, sources=names, plan=plan, resume=resume, overwrite=overwrite, shard_bytes=shard_bytes
@@ -318,7 +317,7 @@ def _tokenize_to_folder(
 def _write(
     output: TokenOutput,
     prepared: list[reading.PreparedInput],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: reading.ReadOptions,
     types: Mapping[str, pa.DataType],
     schema: pa.Schema,
@@ -352,21 +351,26 @@ def _warn_of_totals(entry: reading.PreparedInput, tally: Mapping[str, Any]) -> N
 
 def _ranked_blocks(
     prepared: list[reading.PreparedInput],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: reading.ReadOptions,
     types: Mapping[str, pa.DataType],
     workers: int,
     start: tuple[int, int] = (0, 0),
     schema: pa.Schema | None = None,
 ) -> Generator[tuple[Ranked, pa.RecordBatch | None]]:
-    """Every block of cells from a position on, ranked, in order; as a record batch where there is a schema."""
+    """Every block of cells from a position on, as tokens, in order; as a record batch where there is a schema."""
+    max_len = options.max_len or vocabulary.max_len
 
     def work(task: reading.Task) -> tuple[Ranked, pa.RecordBatch | None]:
-        block = rank(task, vocabulary, options.max_len or vocabulary.max_len)
+        if isinstance(vocabulary, ValueGenes):
+            block = value_cells(task, vocabulary, max_len)
+        else:
+            block = rank(task, vocabulary, max_len)
         if schema is None or not len(block.lengths):
             return block, None
         columns = {
             **block.carried,
+            **block.extra,
             "length": block.lengths,
             "source_file": np.full(len(block.rows), block.source, dtype=np.int64),
             "source_row": block.rows,
@@ -374,13 +378,14 @@ def _ranked_blocks(
         return block, record_batch(schema, block.values, columns)
 
     source, row = start
-    tasks = reading.tasks(prepared, options, types, source=source, row=row, rows=BLOCK_ROWS)
+    has_keys = isinstance(vocabulary, ValueGenes) and vocabulary.is_drawn
+    tasks = reading.tasks(prepared, options, types, source=source, row=row, rows=BLOCK_ROWS, has_keys=has_keys)
     return ordered_map(work, tasks, workers=workers)
 
 
 def _tokenize_in_memory(
     adata: Any,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ValueGenes,
     options: reading.ReadOptions,
     workers: int,
     rows: Sequence[np.ndarray] | None = None,
@@ -400,9 +405,16 @@ def _tokenize_in_memory(
         raise InputError(nothing_left([tally]))
     cu_seqlens = np.zeros(tally["written"] + 1, dtype=np.int64)
     np.cumsum(np.concatenate([block.lengths for block in blocks]), out=cu_seqlens[1:])
-    return TokenizedCells(
+    tokens = TokenizedCells(
         values=np.concatenate([block.values for block in blocks]),
         cu_seqlens=cu_seqlens,
         report={**_plan(prepared, vocabulary, options), "cells": [tally]},
         kept_rows=np.concatenate([block.rows for block in blocks]),
     )
+    if not isinstance(vocabulary, ValueGenes):
+        return tokens
+    found = TokenizedValues(*tokens)
+    found.amounts = np.concatenate([block.extra[VALUES] for block in blocks])
+    has_totals = vocabulary.preparation.has_totals
+    found.totals = np.concatenate([block.extra[TOTAL] for block in blocks]) if has_totals else None
+    return found

@@ -21,7 +21,12 @@ _DIGESTED_BYTES = 1 << 20
 _FEATURE_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}
 
 
-def token_schema(tokens: np.dtype, carried: Mapping[str, pa.DataType], sources: Sequence[str]) -> pa.Schema:
+def token_schema(
+    tokens: np.dtype,
+    carried: Mapping[str, pa.DataType],
+    sources: Sequence[str],
+    extra: Mapping[str, pa.DataType] | None = None,
+) -> pa.Schema:
     """The schema of a token folder.
 
     Parameters
@@ -33,9 +38,12 @@ def token_schema(tokens: np.dtype, carried: Mapping[str, pa.DataType], sources: 
     sources
         Names of the inputs; ``source_file`` is an index into them (a ClassLabel of ``datasets``, which is how that
         library writes a dictionary-encoded column).
+    extra
+        Name and type of further columns after ``input_ids``: lists as long as these, or a number per cell.
     """
     fields = [
         pa.field("input_ids", pa.list_(pa.from_numpy_dtype(tokens))),
+        *(pa.field(name, kind) for name, kind in (extra or {}).items()),
         *(pa.field(name, kind) for name, kind in carried.items()),
         pa.field("length", pa.int64()),
         pa.field("source_file", pa.int64()),
@@ -64,14 +72,20 @@ def features(schema: pa.Schema, sources: Sequence[str]) -> dict[str, Any]:
 
 
 def record_batch(schema: pa.Schema, values: np.ndarray, columns: Mapping[str, Any]) -> pa.RecordBatch:
-    """A batch of cells: packed tokens, and the other columns by name; ``columns["length"]`` cuts the tokens."""
+    """A batch of cells: packed tokens, and the other columns by name; ``columns["length"]`` cuts the lists."""
     offsets = np.zeros(len(columns["length"]) + 1, dtype=np.int64)
     np.cumsum(columns["length"], out=offsets[1:])
     if offsets[-1] >= 2**31:
         raise ValueError(f"{offsets[-1]} tokens in one batch do not fit 32-bit offsets")
-    lists = pa.ListArray.from_arrays(number_array(offsets.astype(np.int32)), number_array(values))
-    arrays = [lists if field.name == "input_ids" else _as_arrow(columns[field.name]) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    cuts = number_array(offsets.astype(np.int32))
+
+    def column(field: pa.Field) -> pa.Array:
+        content = values if field.name == "input_ids" else columns[field.name]
+        if pa.types.is_list(field.type):
+            return pa.ListArray.from_arrays(cuts, number_array(content))
+        return _as_arrow(content)
+
+    return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 
 def _as_arrow(values: np.ndarray | pa.Array) -> pa.Array:

@@ -27,6 +27,8 @@ class Tally:
     totals_above: schema.whole(0)  # type: ignore[valid-type]
     totals_below: schema.whole(0)  # type: ignore[valid-type]
     empty_rows: list[schema.whole(0)]  # type: ignore[valid-type]
+    #: Cells with fewer genes than a family reads; not known of folders that versions before it wrote.
+    few_genes: schema.whole(0) = 0  # type: ignore[valid-type]
 
 
 def empty_tally(name: str) -> dict[str, Any]:
@@ -38,14 +40,16 @@ def empty_tally(name: str) -> dict[str, Any]:
 def add_tally(total: dict[str, Any], part: Mapping[str, Any]) -> None:
     """Add a block's tally to its source's."""
     for key, value in part.items():
-        total[key] = (total[key] + value)[:NAMED_ROWS] if key == "empty_rows" else total[key] + value
+        total[key] = (total[key] + value)[:NAMED_ROWS] if key == "empty_rows" else total.get(key, 0) + value
 
 
 def nothing_left(cells: list[dict[str, Any]]) -> str:
     """The message where no cell is left."""
     read, filtered, empty = (sum(tally[key] for tally in cells) for key in ("read", "filtered", "empty"))
+    few = sum(tally.get("few_genes", 0) for tally in cells)
+    said = f", {few:,} have fewer genes than option min_genes asks for" if few else ""
     return (
         f"no cell is left: of {read:,} cells in {', '.join(tally['source'] for tally in cells[:3])}"
-        f"{', ...' * (len(cells) > 3)} {filtered:,} were left out by filter_pass and {empty:,} have no counts in any "
-        "gene of the vocabulary"
+        f"{', ...' * (len(cells) > 3)} {filtered:,} were left out by filter_pass{said} and {empty:,} have no counts in "
+        "any gene of the vocabulary"
     )

@@ -10,10 +10,11 @@ from geneformer_fast.errors import InputError
 
 if TYPE_CHECKING:
     from geneformer_fast.tokenization.inputs import Task
+    from geneformer_fast.tokenization.values import ValueGenes
     from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 
-def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
+def cell_totals(task: Task, vocabulary: Vocabulary | ValueGenes) -> np.ndarray:
     """n_counts of a block's cells, with 1 where a cell is not going to be used.
 
     Raises
@@ -31,8 +32,8 @@ def cell_totals(task: Task, vocabulary: Vocabulary) -> np.ndarray:
     if task.n_counts is not None:
         n_counts = task.n_counts
     else:
-        codes = entry.columns.codes
-        is_counted = codes != -1 if vocabulary.totals_over_vocabulary else np.ones(len(codes), dtype=np.bool_)
+        gene_of = entry.gene_map.column_to_gene
+        is_counted = gene_of >= 0 if vocabulary.totals_over_vocabulary else np.ones(len(gene_of), dtype=np.bool_)
         n_counts = loops.row_totals(block.indptr, block.indices, block.data, is_counted)
         # A cell may hold stored zeros only, or nothing of the vocabulary: no tokens, whatever it is divided by.
         is_needed &= n_counts != 0

@@ -142,6 +142,6 @@ def test_an_empty_folder_is_refused():
         check_readable(MadeUpCells(np.zeros(0, dtype=np.int64), V1, ""), V1)
 
 
-def test_models_that_read_values_are_refused():
-    with pytest.raises(UnsupportedError, match="reads values"):
+def test_no_values_are_made_up():
+    with pytest.raises(UnsupportedError, match="reads values: give a folder of them"):
         opened(EncoderConfig.preset("aido-cell-3m"), lengths="100").__enter__()

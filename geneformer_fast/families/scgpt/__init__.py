@@ -158,6 +158,13 @@ def _expression(*, of_cells: bool, has_zeros: bool) -> Any:
     return make
 
 
+def preparation() -> Any:
+    """The rule from counts to values."""
+    from geneformer_fast.families.preparations.scgpt import PREPARATION
+
+    return PREPARATION
+
+
 FAMILY = Family(
     name="scgpt",
     title="scGPT",
@@ -186,6 +193,7 @@ FAMILY = Family(
             family="scgpt",
         )
     },
+    preparation=preparation,
     recipes={
         # Of classes of cells, as its annotation tutorial has it: Adam without weight decay, the rate a tenth less after
         # every epoch, the best epoch by its loss.

@@ -13,6 +13,7 @@ import pyarrow as pa
 from geneformer_fast import families
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.data.identity import identity_of
+from geneformer_fast.data.values import ValueCells, values_of
 from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.extract.cells import Cells
 from geneformer_fast.profiling.lengths import Lengths
@@ -49,6 +50,9 @@ class ProfileCells(HasLengths, Protocol):
     def read(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Packed tokens of some cells, and where each begins and ends."""
 
+    def values(self) -> ValueCells | None:
+        """How values are read; None for ranked tokens."""
+
 
 class StoredCells:
     """Cells of a token folder.
@@ -84,6 +88,10 @@ class StoredCells:
         """As :meth:`TokenFolder.read`."""
         return self.folder.read(cells)
 
+    def values(self) -> ValueCells | None:
+        """How values are read; None for ranked tokens."""
+        return values_of(self.folder)
+
 
 class MadeUpCells:
     """Cells of given lengths, their genes drawn by chance; the same on every machine.
@@ -116,6 +124,10 @@ class MadeUpCells:
     def n_cells(self) -> int:
         """How many there are."""
         return len(self._lengths)
+
+    def values(self) -> ValueCells | None:
+        """Ranked tokens have none."""
+        return None
 
     def lengths(self) -> np.ndarray:
         """[n_cells] int64, tokens per cell."""
@@ -168,13 +180,15 @@ def open_profile_cells(
     InputError
         The folder is empty, or has cells that are longer than the model.
     UnsupportedError
-        The model reads no tokens, or made-up cells would be longer than it.
+        The model reads values and no folder is given, or made-up cells would be longer than it.
     """
-    if config.inputs != "tokens":
-        raise UnsupportedError(
-            "this encoder reads values, not ranked tokens; profile() serves it in a loop of your own"
-        )
     if tokens is None:
+        family = families.family_of(config)
+        if config.inputs != "tokens" or (family is not None and family.preparation is not None):
+            raise UnsupportedError(
+                "cells are made up of ranked tokens only, and this encoder reads values: give a folder of them, made "
+                "with tokenize --family"
+            )
         assert lengths is not None
         chosen = Lengths.parsed(lengths)
         yield MadeUpCells(chosen.of(n_cells or MADE_UP_CELLS, config.max_len), config, str(chosen))
@@ -231,5 +245,8 @@ def to_embed(cells: ProfileCells, chosen: np.ndarray) -> Cells:
     def column(name: str) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(lengths)])
 
-    rows = np.arange(len(chosen))
-    return Cells(lengths, read, rows, len(rows), cells.identity, ["length"], column)
+    rows, of_values = np.arange(len(chosen)), cells.values()
+    return Cells(
+        lengths, read, rows, len(rows), cells.identity, ["length"], column,
+        values=None if of_values is None else of_values.of(chosen),
+    )  # fmt: skip

@@ -18,8 +18,9 @@ from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.request import SECONDS, TOKENIZE, Request
 from geneformer_fast.profiling.run import profile
 from geneformer_fast.profiling.scenarios.counts import made_up_vocabulary, write_made_up_counts
+from geneformer_fast.tokenization.arguments import resolve_vocabulary
 from geneformer_fast.tokenization.pipeline import default_workers
-from geneformer_fast.tokenization.run import resolve_vocabulary, tokenize
+from geneformer_fast.tokenization.run import tokenize
 from geneformer_fast.tokenization.vocabulary import Vocabulary
 
 #: Made-up cells, where nobody says how many.
