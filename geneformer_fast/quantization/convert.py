@@ -19,8 +19,10 @@ from geneformer_fast.checkpoints.mapping import to_ours
 from geneformer_fast.checkpoints.quantized import SCALE, SMOOTH, TIED_DECODER, WEIGHT, beside
 from geneformer_fast.checkpoints.stored import Stored, stored_tensors
 from geneformer_fast.checkpoints.tied import sort_leftovers
+from geneformer_fast.checkpoints.transformer_engine import is_transformer_engine
 from geneformer_fast.checkpoints.weights import (
     CONFIG,
+    FILES,
     WEIGHTS,
     check_floats,
     settings_text,
@@ -148,12 +150,23 @@ def refuse_float64(encoder: Encoder, folder: Path | None) -> None:
     )
 
 
+def has_own_format(folder: Path) -> bool:
+    """Whether a model is read whole: by its family in its own way, or as BERT under Transformer Engine's names."""
+    found = families.recognise(folder)
+    if found is not None and found.load is not None:
+        return True
+    if not (folder / CONFIG).is_file() or not any((folder / name).exists() for name in FILES):
+        return False
+    with stored_tensors(folder, verify=False) as stored:
+        return is_transformer_engine(stored)
+
+
 def without_numbers(folder: Path) -> Encoder:
     """The encoder of a folder in floating point, on the meta device; only headers of its files are read.
 
-    One of a format of its family's own is loaded.
+    One of another format than BERT's or ours is loaded.
     """
-    if (family := families.recognise(folder)) is not None and family.load is not None:
+    if has_own_format(folder):
         return load(folder, device="cpu")
     settings = refuse_quantized(folder)
     with stored_tensors(folder, verify=False) as stored:

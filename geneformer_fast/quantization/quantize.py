@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from geneformer_fast import families
 from geneformer_fast.arguments import checked, renamed
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import is_bert
@@ -29,6 +28,7 @@ from geneformer_fast.quantization.convert import (
     alone_in,
     bytes_of,
     dtypes_of,
+    has_own_format,
     quantize_folder,
     refuse_float64,
     refuse_quantized,
@@ -130,8 +130,8 @@ def quantize(
     if out is None and overwrite:
         raise UnsupportedError("overwrite is about a folder: name one as out=")
     folder = None if isinstance(model, nn.Module) else Path(model)
-    # A family's own format has no place for eight bits: such a model is loaded, and becomes a folder of ours.
-    has_our_format = folder is not None and not _has_own_format(folder)
+    # Another format has no place for eight bits: such a model is loaded, and becomes a folder of ours.
+    has_our_format = folder is not None and not has_own_format(folder)
     if out is not None:
         if has_our_format:
             assert folder is not None
@@ -174,12 +174,6 @@ def quantize(
         report.save(unfinished)
         quantized_card(out, report, folder, is_bert=is_bert(ours)).save(unfinished)
     return out
-
-
-def _has_own_format(folder: Path) -> bool:
-    """Whether a family reads a folder in its own way, and not as BERT's or ours are read."""
-    found = families.recognise(folder)
-    return found is not None and found.load is not None
 
 
 def _opened(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geneformer_fast import Encoder, EncoderConfig, Ragged, families, load, save
+from geneformer_fast import Encoder, EncoderConfig, Ragged, families, load, quantize, save
 from geneformer_fast.errors import CheckpointError
 
 CONFIG = EncoderConfig(2, 24, 3, 40, 60, 16)
@@ -129,3 +129,13 @@ def test_what_is_no_such_export_is_refused(tmp_path: Path) -> None:
     del tensors["bert.encoder.layer.1.layernorm.bias"]
     with pytest.raises(CheckpointError, match=r"attention.output.LayerNorm.bias' of shape .24. is missing"):
         load(written(), device="cpu")
+
+
+def test_weights_of_eight_bits_are_made_of_an_export(tmp_path: Path) -> None:
+    source = hugging_face(tmp_path / "hf")
+    folder = exported(source, tmp_path / "te")
+    quantize(folder, tmp_path / "int8 of te")
+    quantize(source, tmp_path / "int8 of hf")
+    first, second = (load_file(tmp_path / f"int8 of {name}" / "model.safetensors") for name in ("te", "hf"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
