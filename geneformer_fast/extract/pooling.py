@@ -42,10 +42,19 @@ class Place:
         return ~torch.isin(tokens.values, torch.tensor(self.special_ids, device=tokens.values.device))
 
 
+def _is_inside(tokens: Ragged) -> torch.Tensor:
+    """[T] booleans: positions but the first and the last of each cell."""
+    positions, lengths = tokens.positions(), tokens.lengths.long()
+    ends = lengths.repeat_interleave(lengths, output_size=tokens.n_tokens)
+    return (positions > 0) & (positions < ends - 1)
+
+
 #: Means: name to which positions count [T], booleans. A family names those that are its authors' (``Reading.pools``).
 MEANS: dict[str, Callable[[Place], torch.Tensor]] = {
     "mean": Place.is_gene,
     "mean-all": lambda place: torch.ones_like(place.is_gene()),
+    "bionemo1": lambda place: place.tokens.positions() > 0,
+    "bionemo2": lambda place: _is_inside(place.tokens),
 }
 
 

@@ -146,6 +146,13 @@ FAMILY = Family(
     recognise=recognise,
     load=load,
     entries=entries,
-    # BioNeMo 1's rule, and what BioNeMo 2's was meant to be.
-    reading=Reading(layer="last", pool="mean"),
+    reading=Reading(
+        layer="last",
+        # BioNeMo 1's rule, and what BioNeMo 2's was meant to be.
+        pool="mean",
+        pools={
+            "bionemo1": "the mean over all positions but the first, which is CLS",
+            "bionemo2": "the mean over all positions but CLS and the last gene, which has no end token behind it",
+        },
+    ),
 )

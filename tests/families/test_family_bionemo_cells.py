@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import toys
 from typed_bionemo import N_PADDED, archive, model_state, write_dictionaries
 
 import geneformer_fast as gf
+from geneformer_fast import families
 from geneformer_fast.cli import main
 from geneformer_fast.errors import VocabularyError
+from geneformer_fast.extract.pooling import MEANS, Place, pools_of
 from geneformer_fast.tokenization.bundled import has_dictionaries
 
 
@@ -71,6 +74,45 @@ def test_long_cells_lose_their_last_genes_and_no_end_is_put_there(home: Path, tm
         for cell in range(short.n_cells):
             first, _ = short.read(np.array([cell]))
             np.testing.assert_array_equal(first, whole.read(np.array([cell]))[0][:5])
+
+
+def test_both_rules_of_pooling_are_those_of_the_reference() -> None:
+    path = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "bionemo_geneformer_tiny_DERIVED.json"
+    if not path.is_file():
+        pytest.skip("numeric references are not here")
+    reference = json.loads(path.read_text())
+    mask = torch.tensor(reference["attention_mask"])
+    tokens = gf.Ragged.from_padded(torch.tensor(reference["input_ids"]), mask)
+    hidden = torch.tensor(reference["hidden"], dtype=torch.float64)[mask.bool()]
+    place = Place(tokens, special_ids=range(5))
+    for rule in ("bionemo1", "bionemo2"):
+        weights = MEANS[rule](place).double()
+        lengths = tokens.lengths.long()
+        sums = torch.segment_reduce(hidden * weights[:, None], "sum", lengths=lengths)
+        means = sums / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]
+        expected = torch.tensor(reference[f"embedding_{rule}"], dtype=torch.float64)
+        torch.testing.assert_close(means, expected, atol=1e-9, rtol=0)
+
+
+def test_embeddings_are_read_where_their_authors_read_them(home: Path) -> None:
+    model = gf.load(home / "model.nemo", device="cpu", dtype="float64")
+    assert {"cls", "mean", "gene", "bionemo1", "bionemo2"} <= set(pools_of(model.config))
+    found = {
+        pool: gf.embed(home / "tokens", model, pool=pool, progress=False)
+        for pool in (None, "mean", "bionemo1", "bionemo2")
+    }
+    with gf.open_tokens(home / "tokens") as folder:
+        values, bounds = folder.read(np.arange(folder.n_cells))
+    cells = [torch.from_numpy(values[a:b].astype(np.int64)) for a, b in itertools.pairwise(bounds)]
+    with torch.inference_mode():
+        hidden = [model(gf.Ragged.from_cells([cell])).values for cell in cells]
+    first = np.stack([states[1:].mean(0).numpy() for states in hidden])
+    second = np.stack([states[1:-1].mean(0).numpy() for states in hidden])
+    for pool in (None, "mean", "bionemo1"):
+        np.testing.assert_allclose(found[pool], first, atol=2e-6)
+    np.testing.assert_allclose(found["bionemo2"], second, atol=2e-6)
+    assert np.abs(first - second).max() > 1e-3
+    assert families.family_reading(model.config).layer == "last"
 
 
 def test_dictionaries_are_found_inside_models(home: Path, tmp_path: Path) -> None:
@@ -210,10 +252,10 @@ def test_the_command_line_takes_an_archive_for_a_model_and_for_dictionaries(
     quiet = ["--quiet"]
     assert main(["tokenize", cells, "--out", str(tmp_path / "tokens"), "--dictionary", model, *quiet]) == 0
     out = tmp_path / "two.npy"
-    asked = ["--pool", "mean", "--layer", "last", "--dtype", "float32", "--device", "cpu"]
+    asked = ["--pool", "bionemo2", "--layer", "last", "--dtype", "float32", "--device", "cpu"]
     assert main(["embed", str(tmp_path / "tokens"), "--model", model, "--out", str(out), *asked, *quiet]) == 0
     expected = gf.embed(
-        home / "tokens", model, pool="mean", layer="last", device="cpu", dtype="float32", progress=False
+        home / "tokens", model, pool="bionemo2", layer="last", device="cpu", dtype="float32", progress=False
     )
     np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
     assert main(["quantize", model, "--out", str(tmp_path / "int8"), *quiet]) == 0

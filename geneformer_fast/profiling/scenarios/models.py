@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.checkpoints import hf, load
 from geneformer_fast.config import PRESETS, EncoderConfig, usable_device, warn_if_emulated
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError
+from geneformer_fast.quantization.convert import has_own_format
 from geneformer_fast.training.pretrain import config_of
 
 
@@ -21,7 +23,7 @@ def is_folder(name: str) -> bool:
     UnsupportedError
         It is neither.
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() or families.recognise(Path(name)) is not None:
         return True
     if name in PRESETS:
         return False
@@ -31,8 +33,9 @@ def is_folder(name: str) -> bool:
 
 
 def geometry_of(name: str) -> EncoderConfig:
-    """The configuration of a preset or folder; nothing else of it is read."""
-    is_folder(name)
+    """The configuration of a preset or folder; nothing else of it is read, but of a format of its family's own."""
+    if is_folder(name) and has_own_format(Path(name)):
+        return load(name, device="cpu").config
     return config_of(name)
 
 
