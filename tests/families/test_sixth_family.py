@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anndata
 import made_up_family as sixth
+import made_up_values as roots
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ import geneformer_fast as gf
 from geneformer_fast import Encoder, EncoderConfig, families
 from geneformer_fast.cli import main
 from geneformer_fast.config import PRESETS
+from geneformer_fast.data.identity import identity_of
 from geneformer_fast.doctor import as_text, examine
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 
@@ -122,6 +124,27 @@ def test_one_file_of_another_package_is_enough(registry, model: Path, tmp_path: 
     with pytest.warns(UserWarning, match=r"'seventh' \(no_such_package:FAMILY\) cannot be used: No module named"):
         assert "sixth" in families.layouts()
     check_all_the_way(model, tmp_path)
+
+
+def test_a_family_of_values_in_one_file(registry, tmp_path: Path) -> None:
+    families.register(roots.FAMILY)
+    adata, folder = cells(), tmp_path / "values"
+    adata.X[2, 3] = 50.0
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    listed = [f"G{i}" for i in reversed(range(N_GENES))]
+    (tmp_path / "roots.txt").write_text("\n".join(listed))
+    asked = ["tokenize", str(tmp_path / "cells.h5ad"), "--out", str(folder), "--dictionary", str(tmp_path), "--quiet"]
+    assert main([*asked, "--family", "roots", "--option", "most=4"]) == 0
+    model, tokens = Encoder(roots.CONFIG).eval(), gf.open_tokens(folder)
+    identity = identity_of(tokens, model.config)
+    assert (identity["name"], identity["family"]) == ("roots", "roots")
+    values, bounds = tokens.read(range(12))
+    wanted = np.minimum(np.sqrt(adata.X[:, ::-1]), 4.0)
+    np.testing.assert_array_equal(values.reshape(12, N_GENES), wanted)
+    packed = gf.Ragged.from_lengths(torch.from_numpy(values), torch.from_numpy(np.diff(bounds)))
+    alone = gf.Ragged.from_cells([torch.from_numpy(wanted[5])])
+    with torch.inference_mode():
+        np.testing.assert_allclose(model(packed).values.view(12, N_GENES, 16)[5], model(alone).values, atol=1e-5)
 
 
 def test_the_doctor_lists_it_and_what_it_refuses(registry) -> None:
