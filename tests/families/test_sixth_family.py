@@ -90,9 +90,11 @@ def check_all_the_way(model: Path, tmp_path: Path) -> None:
     values, bounds = tokens.read(range(12))
     listed = [values[a:b].tolist() for a, b in itertools.pairwise(bounds)]
     assert all(cell[0] == 0 and len(cell) <= 24 and min(cell[1:]) > 2 for cell in listed)
-    got = gf.embed(tokens.path, encoder, pool="mean", layer="last", progress=False)
+    got = gf.embed(tokens.path, encoder, progress=False)  # where its authors read
     wanted = torch.stack([plain(encoder, cell)[1:].mean(0) for cell in listed])
     np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="would make all others louder"):
+        gf.perturb(tokens.path, encoder, tmp_path / "perturbed", genes="all")
     again = gf.save(encoder, tmp_path / "again")
     assert (again / sixth.WEIGHTS).read_bytes() == (model / sixth.WEIGHTS).read_bytes()
     # With a head that its own format has no place for, it is saved under our names, and still known.
