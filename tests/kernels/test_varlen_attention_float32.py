@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from geneformer_kernels import varlen_attention, varlen_attention_qkv
-from geneformer_kernels.dispatch import ImplUnavailableError
+from geneformer_kernels.dispatch import ImplUnavailableError, use_impl
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.host_float32 import _BLOCK_ROWS, _BLOCKS, _CHUNK, _LONG
-from geneformer_kernels.target import target_of
+from geneformer_kernels.ops.varlen_attention.plan import LONG, is_for_loops
+from geneformer_kernels.target import Target, target_of
 from tolerance import Witness, assert_as_good_as
 
 # Around every step: rows of a tile and of a block, keys of a panel and of a chunk.
@@ -71,6 +72,25 @@ def test_cells_of_many_keys(more: int, left: list[int]) -> None:
         torch.testing.assert_close(found[rows, 0].double(), expected, atol=2e-6, rtol=2e-5)
     moved = torch.cat([qkv[:, :1].roll(7, 0), qkv[:, 1:]], 1)
     assert torch.equal(attend(moved, bounds, 0.2), found.roll(7, 0))
+
+
+def test_long_cells_are_left_to_the_loops() -> None:
+    """Also where torch is first for others; a name, a gradient and other dtypes decide as ever."""
+    length = LONG + 5
+    qkv, bounds = inputs(1, 16, [length])
+    assert torch.equal(varlen_attention_qkv(qkv, cu_seqlens=bounds, scale=0.2), attend(qkv, bounds, 0.2))
+    cpu = Target.cpu(["avx2", "fma", "avx512"])
+    assert is_for_loops("float32", length, cpu)
+    assert not is_for_loops("float32", LONG, cpu)
+    assert not is_for_loops("bfloat16", length, cpu)
+    assert not is_for_loops("float32", length, Target.cpu(["avx512"]))
+    assert not is_for_loops("float32", length, Target.cuda(90))
+    by_torch = varlen_attention_qkv(qkv, cu_seqlens=bounds, scale=0.2, impl="torch")
+    torch.testing.assert_close(by_torch, attend(qkv, bounds, 0.2), atol=2e-6, rtol=1e-4)
+    with use_impl("torch"):
+        assert torch.equal(varlen_attention_qkv(qkv, cu_seqlens=bounds, scale=0.2), by_torch)
+    grown = varlen_attention_qkv(qkv[:50].clone().requires_grad_(), cu_seqlens=torch.tensor([0, 50]))
+    assert grown.requires_grad
 
 
 def test_only_what_the_loops_serve() -> None:

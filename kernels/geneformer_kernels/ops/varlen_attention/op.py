@@ -17,7 +17,7 @@ from geneformer_kernels.arguments import (
     check_tensor,
     check_whole,
 )
-from geneformer_kernels.dispatch import Choice, Impl, is_forced, tell_once
+from geneformer_kernels.dispatch import Choice, Impl, candidates, is_forced, tell_once
 from geneformer_kernels.on_device import (
     DTYPE_NAMES,
     choose_for,
@@ -29,9 +29,9 @@ from geneformer_kernels.on_device import (
 )
 from geneformer_kernels.ops.varlen_attention import reference, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
-from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn
+from geneformer_kernels.ops.varlen_attention.plan import MAX_HEAD_DIM, OP, is_for_cudnn, is_for_loops
 from geneformer_kernels.ranges import ranged
-from geneformer_kernels.workspace import Workspace
+from geneformer_kernels.workspace import Workspace, one_by_one
 
 
 def _check(
@@ -84,9 +84,27 @@ def _choose(
     if not torch.compiler.is_compiling():  # a compiled function serves batches of any number of tokens
         shape["length"] = x.shape[0] // max(len(cu_seqlens) - 1, 1)
     choice = choose_for(OP, x, impl, dtype=dtype, shape=shape, triton_cannot=cannot, numba_cannot=numba_cannot)
+    if choice == Impl.TORCH and _is_left_to_loops(x, impl, dtype or x.dtype, cu_seqlens, numba_cannot):
+        return Impl.NUMBA
     if choice == Impl.REFERENCE and dropout_p > 0:
         raise ValueError("the reference of varlen_attention has no dropout")
     return choice
+
+
+def _is_left_to_loops(
+    x: torch.Tensor, impl: Impl | str | None, dtype: torch.dtype, cu_seqlens: torch.Tensor, cannot: str
+) -> bool:
+    """Whether cells are so long that compiled loops are the faster way, which was asked for by nobody else."""
+    if impl is not None or cannot or x.device.type != "cpu" or torch.compiler.is_compiling() or is_forced(OP):
+        return False
+    name, target = DTYPE_NAMES[dtype], target_for(x)
+    length = int(cu_seqlens[-1]) // max(len(cu_seqlens) - 1, 1)
+    if not is_for_loops(name, length, target):
+        return False
+    if not any(option.impl == Impl.NUMBA and option.can_run for option in candidates(OP, name, target)):
+        return False
+    tell_once(Choice(OP, Impl.NUMBA, "compiled loops are faster where cells are long"), name, target)
+    return True
 
 
 def _why_not_loops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> str:
@@ -132,7 +150,10 @@ def attention_workspace(qkv: torch.Tensor, longest: int) -> Workspace:
     if _choose(q, head_dim, None, 0.0, cu_seqlens, False, numba_cannot=why_not) == Impl.NUMBA:
         from geneformer_kernels.ops.varlen_attention import host_float32
 
-        return host_float32.workspace(longest, head_dim)
+        loops = host_float32.workspace(longest, head_dim)
+        is_always = _choose(q, head_dim, None, 0.0, cu_seqlens[:1], False, numba_cannot=why_not) == Impl.NUMBA
+        # Batches of shorter cells may be torch's.
+        return loops if is_always else one_by_one(loops, sdpa.workspace(qkv.dtype, longest, n_heads, head_dim))
     return sdpa.workspace(qkv.dtype, longest, n_heads, head_dim)
 
 

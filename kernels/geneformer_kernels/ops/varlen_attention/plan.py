@@ -17,6 +17,8 @@ MAX_HEAD_DIM = 128
 #: Head dimensions they are given are multiples of it, others are padded: rows that begin anywhere are read element by
 #: element, whose addresses spill up to 1,000 bytes per thread (at 72 and 120, sm_86).
 HEAD_DIM_STEP = 16
+#: Cells of more tokens than this are long: no family over ranked genes has any.
+LONG = 4096
 #: Cells that one program of the tile list looks at at a time.
 BLOCK_CELLS = 256
 
@@ -183,6 +185,16 @@ def is_for_cudnn(dtype: str, head_dim: int, length: int, target: Target) -> bool
     is_half = dtype in ("float16", "bfloat16")
     is_hopper = target.kind == "cuda" and target.sm == 90
     return is_hopper and is_half and head_dim in (64, 128) and length > 0 and length % 1024 == 0
+
+
+def is_for_loops(dtype: str, length: int, target: Target) -> bool:
+    """Whether cells of ``length`` tokens are left to the compiled loops of float32 where torch is first otherwise.
+
+    With AVX-512 their tiles are as wide as the library's, and they keep scores near: a head of 32 over 19,266 tokens
+    takes 0.38 s of a core, torch's fused attention 0.48. Shorter cells gain as much, but less than compiling costs once
+    (a Xeon with AVX-512, processor time on a busy machine, 2026-11-30).
+    """
+    return dtype == "float32" and target.kind == "cpu" and target.has_float32_loops and length > LONG
 
 
 @functools.cache
