@@ -10,18 +10,14 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numba
 import numpy as np
 import pytest
 import torch
-from geneformer_kernels.cpu import int8_amx, int8_products
-from geneformer_kernels.cpu.compiled import LOOP
+from geneformer_kernels.cpu import amx, int8_amx, int8_products
 from geneformer_kernels.cpu.int8_amx import BFLOAT16_RESULT, FLOAT16_RESULT, FLOAT32_RESULT, SCRATCH_BYTES
-from geneformer_kernels.cpu.llvm import INT32, INT64, call
-from numba import types
-from numba.extending import intrinsic
+from tiles_in_use import in_use, in_use_after_configuring
 
 needs_amx = pytest.mark.skipif(int8_amx.why_not() is not None, reason=str(int8_amx.why_not()))
 
@@ -189,32 +185,6 @@ def test_rows_that_come_given(width: int, name: str) -> None:
         assert torch.equal(bits(out), bits(product.exact(torch.bfloat16, relu=True)))
 
 
-def _tiles_in_use(typing_context: Any) -> Any:
-    """Of the states of the processor's registers that are in use, those of tiles."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        in_use = call(builder, "llvm.x86.xgetbv", INT64, INT32(1))
-        return builder.and_(in_use, INT64(0b11 << 17))
-
-    return types.int64(), generate
-
-
-tiles_in_use: Any = intrinsic(_tiles_in_use)
-
-
-@numba.njit(**{**LOOP, "cache": False})
-def in_use():
-    return tiles_in_use()
-
-
-@numba.njit(**{**LOOP, "cache": False})
-def in_use_after_configuring():
-    int8_amx._configure_tiles()
-    found = tiles_in_use()
-    int8_amx._release_tiles()
-    return found
-
-
 @needs_amx
 def test_tiles_are_released() -> None:
     assert in_use_after_configuring()  # the question can be answered with yes
@@ -278,9 +248,9 @@ class Refusing:
 )
 def test_a_system_that_refuses(code: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     libc = Refusing(code)
-    monkeypatch.setattr(int8_amx, "_why_not_compilable", lambda: None)
-    monkeypatch.setattr(int8_amx.ctypes, "CDLL", lambda *_, **__: libc)
-    monkeypatch.setattr(int8_amx, "_why_refused", functools.cache(int8_amx._why_refused.__wrapped__))
+    monkeypatch.setattr(amx, "why_not_compilable", lambda *_: None)
+    monkeypatch.setattr(amx.ctypes, "CDLL", lambda *_, **__: libc)
+    monkeypatch.setattr(amx, "_why_refused", functools.cache(amx._why_refused.__wrapped__))
     for _ in range(2):
         answer = int8_amx.why_not()
         assert answer is not None
@@ -299,5 +269,5 @@ def test_a_numba_for_a_lesser_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for setting, value in (("CPU_NAME", None), ("CPU_FEATURES", None), ("ENABLE_AVX", 1)):
         monkeypatch.setattr(numba.config, setting, value)
-    monkeypatch.setattr(int8_amx, "get_host_cpu_features", lambda: {"avx512bw": True, "amx-tile": False})
+    monkeypatch.setattr(amx, "get_host_cpu_features", lambda: {"avx512bw": True, "amx-tile": False})
     assert int8_amx.why_not() == "the CPU lacks amx_tile, amx_int8, avx512_bf16"

@@ -161,7 +161,9 @@ def test_routes() -> None:
     assert torch_plan("bfloat16", xeon, is_inference=False, has_dropout=True).route == "blocked"
     assert torch_plan("float32", zen, is_inference=False, has_dropout=True).route == "cells"
     assert torch_plan("float32", zen, is_inference=True).route == "cells"
-    assert torch_plan("bfloat16", xeon, is_inference=True).route == "cells"
+    assert torch_plan("bfloat16", xeon, is_inference=True).route == "tiles"
+    assert "AMX tiles" in torch_plan("bfloat16", xeon, is_inference=True).reason
+    assert torch_plan("float16", xeon, is_inference=True).route == "cells"
     assert torch_plan("float32", old, is_inference=True).route == "cells"
 
 

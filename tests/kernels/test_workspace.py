@@ -9,7 +9,7 @@ import pytest
 import torch
 from geneformer_kernels.cpu import float32_block, float32_norm, float32_products
 from geneformer_kernels.cpu.int8_products import instruction_set
-from geneformer_kernels.ops.varlen_attention import host, host_float32, sdpa
+from geneformer_kernels.ops.varlen_attention import host, host_amx, host_avx512, host_float32, sdpa
 from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from geneformer_kernels.target import target_of
 from geneformer_kernels.workspace import Workspace, one_by_one, together
@@ -49,10 +49,10 @@ LENGTHS = {"many": [40, 300, 7, 300], "long": [900], "longer": [1500, 20]}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("way", ["float32", "blocked", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("way", ["float32", "blocked", "registers", "tiles", "bfloat16", "float16", "float64"])
 def test_attention(way: str, lengths: list[int]) -> None:
     n_heads, head_dim, longest = 2, 64, max(lengths)
-    dtype = {"blocked": torch.bfloat16}.get(way) or getattr(torch, way)
+    dtype = torch.bfloat16 if way in ("blocked", "registers", "tiles") else getattr(torch, way)
     bounds = list(itertools.accumulate(lengths, initial=0))
     q, k, v = torch.randn(bounds[-1], 3, n_heads, head_dim).to(dtype).unbind(1)
     result = bounds[-1] * n_heads * head_dim * dtype.itemsize
@@ -67,6 +67,15 @@ def test_attention(way: str, lengths: list[int]) -> None:
         # On a CPU with AMX, where this way is not taken, oneDNN's products take tensors of their own.
         with torch.backends.mkldnn.flags(enabled=False):
             check(lambda: host.varlen_attention_blocked(q, k, v, bounds, scale, 384), said, bounds[-1], result)
+    elif way in ("registers", "tiles"):
+        if not (host_avx512 if way == "registers" else host_amx).serves(head_dim):
+            pytest.skip("this CPU, or numba's compiler, lacks the instructions")
+        if way == "registers":
+            said = host_avx512.workspace(longest, n_heads, head_dim, 384)
+            check(lambda: host_avx512.varlen_attention_avx512(q, k, v, bounds, scale, 384), said, bounds[-1], result)
+        else:
+            said = host_amx.workspace(longest, head_dim)
+            check(lambda: host_amx.varlen_attention_amx(q, k, v, bounds, scale, 384), said, bounds[-1], result)
     else:  # whatever way it is on this CPU
         cells = AttentionCells(torch.tensor(bounds), bounds[-1])
         said = sdpa.workspace(dtype, longest, n_heads, head_dim)

@@ -11,23 +11,18 @@ is an address (int64).
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import functools
 import itertools
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core.cgutils import alloca_once, unpack_tuple
 from numba.extending import intrinsic
 
+from geneformer_kernels.cpu import amx
+from geneformer_kernels.cpu.amx import TILE_BYTES, TILE_ROWS, TILE_WIDTH, configure_tiles, release_tiles
 from geneformer_kernels.cpu.compiled import LOOP
 from geneformer_kernels.cpu.llvm import (
     BFLOAT16,
@@ -53,10 +48,8 @@ SCRATCH_BYTES = 2 * 32 * 32 * 4
 #: Kinds of results.
 FLOAT32_RESULT, BFLOAT16_RESULT, FLOAT16_RESULT = range(3)
 
-# Rows and columns of a block; rows of a tile, bytes of them, and of both. A tile of weights is sixteen steps of four of
-# K, 16 columns each.
-_ROWS, _COLUMNS = 32, 32
-_TILE_ROWS, _TILE_WIDTH, _TILE_BYTES, _STEPS = 16, 64, 1024, 16
+# Rows and columns of a block; a tile of weights is sixteen steps of four of K, 16 columns each.
+_ROWS, _COLUMNS, _STEPS = 32, 32, 16
 _SUMS_ROW_BYTES, _SUMS_BYTES = 4 * _COLUMNS, 4 * _COLUMNS * _ROWS
 # Numbers of tiles: of sums for either tile of rows and either of weights.
 _SUMS, _OF_ROWS, _OF_WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)
@@ -64,79 +57,26 @@ _SUMS, _OF_ROWS, _OF_WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)
 _FLOATS, _INTS, _SHORTS, _BITS = (ir.VectorType(kind, _COLUMNS) for kind in (FLOAT, INT32, INT16, BOOL))
 _HALF_OF_BITS = ir.VectorType(BOOL, 16)
 
-# Linux on x86-64: the call by which a process asks for more registers, and for which.
-_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+_FEATURES = ("amx-tile", "amx-int8", "avx512bf16", "avx512bw")
 
 
 def why_not() -> str | None:
     """Why these products cannot be computed in this process; None where they can."""
-    return _why_not_compilable() or _why_refused(os.getpid())
+    return amx.why_not(*_FEATURES)
 
 
-def _why_not_compilable() -> str | None:
-    """Why numba cannot compile these instructions here: its LLVM would end the process."""
-    config: Any = numba.config
-    if config.CPU_NAME is not None or config.CPU_FEATURES is not None or not config.ENABLE_AVX:
-        return "numba is told to compile for another CPU"
-    features = get_host_cpu_features()
-    needed = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "avx512bf16": "avx512_bf16", "avx512bw": "avx512bw"}
-    missing = [flag for name, flag in needed.items() if not features.get(name)]
-    return f"the CPU lacks {', '.join(missing)}" if missing else None
-
-
-@functools.cache
-def _why_refused(process: int) -> str | None:
-    """Why the operating system keeps tiles from this process; None once it has been asked and agreed.
-
-    Linux agrees for all threads at once, those that run already too, and for processes forked from this one.
-    """
-    if sys.platform != "linux":
-        return f"how to ask {sys.platform} for AMX is not known here"
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0:
-        return None
-    code = ctypes.get_errno()
-    why = "a thread's stack for signals is too small" if code == errno.ENOSPC else os.strerror(code)
-    return f"the operating system refuses AMX: {why}"
-
-
-def _configure(typing_context: Any) -> Any:
-    """All eight tiles have 16 rows of 64 bytes."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _why_not_compilable() is None:
-            # Palette 1; from byte 16 on, each tile's bytes per row (two bytes), from byte 48 on, its rows.
-            layout = np.zeros(64, np.uint8)
-            layout[0] = 1
-            layout[16:32].view(np.uint16)[:] = _TILE_WIDTH
-            layout[48:56] = _TILE_ROWS
-            at = alloca_once(builder, ir.ArrayType(INT8, len(layout)))
-            builder.store(ir.Constant(ir.ArrayType(INT8, len(layout)), bytearray(layout)), at)
-            call(builder, "llvm.x86.ldtilecfg", VOID, builder.bitcast(at, ir.PointerType(INT8)))
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-def _release(typing_context: Any) -> Any:
-    """Tiles as if never used: who comes next in this thread configures his own; switches of threads save none."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _why_not_compilable() is None:
-            call(builder, "llvm.x86.tilerelease", VOID)
-        return context.get_dummy_value()
-
-    return types.void(), generate
+def _is_compilable() -> bool:
+    return amx.why_not_compilable(*_FEATURES) is None
 
 
 def _add_products(builder: Any, rows: Any, row_bytes: Any, panels: Any, next_panel: Any, step: Any) -> None:
     """The tiles of sums grow by the products of a tile's width."""
     for i, tile in enumerate(_OF_WEIGHTS):
-        offset = builder.mul(step, INT64(_TILE_BYTES))
+        offset = builder.mul(step, INT64(TILE_BYTES))
         at = pointer(builder, panels, builder.add(offset, next_panel) if i else offset, INT8)
-        call(builder, "llvm.x86.tileloadd64", VOID, INT8(tile), at, INT64(_TILE_WIDTH))
+        call(builder, "llvm.x86.tileloadd64", VOID, INT8(tile), at, INT64(TILE_WIDTH))
     for i, tile in enumerate(_OF_ROWS):
-        offset = builder.add(builder.mul(row_bytes, INT64(_TILE_ROWS * i)), builder.mul(step, INT64(_TILE_WIDTH)))
+        offset = builder.add(builder.mul(row_bytes, INT64(TILE_ROWS * i)), builder.mul(step, INT64(TILE_WIDTH)))
         at = pointer(builder, rows, offset, INT8)
         call(builder, "llvm.x86.tileloadd64", VOID, INT8(tile), at, row_bytes)
         for sums, weights in zip(_SUMS[i], _OF_WEIGHTS, strict=True):
@@ -231,7 +171,7 @@ def _multiplying(narrow: Narrowing) -> Callable[..., Any]:
 
     def multiply(typing_context: Any, block: Any, other: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if _why_not_compilable() is not None:
+            if not _is_compilable():
                 return INT64(0)
             rows, row_bytes, panels, next_panel, n_steps, sums = unpack_tuple(builder, arguments[0])
             results = _Results(builder, narrow, arguments[1])
@@ -246,7 +186,7 @@ def _multiplying(narrow: Narrowing) -> Callable[..., Any]:
                 with counting(builder, first, stop) as i_row:
                     results.make(i_row)
             for i, j in itertools.product(range(2), range(2)):
-                offset = INT64(_TILE_ROWS * i * _SUMS_ROW_BYTES + _TILE_WIDTH * j)
+                offset = INT64(TILE_ROWS * i * _SUMS_ROW_BYTES + TILE_WIDTH * j)
                 at = pointer(builder, sums, offset, INT8)
                 call(builder, "llvm.x86.tilestored64", VOID, INT8(_SUMS[i][j]), at, INT64(_SUMS_ROW_BYTES))
             return builder.zext(builder.load(results.are_wrong), INT64)
@@ -261,7 +201,7 @@ def _finishing(narrow: Narrowing) -> Callable[..., Any]:
 
     def finish(typing_context: Any, block: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if _why_not_compilable() is None:
+            if _is_compilable():
                 results = _Results(builder, narrow, arguments[0])
                 with counting(builder, INT64(0), results.n_rows) as i_row:
                     results.make(i_row)
@@ -272,8 +212,6 @@ def _finishing(narrow: Narrowing) -> Callable[..., Any]:
     return intrinsic(finish)
 
 
-_configure_tiles: Any = intrinsic(_configure)
-_release_tiles: Any = intrinsic(_release)
 _multiply_float32, _multiply_bfloat16, _multiply_float16 = map(_multiplying, (_to_float32, _to_bfloat16, _to_float16))
 _finish_float32, _finish_bfloat16, _finish_float16 = map(_finishing, (_to_float32, _to_any_bfloat16, _to_float16))
 
@@ -303,16 +241,16 @@ def multiply_rows_amx(
     """
     if n_rows <= 0 or n_columns <= 0:
         return
-    panel_bytes = n_steps * _TILE_WIDTH
+    panel_bytes = n_steps * TILE_WIDTH
     result_bytes = 4 if kind == FLOAT32_RESULT else 2
     sums, other_sums = scratch, scratch + _SUMS_BYTES
     # To begin with, a block without rows.
     other = (other_sums, 0, row_scale, column_scale, bias, floor, out, out_row_bytes, min(_COLUMNS, n_columns))
-    _configure_tiles()
+    configure_tiles()
     for column in range(0, n_columns, _COLUMNS):
-        panel = panels + column // _TILE_ROWS * panel_bytes
+        panel = panels + column // TILE_ROWS * panel_bytes
         # The last one of an odd number counts twice.
-        next_panel = panel_bytes if n_columns - column > _TILE_ROWS else 0
+        next_panel = panel_bytes if n_columns - column > TILE_ROWS else 0
         for row in range(0, n_rows, _ROWS):
             block = (rows + row * row_bytes, row_bytes, panel, next_panel, n_steps, sums)
             if kind == FLOAT32_RESULT:
@@ -333,7 +271,7 @@ def multiply_rows_amx(
                 min(_COLUMNS, n_columns - column),
             )
             sums, other_sums = other_sums, sums
-    _release_tiles()
+    release_tiles()
     if kind == FLOAT32_RESULT:
         _finish_float32(other)
     elif kind == FLOAT16_RESULT:

@@ -20,7 +20,7 @@ _LANES, _STEP_BYTES = 16, 64
 _INTS, _SHORTS, _BYTES = ir.VectorType(INT32, _LANES), ir.VectorType(INT16, 2 * _LANES), ir.VectorType(INT8, 2 * _LANES)
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Sixteen registers of sixteen numbers, rows for columns: squares of 8 change places, then of 4, 2 and 1."""
     size = _LANES
     while size > 1:
@@ -48,7 +48,7 @@ def _transposing(is_wide: bool) -> Callable[..., None]:
                     taken.append(builder.bitcast(value, _INTS))
                 else:
                     taken.append(load(builder, rows, at, _INTS, align=1))
-            for i, value in enumerate(_transposed(builder, taken)):
+            for i, value in enumerate(transposed(builder, taken)):
                 store(builder, value, out, INT64(_STEP_BYTES * i))
             return context.get_dummy_value()
 

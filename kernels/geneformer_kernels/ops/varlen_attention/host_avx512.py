@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -33,7 +34,10 @@ _KEYS = 4 * LANES
 _LONG, _CHUNK, _TILES = 8192, 16 * _KEYS, 16
 # Sums of weights beyond these are computed otherwise. With keys centred a row's mean score is 0, so the sum is at least
 # about the number of keys; what empty places add to it and is taken away again is then lost in rounding.
-_LEAST_TOTAL, _MOST_TOTAL = np.float32(2.0**-4), np.float32(2.0**100)
+LEAST_TOTAL, MOST_TOTAL = np.float32(2.0**-4), np.float32(2.0**100)
+
+#: Shapes and dtypes of the buffers of one thread.
+Rooms = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 def serves(head_dim: int) -> bool:
@@ -49,6 +53,27 @@ def varlen_attention_avx512(
     ``block_rows`` is for cells that :func:`host.varlen_attention_blocked` computes: of fewer rows than are in work at a
     time, or with weights that leave float32.
     """
+
+    def loop_for(length: int) -> Callable[..., bool] | None:
+        return None if length < ROWS else _attend_long if length > _LONG else _attend
+
+    return by_cells(loop_for, _rooms, q, k, v, bounds, scale, block_rows)
+
+
+def by_cells(
+    loop_for: Callable[[int], Callable[..., bool] | None],
+    rooms: Callable[[int, int], Rooms],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: list[int],
+    scale: float,
+    block_rows: int,
+) -> torch.Tensor:
+    """As :func:`varlen_attention_avx512`, by a loop over heads of a cell such as :func:`_attend`, in rooms of its own.
+
+    Cells of a length for which there is none, and those of which it says that it means nothing, are :mod:`host`'s.
+    """
     n_tokens, n_heads, head_dim = q.shape
     factor = np.float32(scale * float(LOG2_E))
     out = q.new_empty(n_tokens, n_heads, head_dim)
@@ -62,11 +87,12 @@ def varlen_attention_avx512(
     left: set[tuple[int, int]] = set()
 
     def attend(items: list[tuple[int, int, int, int]]) -> None:
-        buffers = _buffers(max(stop - start for start, stop, _, _ in items), head_dim)
+        longest = max(stop - start for start, stop, _, _ in items)
+        # Torch aligns them to whole registers.
+        buffers = [torch.empty(shape, dtype=dtype).numpy() for shape, dtype in rooms(longest, head_dim)]
         for start, stop, *heads in items:
-            is_short = stop - start < ROWS
-            loop = _attend_long if stop - start > _LONG else _attend
-            if is_short or not loop(
+            loop = loop_for(stop - start)
+            if loop is None or not loop(
                 *rows[0], *rows[1], *rows[2], start, stop, *heads, head_dim, factor, out_rows, *buffers,
             ):  # fmt: skip
                 left.add((start, stop))
@@ -88,12 +114,8 @@ def _rows(x: torch.Tensor) -> tuple[np.ndarray, int]:
     return x.as_strided((length,), (1,)).view(torch.uint16).numpy(), x.stride(0)
 
 
-def _buffers(longest: int, head_dim: int) -> tuple[np.ndarray, ...]:
-    """Keys, values, a tile of keys as they come, weights, sums, outputs and their totals; torch aligns them."""
-    return tuple(torch.empty(shape, dtype=dtype).numpy() for shape, dtype in _rooms(longest, head_dim))
-
-
-def _rooms(longest: int, head_dim: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+def _rooms(longest: int, head_dim: int) -> Rooms:
+    """Of one thread: keys, values, a tile of keys as they come, weights, sums, outputs and their totals."""
     n_tiles, n_at_once = -(-longest // _KEYS), _TILES if longest > _LONG else 1
     return (
         ((n_tiles, head_dim // 2, _KEYS), torch.uint32),
@@ -108,9 +130,14 @@ def _rooms(longest: int, head_dim: int) -> tuple[tuple[tuple[int, ...], torch.dt
 
 def workspace(longest: int, n_heads: int, head_dim: int, block_rows: int) -> Workspace:
     """For cells of at most ``longest`` tokens; one whose weights leave float32 is :mod:`host`'s, and takes more."""
-    thread = sum(dtype.itemsize * math.prod(shape) for shape, dtype in _rooms(longest, head_dim))
+    thread = size_of(_rooms(longest, head_dim))
     short = host.workspace(min(longest, ROWS - 1), n_heads, head_dim, block_rows)
     return one_by_one(Workspace(thread=thread), short)
+
+
+def size_of(rooms: Rooms) -> int:
+    """Bytes of all of them."""
+    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in rooms)
 
 
 @numba.njit(**LOOP)
@@ -247,7 +274,7 @@ def _totals(sums, length):
         for lane in range(LANES):
             total += sums[row, lane]
         total -= n_behind * POWER_COEFFICIENTS[3]
-        if not _LEAST_TOTAL < total < _MOST_TOTAL:
+        if not LEAST_TOTAL < total < MOST_TOTAL:
             is_fine = False
         sums[row, 0] = total
     return is_fine

@@ -128,11 +128,13 @@ class TorchPlan:
         ``"varlen"``: torch's flash attention over packed sequences. ``"efficient"``: the memory-efficient kernel that
         nested tensors use. ``"cells"``: scaled_dot_product_attention, one call per cell. ``"blocked"``: batched matrix
         products around a softmax of our own, a block of rows at a time. ``"registers"``: as ``"blocked"``, but products
-        and softmax are one compiled loop wherever it serves the head dimension.
+        and softmax are one compiled loop wherever it serves the head dimension. ``"tiles"``: as ``"registers"``, with
+        products on AMX tiles, and ``"cells"`` where the loop does not serve.
     reason
         Why this one.
     block_rows
-        Most rows of scores per block of the blocked route, which is also what ``"registers"`` falls back to.
+        Most rows of scores per block of the blocked route, which is also what ``"registers"`` falls back to, and
+        ``"tiles"`` for cells whose weights leave float32.
     """
 
     route: str
@@ -159,7 +161,9 @@ def torch_plan(
     torch = torch_version() if torch is None else torch
     if target.kind == "cpu":
         has_amx = "amx_bf16" in target.features
-        if dtype == "bfloat16" and is_inference and "avx512_bf16" in target.features and not has_amx:
+        if dtype == "bfloat16" and is_inference and has_amx:
+            return TorchPlan("tiles", "a compiled loop on AMX tiles with the softmax beside them", block_rows=384)
+        if dtype == "bfloat16" and is_inference and "avx512_bf16" in target.features:
             return TorchPlan("registers", "a compiled loop that keeps scores in registers", block_rows=384)
         if dtype == "bfloat16" and (has_dropout or not has_amx):
             return TorchPlan(

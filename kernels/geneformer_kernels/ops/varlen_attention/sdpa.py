@@ -16,6 +16,9 @@ from geneformer_kernels.ops.varlen_attention.plan import TorchPlan, torch_plan
 from geneformer_kernels.target import target_of
 from geneformer_kernels.workspace import Workspace
 
+# Routes of loops that numba compiles.
+_COMPILED = ("blocked", "registers", "tiles")
+
 
 def attend(
     q: torch.Tensor,
@@ -46,7 +49,7 @@ def attend(
     if route.route in ("varlen", "efficient"):
         return _attend_packed(route.route, q, k, v, cells, scale, dropout_p, needs_grad)
     bounds = cu_seqlens.tolist()
-    if route.route in ("blocked", "registers"):
+    if route.route in _COMPILED:
         return _compiled(route, q, k, v, bounds, scale)
     return _sdpa_per_cell(q, k, v, bounds, scale, dropout_p)
 
@@ -71,6 +74,11 @@ def workspace(dtype: torch.dtype, longest: int, n_heads: int, head_dim: int) -> 
 
         if host_avx512.serves(head_dim):
             return host_avx512.workspace(longest, n_heads, head_dim, route.block_rows)
+    if route.route == "tiles":
+        from geneformer_kernels.ops.varlen_attention import host_amx
+
+        if host_amx.serves(head_dim):
+            return host_amx.workspace(longest, head_dim)
     if route.route in ("blocked", "registers"):
         from geneformer_kernels.ops.varlen_attention import host
 
@@ -95,6 +103,12 @@ def _compiled(
 
         if serves(q.shape[-1]):
             return varlen_attention_avx512(q, k, v, bounds, scale, route.block_rows)
+    if route.route == "tiles":
+        from geneformer_kernels.ops.varlen_attention import host_amx
+
+        if not host_amx.serves(q.shape[-1]):
+            return _sdpa_per_cell(q, k, v, bounds, scale, 0.0).contiguous()
+        return host_amx.varlen_attention_amx(q, k, v, bounds, scale, route.block_rows)
     from geneformer_kernels.ops.varlen_attention.host import varlen_attention_blocked
 
     return varlen_attention_blocked(q, k, v, bounds, scale, route.block_rows)
@@ -169,7 +183,7 @@ def attend_cells(
         return q.new_empty(q.shape)
     if dropout_p == 0:
         route = _route(DTYPE_NAMES[q.dtype], "cpu", None, is_inference, False)
-        if route.route in ("blocked", "registers"):
+        if route.route in _COMPILED:
             return _compiled(route, q, k, v, bounds, scale)
         return _sdpa_per_cell(q, k, v, bounds, scale, 0.0).contiguous()
     out = q.new_empty(q.shape)
