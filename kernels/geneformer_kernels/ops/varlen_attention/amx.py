@@ -3,7 +3,7 @@
 Everything that tiles read lies in panels: of a step, 32 numbers to be multiplied and added up, two tiles one behind the
 other, for 32 rows or 32 columns. Two tiles of rows meet two of columns in four of sums, a block of 32 x 32. Scores
 become weights row by row between those instructions, which leave a core's other units nothing to do: ``2**x`` of one
-block while tiles multiply another.
+block while tiles multiply the next.
 
 Everything is an address (int64), of memory that begins at a multiple of 64 bytes unless said otherwise.
 """
@@ -117,37 +117,18 @@ def _widened(builder: Any, pairs: Any) -> tuple[Any, Any]:
     return tuple(builder.bitcast(builder.shl(builder.zext(x, _INTS), shift), _FLOATS) for x in (low, high))  # type: ignore[return-value]
 
 
-class _Softening:
-    """Code that makes weights of scores, row by row.
-
-    ``job``: (scores, weights, sums, bytes from step to step of each of them, rows per step). A row of 32 scores is 128
-    bytes, of weights 64, as bfloat16; and they are added, before they are rounded, to the 16 lanes of its sums.
-    """
-
-    def __init__(self, builder: Any, job: Any) -> None:
-        self.builder = builder
-        self.scores, self.weights, self.sums, *self.steps, self.n_rows = unpack_tuple(builder, job)
-
-    def rows(self, step: Any, first: Any, stop: Any) -> None:
-        builder = self.builder
-        scores, weights, sums = (
-            builder.add(at, builder.mul(step, by))
-            for at, by in zip((self.scores, self.weights, self.sums), self.steps, strict=True)
-        )
-        with counting(builder, first, stop) as i_row:
-            at = builder.mul(i_row, INT64(_ROW_BYTES))
-            powers = [
-                _power_of_two(builder, load(builder, scores, builder.add(at, INT64(offset)), _FLOATS))
-                for offset in (0, REGISTER_BYTES)
-            ]
-            at = builder.mul(i_row, INT64(REGISTER_BYTES))
-            total = builder.fadd(load(builder, sums, at, _FLOATS), builder.fadd(*powers))
-            store(builder, total, sums, at)
-            store(builder, builder.bitcast(_narrowed(builder, *powers), _INTS), weights, at)
-
-    def step(self, step: Any) -> None:
-        """All rows of a step."""
-        self.rows(step, INT64(0), self.n_rows)
+def _soften_rows(builder: Any, scores: Any, weights: Any, sums: Any, first: Any, stop: Any) -> None:
+    """Rows of a block of scores become weights in a panel, and are added, unrounded, to the 16 lanes of their sums."""
+    with counting(builder, first, stop) as i_row:
+        at = builder.mul(i_row, INT64(_ROW_BYTES))
+        powers = [
+            _power_of_two(builder, load(builder, scores, builder.add(at, INT64(offset)), _FLOATS))
+            for offset in (0, REGISTER_BYTES)
+        ]
+        at = builder.mul(i_row, INT64(REGISTER_BYTES))
+        total = builder.fadd(load(builder, sums, at, _FLOATS), builder.fadd(*powers))
+        store(builder, total, sums, at)
+        store(builder, builder.bitcast(_narrowed(builder, *powers), _INTS), weights, at)
 
 
 def _tile_load(builder: Any, tile: int, address: Any, offset: int) -> None:
@@ -155,43 +136,40 @@ def _tile_load(builder: Any, tile: int, address: Any, offset: int) -> None:
     call(builder, "llvm.x86.tileloadd64", VOID, INT8(tile), at, INT64(TILE_WIDTH))
 
 
-def _multiply(typing_context: Any, block: Any, job: Any) -> Any:
+def _multiply(typing_context: Any, block: Any, other: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if not _is_compilable():
             return context.get_dummy_value()
         rows, columns, n_steps, sums = unpack_tuple(builder, arguments[0])
-        softening = _Softening(builder, arguments[1])
-        half = builder.ashr(softening.n_rows, INT64(1))
+        *softened, n_rows, rows_per_step = unpack_tuple(builder, arguments[1])
         for tile in itertools.chain(*_SUMS):
             call(builder, "llvm.x86.tilezero", VOID, INT8(tile))
         with counting(builder, INT64(0), n_steps) as step:
             offset = builder.mul(step, INT64(PANEL_BYTES))
             row_panel, column_panel = builder.add(rows, offset), builder.add(columns, offset)
-            parts = ((INT64(0), half), (half, softening.n_rows))
-            for i, (tile, part) in enumerate(zip(_OF_ROWS, parts, strict=True)):
+            for i, tile in enumerate(_OF_ROWS):
                 _tile_load(builder, tile, row_panel, TILE_BYTES * i)
                 for j, other in enumerate(_OF_COLUMNS):
                     if i == 0:
                         _tile_load(builder, other, column_panel, TILE_BYTES * j)
                     call(builder, "llvm.x86.tdpbf16ps", VOID, INT8(_SUMS[i][j]), INT8(tile), INT8(other))
-                softening.rows(step, *part)
+            first = builder.mul(step, rows_per_step)
+            _soften_rows(builder, *softened, first, smaller(builder, builder.add(first, rows_per_step), n_rows))
         for i, j in itertools.product(range(2), range(2)):
             at = pointer(builder, sums, INT64(16 * _ROW_BYTES * i + REGISTER_BYTES * j), INT8)
             call(builder, "llvm.x86.tilestored64", VOID, INT8(_SUMS[i][j]), at, INT64(_ROW_BYTES))
         return context.get_dummy_value()
 
-    return types.void(block, job), generate
+    return types.void(block, other), generate
 
 
-def _soften(typing_context: Any, job: Any, n_steps: Any) -> Any:
+def _soften(typing_context: Any, scores: Any, weights: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _is_compilable():
-            softening = _Softening(builder, arguments[0])
-            with counting(builder, INT64(0), arguments[1]) as step:
-                softening.step(step)
+            _soften_rows(builder, *arguments, INT64(0), INT64(BLOCK))
         return context.get_dummy_value()
 
-    return types.void(job, types.int64), generate
+    return types.void(*[types.int64] * 3), generate
 
 
 def _row(builder: Any, rows: Any, row_bytes: Any, i_row: Any, n_rows: Any) -> Any:
@@ -318,10 +296,12 @@ def _finish(typing_context: Any, block: Any, out: Any) -> Any:
     return types.boolean(block, out), generate
 
 
-#: ``multiply((rows, columns, steps, sums), job)``: a block of sums [32, 32] of float32, from as many panels of both as
-#: there are steps; and between the instructions, step by step, a job as of :class:`_Softening`, perhaps of no rows.
+#: ``multiply((rows, columns, steps, sums), (scores, weights, sums, rows, rows per step))``: a block of sums [32, 32] of
+#: float32, from as many panels of both as there are steps; and meanwhile, of another block of scores so many rows (0 or
+#: 32) become weights, as many per step as it takes.
 multiply_block: Any = intrinsic(_multiply)
-#: (job, steps): the same without products.
+#: (scores, weights, sums): rows of 32 float32 become 2 to their power, a panel of bfloat16, and are added, before they
+#: are rounded, to the sixteen lanes of their sums.
 soften_block: Any = intrinsic(_soften)
 #: (rows, bytes per row, how many are there, panel): up to 32 rows of 32 bfloat16, at any even address, as a panel of
 #: rows; or of columns, for which pairs of rows are interleaved. What is not there is zero.

@@ -1,8 +1,8 @@
 """Attention on a CPU with amx_bf16: products on tiles, and the softmax of one block of scores beside those of others.
 
 As in ``host_avx512.py`` keys are centred, weights need no maximum taken away, and are rounded to bfloat16 once. A core
-multiplies sixteen times as fast on tiles, so that ``2**x`` takes as long as both products: half of a block's scores
-become weights while tiles compute the next scores, the other half while they mix values for the rows before.
+multiplies sixteen times as fast on tiles, so that ``2**x`` takes as long as both products: that of one block of scores
+is computed while tiles multiply the next. (Half of it while they mix values was no faster, and has to keep all scores.)
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from geneformer_kernels.ops.varlen_attention.amx import (
 from geneformer_kernels.ops.varlen_attention.host_avx512 import LEAST_TOTAL, MOST_TOTAL, Rooms, by_cells, size_of
 from geneformer_kernels.workspace import Workspace
 
-# Bytes of a row in a panel, of its sixteen sums, and of its scores in a block.
-_ROW, _SCORES = 64, 128
+# Bytes of a row in a panel, of its sixteen sums, and of the mean of what stands in rows.
+_ROW, _MEAN = 64, 128
 
 
 def serves(head_dim: int) -> bool:
@@ -48,18 +48,17 @@ def varlen_attention_amx(
 
 
 def _rooms(longest: int, head_dim: int) -> Rooms:
-    """Of one thread: keys, values, queries of a block; its scores, weights and sums of it and the one before; outputs;
-    means."""
+    """Of one thread: keys, values; of 32 rows queries, scores of two blocks, weights, sums of these, outputs; means."""
     n_blocks, n_panels = -(-longest // BLOCK), head_dim // BLOCK
     return (
         ((n_blocks * n_panels * PANEL_BYTES,), torch.uint8),
         ((n_panels * n_blocks * PANEL_BYTES,), torch.uint8),
         ((n_panels * PANEL_BYTES,), torch.uint8),
-        ((n_blocks * BLOCK_BYTES,), torch.uint8),
-        ((2, n_blocks * PANEL_BYTES), torch.uint8),
-        ((2, BLOCK, _ROW // 4), torch.float32),
+        ((2 * BLOCK_BYTES,), torch.uint8),
+        ((n_blocks * PANEL_BYTES,), torch.uint8),
+        ((BLOCK, _ROW // 4), torch.float32),
         ((n_panels * BLOCK_BYTES,), torch.uint8),
-        ((_SCORES,), torch.uint8),
+        ((_MEAN,), torch.uint8),
     )
 
 
@@ -78,75 +77,48 @@ def _attend(
     n_blocks = -(-length // BLOCK)
     # A place behind the last key has a score of 0.
     excess = np.float32(n_blocks * BLOCK - length) * WEIGHT_OF_ZERO
-    softened = BLOCK // 2 // n_panels * n_panels
-    queries_at, values_at, scores_at, mixed_at = (
-        address_of(queries), address_of(values), address_of(scores), address_of(mixed),
+    queries_at, weights_at, sums_at, mixed_at = (
+        address_of(queries), address_of(weights), address_of(sums), address_of(mixed),
     )  # fmt: skip
     is_fine = True
     configure_tiles()
     for head in range(first_head, last_head):
         column = head * head_dim
-        _lay(address_of(k) + 2 * (start * k_step + column), 2 * k_step, length, n_panels, scale, keys, mean)
+        _lay_keys(address_of(k) + 2 * (start * k_step + column), 2 * k_step, length, n_panels, scale, keys, mean)
         _lay_values(address_of(v) + 2 * (start * v_step + column), 2 * v_step, length, n_panels, values)
-        for block in range(n_blocks + 1):
-            now, before = block % 2, (block + 1) % 2
-            weights_at, sums_at = (
-                address_of(weights) + now * weights.strides[0],
-                address_of(sums) + now * sums.strides[0],
-            )
-            if block < n_blocks:
-                row = block * BLOCK
-                at = address_of(q) + 2 * ((start + row) * q_step + column)
-                for panel in range(n_panels):
-                    lay_rows(at + panel * _ROW, 2 * q_step, length - row, queries_at + panel * PANEL_BYTES)
-                sums[now] = 0
-                _score(queries_at, address_of(keys), n_blocks, n_panels, scores_at, weights_at, sums_at)
-            if block == 0:
-                soften_block(_late(scores_at, weights_at, sums_at, softened, BLOCK), n_blocks)
-                continue
+        for row in range(0, length, BLOCK):
+            n_rows = min(BLOCK, length - row)
+            at = address_of(q) + 2 * ((start + row) * q_step + column)
             for panel in range(n_panels):
-                first = softened + (BLOCK - softened) * panel // n_panels
-                last = softened + (BLOCK - softened) * (panel + 1) // n_panels
-                if block == n_blocks:
-                    first = last
-                job = _late(scores_at, weights_at, sums_at, first, last)
-                weights_before = address_of(weights) + before * weights.strides[0]
-                value = values_at + panel * n_blocks * PANEL_BYTES
-                multiply_block((weights_before, value, n_blocks, mixed_at + panel * BLOCK_BYTES), job)
-            row = (block - 1) * BLOCK
-            rows = (
-                mixed_at, n_panels, address_of(sums) + before * sums.strides[0], min(BLOCK, length - row), excess,
-                LEAST_TOTAL, MOST_TOTAL,
-            )  # fmt: skip
+                lay_rows(at + panel * _ROW, 2 * q_step, n_rows, queries_at + panel * PANEL_BYTES)
+            sums[:] = 0
+            _weigh(queries_at, address_of(keys), n_blocks, n_panels, address_of(scores), weights_at, sums_at)
+            for panel in range(n_panels):
+                value = address_of(values) + panel * n_blocks * PANEL_BYTES
+                block = (weights_at, value, n_blocks, mixed_at + panel * BLOCK_BYTES)
+                multiply_block(block, (weights_at, weights_at, sums_at, 0, 0))
             to = address_of(out) + (start + row) * out.strides[0] + 2 * column
+            rows = (mixed_at, n_panels, sums_at, n_rows, excess, LEAST_TOTAL, MOST_TOTAL)
             is_fine &= finish_rows(rows, (to, out.strides[0]))
     release_tiles()
     return is_fine
 
 
-@numba.njit(inline="always", **LOOP)
-def _late(scores, weights, sums, first, last):
-    """A job for :func:`amx.multiply_block`: some rows of all blocks of scores, a block per step."""
-    return (
-        scores + first * _SCORES, weights + first * _ROW, sums + first * _ROW, BLOCK_BYTES, PANEL_BYTES, 0,
-        last - first,
-    )  # fmt: skip
-
-
 @numba.njit(**LOOP)
-def _score(queries, keys, n_blocks, n_panels, scores, weights, sums):
-    """All scores of a block of rows; the first rows of each block become weights while the next is computed."""
-    n_rows = BLOCK // 2 // n_panels
-    job = (scores, weights, sums, n_rows * _SCORES, n_rows * _ROW, n_rows * _ROW, 0)
+def _weigh(queries, keys, n_blocks, n_panels, scores, weights, sums):
+    """Unnormalised weights of 32 queries and all keys of a cell, and their sums by lane."""
+    # To begin with, no scores.
+    rows_per_step = -(-BLOCK // n_panels)
+    other = (scores, weights, sums, 0, rows_per_step)
     for i in range(n_blocks):
-        at = scores + i * BLOCK_BYTES
-        multiply_block((queries, keys + i * n_panels * PANEL_BYTES, n_panels, at), job)
-        job = (at, weights + i * PANEL_BYTES, sums, n_rows * _SCORES, n_rows * _ROW, n_rows * _ROW, n_rows)
-    soften_block(job, n_panels)
+        at = scores + i % 2 * BLOCK_BYTES
+        multiply_block((queries, keys + i * n_panels * PANEL_BYTES, n_panels, at), other)
+        other = (at, weights + i * PANEL_BYTES, sums, BLOCK, rows_per_step)
+    soften_block(*other[:3])
 
 
 @numba.njit(**LOOP)
-def _lay(keys, row_bytes, length, n_panels, scale, out, mean):
+def _lay_keys(keys, row_bytes, length, n_panels, scale, out, mean):
     """Keys, centred and scaled, as panels [block of keys, 32 of a head] of columns."""
     for panel in range(n_panels):
         at = keys + panel * _ROW
