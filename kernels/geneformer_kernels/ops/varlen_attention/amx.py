@@ -117,8 +117,9 @@ def _widened(builder: Any, pairs: Any) -> tuple[Any, Any]:
     return tuple(builder.bitcast(builder.shl(builder.zext(x, _INTS), shift), _FLOATS) for x in (low, high))  # type: ignore[return-value]
 
 
-def _soften_rows(builder: Any, scores: Any, weights: Any, sums: Any, first: Any, stop: Any) -> None:
+def _soften_rows(builder: Any, places: Any, first: Any, stop: Any) -> None:
     """Rows of a block of scores become weights in a panel, and are added, unrounded, to the 16 lanes of their sums."""
+    scores, weights, sums = places
     with counting(builder, first, stop) as i_row:
         at = builder.mul(i_row, INT64(_ROW_BYTES))
         powers = [
@@ -154,7 +155,7 @@ def _multiply(typing_context: Any, block: Any, other: Any) -> Any:
                         _tile_load(builder, other, column_panel, TILE_BYTES * j)
                     call(builder, "llvm.x86.tdpbf16ps", VOID, INT8(_SUMS[i][j]), INT8(tile), INT8(other))
             first = builder.mul(step, rows_per_step)
-            _soften_rows(builder, *softened, first, smaller(builder, builder.add(first, rows_per_step), n_rows))
+            _soften_rows(builder, softened, first, smaller(builder, builder.add(first, rows_per_step), n_rows))
         for i, j in itertools.product(range(2), range(2)):
             at = pointer(builder, sums, INT64(16 * _ROW_BYTES * i + REGISTER_BYTES * j), INT8)
             call(builder, "llvm.x86.tilestored64", VOID, INT8(_SUMS[i][j]), at, INT64(_ROW_BYTES))
@@ -166,7 +167,7 @@ def _multiply(typing_context: Any, block: Any, other: Any) -> Any:
 def _soften(typing_context: Any, scores: Any, weights: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _is_compilable():
-            _soften_rows(builder, *arguments, INT64(0), INT64(BLOCK))
+            _soften_rows(builder, arguments, INT64(0), INT64(BLOCK))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
@@ -244,10 +245,8 @@ def _lay_keys(typing_context: Any, rows: Any, row_bytes: Any, n_rows: Any, mean:
         last = builder.sub(builder.select(builder.icmp_signed("<", n_rows, INT64(1)), INT64(1), n_rows), INT64(1))
         for i_row in map(INT64, range(_LANES)):
             at = builder.mul(smaller(builder, i_row, last), row_bytes)
-            parts = _widened(builder, load(builder, rows, at, _SHORTS, align=2))
-            parts = [
-                builder.fmul(builder.fsub(part, mean), scales) for part, mean in zip(parts, means, strict=True)
-            ]  # fmt: skip
+            given = _widened(builder, load(builder, rows, at, _SHORTS, align=2))
+            parts = (builder.fmul(builder.fsub(x, mean), scales) for x, mean in zip(given, means, strict=True))
             is_there = everywhere(builder, builder.icmp_signed("<", i_row, n_rows), ir.VectorType(BOOL, _LANES))
             row = builder.bitcast(_narrowed(builder, *parts), _INTS)
             taken.append(builder.select(is_there, row, ir.Constant(_INTS, None)))
