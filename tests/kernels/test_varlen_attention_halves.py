@@ -96,6 +96,43 @@ def test_forward(loop: Loop, n_heads: int, head_dim: int, left: list[int]) -> No
     assert_as_good_as(out, witness, exact(qkv, bounds, scale))
 
 
+LONG_SHAPES = [
+    pytest.param(loop.values[0], n_heads, head_dim, marks=loop.marks, id=f"{loop.id}-{n_heads}-{head_dim}")
+    for loop in LOOPS
+    for n_heads, head_dim in ((2, 32), (1, 80 if loop.id == "avx512" else 96), (1, 128))
+]
+
+
+@pytest.mark.parametrize(("loop", "n_heads", "head_dim"), LONG_SHAPES)
+def test_cells_of_many_keys(
+    loop: Loop, n_heads: int, head_dim: int, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In registers chunk by chunk of keys, as whole and odd numbers of them and of tiles come."""
+    monkeypatch.setattr(host_avx512, "_LONG", 60)
+    lengths = [1023, 61, 7, 1025, 97, 2 * 1024 + 17]
+    qkv, bounds = inputs(n_heads, head_dim, lengths)
+    qkv[:, 1] += 16  # keys are centred
+    scale = head_dim**-0.5
+    out = loop.attend(qkv, bounds, scale)
+    assert left == []
+    witness = Witness(reference.varlen_attention, *qkv.unbind(1), torch.tensor(bounds), scale)
+    assert_as_good_as(out, witness, exact(qkv, bounds, scale))
+
+
+@either
+def test_a_long_cell_is_one_of_many_keys(loop: Loop, left: list[int]) -> None:
+    """By itself, and its weights beyond float32 noticed in whatever chunk they are."""
+    length = host_avx512._LONG + 101
+    qkv, bounds = inputs(1, 32, [length])
+    found, rows = loop.attend(qkv, bounds, 0.2), slice(length - 40, length)
+    expected = torch.softmax(qkv[rows, 0, 0].double() @ qkv[:, 1, 0].double().T * 0.2, -1) @ qkv[:, 2, 0].double()
+    torch.testing.assert_close(found[rows, 0].double(), expected, atol=2e-3, rtol=2e-2)
+    assert left == []
+    qkv[-1, :2] = 60.0
+    loop.attend(qkv, bounds, 1.0)
+    assert left == [length]
+
+
 @either
 def test_it_is_what_the_public_function_takes(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a CPU that has both, tiles; registers where it is held to them."""

@@ -3,6 +3,9 @@
 As in ``host_avx512.py`` keys are centred, weights need no maximum taken away, and are rounded to bfloat16 once. A core
 multiplies sixteen times as fast on tiles, so that ``2**x`` takes as long as both products: that of one block of scores
 is computed while tiles multiply the next. (Half of it while they mix values was no faster, and has to keep all scores.)
+
+One core of a Xeon, busy with others, a cell of 700 tokens, 4 heads of 64: 1.06 ms of processor time, where torch's own
+attention takes 2.64 and ``host_avx512.py`` 5.7; of 2,048 tokens 5.9, 14.1 and 44 (2026-11-30).
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def varlen_attention_amx(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], scale: float, block_rows: int
 ) -> torch.Tensor:
     """As :func:`host_avx512.varlen_attention_avx512`; cells may be as short as they like."""
-    return by_cells(_attend, _rooms, 1, q, k, v, bounds, scale, block_rows)
+    return by_cells(lambda length: _attend, _rooms, q, k, v, bounds, scale, block_rows)
 
 
 def _rooms(longest: int, head_dim: int) -> Rooms:
