@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any
 import bionemo_files as files
 import pytest
 import torch
+import two_ranks
 from bionemo_files import State
 from safetensors.torch import save_file
 
 from geneformer_fast import Encoder, Ragged, families, load, save
 from geneformer_fast.checkpoints import nemo
 from geneformer_fast.checkpoints.mapping import to_theirs
+from geneformer_fast.errors import CheckpointError
 
 ROUNDED = 2e-9  # the reference is rounded to 1e-10; sums of rounded numbers may differ by a little more
 
@@ -284,6 +288,30 @@ def test_pieces_in_the_files_of_two_ranks_are_put_together(tmp_path: Path, state
     found = nemo.read_distributed(folder)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.slow
+def test_what_two_processes_of_torch_save_is_put_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(two_ranks.__file__)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "weights")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = nemo.read_distributed(tmp_path / "weights", verify=True), two_ranks.tensors()
+    layers = expected.pop("module.encoder.layers.mlp.linear_fc2.weight")
+    expected |= {f"module.encoder.layers.{i}.mlp.linear_fc2.weight": layer for i, layer in enumerate(layers)}
+    assert found.keys() == {name.removeprefix("module.") for name in expected}
+    assert all(torch.equal(found[name.removeprefix("module.")], tensor) for name, tensor in expected.items())
+
+
+def test_what_reads_yaml_is_named_where_it_is_missing(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = files.nemo1_archive(tmp_path / "model.nemo", state)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(CheckpointError, match=r"model_config.yaml is YAML, which needs PyYAML: pip install pyyaml"):
+        load(place, device="cpu")
 
 
 @pytest.fixture(autouse=True)
