@@ -58,6 +58,7 @@ SUITES = {
             for name in (f"perturb_{geometry}_2-threads{end}" for end in ("", "_avx2"))
         },
         "aido_embed": "bench/cpu/test_bench_aido.py::test_bench_aido",
+        **{f"scgpt_embed_{n}-threads": f"bench/cpu/test_bench_scgpt.py::test_bench_scgpt[{n}]" for n in (2, 1)},
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",
         "embed_v2-104m_all-threads": f"{_EMBED}[embed_v2-104m_all-threads]",
     },

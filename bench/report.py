@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import aido_report, finetune_report, float32_report, front, perturb_report, quantize_report
+from bench import aido_report, finetune_report, float32_report, front, perturb_report, quantize_report, scgpt_report
 from bench.gpu import report as gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +72,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_float32(result) for result in embedded if "held_to" in result]
     blocks += [_training(result) for result in of_case("train_")]
     blocks += [_quantized(result) for result in of_case("quantized_")]
+    blocks += [_block(*scgpt_report.table(r, _threads(r["threads"]))) for r in of_case("scgpt_embed_")]
     blocks += [_perturbed(result) for result in of_case("perturb_") if "geometry" in result]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),

@@ -176,7 +176,7 @@ def test_expression_from_cells_needs_its_head() -> None:
 
 
 def test_what_cannot_be_done_is_one_sentence() -> None:
-    for name in ("perturb", "pretrain", "accelerate", "finetune-genes"):
+    for name in ("perturb", "pretrain", "accelerate"):
         sentence = family("scgpt").refused[name]
         assert sentence
         assert "\n" not in sentence

@@ -233,6 +233,5 @@ FAMILY = Family(
         "pretrain": "scGPT's generative pretraining is not computed here; fine-tune a published model instead",
         "accelerate": "scGPT is no model of transformers, so there is none to accelerate; load its folder with "
         "geneformer_fast.load",
-        "finetune-genes": "classes of genes are not told by scGPT's published heads; fine-tune on classes of cells",
     },
 )
