@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from bench.cpu import aido_rival
 from safetensors.torch import load_file
 
+from bench.cpu import aido_rival
 from geneformer_fast import Encoder, EncoderConfig, Ragged, save
 
 
