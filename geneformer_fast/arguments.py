@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from geneformer_fast.errors import ArgumentError
+from geneformer_fast.errors import ArgumentError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +39,20 @@ _KINDS: dict[str, Check] = {
     "Callable": callable,
 }
 _COLLECTIONS = ("Sequence", "Iterable", "list", "tuple")
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that NumPy or torch cannot draw by.
+
+    Raises
+    ------
+    UnsupportedError
+        It is negative, or has more than 64 bits.
+    """
+    if seed is not None and seed < 0:
+        raise UnsupportedError(f"seed must not be negative, but is {seed}")
+    if seed is not None and seed >= 2**64:
+        raise UnsupportedError(f"seed must be below 2**64, but is {seed}")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

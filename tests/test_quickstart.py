@@ -257,6 +257,9 @@ def test_a_file_in_the_way_and_wrong_numbers_of_cells_are_refused(tmp_path):
     for n_cells in (5, 501):
         with pytest.raises(UnsupportedError, match=f"--cells {n_cells}: the example has 500 cells"):
             quickstart(tmp_path / "new", n_cells=n_cells)
+    with pytest.raises(UnsupportedError, match="seed must not be negative, but is -1"):
+        quickstart(tmp_path / "new", seed=-1)
+    assert cli.main(["quickstart", "--out", str(tmp_path / "new"), "--seed", str(2**64)]) == 2
     assert not (tmp_path / "new").exists()
 
 

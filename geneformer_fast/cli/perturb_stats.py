@@ -139,7 +139,13 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from geneformer_fast.cli.places import check_dictionary, check_file
-    from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place, check_run
+    from geneformer_fast.perturbation.statistics.asked import (
+        check_asked,
+        check_others,
+        check_pictures_asked,
+        check_place,
+        check_run,
+    )
 
     for run in (*args.runs, *args.compare, args.null, args.singles):
         if run is not None:
@@ -155,7 +161,9 @@ def check(args: argparse.Namespace) -> None:
         confidence=args.confidence,
         fdr=args.fdr,
         correction=args.correction,
+        seed=args.seed,
     )
+    check_others(args.runs, null=args.null, compare=args.compare)
     check_pictures_asked(args.embeddings, args.color, has_pictures=not args.no_pictures, has_out=True)
     check_file(args.embeddings, "--embeddings")
     check_place(Path(args.out), overwrite=args.overwrite)

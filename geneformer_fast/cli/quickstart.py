@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be refused at once."""
     from geneformer_fast.quickstart.ready import check_folder, check_ready
 
-    check_ready(args.cells)
+    check_ready(args.cells, args.seed)
     check_folder(args.out)
 
 

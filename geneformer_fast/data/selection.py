@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_fast.arguments import check_seed
 from geneformer_fast.counts import CountSource
 from geneformer_fast.counts.arrays import number_array
 from geneformer_fast.errors import InputError, UnsupportedError
@@ -55,8 +56,7 @@ class Selection:
             raise UnsupportedError(f"max_cells must be at least 1, not {max_cells}")
         if seed is not None and max_cells is None:
             raise UnsupportedError("seed (--seed) is of the draw of cells: say how many with max_cells (--max-cells)")
-        if seed is not None and seed < 0:
-            raise UnsupportedError(f"seed must not be negative, but is {seed}")
+        check_seed(seed)
         if not wanted and max_cells is None:
             return None
         return cls(wanted, max_cells, default_seed if seed is None else seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from geneformer_fast.arguments import renamed_fields
+from geneformer_fast.arguments import check_seed, renamed_fields
 from geneformer_fast.errors import InputError, OutputError, TrainingError, UnsupportedError
 from geneformer_fast.progress import Progress
 from geneformer_fast.training.identity import current_names
@@ -85,6 +85,7 @@ class Search:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.n_trials < 1:
             raise UnsupportedError(f"a search of {self.n_trials} trials finds nothing; take 1 or more")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from geneformer_fast.errors import UnsupportedError
@@ -11,6 +10,8 @@ from geneformer_fast.errors import UnsupportedError
 COUNTS = "counts"
 #: All kinds; those but the last are edits of ranks.
 KINDS = ("delete", "overexpress", "inhibit", "activate", "swap", COUNTS)
+#: The largest factor of counts: any count times this, and the sum of a cell's, is a number in float32.
+MOST_TIMES = 1e12
 #: Those that move a gene by a share of a cell's ranks.
 MOVING = ("inhibit", "activate")
 #: What genes may be chosen by before any is computed.
@@ -89,10 +90,11 @@ def _check_doses(kind: str, doses: Sequence[float]) -> None:
     if kind == COUNTS:
         if not doses:
             raise UnsupportedError("kind 'counts' multiplies counts: say by which factors with doses (--doses)")
-        wrong = [dose for dose in doses if not 0 <= dose < math.inf or dose == 1]
+        wrong = [dose for dose in doses if not 0 <= dose <= MOST_TIMES or dose == 1]
         if wrong:
             raise UnsupportedError(
-                f"doses (--doses) of counts are factors from 0 on, other than 1, which changes nothing, not {wrong[0]}"
+                f"doses (--doses) of counts are factors from 0 to {MOST_TIMES:.0e}, other than 1, which changes "
+                f"nothing, not {wrong[0]}"
             )
     elif kind in MOVING:
         if not doses:

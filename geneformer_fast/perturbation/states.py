@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geneformer_fast.arguments import checked
+from geneformer_fast.arguments import check_seed, checked
 from geneformer_fast.checkpoints import load
 from geneformer_fast.data.selection import Selection
 from geneformer_fast.encoder import Encoder
@@ -272,6 +272,7 @@ def embeddings_of(
     for what, number in (("max_cells", max_cells), ("token_budget", token_budget)):
         if number is not None and number < 1:
             raise UnsupportedError(f"{what} must be at least 1, not {number}")
+    check_seed(seed)
     if not states:
         raise UnsupportedError("states must name a state")
     rows, n_cells = [], {}

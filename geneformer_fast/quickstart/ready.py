@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from geneformer_fast.arguments import check_seed
 from geneformer_fast.errors import OutputError, UnsupportedError
 from geneformer_fast.files.schema import read_json
 
@@ -17,14 +18,15 @@ LEAST_CELLS, MOST_CELLS = 50, 500
 _NEEDED = {"matplotlib": "plot", "umap": "plot", "transformers": "hf"}
 
 
-def check_ready(n_cells: int) -> None:
-    """Libraries are installed, and there are as many cells.
+def check_ready(n_cells: int, seed: int) -> None:
+    """Libraries are installed, there are as many cells, and the seed is one.
 
     Raises
     ------
     UnsupportedError
-        Something is missing, or there are too few or too many cells.
+        Something is missing, there are too few or too many cells, or nothing can be drawn by the seed.
     """
+    check_seed(seed)
     missing = {name: extra for name, extra in _NEEDED.items() if find_spec(name) is None}
     if missing:
         extras = ",".join(sorted(set(missing.values())))

@@ -73,10 +73,10 @@ def quickstart(
     OutputError
         The folder holds something that is not an earlier tour, another process is writing into it, or there is no room.
     UnsupportedError
-        matplotlib, umap-learn or transformers is missing, or there are too few or too many cells.
+        matplotlib, umap-learn or transformers is missing, there are too few or too many cells, or the seed is none.
     """
     work = work if n_cells is None else replace(work, n_cells=n_cells)
-    check_ready(work.n_cells)
+    check_ready(work.n_cells, seed)
     check_folder(out)
     with folder_lock(out):
         _prepare_folder(out)

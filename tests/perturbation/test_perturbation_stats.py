@@ -367,6 +367,11 @@ def test_values_of_genes_and_an_anchor() -> None:
         ({"mode": "best"}, UnsupportedError, "there is no mode 'best'; there are goal_state_shift,"),
         ({"mode": "vs_null"}, UnsupportedError, "give its folder as null"),
         ({"mend": "all of it"}, UnsupportedError, "there is no 'all of it'"),
+        ({"mend": "components"}, UnsupportedError, "components is about mixture_model; the table of goal_state_shift"),
+        ({"mode": "mixture_model", "mend": ["pool"]}, UnsupportedError, "pool is about goal_state_shift"),
+        ({"mode": "aggregate_data", "mend": "ties"}, UnsupportedError, "ties is about goal_state_shift and vs_null"),
+        ({"seed": -1}, UnsupportedError, "seed must not be negative"),
+        ({"seed": 2**64}, UnsupportedError, r"seed must be below 2\*\*64"),
         ({"correction": "holm"}, UnsupportedError, "is bh or by, not 'holm'"),
         ({"min_cells": 0}, UnsupportedError, "min_cells .* must be at least 1, not 0"),
         ({"draws": 0}, UnsupportedError, "draws .* must be at least 1"),
@@ -402,6 +407,15 @@ def test_runs_that_are_not_there(tmp_path: Path, tables: dict[str, pa.Table]) ->
         perturbation_stats(tables["cosines"], mode="goal_state_shift", **QUICK)
     with pytest.raises(InputError, match="no values of genes"):
         perturbation_stats(tables["cosines"], mode="aggregate_gene_shifts", **QUICK)
+
+
+@pytest.mark.parametrize("option", ["null", "compare"])
+def test_a_run_is_not_held_against_itself(option: str, folders: dict[str, Path], capsys: Any) -> None:
+    run = folders["cosines"]
+    with pytest.raises(UnsupportedError, match=rf"{option} \(--{option}\) names .*, the run itself"):
+        perturbation_stats(run, **{option: f"{run}/../{run.name}"}, **QUICK)
+    assert cli.main(["perturb-stats", str(run), f"--{option}", str(run), "--out", str(run.parent / "new")]) == 2
+    assert "the run itself" in capsys.readouterr().err
 
 
 def test_nan_is_said(tables: dict[str, pa.Table]) -> None:

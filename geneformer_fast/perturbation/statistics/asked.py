@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from geneformer_fast.arguments import check_seed
 from geneformer_fast.errors import OutputError, UnsupportedError
 
 #: Modes, and what each asks.
@@ -21,6 +23,12 @@ FAULTS = {
     "components": "the component of the lower cosines is the one with impact",
     "pool": "a gene is compared with the values of the other genes, all of them",
     "ties": "the variance of rank sums is corrected for ties",
+}
+#: The modes whose tables have a fault.
+_FAULTS_OF = {
+    "components": ("mixture_model",),
+    "pool": ("goal_state_shift",),
+    "ties": ("goal_state_shift", "vs_null"),
 }
 CORRECTIONS = ("bh", "by")
 #: The file that a folder of statistics is known by.
@@ -47,6 +55,24 @@ def mended(mend: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(FAULTS) if "all" in asked else asked
 
 
+def check_mended(mode: str | None, mend: str | Sequence[str]) -> None:
+    """Refuse to mend a fault that the table does not have; ``"all"`` are those that it has.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such fault, or the table of ``mode`` does not have it. A mode of None has them all.
+    """
+    has_all = "all" in ((mend,) if isinstance(mend, str) else mend)
+    for name in () if mode is None or has_all else mended(mend):
+        if mode not in _FAULTS_OF[name]:
+            raise UnsupportedError(
+                f"mend (--mend) {name} is about {' and '.join(_FAULTS_OF[name])}; the table of {mode} does not have "
+                "this fault: leave it out"
+            )
+    mended(mend)
+
+
 def check_asked(
     *,
     mode: str | None,
@@ -58,12 +84,13 @@ def check_asked(
     confidence: float = 0.5,
     fdr: float = 0.5,
     correction: str = "bh",
+    seed: int = 0,
 ) -> None:
     """Refuse what cannot be.
 
     Parameters
     ----------
-    mode, mend, min_cells, draws, confidence, fdr, correction
+    mode, mend, min_cells, draws, confidence, fdr, correction, seed
         As they were given.
     has_null
         Whether there is a run to compare with.
@@ -79,7 +106,8 @@ def check_asked(
         raise UnsupportedError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "vs_null" and not has_null:
         raise UnsupportedError("vs_null compares with another run: give its folder as null (--null)")
-    mended(mend)
+    check_seed(seed)
+    check_mended(mode, mend)
     if correction not in CORRECTIONS:
         raise UnsupportedError(f"correction (--correction) is {' or '.join(CORRECTIONS)}, not {correction!r}")
     for name, value, least in (("min_cells", min_cells, 1), ("draws", draws, 1)):
@@ -91,6 +119,26 @@ def check_asked(
     for name, (modes, what) in _ABOUT_MODES.items():
         if (given or {}).get(name) and mode not in modes:
             raise UnsupportedError(f"{name} ({_option(name)}) is {what}, in {' and '.join(modes)}; ask for one of them")
+
+
+def check_others(runs: Any, *, null: Any, compare: Any) -> None:
+    """Refuse to hold a run against itself, which says nothing of it.
+
+    Raises
+    ------
+    UnsupportedError
+        A folder is among the runs and among the others.
+    """
+    there = {path.resolve() for path in _paths(runs)}
+    for name, others in (("null", null), ("compare", compare)):
+        if twice := next((path for path in _paths(others) if path.resolve() in there), None):
+            raise UnsupportedError(f"{name} ({_option(name)}) names {twice}, the run itself; name another run")
+
+
+def _paths(runs: Any) -> list[Path]:
+    """Folders of runs that are named by their folders."""
+    some = runs if isinstance(runs, list | tuple) else (runs,)
+    return [Path(each) for each in some if isinstance(each, str | PathLike)]
 
 
 def check_pictures_asked(embeddings: Any, color: Any, *, has_pictures: bool, has_out: bool) -> None:

@@ -19,7 +19,15 @@ from geneformer_fast.perturbation.reading import Perturbations
 from geneformer_fast.perturbation.statistics import bootstrap
 from geneformer_fast.perturbation.statistics.aggregate import aggregate_data, aggregate_gene_shifts
 from geneformer_fast.perturbation.statistics.agreement import agreeing, sign_agreement
-from geneformer_fast.perturbation.statistics.asked import check_asked, check_pictures_asked, check_place, mended
+from geneformer_fast.perturbation.statistics.asked import (
+    FAULTS,
+    check_asked,
+    check_mended,
+    check_others,
+    check_pictures_asked,
+    check_place,
+    mended,
+)
 from geneformer_fast.perturbation.statistics.columns import Run, Values
 from geneformer_fast.perturbation.statistics.effects import MIN_CELLS, Settings, effects, groups_of
 from geneformer_fast.perturbation.statistics.epistasis import epistasis
@@ -141,9 +149,10 @@ def perturbation_stats(
     given = {"anchor": anchor, "genes": genes}
     check_asked(
         mode=mode, mend=mend, has_null=null is not None, given=given, min_cells=min_cells, draws=draws,
-        confidence=confidence, fdr=fdr, correction=correction,
+        confidence=confidence, fdr=fdr, correction=correction, seed=seed,
     )  # fmt: skip
     check_pictures_asked(embeddings, color, has_pictures=pictures, has_out=out is not None)
+    check_others(runs, null=null, compare=compare)
     if out is not None:
         check_place(Path(out), overwrite=overwrite)
         if pictures:
@@ -229,7 +238,9 @@ def _statistics(
     anchor = of_anchor if mode == "mixture_model" else None
     run = rows.read(obs=obs, anchor=anchor, dose=asked.dose)
     control = None if null_rows is None else null_rows.read(dose=asked.dose)
-    mode = mode or _mode_of(run, control)
+    if mode is None:
+        mode = _mode_of(run, control)
+        check_mended(mode, asked.mend if asked.mend != tuple(FAULTS) else "all")
     bar.update(1)
     _warn(run, rows, settings)
     names = Names(run, asked.vocabulary)
