@@ -119,7 +119,7 @@ class SomeValueCells:
     """
 
     def __init__(self, cells: ValueCells, numbers: np.ndarray) -> None:
-        self._cells, self._numbers = cells, numbers
+        self._cells, self._numbers, self.preparation = cells, numbers, cells.preparation
 
     def measured(self, cells: np.ndarray) -> np.ndarray | None:
         """As :meth:`ValueCells.measured`."""

@@ -149,8 +149,6 @@ def open_cells(
 
     Of a ``selection`` the rows of the output are the cells that it takes, or without ``is_compact`` all of the input.
     """
-    if config.inputs != "tokens":
-        raise UnsupportedError("this encoder reads values, not ranked tokens; embed() serves encoders over tokens")
     if is_token_folder(data):
         if vocabulary is not None:
             config.check_vocabulary(vocabulary.identity())

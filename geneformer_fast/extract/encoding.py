@@ -33,12 +33,16 @@ WINDOW_CELLS = 8192
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 131_072}
 # More Python threads than this would wait for the interpreter lock; further cores share a batch.
 MOST_WORKERS = 8
+# Values of a window of cells, at most: as many as 8,192 of the longest cells of Geneformer V2 have.
+WINDOW_VALUES = WINDOW_CELLS * 4096
 # Of the first cell, what is encoded before a budget of memory is divided.
 _FIRST_TOKENS = 256
 # Of a window's rows, in the result and in a writer: the block, what it is turned into, and twice that compressed.
 _COPIES = 6
 
 Result = TypeVar("Result")
+# First and last cell of the window, places in it, tokens, and which of these are measured (None: all).
+Batch = tuple[tuple[int, int], np.ndarray, Ragged, torch.Tensor | None]
 
 
 class EncodingRun:
@@ -94,10 +98,10 @@ class EncodingRun:
             batch = batch.to(self.encoder.device)
             for _ in range(2):
                 memory.memory.settle()
-                self._pooled(self.encoder(batch, layer=self.layer), batch)
+                self._pooled(self.encoder(batch, layer=self.layer), batch, None)
         longest = max(int(lengths.max()), self._asked_budget or 0)
         # Tokens of the window that is read and of the one in work; a writer has copies of the rows it is given.
-        cell = 3 * first.itemsize * int(lengths.max()) + _COPIES * 4 * self.width
+        cell = 3 * first[:1].nbytes * int(lengths.max()) + _COPIES * 4 * self.width
         is_host = self.encoder.device.type == "cpu"  # where results and windows are
         # A thread computes for one batch at a time, however many batches there are.
         of_batches = batch_memory(self.encoder, int(lengths.max()))
@@ -166,38 +170,61 @@ class EncodingRun:
             for special tokens; [n_tokens] int64, how many cells hold it. Of models over values genes are in the order
             of their list, and cells hold those whose value is above 0.
         """
-        config, n_behind = self.encoder.config, self.reading.n_behind
-        n_tokens = config.vocab_size if config.inputs == "tokens" else config.max_len - n_behind
+        n_tokens = self.n_tokens
         sums = torch.zeros(n_tokens, self.width, dtype=torch.float64)
         counts = torch.zeros(n_tokens, dtype=torch.int64)
         for _, _, (ids, hidden) in self._results(self._genes_of):
             sums.index_add_(0, ids, hidden)
             counts += torch.bincount(ids, minlength=n_tokens)
-        special = [i for i in self.cells.special_ids if i < n_tokens] if config.inputs == "tokens" else []
+        special = [] if self._is_dense else [i for i in self.cells.special_ids if i < n_tokens]
         counts[special] = 0
         means = sums.div_(counts[:, None])
         means[counts == 0] = float("nan")
         return means.float().numpy(), counts.numpy()
 
-    def _genes_of(self, hidden: Ragged, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def n_tokens(self) -> int:
+        """Rows of gene embeddings."""
+        config = self.encoder.config
+        return config.max_len - self._n_behind if self._is_dense else config.vocab_size
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether every cell has a place for every gene."""
+        if self.cells.values is not None:
+            return self.cells.values.preparation.is_dense
+        return self.encoder.config.inputs == "values"
+
+    @property
+    def _n_behind(self) -> int:
+        """Positions behind the genes of a cell."""
+        if self.cells.values is not None and self._is_dense:
+            return self.cells.values.preparation.n_extra
+        return self.reading.n_behind
+
+    def _genes_of(self, hidden: Ragged, tokens: Ragged, _: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Genes that a batch's cells express, and their hidden states in float64, on the host."""
-        if self.encoder.config.inputs == "tokens":
-            return tokens.values.cpu(), hidden.values.cpu().double()
-        # Every cell has a place for every gene.
-        is_there = Place(tokens, n_behind=self.reading.n_behind).is_gene() & (tokens.values > 0)
+        if not self._is_dense:
+            ids = tokens.values if tokens.values.ndim == 1 else tokens.values[:, 0].long()
+            return ids.cpu(), hidden.values.cpu().double()
+        is_there = Place(tokens, n_behind=self._n_behind).is_gene() & (tokens.values > 0)
         return tokens.positions()[is_there].cpu(), hidden.values[is_there].cpu().double()
 
     def _results(
-        self, finish: Callable[[Ragged, Ragged], Result]
+        self, finish: Callable[[Ragged, Ragged, torch.Tensor | None], Result]
     ) -> Iterator[tuple[tuple[int, int], np.ndarray, Result]]:
-        """(first and last cell of the window, places in it, what ``finish`` makes of hidden states and tokens)."""
+        """(first and last cell of the window, places in it, what ``finish`` makes of hidden states and tokens).
 
-        def work(batch: tuple[tuple[int, int], np.ndarray, Ragged]) -> tuple[tuple[int, int], np.ndarray, Result]:
-            window, part, tokens = batch
+        Of values it is also given which of the positions are measured.
+        """
+
+        def work(batch: Batch) -> tuple[tuple[int, int], np.ndarray, Result]:
+            window, part, tokens, measured = batch
             held = contextlib.nullcontext() if self.memory is None else self.memory.batch(tokens.n_tokens)
             with held, torch.inference_mode():
                 tokens = tokens.to(self.encoder.device)
-                return window, part, finish(self.encoder(tokens, layer=self.layer), tokens)
+                measured = None if measured is None else measured.to(self.encoder.device)
+                return window, part, finish(self.encoder(tokens, layer=self.layer), tokens, measured)
 
         def results_of(workers: int) -> Generator[tuple[tuple[int, int], np.ndarray, Result]]:
             if workers:
@@ -213,11 +240,19 @@ class EncodingRun:
                 yield window, part, result
                 bar.update(len(part))
 
-    def _batches(self) -> Iterator[tuple[tuple[int, int], np.ndarray, Ragged]]:
-        """(window, places in it, tokens) for batches of at most the token budget, longest cells of a window first."""
-        n_cells = len(self.cells.lengths)
-        for start in range(0, n_cells, self.window_cells):
-            window = start, min(start + self.window_cells, n_cells)
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        """Ranges of cells that are read and sorted together, of bounded memory however long cells are."""
+        start, ends = 0, np.cumsum(self.cells.lengths)
+        while start < len(ends):
+            done = int(ends[start - 1]) if start else 0
+            most = max(1, int(np.searchsorted(ends, done + WINDOW_VALUES, side="right")) - start)
+            stop = min(start + min(self.window_cells, most), len(ends))
+            yield start, stop
+            start = stop
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches of at most the token budget, longest cells of a window first."""
+        for window in self._windows():
             values, cu_seqlens = self.cells.read(np.arange(*window))
             lengths = np.diff(cu_seqlens)
             room = self.token_budget if self.memory is None else self.memory.room()
@@ -225,7 +260,13 @@ class EncodingRun:
                 pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
                 tokens = Ragged.from_lengths(as_read(np.concatenate(pieces)), torch.from_numpy(lengths[part]))
                 self._check(tokens)
-                yield window, part, tokens
+                yield window, part, tokens, self._measured(window[0] + part)
+
+    def _measured(self, cells: np.ndarray) -> torch.Tensor | None:
+        """Which positions of some cells are not of genes that their files lack, where that matters."""
+        of_values = self.cells.values
+        found = None if of_values is None or self.pool in ("cls", "gene") else of_values.measured(cells)
+        return None if found is None else torch.from_numpy(found)
 
     def _check(self, tokens: Ragged) -> None:
         """Refuse tokens that do not fit, while they are still on the host: a GPU would only die of them."""
@@ -239,9 +280,9 @@ class EncodingRun:
                 "with a gene; use pool 'mean' or tokenize again"
             )
 
-    def _pooled(self, hidden: Ragged, tokens: Ragged) -> np.ndarray:
+    def _pooled(self, hidden: Ragged, tokens: Ragged, measured: torch.Tensor | None) -> np.ndarray:
         """[B, C] float32 embeddings of the cells of one batch."""
-        place = Place(tokens, self.cells.special_ids, self.reading.n_behind)
+        place = Place(tokens, self.cells.special_ids, self._n_behind, measured)
         return pooled(hidden, self.pool, place, is_normalised=self.reading.normalise).cpu().numpy()
 
 

@@ -25,21 +25,35 @@ class Place:
         Ids of special tokens.
     n_behind
         Positions behind a cell's genes that stand for none (:attr:`~geneformer_fast.families.Reading.n_behind`).
+    measured
+        [T] booleans, positions that are not of genes which the file of the cell lacks; None: all.
     """
 
     tokens: Ragged
     special_ids: Sequence[int] = ()
     n_behind: int = 0
+    measured: torch.Tensor | None = None
+
+    def is_read(self) -> torch.Tensor:
+        """[T] booleans: positions that the file of a cell says something of."""
+        if self.measured is not None:
+            return self.measured
+        return torch.ones(self.tokens.n_tokens, dtype=torch.bool, device=self.tokens.values.device)
 
     def is_gene(self) -> torch.Tensor:
         """[T] booleans: positions of genes."""
+        return self._is_among_genes() & self.is_read()
+
+    def _is_among_genes(self) -> torch.Tensor:
         tokens = self.tokens
         if self.n_behind:
             behind = tokens.lengths.long().repeat_interleave(tokens.lengths.long(), output_size=tokens.n_tokens)
             return tokens.positions() < behind - self.n_behind
-        if tokens.values.is_floating_point() or not self.special_ids:
+        is_paired = tokens.values.ndim == 2  # a gene and its value
+        if not self.special_ids or (tokens.values.is_floating_point() and not is_paired):
             return torch.ones(tokens.n_tokens, dtype=torch.bool, device=tokens.values.device)
-        return ~torch.isin(tokens.values, torch.tensor(self.special_ids, device=tokens.values.device))
+        ids = tokens.values[:, 0].long() if is_paired else tokens.values
+        return ~torch.isin(ids, torch.tensor(self.special_ids, device=ids.device))
 
 
 def _is_inside(tokens: Ragged) -> torch.Tensor:
@@ -52,7 +66,7 @@ def _is_inside(tokens: Ragged) -> torch.Tensor:
 #: Means: name to which positions count [T], booleans. A family names those that are its authors' (``Reading.pools``).
 MEANS: dict[str, Callable[[Place], torch.Tensor]] = {
     "mean": Place.is_gene,
-    "mean-all": lambda place: torch.ones_like(place.is_gene()),
+    "mean-all": Place.is_read,
     "bionemo1": lambda place: place.tokens.positions() > 0,
     "bionemo2": lambda place: _is_inside(place.tokens),
 }

@@ -296,7 +296,7 @@ def keep_within(
         import pandas  # noqa: F401
     width, copies = run.width, _FRAME_COPIES if is_frame else 1
     if is_genes:  # sums in float64, means in float32 twice
-        n_tokens = run.encoder.config.vocab_size or run.encoder.config.max_len
+        n_tokens = run.n_tokens
         run.keep_within(memory, result_bytes=n_tokens * width * (8 + (1 + copies) * 4), waiting_bytes=8 * width)
     else:
         run.keep_within(memory, result_bytes=0 if suffix else run.cells.n_rows * width * 4 * copies)

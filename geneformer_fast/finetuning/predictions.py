@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from geneformer_fast.data.values import values_of
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import OutputError
 from geneformer_fast.extract.cells import Cells
@@ -33,7 +34,7 @@ class ClassifyingRun(EncodingRun):
         assert isinstance(encoder.head, CellClassifier | GeneClassifier)
         self.width = encoder.head.classifier.out_features
 
-    def _pooled(self, hidden: Ragged, tokens: Ragged) -> np.ndarray:
+    def _pooled(self, hidden: Ragged, tokens: Ragged, measured: torch.Tensor | None) -> np.ndarray:
         return self.encoder.logits(hidden).float().cpu().numpy()
 
     def gene_occurrences(self, codes: np.ndarray) -> tuple[GeneMeans, np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ class ClassifyingRun(EncodingRun):
     def _of_genes(self, codes: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         asked = torch.from_numpy(codes).to(self.encoder.device)
 
-        def finish(hidden: Ragged, tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+        def finish(hidden: Ragged, tokens: Ragged, _: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             rows = (asked[tokens.values] != IGNORED).nonzero().squeeze(1)
             return tokens.values[rows], self.encoder.logits(hidden, rows)
 
@@ -79,7 +80,7 @@ def some_cells(tokens: TokenFolder, cells: np.ndarray, identity: Mapping[str, An
     lengths = tokens.lengths()[cells]
     return Cells(
         lengths, lambda numbers: tokens.read(cells[numbers]), np.arange(len(cells)), len(cells), identity, [],
-        tokens.column,
+        tokens.column, values=None if (of_values := values_of(tokens)) is None else of_values.of(cells),
     )  # fmt: skip
 
 

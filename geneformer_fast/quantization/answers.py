@@ -16,6 +16,7 @@ from geneformer_fast.data.masking import Masking, mask_genes
 from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import TOKEN_BUDGET, EncodingRun
+from geneformer_fast.extract.pooling import choose_pool
 from geneformer_fast.finetuning.predictions import ClassifyingRun, some_cells
 from geneformer_fast.heads import CellClassifier, MLMHead
 from geneformer_fast.tokenization.arrow import TokenFolder
@@ -93,7 +94,7 @@ class Questions:
             The tokens belong to another vocabulary.
         """
         cells = some_cells(self.tokens, self.cells, identity_of(self.tokens, encoder.config))
-        pool = "mean" if cells.cls_id is None else "cls"
+        pool = choose_pool(None, encoder.config, cells.cls_id)
         embedding = EncodingRun(encoder, cells, pool, self.layer, self.token_budget, self.progress)
         logits = genes = targets = None
         if isinstance(encoder.head, CellClassifier):

@@ -13,7 +13,7 @@ from toys import vocabulary
 
 from geneformer_fast import Encoder, EncoderConfig, open_tokens, quantize, save, tokenize
 from geneformer_fast.data.batches import BatchPlan
-from geneformer_fast.errors import InputError, UnsupportedError
+from geneformer_fast.errors import InputError, UnsupportedError, VocabularyError
 from geneformer_fast.extract.encoding import EncodingRun, token_batches
 from geneformer_fast.profiling.figures import Missing
 from geneformer_fast.profiling.flops.work import encoder_flops, head_flops
@@ -237,7 +237,7 @@ def test_what_does_not_learn_is_refused(place):
         ({"layer": "9"}, UnsupportedError, "no layer '9'|no layer 9"),
         ({"model": "nothing"}, UnsupportedError, "neither"),
         ({"tokens": None, "lengths": "9999"}, UnsupportedError, "9,999 are more than the"),
-        ({"model": "aido-cell-3m"}, UnsupportedError, "reads values"),
+        ({"model": "aido-cell-3m"}, VocabularyError, "are ranks of toy, but the model reads cells of aido-cell"),
     ],
 )
 def test_what_cannot_be_followed_is_said(place, changes, kind, said):

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from geneformer_fast import families
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.extract.encoding import MOST_WORKERS, TOKEN_BUDGET, WINDOW_CELLS, EncodingRun, token_batches
+from geneformer_fast.extract.pooling import choose_pool
 from geneformer_fast.profiling.report import Report
 from geneformer_fast.profiling.request import EMBED, SECONDS, Request
 from geneformer_fast.profiling.scenarios.cells import ProfileCells, to_embed
 from geneformer_fast.profiling.scenarios.passes import measured, tried
-
-#: As ``geneformer_fast.embed``.
-LAYER = "penultimate"
 
 
 class Embedding:
@@ -39,10 +38,10 @@ class Embedding:
 
     def __init__(self, request: Request, encoder: Encoder, cells: ProfileCells) -> None:
         self.request, self.encoder, self.cells = request, encoder, cells
-        self.layer: str | int = request.layer or LAYER
+        self.layer: str | int = request.layer or families.family_reading(encoder.config).layer
         self.n_layers = encoder.config.layer_index(self.layer)
         self.token_budget = request.token_budget or TOKEN_BUDGET.get(encoder.device.type, TOKEN_BUDGET["cpu"])
-        self.pool = "mean" if cells.identity["special"].get("cls") is None else "cls"
+        self.pool = choose_pool(None, encoder.config, cells.identity["special"].get("cls"))
         self.n_cells = min(request.cells or cells.n_cells, cells.n_cells)
 
     def with_budget(self, token_budget: int) -> Embedding:
