@@ -1,0 +1,1 @@
+"""Linear attention over packed cells by positive random features."""
