@@ -174,6 +174,20 @@ def test_varlen_attention(card: str, head_dim: int, launches, kernels, on_card) 
         assert_in_table("varlen_attention", CARDS[card], launches, kernels)
 
 
+@pytest.mark.parametrize("card", HAS_PRODUCTS)
+@pytest.mark.parametrize("head_dim", [5, 32, 33, 64, 72, 128])
+def test_favor_attention(card: str, head_dim: int, launches, kernels, on_card) -> None:
+    cu_seqlens, projection = torch.tensor([0, 5, 5, 1200], dtype=torch.int32), torch.ones(37, head_dim)
+    for target, dtype, stabiliser in itertools.product(both_tiles(card), HALVES, ("cell", "batch")):
+        on_card(target)
+        arguments = dict(cu_seqlens=cu_seqlens, stabiliser=stabiliser, impl="triton")
+        qkv = leaf(1200, 3, 2, head_dim, dtype=dtype)
+        gk.favor_attention(*qkv.unbind(1), projection, **arguments).sum().backward()
+        apart = qkv.detach().permute(1, 3, 2, 0).contiguous().permute(0, 3, 2, 1)
+        gk.favor_attention(*apart, projection, **arguments)
+        assert_in_table("favor_attention", target, launches, kernels)
+
+
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
 FF_SIZES = [(128, 320), (256, 512), (256, 500), (512, 512), (784, 96), (769, 101)]
 

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         op: (f"tests/kernels/test_{op}*.py",)
         for op in (
             *("rank_genes", "varlen_attention", "residual_layernorm", "embed_tokens", "feed_forward"),
-            *("mlm_cross_entropy", "int8_feed_forward", "fp8_linear"),
+            *("favor_attention", "mlm_cross_entropy", "int8_feed_forward", "fp8_linear"),
         )
     },
     "int8_linear": ("tests/kernels/test_int8_linear*.py", "tests/kernels/test_quantize_rows*.py"),

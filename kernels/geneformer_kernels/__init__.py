@@ -16,6 +16,7 @@ _HOME = {
     "varlen_attention_qkv": "geneformer_kernels.ops.varlen_attention.op",
     "attention_cells": "geneformer_kernels.ops.varlen_attention.op",
     "attention_scores": "geneformer_kernels.ops.varlen_attention.op",
+    "favor_attention": "geneformer_kernels.ops.favor_attention.op",
     "residual_layernorm": "geneformer_kernels.ops.residual_layernorm.op",
     "residual_layernorm_int8": "geneformer_kernels.ops.residual_layernorm.int8",
     "linear": "geneformer_kernels.ops.linear.op",

@@ -35,6 +35,7 @@ OPERATIONS = (
     "embed_tokens",
     "linear",
     "varlen_attention",
+    "favor_attention",
     "residual_layernorm",
     "feed_forward",
     "int8_linear",

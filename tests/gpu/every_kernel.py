@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from geneformer_kernels import (
     embed_tokens,
+    favor_attention,
     feed_forward,
     feed_forward_layernorm,
     int8_feed_forward,
@@ -43,6 +44,19 @@ def run_varlen_attention(device: str) -> None:
         for dropout_p in (0.0, 0.1):
             (qkv,) = drawn(device, (int(bounds[-1]), 3, 2, head_dim), dtype=FP16)
             backward(varlen_attention_qkv(qkv, cu_seqlens=bounds, dropout_p=dropout_p, impl="triton"))
+
+
+def run_favor_attention(device: str) -> None:
+    is_card = device == "cuda"
+    bounds = torch.tensor([0, 65, 65, 66, 99] if is_card else [0, 5, 5, 6, 23], dtype=torch.int32, device=device)
+    for head_dim, dtype in ((20, FP16), (64, FP16), (128, FP16), (64, FP32)) if is_card else ((20, FP16),):
+        for stabiliser in ("cell", "batch"):
+            (qkv,) = drawn(device, (int(bounds[-1]), 3, 2, head_dim), dtype=dtype)
+            projection = torch.randn(37, head_dim, device=device)
+            arguments = dict(cu_seqlens=bounds, stabiliser=stabiliser, impl="triton")
+            backward(favor_attention(*qkv.unbind(1), projection, **arguments))
+            with torch.no_grad():
+                favor_attention(*qkv.unbind(1), projection, **arguments)
 
 
 def run_feed_forward(device: str) -> None:
@@ -127,6 +141,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "rank_genes": run_rank_genes,
     "embed_tokens": run_embed_tokens,
     "varlen_attention": run_varlen_attention,
+    "favor_attention": run_favor_attention,
     "residual_layernorm": run_residual_layernorm,
     "feed_forward": run_feed_forward,
     "int8_linear": run_int8_linear,

@@ -279,6 +279,32 @@ CASES = {
         | {name: ATTENTION[name] for name in ("cu_seqlens", "scale")},
         {"q": ("k",)},
     ),
+    "favor_attention": Case(
+        geneformer_kernels.favor_attention,
+        ALL,
+        dict(
+            q=floats(T, H, C),
+            k=floats(T, H, C),
+            v=floats(T, H, C),
+            projection=floats(F, C),
+            cu_seqlens=ints(0, 4, 4, 6),
+            stabiliser="cell",
+            eps=1e-4,
+            longest=None,
+        ),
+        {
+            name: (lambda x: as_floats()(x) | {"shorter": x[1:], "other dtype": x.half(), "no heads": x[:, :0]})
+            for name in "qkv"
+        }
+        | {
+            "projection": lambda x: as_floats()(x) | {"other widths": x[:, 1:], "none": x[:0]},
+            "cu_seqlens": as_bounds,
+            "stabiliser": BAD_WORDS | {"None": None},
+            "eps": BAD_EPS,
+            "longest": {"shorter than a cell": 3, "negative": -1, "a fraction": 4.5, "a boolean": True, "a word": "4"},
+        },
+        {"q": ("k",)},
+    ),
     "residual_layernorm": Case(
         geneformer_kernels.residual_layernorm,
         ALL,

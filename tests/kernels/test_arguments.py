@@ -49,7 +49,7 @@ def test_nonsense_is_refused(op: str, name: str) -> None:
         kind, message = next(iter(errors.values()))
         words = (name, *case.also.get(name, ()))
         assert any(re.search(rf"\b{word}\b", message) for word in words), (what, message)
-        is_word = name in ("activation", "mode", "norm", "reduction", "device")
+        is_word = name in ("activation", "mode", "norm", "reduction", "device", "stabiliser")
         if isinstance(value, list | np.ndarray | str | bool) and not is_word:
             assert kind is TypeError, what
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from geneformer_kernels import (
     embed_tokens,
+    favor_attention,
     feed_forward,
     feed_forward_layernorm,
     fp8_linear,
@@ -65,6 +66,12 @@ def of_attention(impl, qkv):
     return (varlen_attention_qkv(qkv, cu_seqlens=cu_seqlens, dropout_p=dropout_p, impl=impl),)
 
 
+def of_favor(impl, qkv, projection):
+    cu_seqlens = torch.tensor([0, 3, TOKENS], dtype=torch.int32)
+    out = favor_attention(*qkv.unbind(1), projection, cu_seqlens=cu_seqlens, impl=impl)
+    return (out + 0 * projection.sum(),)
+
+
 def of_loss(impl, hidden, weight, bias):
     return (mlm_cross_entropy(hidden, weight, bias, torch.tensor([1, 0, -100, 2, 5]), impl=impl),)
 
@@ -106,6 +113,7 @@ CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
     "feed_forward": (of_feed_forward, [floats(TOKENS, 24), wide(80, 24), wide(80), wide(24, 40), wide(24)]),
     "embed_tokens": (of_embedding, [wide(4, WIDTH), wide(3, WIDTH), wide(WIDTH), wide(WIDTH), wide(WIDTH)]),
     "varlen_attention": (of_attention, [floats(TOKENS, 3, 2, 16)]),
+    "favor_attention": (of_favor, [floats(TOKENS, 3, 2, 16), wide(9, 16)]),
     "mlm_cross_entropy": (of_loss, [floats(TOKENS, WIDTH), wide(6, WIDTH), wide(6)]),
     "int8_linear": (of_int8, [floats(TOKENS, WIDTH), wide(7)]),
     "int8_feed_forward": (of_int8_layers, [floats(TOKENS, WIDTH), wide(7), wide(9)]),
