@@ -30,6 +30,7 @@ from geneformer_kernels.ops.varlen_attention.cells import AttentionCells
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from geneformer_fast import random_features
 from geneformer_fast.config import EncoderConfig
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.layers import Linear, QuantizedLinear, Rows, wants_rows
@@ -97,11 +98,15 @@ class Block(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        if config.attention != "softmax" or config.attention_width is not None or not config.qkv_bias:
-            raise UnsupportedError("this block computes attention by softmax, as wide as the stream and with biases")
-        self.config = config
-        self.qkv: Linear | QuantizedLinear = Linear(config.width, 3 * config.width)
-        self.out: Linear | QuantizedLinear = Linear(config.width, config.width)
+        if config.attention == "favor" and config.attention_dropout:
+            raise UnsupportedError("linear attention has no weights to drop: attention_dropout must be 0 with 'favor'")
+        self.config, inner = config, config.n_heads * config.head_dim
+        self.qkv: Linear | QuantizedLinear = Linear(config.width, 3 * inner, bias=config.qkv_bias)
+        self.out: Linear | QuantizedLinear = Linear(inner, config.width)
+        has_features = config.attention == "favor"
+        self.register_buffer("projection", torch.empty(config.n_features, config.head_dim) if has_features else None)
+        #: Of linear attention: ``"cell"``, or ``"batch"`` for what a published model computes of a batch of cells.
+        self.stabiliser = "cell"
         self.attention_norm = nn.LayerNorm(config.width, eps=config.eps)
         up_width = config.ff_width * (2 if config.activation == "swiglu" else 1)
         self.up: Linear | QuantizedLinear = Linear(config.width, up_width)
@@ -116,20 +121,25 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor | Rows | Projected, cells: AttentionCells) -> torch.Tensor:
         """Self-attention of [T, C] within each cell, [T, C], which :attr:`out` is to project."""
-        config = self.config
         qkv = self.projected(x)
-        dropout_p = config.attention_dropout if self.training else 0.0
-        context = varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p)
-        return context.reshape(len(qkv), config.width)
+        if self.projection is not None:
+            return random_features.attend(qkv, self.projection, cells, self.stabiliser).flatten(1)
+        dropout_p = self.config.attention_dropout if self.training else 0.0
+        return varlen_attention_qkv(qkv, cu_seqlens=cells, dropout_p=dropout_p).flatten(1)
 
     def attend_from(self, x: torch.Tensor | Rows | Projected, readers: FirstTokens) -> torch.Tensor:
         """:meth:`attend` of the first token of each cell alone, [B, C]: one query per cell, all keys and values."""
         config, starts = self.config, readers.starts
+        if self.projection is not None:  # all keys are what costs
+            cells = random_features.cells_of_lengths(readers.lengths, len(readers.cell))
+            return self.attend(x, cells)[starts]
         if type(self.qkv) is Linear and is_untouched(self.qkv) and not isinstance(x, Projected):
-            weight, bias, width = self.qkv.weight, self.qkv.bias, config.width
+            inner = config.n_heads * config.head_dim
+            bias = self.qkv.bias
+            of_q, of_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
             assert isinstance(x, torch.Tensor)
-            q = linear(x[starts], weight[:width], bias[:width])
-            k, v = linear(x, weight[width:], bias[width:]).view(-1, 2, config.n_heads, config.head_dim).unbind(1)
+            q = linear(x[starts], self.qkv.weight[:inner], of_q)
+            k, v = linear(x, self.qkv.weight[inner:], of_kv).view(-1, 2, config.n_heads, config.head_dim).unbind(1)
         else:
             q, k, v = self.projected(x).unbind(1)
             q = q[starts]
@@ -226,6 +236,8 @@ class Block(nn.Module):
     ) -> str | None:
         """``"int8"`` or ``"float32"`` where one compiled loop computes all that follows attention, without dropout."""
         first_norm, second_norm = self.norms(next_norm)
+        if context.shape[-1] != stream.shape[-1]:  # which the loops take as one
+            return None
         if self._is_near(context, stream, dtype, (first_norm, second_norm, reader)):
             return "int8"
         return "float32" if self._is_near_in_float32(context, stream, first_norm, second_norm) else None

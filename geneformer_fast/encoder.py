@@ -14,6 +14,7 @@ from geneformer_kernels.ranges import ranged, within
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from geneformer_fast import random_features
 from geneformer_fast.block import Block, FirstTokens, Projected, add_norm, products_dtype
 from geneformer_fast.config import EncoderConfig, matmul_dtype
 from geneformer_fast.embeddings import GenesAndValues, RankTokens, input_layer
@@ -81,6 +82,8 @@ class Encoder(nn.Module):
                 module.bias.zero_()
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            if isinstance(module, Block) and module.projection is not None:
+                random_features.draw_(module.projection)
         if isinstance(self.embeddings, RankTokens) and 0 <= self.config.pad_id < self.config.vocab_size:
             self.token_table[self.config.pad_id].zero_()
 
@@ -214,6 +217,8 @@ class Encoder(nn.Module):
         index = self.config.layer_index(layer)
         if index == 0:
             raise ValueError("the embeddings have no attention: name a layer")
+        if self.config.attention == "favor":
+            raise ValueError("linear attention never has the weights of pairs of tokens, so there are none to look at")
         stream, x = self._embed(tokens)
         cells = self._cells(tokens, stream, x)
         for before in range(index - 1):
@@ -328,6 +333,8 @@ class Encoder(nn.Module):
     def _cells(self, tokens: Ragged, stream: torch.Tensor, x: torch.Tensor | Rows | Projected) -> AttentionCells:
         """What attention needs to know of the cells: made once per forward pass, so that no change is missed."""
         config = self.config
+        if config.attention == "favor":
+            return AttentionCells(tokens.cu_seqlens, len(stream), tokens.max_len).to(stream.device)
         dropout_p = config.attention_dropout if self.training else 0.0
         return attention_cells(
             tokens.cu_seqlens, stream, head_dim=config.head_dim, longest=tokens.max_len, dropout_p=dropout_p,

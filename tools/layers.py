@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (f"{FAST}.encoder",),
     (f"{FAST}.decoders",),
     (f"{FAST}.block", f"{FAST}.heads"),
+    (f"{FAST}.random_features",),
     (f"{FAST}.embeddings",),
     (f"{FAST}.layers", f"{FAST}.ragged", f"{FAST}.config", f"{FAST}.pieces"),
     (
@@ -59,7 +60,17 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
         (
             *(
                 f"{FAST}.{name}"
-                for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads", "decoders")
+                for name in (
+                    "config",
+                    "ragged",
+                    "layers",
+                    "embeddings",
+                    "block",
+                    "encoder",
+                    "heads",
+                    "decoders",
+                    "random_features",
+                )
             ),
             *(f"{FAST}.checkpoints", f"{FAST}.quantization"),
         ),
@@ -67,7 +78,17 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     *(
         (f"{FAST}.{name}", (f"{FAST}.tokenization", f"{FAST}.counts"), "the encoder knows nothing of files of cells")
-        for name in ("config", "ragged", "layers", "embeddings", "block", "encoder", "heads", "decoders")
+        for name in (
+            "config",
+            "ragged",
+            "layers",
+            "embeddings",
+            "block",
+            "encoder",
+            "heads",
+            "decoders",
+            "random_features",
+        )
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from geneformer_kernels.dispatch import Impl
 from geneformer_kernels.on_device import choose_for
+from geneformer_kernels.ops.favor_attention.op import favor_workspace
 from geneformer_kernels.ops.feed_forward.op import feed_forward_workspace
 from geneformer_kernels.ops.linear.op import linear_workspace
 from geneformer_kernels.ops.residual_layernorm.op import residual_layernorm_workspace
@@ -75,14 +76,20 @@ def _of_block(encoder: Encoder, index: int, longest: int, device: torch.device) 
     x = torch.empty(1, config.width, dtype=encoder.dtype, device=device)
     stream = x.to(torch.promote_types(x.dtype, torch.float32))
     size, wide, is_post = x.element_size(), stream.element_size(), config.norm == "post"
-    loop = block.loop_after_attention(x, stream, x.dtype, next_norm, reader)
+    loop = block.loop_after_attention(
+        x.new_empty(1, config.n_heads * config.head_dim), stream, x.dtype, next_norm, reader
+    )
     kinds = _kinds_of_products(block, ("qkv", "out", "up", "down"))
     x_size = 1 if kinds == {_LOOPS} else 0 if is_post and size == wide and kinds == {_FLOATS} else size
-    context, both = size * config.width, (wide + x_size) * config.width
+    context, both = size * config.n_heads * config.head_dim, (wide + x_size) * config.width
     qkv = x.new_empty(1, 3, config.n_heads, config.head_dim)
+    if block.projection is None:
+        attention = attention_workspace(qkv, longest)
+    else:
+        attention = favor_workspace(qkv[:, 0], len(block.projection))
     steps = [
         together(Workspace(3 * context), _of_product(block.qkv, x)),
-        together(Workspace(4 * context), attention_workspace(qkv, longest)),
+        together(Workspace(4 * context), attention),
     ]
     if loop is not None:
         second, after = block.norms(next_norm)[1], context + both

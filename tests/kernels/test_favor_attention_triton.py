@@ -78,9 +78,7 @@ def test_projections_have_the_accuracy_of_float32(device: str) -> None:
     options = dict(cu_seqlens=bounds)
 
     def wide():
-        return [
-            x.half() for x in results(reference.favor_attention, qkv.float(), projection, d_out.float(), **options)
-        ]
+        return [x.half() for x in results(reference.favor_attention, qkv.float(), projection, d_out.float(), **options)]
 
     doubles = (x.double() for x in (qkv, projection, d_out))
     truth = results(reference.favor_attention, *doubles, **options)[0]
@@ -185,7 +183,7 @@ def test_shapes_that_the_compiler_is_told(device: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for keeps, head_dim in ((True, 32), (False, 32), (True, 7)):
-        qkv, projection, d_out, bounds = inputs(torch.float16, head_dim, [5, 3], device)
+        qkv, projection, _, bounds = inputs(torch.float16, head_dim, [5, 3], device)
         arguments = (*qkv.unbind(1), projection, bounds)
         options = (5, False, 1e-4, keeps)
         real = launches.favor_attention_fwd(*arguments, *options)

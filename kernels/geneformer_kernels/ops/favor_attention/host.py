@@ -48,7 +48,7 @@ class Features:
         return (slice(low, min(low + step, stop)) for low in range(start, stop, max(step, 1)))
 
     def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scaled rows [H, n, D] of x [n, H, D], their projections [H, n, m], and half their squared lengths [H, n, 1]."""
+        """Scaled rows [H, n, D] of x [n, H, D], projections [H, n, m], and half of the squared lengths [H, n, 1]."""
         rows = self.wide(x) * self.scale
         of_rows = (rows.flatten(0, 1) @ self.weight.T).view(*rows.shape[:2], -1)
         return rows, of_rows, rows.square().sum(-1, keepdim=True) / 2
@@ -123,7 +123,7 @@ class Features:
         self, k: torch.Tensor, v: torch.Tensor, d_context: torch.Tensor, largest: torch.Tensor, cell: Cell,
         dk: torch.Tensor, dv: torch.Tensor, flow: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Writes a cell's rows of ``dk``, without what flows through its largest projection, of ``dv``, and ``flow``."""
+        """Writes a cell's rows of ``dv``, of ``flow``, and of ``dk`` without what flows through the largest one."""
         _, start, stop = cell
         by_eps = self.eps * d_context.sum(1, keepdim=True)
         for chunk in self.chunks(start, stop):

@@ -19,8 +19,8 @@ def plan_for(q: torch.Tensor) -> FavorPlan:
 
 
 def rows_of(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The tensor itself if it is what the kernels are compiled for, else a copy: [T, H, head_dim], strides of tokens and
-    heads multiples of 16, elements adjacent. Zeros are added to narrower heads; they change no projection.
+    """The tensor itself if it is what the kernels are compiled for, else a copy: [T, H, head_dim], strides of
+    tokens and heads multiples of 16, elements adjacent. Zeros are added to narrower heads; they change no projection.
     """
     if missing := head_dim - x.shape[-1]:
         return torch.nn.functional.pad(x, (0, missing)).contiguous()

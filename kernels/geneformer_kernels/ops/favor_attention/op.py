@@ -1,4 +1,4 @@
-"""Linear attention over packed cells by positive random features: the operator through torch, and the public function."""
+"""Linear attention over packed cells by random features: the operator through torch, and the public function."""
 
 from __future__ import annotations
 
