@@ -96,6 +96,8 @@ class Block(nn.Module):
     about to run. Each of the four linear layers may be a :class:`QuantizedLinear`.
     """
 
+    projection: torch.Tensor | None
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if config.attention == "favor" and config.attention_dropout:

@@ -18,9 +18,12 @@ def draw_(projection: torch.Tensor, generator: torch.Generator | None = None) ->
     n_features, head_dim = projection.shape
     if projection.is_meta:
         return projection
-    wide = {"dtype": torch.float64, "device": "cpu", "generator": generator}
-    groups = [torch.linalg.qr(torch.randn(head_dim, head_dim, **wide))[0].T for _ in range(-(-n_features // head_dim))]
-    lengths = torch.randn(n_features, head_dim, **wide).norm(dim=1, keepdim=True)
+
+    def normal(n_rows: int) -> torch.Tensor:
+        return torch.randn(n_rows, head_dim, dtype=torch.float64, device="cpu", generator=generator)
+
+    groups = [torch.linalg.qr(normal(head_dim))[0].T for _ in range(-(-n_features // head_dim))]
+    lengths = normal(n_features).norm(dim=1, keepdim=True)
     return projection.copy_(lengths * torch.cat(groups)[:n_features])
 
 

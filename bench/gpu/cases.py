@@ -11,6 +11,7 @@ from bench.gpu.measure import Place, Variant
 from bench.gpu.providers.attention import FLEX_S, AttentionCase, length_sets, mixed_sets
 from bench.gpu.providers.encoder import COMPILE_S, EncoderCase
 from bench.gpu.providers.int8 import int8_block_problems
+from bench.gpu.providers.linear_attention import favor_problems
 from bench.gpu.providers.operations import PLAIN_COMPILE_S, OperationCase, embed_problems, norm_problems
 from bench.gpu.providers.products import feed_forward_problems, int8_problems, loss_problems
 from bench.gpu.providers.rank import RankCase
@@ -208,6 +209,7 @@ CASES: tuple[Case, ...] = (
         Goal("65536x1152", "faster_than:eager", 1.3, 1.7, _INT8),
     )),
     _operation("embed_tokens", embed_problems, 20),
+    _operation("favor_attention", favor_problems, 30),
     Case("rank_genes", "rank_genes", RankCase(), ("rank_genes",), 20, (
         Goal("3000_to_2048", "cells_per_s", 2e6, 5e6, "numpy 25,000 per core"),
     )),

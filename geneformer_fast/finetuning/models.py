@@ -82,8 +82,11 @@ def with_head(encoder: Encoder, kind: str, n_classes: int, *, seed: int = 0) -> 
     fresh = make_head(kind, encoder.config, n_classes)
     assert fresh is not None
     generator = torch.Generator().manual_seed(seed)
+    draw = getattr(fresh, "draw", None)  # of a head whose authors begin otherwise
+    if draw is not None:
+        draw(generator)
     with torch.no_grad():
-        for module in fresh.modules():
+        for module in () if draw is not None else fresh.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, encoder.config.init_std, generator=generator)
                 module.bias.zero_()

@@ -334,18 +334,11 @@ def test_first_tokens_and_gradients(file: Path) -> None:
     assert encoder.blocks[0].projection.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_keeps_random_features_and_tables(file: Path, dtype: str) -> None:
-    encoder = gf.load(file)
-    expected = encoder(cells()).values
-    with pytest.warns(UserWarning, match="emulated") if dtype == "float16" else _nothing():
-        half = gf.load(file, dtype=dtype)
+    expected = gf.load(file)(cells()).values
+    half = gf.load(file, dtype=dtype)
     assert half.blocks[0].projection.dtype == half.embeddings.position.weight.dtype == torch.float32
     assert half.dtype == getattr(torch, dtype)
-    assert (half(cells()).values - expected).abs().max() < 0.1
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
+    assert (half(cells()).values - expected).abs().max() < (0.3 if dtype == "bfloat16" else 0.05)

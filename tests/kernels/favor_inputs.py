@@ -27,7 +27,7 @@ def inputs(
     """
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator) * spread + 0.2
-    size = torch.repeat_interleave(1 + 0.3 * torch.arange(len(lengths)), torch.tensor(lengths))
+    size = torch.repeat_interleave(1 + 0.3 * torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
     qkv = qkv * size[:, None, None, None]
     projection = torch.randn(n_features, head_dim, generator=generator)
     d_out = torch.randn(sum(lengths), n_heads, head_dim, generator=generator) + 0.25

@@ -112,7 +112,7 @@ def test_cells_do_not_see_each_other(impl: str) -> None:
     alone = favor_attention(*qkv[6:76].unbind(1), projection, cu_seqlens=cumulative([70]), impl=impl)
     assert torch.equal(alone, expected[0][6:76])
     batch = favor_attention(*qkv.unbind(1), projection, cu_seqlens=bounds, stabiliser="batch", impl=impl)
-    assert not torch.equal(batch[6:76], alone)
+    assert not torch.equal(batch[:5], expected[0][:5])
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -147,22 +147,22 @@ def test_no_cells_and_cells_of_nothing(impl: str, lengths: list[int]) -> None:
         )
         torch.testing.assert_close(out, qkv[:, 2])
         torch.testing.assert_close(d_qkv[:, 2], d_out)
-        torch.testing.assert_close(d_qkv[:, :2], torch.zeros_like(d_qkv[:, :2]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(d_qkv[:, :2], torch.zeros_like(d_qkv[:, :2]), atol=1e-5, rtol=0)
 
 
 def test_memory_does_not_grow_with_the_length() -> None:
     """Beside what comes in and goes out, no tensor: neither features of all tokens, nor anything of all pairs."""
-    largest = {}
-    for length in (2_000, 8_000):
-        qkv, projection, d_out, bounds = inputs(torch.float32, 16, [length], n_features=64)
-        qkv.requires_grad_()
-        with LargestTensor() as memory:
-            favor_attention(*qkv.unbind(1), projection, cu_seqlens=bounds, impl="torch").backward(d_out)
-        largest[length] = memory.n_bytes
-        assert largest[length] <= max(qkv.numel() * 4, 2 * 1024**2 + 4096)
-        assert largest[length] < length * 2 * 64 * 4 or length < 8_000
-    features = 8_000 * 2 * 64 * 4
-    assert largest[8_000] < features
+    n_features, length = 64, 20_000
+    qkv, projection, d_out, bounds = inputs(torch.float32, 16, [length], n_features=n_features)
+    arguments, options = (*qkv.unbind(1), projection, bounds), (False, 1e-4)
+    with LargestTensor() as forward:  # which sees what an operator does only where it is called as a function
+        out, *kept = op.favor_attention_chunks.function(*arguments, *options, True)
+    with LargestTensor() as backward:
+        op.favor_attention_chunks_bwd.function(d_out, *arguments, out, *kept, *options)
+    rows, chunk = out.nbytes, 2 * 1024**2
+    features = length * 2 * n_features * 4
+    assert rows < max(forward.n_bytes, backward.n_bytes) <= 3 * chunk < features
+    assert sum(x.nbytes for x in kept) < rows
 
 
 def test_workspace_is_enough() -> None:

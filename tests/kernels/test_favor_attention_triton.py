@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
+import favor_inputs
 import pytest
 import torch
-from favor_inputs import LENGTHS, check, inputs, results
+from favor_inputs import check, results
 from fences import nan_behind
 from geneformer_kernels import favor_attention
 from geneformer_kernels.launch import Launch
@@ -15,12 +17,19 @@ from geneformer_kernels.ops.favor_attention.plan import FavorPlan, TilePlan, pla
 from geneformer_kernels.target import CARDS
 from tolerance import Witness, assert_as_good_as
 
+# Cells of nothing, of one token, of several tiles, and one that fills its tiles; the interpreter is slow.
+LENGTHS = [5, 0, 1, 37, 16]
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of a cell of NaN, in numpy
+
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+inputs = functools.partial(favor_inputs.inputs, n_features=21)  # two blocks, the second one short
 
 
 @pytest.fixture
 def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that short cells have several, and sums in three parts; on a card the plan stays as it is."""
+    """Tiles so small that short cells have several, and sums in two parts; on a card the plan stays as it is."""
 
     def plan_for(q: torch.Tensor) -> FavorPlan:
         whole = plan(str(q.dtype).removeprefix("torch."), q.shape[-1], CARDS["A100"])
@@ -29,7 +38,7 @@ def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if device == "cpu":
         monkeypatch.setattr(launches, "plan_for", plan_for)
-        monkeypatch.setattr(launches, "n_splits", lambda *_: 3)
+        monkeypatch.setattr(launches, "n_splits", lambda *_: 2)
 
 
 def check_dtype(device: str, dtype: torch.dtype) -> None:
@@ -43,9 +52,8 @@ def factor_for(device: str, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.usefixtures("small_tiles", "poisoned")
-@pytest.mark.parametrize("stabiliser", ["cell", "batch"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 7])
+@pytest.mark.parametrize(("head_dim", "stabiliser"), [(32, "cell"), (7, "batch")])
 def test_forward_and_gradients(device: str, dtype: torch.dtype, head_dim: int, stabiliser: str) -> None:
     check_dtype(device, dtype)
     check(inputs(dtype, head_dim, LENGTHS, device), "triton", stabiliser, factor=factor_for(device, dtype))
@@ -59,14 +67,14 @@ def test_float32_to_the_last_digits(device: str, stabiliser: str) -> None:
     check(tensors, "triton", stabiliser, eps=0.05, factor=factor_for(device, torch.float32))
 
 
-@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [1, 1, 1], [3, 0, 300, 1]])
+@pytest.mark.parametrize("lengths", [[64], [65], [128, 1], [0, 0, 3, 0], [3, 0, 130, 1]])
 def test_lengths_around_blocks(device: str, lengths: list[int]) -> None:
     """The plan is the interpreter's own, or the card's."""
     check(inputs(torch.float16, 32, lengths, device, n_heads=1, n_features=70), "triton")
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("n_features", [1, 15, 16, 17, 48])
+@pytest.mark.parametrize("n_features", [1, 16, 17])
 def test_numbers_of_features(device: str, n_features: int) -> None:
     check(inputs(torch.float32, 32, [20, 3], device, n_features=n_features), "triton", factor=4.0)
 
@@ -90,7 +98,7 @@ def test_projections_have_the_accuracy_of_float32(device: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_many_tokens_of_large_values(device: str) -> None:
     """Sums beyond the largest float16 number."""
-    qkv, projection, d_out, bounds = inputs(torch.float16, 32, [300], device, n_heads=1)
+    qkv, projection, d_out, bounds = inputs(torch.float16, 32, [80], device, n_heads=1)
     qkv[:, 2] += 1000
     assert qkv[:, 2].double().sum(0).min() > 65_504
     out, d_qkv = results(favor_attention, qkv, projection, d_out, cu_seqlens=bounds, impl="triton")
@@ -101,7 +109,7 @@ def test_many_tokens_of_large_values(device: str) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_large_projections_do_not_overflow(device: str) -> None:
-    qkv, projection, d_out, bounds = inputs(torch.float32, 32, [40, 3], device, spread=9.0)
+    qkv, projection, d_out, bounds = inputs(torch.float32, 32, [40, 3], device, spread=10.0)
     assert (qkv[:, 1] @ projection.T).abs().max() > 200
     out, d_qkv = check((qkv, projection, d_out, bounds), "triton", factor=factor_for(device, torch.float32))
     assert out.isfinite().all()
@@ -120,12 +128,12 @@ def test_cells_do_not_see_each_other(device: str) -> None:
     qkv, projection, d_out, bounds = inputs(torch.float16, 32, LENGTHS, device)
     expected = results(favor_attention, qkv, projection, d_out, cu_seqlens=bounds, impl="triton")
     others, d_others = qkv.clone(), d_out.clone()
-    others[:6], others[76:], d_others[:6], d_others[76:] = (float("nan"),) * 4  # all but the cell of 70 tokens
+    others[:6], others[43:], d_others[:6], d_others[43:] = (float("nan"),) * 4  # all but the cell of 37 tokens
     again = results(favor_attention, others, projection, d_others, cu_seqlens=bounds, impl="triton")
     for x, other in zip(expected, again, strict=True):
-        assert torch.equal(x[6:76], other[6:76])
+        assert torch.equal(x[6:43], other[6:43])
         assert other[:6].isnan().all()
-        assert other[76:].isnan().all()
+        assert other[43:].isnan().all()
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -164,7 +172,7 @@ def test_more_room_than_the_longest_cell_changes_nothing(device: str) -> None:
     qkv, projection, d_out, bounds = inputs(torch.float16, 32, LENGTHS, device)
     found = [
         results(favor_attention, qkv, projection, d_out, cu_seqlens=bounds, longest=longest, impl="triton")
-        for longest in (70, len(qkv), None)
+        for longest in (37, len(qkv), None)
     ]
     for other in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from geneformer_fast.encoder import Encoder
 
 
+def preparation() -> Any:
+    """The rule from counts to bins."""
+    from geneformer_fast.families.preparations.scbert import PREPARATION
+
+    return PREPARATION
+
+
 def entries(config: EncoderConfig, head: str | None = "mlm") -> list[Entry]:
     """The table of a PerformerLM's tensors; ``head`` is ``"mlm"`` (bins), ``"cells"`` (the classifier), or None."""
     from geneformer_fast.families.scbert import table
@@ -105,13 +112,33 @@ FAMILY = Family(
     "RNA-seq data, Nature Machine Intelligence 4 (2022)",
     licence="GPL-3.0",
     presets={"scbert": PUBLISHED},
+    preparation=preparation,
+    recipes={
+        # Of classes of cells: Adam without weight decay, 3 cells 60 times per step (gradients are not divided by 60,
+        # which Adam does not see), the best epoch kept. The rate falls once; the original's rises again and again.
+        "scbert-cells": {
+            "epochs": 100.0,
+            "patience": 10,
+            "batch_cells": 180,
+            "token_budget": 3 * PUBLISHED.max_len,
+            "learning_rate": 1e-4,
+            "schedule": "cosine",
+            "warmup_share": 0.05,
+            "floor": 0.01,
+            "weight_decay": 0.0,
+            "clip": 1e6,
+            "monitor": "accuracy",
+            "is_greater_better": True,
+            "is_best_restored": True,
+        }
+    },
     recognise=recognise,
     load=load,
     save=save,
     is_saved=is_saved,
     entries=entries,
     heads={"mlm": _bins, "cells": _classes},
-    reading=Reading(layer="last", pool="mean"),
+    reading=Reading(layer="last", pool="mean", n_behind=1),
     refused={
         "perturb": "scBERT reads a value at every gene's place, so no gene can be deleted or moved as in a rank; set a "
         "gene's counts to 0 and embed again",

@@ -55,7 +55,7 @@ class GeneConvolution(CellClassifier):
         self.second = nn.Linear(N_FIRST, N_SECOND)
         self.classifier = nn.Linear(N_SECOND, n_classes)
 
-    def forward(self, hidden: Ragged) -> torch.Tensor:
+    def forward(self, hidden: Ragged) -> torch.Tensor:  # type: ignore[override]  # it says so by ``reads``
         """Hidden states [T, C] of whole cells -> [B, n_classes] logits.
 
         Raises

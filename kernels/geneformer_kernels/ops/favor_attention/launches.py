@@ -132,6 +132,17 @@ def _in_range(
     return (context / size[..., None, None]).to(dtype), sums / size[..., None], size
 
 
+Results = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+
+
+def _alone(out: torch.Tensor, problem: _Problem) -> Results:
+    """The output, and nothing for a backward pass."""
+    a, b, c, d, e, f, g = (problem.empty(0) for _ in range(7))
+    return out, a, b, c, d, e, f, g
+
+
 @operator("favor_attention_fwd")
 def favor_attention_fwd(
     q: torch.Tensor,
@@ -154,7 +165,7 @@ def favor_attention_fwd(
     problem = _Problem(q, projection, cu_seqlens, longest, eps)
     true_dim, tile = q.shape[-1], problem.whole.fwd
     if not q.numel():
-        return q.new_zeros(q.shape), *(problem.empty(0) for _ in range(7))
+        return _alone(q.new_zeros(q.shape), problem)
     q, k, v = (rows_of(x, problem.whole.head_dim) for x in (q, k, v))
     out = problem.rows()
     largest_q, total = (problem.numbers(), problem.numbers()) if keeps else (None, None)
@@ -176,7 +187,7 @@ def favor_attention_fwd(
         )
     out = out if true_dim == out.shape[-1] else out[..., :true_dim].contiguous()
     if largest_q is None or total is None:
-        return out, *(problem.empty(0) for _ in range(7))
+        return _alone(out, problem)
     return out, context, sums, sizes, largest, top, largest_q, total
 
 

@@ -112,9 +112,9 @@ def n_splits(longest: int, n_groups: int, block_t: int, target: Target) -> int:
 
 
 def rows_per_chunk(n_heads: int, n_features: int, itemsize: int, target: Target) -> int:
-    """Tokens whose features torch holds at a time: near on a CPU, and few megabytes in all; enough work on a card.
+    """Tokens whose features torch holds at a time: on a CPU so few that they stay in its caches, on a card enough work.
 
-    On two cores of an EPYC chunks of 1 to 4 MB are equally fast (2026-11), 16 MB 1.3 times as slow.
+    The sizes are guesses that nobody has timed against others.
     """
     chunk_bytes = 2 * 1024**2 if target.kind == "cpu" else 64 * 1024**2
     return max(16, chunk_bytes // (n_heads * n_features * itemsize))
