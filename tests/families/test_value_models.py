@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from value_files import N_LISTED, SYMBOLS, make_value_cells
-from value_oracles import aido_row, aligned
+from value_oracles import aido_row, aligned, scbert_row
 
 import geneformer_fast as gf
 from geneformer_fast.cli import main
@@ -266,3 +266,35 @@ def test_classes_are_told_by_scgpt(lists, tmp_path):
     )
     table = gf.predict(tmp_path / "values", tmp_path / "run" / "final", device="cpu", progress=False)
     assert len(table) == 58
+
+
+def test_scbert_reads_a_level_at_every_place(lists, cells, tmp_path):
+    pytest.importorskip("geneformer_fast.families.scbert")
+    torch.manual_seed(4)
+    (preset,) = gf_presets("scbert")
+    config = gf.EncoderConfig.preset(preset, n_layers=2, max_len=N_LISTED + 1)
+    model = gf.Encoder(config).eval()
+    given = {"family": "scbert", "dictionary": lists["scbert"], "progress": False, "options": {"min_genes": 5}}
+    tokens = tokenize(cells, tmp_path / "values", **given)
+    rows, there = aligned(cells, SYMBOLS)
+    found = gf.embed(tmp_path / "values", model, progress=False)
+    genes = gf.embed(tmp_path / "values", model, pool="gene", progress=False)
+    sums, seen = np.zeros((N_LISTED, config.width)), np.zeros(N_LISTED)
+    for cell, row in enumerate(tokens.column("source_row").to_pylist()):
+        levels = scbert_row(rows[row])
+        with torch.inference_mode():
+            hidden = model(Ragged.from_cells([torch.from_numpy(levels)])).values.double().numpy()
+        np.testing.assert_allclose(found[cell], hidden[:-1][there].mean(0), rtol=2e-4, atol=2e-5)
+        expressed = np.flatnonzero(levels[:-1])
+        sums[expressed] += hidden[expressed]
+        seen[expressed] += 1
+    is_seen = seen > 0
+    np.testing.assert_allclose(genes[is_seen], sums[is_seen] / seen[is_seen, None], rtol=2e-4, atol=2e-5)
+    assert np.isnan(genes[~is_seen]).all()
+
+
+def gf_presets(family):
+    """Names of a family's presets."""
+    from geneformer_fast import families
+
+    return list(families.family(family).presets)[:1]
