@@ -60,7 +60,9 @@ def test_official_folders_show_by_their_cells_whose_they_are(tmp_path: Path) -> 
         embed(v1, published(2))
     with pytest.raises(VocabularyError, match=r"v2 does not say.*CLS first and EOS last.*model reads geneformer-v1"):
         embed(v2, published(1))
-    bionemo = gf.Encoder(dataclasses.replace(published(1).config, vocabulary="bionemo", pad_id=2)).eval()
+    bionemo = gf.Encoder(
+        dataclasses.replace(published(1).config, vocabulary="bionemo", pad_id=2, vocab_size=25_472)
+    ).eval()
     assert embed(saved_by_datasets(tmp_path / "nvidia", [[0, 9, 11], [0, 8]]), bionemo).shape == (2, 32)
     for wrong, found in ((v1, "no CLS first"), (v2, "CLS first and EOS last, as geneformer-v2 has them")):
         with pytest.raises(VocabularyError, match=rf"{found}, but the model reads bionemo"):
