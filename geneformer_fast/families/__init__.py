@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,8 +60,7 @@ _registered: dict[str, Family] = {}
 
 @functools.cache
 def _of_this_package() -> tuple[Family, ...]:
-    there = [name for name in FAMILIES if importlib.util.find_spec(f"{__name__}.{name.replace('-', '_')}")]
-    return tuple(importlib.import_module(f"{__name__}.{name.replace('-', '_')}").FAMILY for name in there)
+    return tuple(importlib.import_module(f"{__name__}.{name.replace('-', '_')}").FAMILY for name in FAMILIES)
 
 
 @functools.cache

@@ -75,3 +75,5 @@ def test_every_family_has_its_file() -> None:
     for each in families.all_families():
         module = each.name.replace("-", "_")
         assert (folder / f"{module}.py").exists() or (folder / module / "__init__.py").exists()
+        assert (ROOT / "docs" / "families" / f"{module}.md").exists()
+        assert f"| {each.title} |" in (ROOT / "docs" / "families" / "index.md").read_text(encoding="utf-8")
