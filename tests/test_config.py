@@ -27,6 +27,7 @@ N_PARAMETERS = {
     "aido-cell-100m": 99_569_724 + 412_161,
     "aido-cell-650m": 651_913_788 + 1_643_521,
     "scgpt-whole-human": 51_856_898 - 527_873,  # without the annotation head
+    "scbert": 8_388_607,
 }
 HEADS = {"scgpt-whole-human": "expression-mvc"}
 
