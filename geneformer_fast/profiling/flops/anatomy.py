@@ -285,7 +285,7 @@ def _head_of(encoder: Encoder) -> tuple[str | None, HeadParts | None] | Missing:
         name, modules = "cells", head.linears()
     elif isinstance(head, ExpressionDecoder):
         name, modules = "expression", head.linears()
-    elif isinstance(head, CellClassifier):
+    elif isinstance(head, CellClassifier) and hasattr(head, "pooler"):
         name, modules = "cells", (head.pooler.dense, head.classifier)
     elif isinstance(head, GeneClassifier):
         name, modules = "genes", (head.classifier,)
