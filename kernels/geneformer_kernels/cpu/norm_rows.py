@@ -44,7 +44,8 @@ def _bits(x: torch.Tensor) -> np.ndarray:
 
 
 # A row stays in the first-level cache between its acts. Each act may relax floating point as far as it is safe there:
-# sums may be reordered, the rounding to bfloat16 may not.
+# sums may be reordered, the rounding to bfloat16 may not. All stand inside the loop over rows: a sum that is compiled
+# by itself as well is added in another order there, and which of the two runs depends on what earlier processes kept.
 @numba.njit(**LOOP)
 def _norm_rows(x, residual, weight, bias, eps, is_post, scratch, stream, out):
     for i in range(x.shape[0]):
@@ -60,7 +61,7 @@ def _norm_rows(x, residual, weight, bias, eps, is_post, scratch, stream, out):
             _round(scratch, out[i])
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True, **LOOP)
 def _add(x, residual, total):
     found = np.float32(0)
     for j in range(len(x)):
@@ -69,7 +70,7 @@ def _add(x, residual, total):
     return found
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True, **LOOP)
 def _squares(total, mean):
     found = np.float32(0)
     for j in range(len(total)):
@@ -78,7 +79,7 @@ def _squares(total, mean):
     return found
 
 
-@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"contract", "nsz"}, forceinline=True, **LOOP)
 def _scale(total, mean, rstd, weight, bias, normed):
     for j in range(len(total)):
         normed[j] = (total[j] - mean) * rstd * weight[j] + bias[j]
