@@ -205,7 +205,7 @@ def _largest(row):
     return as_float(np.uint32(largest ^ ((largest >> np.int32(31)) & np.int32(0x7FFFFFFF))))
 
 
-@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"contract", "nsz"}, forceinline=True, **LOOP)
 def _exponentials(row, largest, factor):
     """``factor * exp(row - largest)`` in place; returns the sum."""
     total = np.float32(0)

@@ -159,7 +159,7 @@ def largest_of(row):
     return largest ^ ((largest >> np.int16(15)) & np.int16(0x7FFF))
 
 
-@numba.njit(fastmath={"contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"contract", "nsz"}, forceinline=True, **LOOP)
 def exp2_of(row, shift, weights):
     """Fills weights with ``2**(row * log2(e) - shift)``, at most 2**127; returns their sum."""
     total = np.float32(0)

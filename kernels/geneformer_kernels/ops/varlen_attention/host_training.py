@@ -240,7 +240,7 @@ def _differentiate_dropped(row, d_row, lse, delta, row_keys, column, threshold, 
         d_row[j] = to_bfloat16(weight * (from_bfloat16(d_row[j]) * kept - delta[j]))
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **LOOP)
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True, **LOOP)
 def _dots(a, b):
     """[H, L, D] bfloat16 twice -> [H, L] float32, the products' sums over D."""
     sums = np.zeros(a.shape[:2], np.float32)

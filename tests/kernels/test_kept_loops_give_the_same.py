@@ -13,6 +13,10 @@ import hashlib, torch
 from geneformer_kernels.cpu.norm_rows import add_layer_norm
 torch.manual_seed(0)
 x, residual, weight, bias = torch.randn(400, 64).bfloat16(), torch.randn(400, 64), torch.rand(64), torch.rand(64)
+from geneformer_kernels.ops.varlen_attention import host
+q, k, v = torch.randn(3, 150, 2, 64).bfloat16().unbind(0)
+attended = host.varlen_attention_blocked(q, k, v, [0, 83, 150], 0.125, 32)
+print("attention", hashlib.sha256(attended.view(torch.uint16).numpy().tobytes()).hexdigest())
 for norm in ("pre", "post"):
     stream, out = add_layer_norm(x, residual, weight, bias, 1e-12, norm)
     print(norm, hashlib.sha256(stream.numpy().tobytes() + out.view(torch.uint16).numpy().tobytes()).hexdigest())
