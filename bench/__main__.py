@@ -57,6 +57,7 @@ SUITES = {
             for geometry in ("v1-10m", "v2-104m")
             for name in (f"perturb_{geometry}_2-threads{end}" for end in ("", "_avx2"))
         },
+        "favor_attention": "bench/cpu/test_bench_favor.py::test_bench_favor",
         "aido_embed": "bench/cpu/test_bench_aido.py::test_bench_aido",
         **{f"scgpt_embed_{n}-threads": f"bench/cpu/test_bench_scgpt.py::test_bench_scgpt[{n}]" for n in (2, 1)},
         "embed_v1-10m_1-threads": f"{_EMBED}[embed_v1-10m_1-threads]",

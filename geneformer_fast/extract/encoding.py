@@ -98,7 +98,9 @@ class EncodingRun:
             batch = batch.to(self.encoder.device)
             for _ in range(2):
                 memory.memory.settle()
-                self._pooled(self.encoder(batch, layer=self.layer), batch, None)
+                hidden = self.encoder(batch, layer=self.layer)
+                if self.pool != "gene":  # whose means are over cells, and made elsewhere
+                    self._pooled(hidden, batch, None)
         longest = max(int(lengths.max()), self._asked_budget or 0)
         # Tokens of the window that is read and of the one in work; a writer has copies of the rows it is given.
         cell = 3 * first[:1].nbytes * int(lengths.max()) + _COPIES * 4 * self.width

@@ -88,7 +88,7 @@ def assert_same_state(a: Encoder, b: Encoder) -> None:
 )
 def test_the_same_from_a_folder_and_from_memory(tmp_path: Path, name: str, head: str | None, scheme: str) -> None:
     folder = save(model_of(CONFIGS[name], head), tmp_path / "model")
-    quantize_folder(folder, tmp_path / "streamed", scheme=scheme)
+    quantize(folder, tmp_path / "streamed", scheme=scheme)
     in_memory = quantize(load(folder), scheme=scheme)
     save(in_memory, tmp_path / "saved")
     assert_same_files(tmp_path / "streamed", tmp_path / "saved")

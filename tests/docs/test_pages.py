@@ -122,8 +122,9 @@ def test_every_command_of_the_program_is_shown() -> None:
 def test_what_is_not_run_says_why() -> None:
     for block in EVERY_BLOCK:
         assert not block.remark or len(block.reason) > 10, block.place
-    # Few enough to look at: installations, and what needs several cards.
-    assert sum(block.remark == "not run" for block in EVERY_BLOCK) <= 5
+    # Few enough to look at: installations, and what needs several cards or weights that cannot be had here.
+    left_out = [block for block in EVERY_BLOCK if block.remark == "not run"]
+    assert sum("published weights" not in block.reason for block in left_out) <= 5
 
 
 def test_the_two_commands_are_there_as_ci_expects_them() -> None:

@@ -187,5 +187,7 @@ def test_an_encoder_over_values() -> None:
 
     torch.manual_seed(0)
     model = Encoder(EncoderConfig.preset("aido-cell-3m", n_layers=1, max_len=64))
-    with pytest.raises(UnsupportedError, match="values, not ranked tokens"):
+    with pytest.raises(
+        VocabularyError, match=r"ranks of toy, but the model reads cells of aido-cell.*--family aido-cell"
+    ):
         embed(toys.cells(), model, dictionary=toys.vocabulary())
