@@ -165,12 +165,13 @@ def open_cells(
     if isinstance(data, str | os.PathLike):
         expand_inputs(os.fspath(data))  # what is not there is said before what is missing to read it
     family = families.family_of(config)
-    is_of_values = family is not None and family.preparation is not None
     if vocabulary is None:
-        what = "the gene list of" if is_of_values else "the folder with the token and median dictionaries of"
+        what = "the folder with the token and median dictionaries of"
+        whose = config.vocabulary or "the model"
+        if family is not None and family.preparation is not None:
+            what, whose = "the gene list of", family.name
         raise VocabularyError(
-            "counts need a gene dictionary to become tokens: pass dictionary= (--dictionary), "
-            f"{what} {config.vocabulary or 'the model'}"
+            f"counts need a gene dictionary to become tokens: pass dictionary= (--dictionary), {what} {whose}"
         )
     if isinstance(vocabulary, ValueGenes):
         check_model(vocabulary.identity(), config)

@@ -96,7 +96,10 @@ def choose_pool(pool: str | None, config: EncoderConfig, cls_id: int | None, voc
         raise UnsupportedError(f"pool must be one of {', '.join(pools_of(config))}, not {pool!r}")
     if pool == "cls" and cls_id is None and reading.pool != "cls":
         whose = vocabulary or "this model"
-        raise UnsupportedError(f"{whose} has no CLS token: its first token is the top-ranked gene. Use pool 'mean'")
+        found = families.family_of(config)
+        is_ranked = found is None or found.preparation is None
+        first = ": its first token is the top-ranked gene" if is_ranked else ""
+        raise UnsupportedError(f"{whose} has no CLS token{first}. Use pool 'mean'")
     return pool
 
 

@@ -314,8 +314,11 @@ def find_vocabulary(
     if family is not None and family.preparation is not None:
         if dictionary is not None:
             return make_value_genes(dictionary, family.name, None)
-        is_beside = not isinstance(model, Encoder) and has_genes(Path(model), family.name)
-        return ValueGenes.from_folder(Path(model), family.name) if is_beside else None  # type: ignore[arg-type]
+        if isinstance(model, Encoder):
+            return None
+        beside = Path(model)
+        beside = beside.parent if beside.is_file() else beside  # scBERT's models are files
+        return ValueGenes.from_folder(beside, family.name) if has_genes(beside, family.name) else None
     if dictionary is not None:
         try:
             # A folder may hold the dictionaries of several versions: the model says which one it needs.

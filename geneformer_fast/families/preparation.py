@@ -163,6 +163,8 @@ class Preparation:
         Takes the options; whether a total is over the genes of the list (else over all of the file).
     least_genes
         Takes the options; cells with fewer genes of the list are left out.
+    uses_totals
+        Takes the options; whether anything depends on a cell's total.
     """
 
     inputs: str
@@ -178,6 +180,7 @@ class Preparation:
     is_drawn: Callable[[Mapping[str, Any]], bool] = lambda options: False
     totals_over_list: Callable[[Mapping[str, Any]], bool] = lambda options: True
     least_genes: Callable[[Mapping[str, Any]], int] = lambda options: 1
+    uses_totals: Callable[[Mapping[str, Any]], bool] = lambda options: True
 
     def chosen(self, family: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """All options: those given, checked, and the defaults of the others.

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from geneformer_fast import families
 from geneformer_fast.checkpoints import load, save
 from geneformer_fast.checkpoints.hf import Source, is_bert
 from geneformer_fast.checkpoints.weights import CONFIG
-from geneformer_fast.config import usable_device
+from geneformer_fast.config import EncoderConfig, usable_device
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import CheckpointError, UnsupportedError
 from geneformer_fast.families.gene_list import SAVED_FILE as GENES_FILE
@@ -229,6 +229,17 @@ def read_card(folder: Path, encoder: Encoder) -> dict[str, Any]:
         card = {"kind": kind, "tasks": [{"name": "label", "classes": classes}]}
     _check_tasks(card["tasks"], kind, n_classes, path)
     return card
+
+
+def config_of_card(config: EncoderConfig, card: Mapping[str, Any]) -> EncoderConfig:
+    """A model's configuration with the gene list that it was fine-tuned on, where its own does not say which.
+
+    A list in another order has as many genes, and the format of a family may have no place for a fingerprint.
+    """
+    family = families.family_of(config)
+    if family is None or family.preparation is None or config.vocabulary_fingerprint is not None:
+        return config
+    return replace(config, vocabulary_fingerprint=card.get("vocabulary_fingerprint"))
 
 
 def _check_tasks(tasks: Sequence[Mapping[str, Any]], kind: str, n_classes: int, path: Path) -> None:

@@ -29,7 +29,7 @@ from geneformer_fast.extract.outputs import Output, alone, write_table
 from geneformer_fast.extract.run import find_vocabulary
 from geneformer_fast.finetuning import names as naming
 from geneformer_fast.finetuning.losses import IGNORED
-from geneformer_fast.finetuning.models import read_card
+from geneformer_fast.finetuning.models import config_of_card, read_card
 from geneformer_fast.finetuning.predictions import ClassifyingRun, probabilities_of, task_columns
 from geneformer_fast.tokenization.values import ValueGenes
 from geneformer_fast.tokenization.vocabulary import Vocabulary
@@ -150,11 +150,12 @@ def predict(
             naming.check_anndata(data, names)
         asked = asked_columns(obs)
         reading = {**counts, "counts_layer": counts_layer, "obs": asked}
-        vocabulary = find_vocabulary(dictionary, model, encoder.config)
+        config = config_of_card(encoder.config, card)
+        vocabulary = find_vocabulary(dictionary, model, config)
         if target is not None:
             stack.enter_context(alone(target.path, *target.beside, overwrite=overwrite))
         is_compact = not (request.is_in_place or suffix == ".h5ad")
-        opened = open_cells(data, vocabulary, encoder.config, reading, progress, selection, is_compact=is_compact)
+        opened = open_cells(data, vocabulary, config, reading, progress, selection, is_compact=is_compact)
         cells = stack.enter_context(opened)
         if cells.n_not_taken and not is_genes:
             columns = ", ".join(f"{name}_predicted" for name in names)

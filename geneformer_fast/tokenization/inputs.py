@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from geneformer_fast.counts import CountBlock, CountSource, open_source
 from geneformer_fast.counts.arrays import number_array
-from geneformer_fast.errors import InputError
+from geneformer_fast.errors import InputError, UnsupportedError
 from geneformer_fast.families.preparation import name_keys, pack_genes
 from geneformer_fast.tokenization.carried import arrow_type, carried_values, no_column
 from geneformer_fast.tokenization.doubts import CellNames, about_genes, warn
@@ -327,6 +327,11 @@ def _n_counts_column(source: CountSource, vocabulary: Vocabulary | ValueGenes, o
         return "n_counts" if is_usable else None
     if options.n_counts not in source.obs_columns:
         raise InputError(no_column(source, options.n_counts, "for the total counts"))
+    if isinstance(vocabulary, ValueGenes) and not vocabulary.preparation.uses_totals(vocabulary.options):
+        raise UnsupportedError(
+            f"n_counts (--n-counts) changes nothing: with the options chosen, values of {vocabulary.family} depend on "
+            "no total; leave it out"
+        )
     return options.n_counts
 
 

@@ -128,4 +128,5 @@ PREPARATION = Preparation(
     max_len=MAX_LEN,
     options=OPTIONS,
     is_drawn=_is_drawn,
+    uses_totals=lambda options: options["normalise"] != "none",
 )
