@@ -251,12 +251,14 @@ def _variance(logs: Any) -> np.ndarray:
 
 
 def _pca(counts: Any, seen: np.ndarray) -> np.ndarray:
-    """[cells, 50] principal components of the 3,000 most variable genes; everything fitted to the cells seen."""
+    """[cells, 50] principal components (fewer of fewer genes or cells) of the 3,000 most variable genes; everything
+    fitted to the cells seen."""
     from sklearn.decomposition import PCA
 
     genes = np.sort(np.argsort(-_variance(counts[seen]))[:3000])
     dense = counts[:, genes].toarray()
-    return PCA(N_COMPONENTS, random_state=SEED).fit(dense[seen]).transform(dense)
+    n_components = min(N_COMPONENTS, len(genes), len(seen))
+    return PCA(n_components, random_state=SEED).fit(dense[seen]).transform(dense)
 
 
 def run(study: Study, sets: list[str], variants: list[str]) -> dict[str, Any]:
