@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import aido_report, finetune_report, float32_report, front, perturb_report, quantize_report, scgpt_report
 from bench.gpu import report as gpu_report
+from bench.imbalance import report as imbalance_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -73,6 +74,7 @@ def _machine(results: Sequence[Result]) -> str:
     blocks += [_training(result) for result in of_case("train_")]
     blocks += [_quantized(result) for result in of_case("quantized_")]
     blocks += [_block(*scgpt_report.table(r, _threads(r["threads"]))) for r in of_case("scgpt_embed_")]
+    blocks += [_block(*imbalance_report.table(result)) for result in of_case("imbalance")]
     blocks += [_perturbed(result) for result in of_case("perturb_") if "geometry" in result]
     tables = (
         *(("tokenize_", _tokenizing), ("rank_genes_", _ranking), ("memory_", _memory), ("peak_", _peaks)),

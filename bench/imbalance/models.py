@@ -54,7 +54,7 @@ class Model:
             gf.tokenize(
                 files, folder, dictionary=self._dictionary(), family=family, options=_OPTIONS.get(self.name), obs=obs,
                 max_len=asked.max_len if self.given is None and self.name == "scgpt" else None,
-                overwrite=folder.exists(), workers=1, progress=False,
+                allow_few_genes=self.given is None, overwrite=folder.exists(), workers=1, progress=False,
             ).close()  # fmt: skip
         return folder
 
