@@ -22,8 +22,8 @@ from bench.imbalance.study import MODELS, WAYS, Asked, Row, Study
 from geneformer_fast.data.random import CellRandom
 from geneformer_fast.ragged import Ragged
 
-# Fewer than half of the genes are listed, as of real files.
-N_GENES, N_CELLS = 40, 90
+# Most genes of a file are not among those that vary most, as in real files; here they are not expressed.
+N_GENES, N_SILENT, N_CELLS = 40, 400, 90
 SMALL = {
     "genes-per-file": 9, "max-len": 24, "n-layers": 2, "width": 32, "pretraining-steps": 3, "steps": 2,
     "batch-cells": 8, "folds": 2,
@@ -35,8 +35,8 @@ def made_up(path: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     kinds = np.arange(N_CELLS) % 3
     rates = np.where(np.arange(N_GENES)[None] % 3 == kinds[:, None], 3.0, 0.5)
-    ids = [f"ENSG{gene:011d}" for gene in range(1, N_GENES + 1)]
-    adata = anndata.AnnData(sp.csr_matrix(rng.poisson(rates).astype(np.float32)))
+    ids = [f"ENSG{gene:011d}" for gene in range(1, N_GENES + N_SILENT + 1)]
+    adata = anndata.AnnData(sp.csr_matrix(np.pad(rng.poisson(rates), ((0, 0), (0, N_SILENT))).astype(np.float32)))
     adata.var = pd.DataFrame({"ensembl_id": ids}, index=ids)
     adata.obs = pd.DataFrame(
         {"kind": pd.Categorical.from_codes(kinds, ["a", "b", "c"])}, index=[f"{seed}-{cell}" for cell in range(N_CELLS)]
