@@ -188,6 +188,7 @@ def save_classifier(
     }
     if is_bert(encoder):
         encoder.source = Source(ARCHITECTURE[kind], settings, "bert.")
+    encoder.config = config_of_card(encoder.config, card)
     with whole_folder(folder) as made:
         save(encoder, made)
         write_json(made / CARD, card)

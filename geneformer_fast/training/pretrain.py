@@ -22,6 +22,7 @@ from geneformer_fast.checkpoints.weights import CONFIG
 from geneformer_fast.config import PRESETS, EncoderConfig
 from geneformer_fast.data.identity import identity_of
 from geneformer_fast.data.kinds import TokenKinds
+from geneformer_fast.data.values import preparation_in
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import UnsupportedError, VocabularyError
 from geneformer_fast.files.checksums import fingerprint_of_tensors
@@ -201,6 +202,9 @@ def _model(
     adapt_vocabulary: bool,
     seed: int,
 ) -> Encoder:
+    said = preparation_in(tokens)
+    if said is not None and (reason := families.family(said["family"]).refused.get("pretrain")) is not None:
+        raise UnsupportedError(f"{tokens.path} holds values: {reason}")
     if init is not None:
         if adapt_vocabulary:
             raise UnsupportedError("a checkpoint's vocabulary cannot be changed; leave either init or the change out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from scbert_files import as_stored, state_of
 from value_files import N_LISTED, SYMBOLS, make_value_cells
 
 import geneformer_fast as gf
+from geneformer_fast import families
 from geneformer_fast.errors import CheckpointError, InputError, UnsupportedError, VocabularyError
 from geneformer_fast.tokenization.run import tokenize
 
@@ -81,3 +83,33 @@ def test_a_classifier_refuses_cells_of_another_order_of_genes(lists, scbert, tmp
     assert len(gf.predict(folders["right"], final, device="cpu", progress=False)) == 22
     with pytest.raises(VocabularyError, match="the dictionaries differ"):
         gf.predict(folders["wrong"], final, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("family", ["aido-cell", "scgpt", "scbert"])
+def test_values_are_no_ranks_to_pretrain_on(lists, tmp_path, family):
+    options = {"min_genes": 1} if family == "scbert" else {}
+    tokenize(
+        make_value_cells(8), tmp_path / "values", family=family, dictionary=lists[family], progress=False,
+        options=options,
+    ).close()  # fmt: skip
+    reason = families.family(family).refused["pretrain"]
+    with pytest.raises(UnsupportedError, match=re.escape(reason)):
+        gf.pretrain(tmp_path / "values", tmp_path / "run")
+
+
+def test_a_classifier_says_the_gene_list_that_it_learned_from(lists, tmp_path):
+    """Where the format has a place for it: embedding with it refuses another order too."""
+    (tmp_path / "reversed.txt").write_text("gene_name\n" + "\n".join(SYMBOLS[::-1]))
+    for name, genes in {"right": lists["aido-cell"], "wrong": tmp_path / "reversed.txt"}.items():
+        tokenize(
+            make_value_cells(24), tmp_path / name, family="aido-cell", dictionary=genes, obs=["label"], progress=False
+        ).close()
+    sizes = {"n_layers": 1, "width": 8, "n_heads": 1, "ff_width": 8, "max_len": N_LISTED + 2}
+    model = gf.Encoder(gf.EncoderConfig.preset("aido-cell-3m", **sizes))
+    recipe = gf.Recipe(epochs=1, batch_cells=8)
+    gf.finetune_cells(tmp_path / "right", model, "label", tmp_path / "run", recipe=recipe, device="cpu", progress=False)
+    final = tmp_path / "run" / "final"
+    assert gf.embed(tmp_path / "right", final, device="cpu", progress=False).shape == (22, 8)
+    with pytest.raises(VocabularyError, match="the dictionaries differ"):
+        gf.embed(tmp_path / "wrong", final, device="cpu", progress=False)
+    assert model.config.vocabulary_fingerprint is None
