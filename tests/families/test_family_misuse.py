@@ -13,6 +13,7 @@ from value_files import N_LISTED, SYMBOLS, make_value_cells
 import geneformer_fast as gf
 from geneformer_fast import families
 from geneformer_fast.errors import CheckpointError, InputError, UnsupportedError, VocabularyError
+from geneformer_fast.profiling.scenarios.models import model_to_train
 from geneformer_fast.tokenization.run import tokenize
 
 
@@ -113,3 +114,9 @@ def test_a_classifier_says_the_gene_list_that_it_learned_from(lists, tmp_path):
     with pytest.raises(VocabularyError, match="the dictionaries differ"):
         gf.embed(tmp_path / "wrong", final, device="cpu", progress=False)
     assert model.config.vocabulary_fingerprint is None
+
+
+@pytest.mark.parametrize("is_preset", [False, True])
+def test_training_is_not_profiled_where_there_is_none(scbert, is_preset):
+    with pytest.raises(UnsupportedError, match=re.escape(families.family("scbert").refused["pretrain"])):
+        model_to_train("scbert" if is_preset else str(scbert), device=torch.device("cpu"))

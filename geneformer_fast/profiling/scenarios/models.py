@@ -68,8 +68,10 @@ def model_to_train(name: str, *, device: torch.device) -> Encoder:
         It is quantized, or has another head.
     """
     if not is_folder(name):
+        families.refuse(EncoderConfig.preset(name), "pretrain")
         return _random(name, "mlm", device)
     model = load(name, dtype="float32", device=device)
+    families.refuse(model.config, "pretrain")
     if model.quantization is not None:
         raise UnsupportedError(
             f"{name} is quantized ({model.quantization.scheme}), and eight bits do not learn: profile the training of "
