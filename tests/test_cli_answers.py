@@ -184,7 +184,7 @@ def test_what_statistics_of_perturbations_answer(tmp_path: Path, capsys: pytest.
     assert sorted(said["files"]) == sorted(path.name for path in out.iterdir())
     assert cli.main([*words, "--overwrite"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("aggregate_data: 1 genes in 1 cells; too few genes are in enough cells to be compared")
+    assert text.startswith("aggregate_data: 1 genes in 1 cells; too few genes are in enough cells (--min-cells)")
     assert "about.md says what the numbers mean" in text
 
 

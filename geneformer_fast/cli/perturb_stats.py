@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> Answer:
             f"{said['universal']:,} are strong in every cell"
         )
     else:
-        lines[0] += "; too few genes are in enough cells to be compared with genes like them"
+        lines[0] += "; too few genes are in enough cells (--min-cells) to be compared with genes like them"
     if found.agreement is not None:
         lines += [
             f"{pair.first} and {pair.second}: the same sign in {pair.same_sign:.0%} of {pair.n_genes:,} genes"

@@ -58,7 +58,7 @@ def plot_volcano(table: pandas.DataFrame, path: str | os.PathLike[str], *, fdr: 
     """
     shown = table[table["p_value"].notna()]
     if not len(shown):
-        raise InputError("a volcano shows p-values, and no gene has one: too few genes are in enough cells")
+        raise InputError("a volcano shows p-values, and no gene has one: too few genes are in enough cells (min_cells)")
     x = shown["difference"].to_numpy()
     y = -np.log10(np.maximum(shown["p_value"].to_numpy(), 1e-300))
     is_sure = (shown["q_value"] < fdr).to_numpy()
