@@ -88,7 +88,7 @@ class EncoderConfig:
     vocabulary_fingerprint
         SHA-256 of that vocabulary, or None if only its name is known.
     family
-        Name in the registry of families (:mod:`geneformer_fast.families`); None: told by the vocabulary, or none.
+        Name in the registry of families (``geneformer_fast.families``); None: told by the vocabulary, or none.
     attention
         ``"softmax"``, or ``"favor"``: linear attention by random features (Choromanski et al., arXiv:2009.14794).
     attention_width
