@@ -136,12 +136,13 @@ def test_a_row_that_is_there_is_not_missing(files, tmp_path) -> None:
     assert study.found() == {row: {"error": "the loss is nan"}}
 
 
-def table(plain, other, way="over-sampled"):
+def table(plain, other, way="over-sampled", whole=0.8):
     return {
+        "1": {"plain": {"fold_numbers": [0, 1, 2], "macro_f1": {"mean": whole, "folds": [whole] * 3}}},
         "0.2": {
             "plain": {"fold_numbers": [0, 1, 2], "macro_f1": {"folds": plain}},
             way: {"fold_numbers": [0, 1, 2], "macro_f1": {"folds": other}},
-        }
+        },
     }
 
 
@@ -152,13 +153,20 @@ def test_what_was_published_is_judged_by_the_rows() -> None:
     sizes = {
         name: {"peak_bytes": size, "seconds_per_epoch": size} for name, size in zip(MODELS, (3, 1, 2), strict=True)
     }
-    found = findings(dict.fromkeys(MODELS, better), sizes)
+    baseline = {"pca": table([], [], whole=0.9)}
+    found = findings({**baseline, **dict.fromkeys(MODELS, better)}, sizes)
     assert [finding["verdict"] for finding in found] == [True, None, False, True]
     # One model that it does not help is enough; a difference within the noise is no help.
     noisy = table([0.5, 0.6, 0.7], [0.8, 0.4, 0.7])
-    assert findings({"scgpt": noisy}, {})[0]["verdict"] is False
+    assert findings({**baseline, "scgpt": noisy}, {})[0]["verdict"] is False
     under = dict.fromkeys(MODELS, table([0.5, 0.6, 0.7], [0.3, 0.4, 0.6], "under-sampled"))
-    assert findings(under, {})[1]["verdict"] is True
+    assert findings({**baseline, **under}, {})[1]["verdict"] is True
+    # Who has learned nothing shows nothing, whichever way it goes, and that is said.
+    guesses = dict.fromkeys(MODELS, table([0.03, 0.03, 0.03], [0.07, 0.08, 0.09], whole=0.4))
+    (over, *_) = findings({**baseline, **guesses}, {})
+    assert over["verdict"] is None
+    assert "scBERT +0.050 ± 0.006, but it has learned too little" in over["ours"]
+    assert findings(guesses, {})[0]["verdict"] is None
     assert [finding["verdict"] for finding in findings({}, {})] == [None] * 4
     # Folds are paired by their numbers: one that failed on either side leaves both out.
     broken = table([0.5, 0.6, 0.7], [0.7])

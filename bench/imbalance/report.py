@@ -30,11 +30,13 @@ def _title(result: Result) -> str:
         )
     if given:
         how.append(f"published weights ({' and '.join(given)})")
+    ways = "; ".join(how)
     return (
         f"Unequal classes: {sum(result['n_by_class'].values()):,} cells of {len(result['n_by_class'])} classes "
         f"({asked['cells']}, {asked['label']}), {asked['folds']} folds, mean ± standard deviation over folds. Of the "
-        f"training cells of {asked['rare']} only a share is left; the test cells keep all. {'; '.join(how)}; then "
-        f"{asked['steps']} steps of {asked['batch_cells']} cells, whatever the sampler makes of an epoch."
+        f"training cells of {asked['rare']} only a share is left; the test cells keep all. "
+        f"{ways[:1].upper()}{ways[1:]}; then {asked['steps']} steps of {asked['batch_cells']} cells, "
+        f"whatever the sampler makes of an epoch."
     )
 
 
