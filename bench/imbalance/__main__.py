@@ -62,7 +62,8 @@ def _asked(args: argparse.Namespace) -> Asked:
     return Asked(str(args.cells.resolve()), args.label, args.rare, unlabelled, weights, **others)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.imbalance", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is computed")
     for name, what in (
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute what is missing, write the result and its picture, and say what became of what was published."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     study = Study(args.work, _asked(args))
     run(study, args.seconds)
     result = content(study)

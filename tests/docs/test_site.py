@@ -65,6 +65,7 @@ def test_the_command_line_page_has_every_command() -> None:
 
 
 def test_options_in_the_text_exist() -> None:
+    from bench.imbalance.__main__ import build_parser as bench_parser
     from geneformer_fast.cli import build_parser
 
     def options(parser: argparse.ArgumentParser) -> set[str]:
@@ -73,7 +74,8 @@ def test_options_in_the_text_exist() -> None:
         inner = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
         return found.union(*(options(one) for choices in inner for one in choices.values()))
 
-    known = options(build_parser()) | {"--index-url", "--nproc-per-node"}
+    # Beside our own those of pip, of torchrun, and of the benchmark that a page names.
+    known = options(build_parser()) | options(bench_parser()) | {"--index-url", "--nproc-per-node"}
     for page in pages():
         for option in re.findall(r"`(--[a-z][a-z-]*)", page.read_text()):
             assert option in known or page.parent.name == "kernels", f"{page.name}: {option}"
