@@ -22,8 +22,8 @@ Collate = Callable[[Ragged, np.ndarray, CellRandom], Any]
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Packed values as models read them: int64 tokens, or float32 of families that read values."""
-    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else np.float32))
+    """What cells hold as a model takes it: ids in 64 bits, values of families that read them as they are."""
+    return torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.int64))
 
 
 def read_ragged(tokens: TokenFolder, cells: np.ndarray) -> Ragged:

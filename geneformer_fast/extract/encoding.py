@@ -15,6 +15,7 @@ import torch
 from geneformer_kernels.cpu.onednn import keep_few_products
 
 from geneformer_fast import __version__, families
+from geneformer_fast.data.loader import as_tensor
 from geneformer_fast.embeddings import RankTokens
 from geneformer_fast.encoder import Encoder
 from geneformer_fast.errors import InputError
@@ -92,7 +93,7 @@ class EncodingRun:
         if memory is None or not len(lengths):
             return
         first, _ = self.cells.read(np.arange(1))
-        batch = Ragged.from_cells([as_read(first[:_FIRST_TOKENS])])
+        batch = Ragged.from_cells([as_tensor(first[:_FIRST_TOKENS])])
         self._check(batch)
         with torch.inference_mode(), cores_as_workers(self.encoder.device, is_keeping=False) as workers:
             batch = batch.to(self.encoder.device)
@@ -260,7 +261,7 @@ class EncodingRun:
             room = self.token_budget if self.memory is None else self.memory.room()
             for part in token_batches(lengths, max(1, min(self.token_budget, room))):
                 pieces = [values[cu_seqlens[i] : cu_seqlens[i + 1]] for i in part]
-                tokens = Ragged.from_lengths(as_read(np.concatenate(pieces)), torch.from_numpy(lengths[part]))
+                tokens = Ragged.from_lengths(as_tensor(np.concatenate(pieces)), torch.from_numpy(lengths[part]))
                 self._check(tokens)
                 yield window, part, tokens, self._measured(window[0] + part)
 
@@ -286,11 +287,6 @@ class EncodingRun:
         """[B, C] float32 embeddings of the cells of one batch."""
         place = Place(tokens, self.cells.special_ids, self._n_behind, measured)
         return pooled(hidden, self.pool, place, is_normalised=self.reading.normalise).cpu().numpy()
-
-
-def as_read(values: np.ndarray) -> torch.Tensor:
-    """What cells hold as a model takes it: ids in 64 bits, numbers as they are."""
-    return torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.int64))
 
 
 def scheme_of(encoder: Encoder) -> str:

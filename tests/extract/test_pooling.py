@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from geneformer_fast import Encoder, EncoderConfig, Ragged, families
+from geneformer_fast.data.loader import as_tensor
 from geneformer_fast.errors import UnsupportedError
 from geneformer_fast.extract.cells import Cells
-from geneformer_fast.extract.encoding import EncodingRun, as_read
+from geneformer_fast.extract.encoding import EncodingRun
 from geneformer_fast.extract.pooling import MEANS, Place, choose_pool, pooled, pools_of
 
 AIDO = EncoderConfig.preset("aido-cell-3m", n_layers=2, width=32, n_heads=2, ff_width=48, max_len=14)
@@ -99,7 +100,7 @@ def test_embeddings_of_genes_are_over_cells_that_express_them() -> None:
 
 
 def test_numbers_stay_what_they_are() -> None:
-    assert as_read(np.zeros(3, np.uint16)).dtype == torch.int64
-    assert as_read(np.zeros(3, np.float32)).dtype == torch.float32
-    assert as_read(np.zeros((3, 2), np.float32)).shape == (3, 2)
+    assert as_tensor(np.zeros(3, np.uint16)).dtype == torch.int64
+    assert as_tensor(np.zeros(3, np.float32)).dtype == torch.float32
+    assert as_tensor(np.zeros((3, 2), np.float32)).shape == (3, 2)
     assert replace(families.family("aido-cell").reading, normalise=True).normalise

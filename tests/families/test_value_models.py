@@ -101,7 +101,8 @@ def test_counts_are_embedded_as_their_folder_is(lists, cells, tmp_path):
     chosen = [row for row in is_there if row % 3 == 1]
     assert list(frame.index) == [f"s3c{row}" for row in chosen]
     numbers = frame[[name for name in frame if name.startswith("embedding_")]].to_numpy()
-    np.testing.assert_allclose(numbers, of_file[chosen], rtol=1e-6)
+    # Other cells share their batches: numbers of the order of 1, in float32, added up in another order.
+    np.testing.assert_allclose(numbers, of_file[chosen], rtol=1e-6, atol=2e-6)
 
 
 def test_the_gene_list_beside_a_model_is_found(lists, cells, tmp_path):
